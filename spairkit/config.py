@@ -1,0 +1,354 @@
+"""What a run is made of: frozen, strict dataclasses whose defaults are the paper's (Table 1).
+
+A `Config` is data, model and training. It comes from defaults, a preset, a TOML file and
+`key=value` words, in that order (`resolve`), and goes back to TOML with the run that used it.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from spairkit.errors import InputError
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_MAX_FILE_BYTES = 1 << 20
+
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+Width = Annotated[int, Field(ge=1, le=4096)]
+Steps = Annotated[int, Field(ge=0, le=10**9)]
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0.0, le=1e9)]
+Real = Annotated[float, Field(ge=-1e3, le=1e3)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how scenes are scattered where they are made (spec section 10)."""
+
+    name: Literal["digits", "mnist", "emnist", "folder"] = "digits"
+    """`digits` ships with the package; the others read `path`."""
+    path: str = ""
+    """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images."""
+    image_height: Pixels = 48
+    """Pixels; for `folder`, the height of a training crop."""
+    image_width: Pixels = 48
+    """Pixels; for `folder`, the width of a training crop."""
+    min_objects: Annotated[int, Field(ge=0, le=256)] = 1
+    """Objects in a scene: uniform from here ..."""
+    max_objects: Annotated[int, Field(ge=0, le=256)] = 9
+    """... to here."""
+    glyph_size: Annotated[int, Field(ge=4, le=256)] = 14
+    """Side of the square patch that carries a glyph, pixels."""
+    glyph_jitter: Annotated[int, Field(ge=0, le=64)] = 0
+    """The side varies by up to this many pixels, both ways."""
+    max_overlap: Unit = 0.5
+    """A patch may cover this share of a glyph square of those placed before it, summed."""
+    colour: Literal["white", "random"] = "white"
+    """Of the glyphs; `random` draws a bright colour for each."""
+    background: Literal["black", "random"] = "black"
+    """`random` draws one dark colour for each image."""
+    validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Scenes (or crops) of the validation split."""
+    test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """Scenes of the test split."""
+    seed: Seed = 0
+    """Of the scenes; the training seed is another."""
+
+    def __post_init__(self) -> None:
+        if self.min_objects > self.max_objects:
+            raise ValueError(
+                f"min_objects ({self.min_objects}) must not exceed max_objects ({self.max_objects})"
+            )
+        side = self.glyph_size + self.glyph_jitter
+        if self.name != "folder" and side > min(self.image_height, self.image_width):
+            raise ValueError(
+                f"a glyph of {side} px does not fit an image of "
+                f"{self.image_height}x{self.image_width} px"
+            )
+        if self.glyph_jitter >= self.glyph_size:
+            raise ValueError(
+                f"glyph_jitter ({self.glyph_jitter}) must be less than "
+                f"glyph_size ({self.glyph_size})"
+            )
+        if self.name == "folder" and not self.path:
+            raise ValueError("name = 'folder' needs path, the folder of images")
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class SPAIRConfig:
+    """The model (spec sections 1-5). Widths are numbers of units, sizes are pixels."""
+
+    kind: Literal["spair"] = "spair"
+    cell: Annotated[int, Field(ge=2, le=64)] = 12
+    """Side of a grid cell; its prime factors in ascending order are the backbone's strides."""
+    anchor: Positive = 48.0
+    """The largest box side, pixels (a_h = a_w)."""
+    object_size: Annotated[int, Field(ge=2, le=64)] = 14
+    """Side of a glimpse and of a rendered object map, texels."""
+    centre_min: Real = -0.5
+    """b_min: how far a box centre may leave its cell to the top and left, in cells."""
+    centre_max: Real = 1.5
+    """b_max, likewise to the bottom and right, from the cell's own corner."""
+
+    backbone_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)] = (128,)
+    """Channels of the strided layers in order; the last holds for the layers left."""
+    pointwise_kernel: Annotated[int, Field(ge=1, le=2)] = 1
+    """Kernel of the backbone's three last layers: 1, or 2 as in Fig. 7."""
+    features: Width = 100
+    """Channels that the backbone gives each cell."""
+    lateral: bool = True
+    """Whether a cell sees its four neighbours that came before (section 4.3)."""
+    hidden: Width = 100
+    """Units of both hidden layers of the where, depth and pres networks."""
+    passthrough: Annotated[int, Field(ge=0, le=4096)] = 100
+    """Features that the where network hands to depth, and depth to pres."""
+    what: Width = 50
+    """A, the dimensions of z_what."""
+    encoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (512, 256)
+    """Hidden layers of the glimpse encoder."""
+    decoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 512)
+    """Hidden layers of the object decoder."""
+    activation: Literal["relu", "celu"] = "relu"
+
+    std_bias: Real = 0.0
+    """Standard deviations are 2 sigmoid(raw + std_bias); -3 starts near .1."""
+    size_bias: Real = 0.0
+    """Initial mean of z_h and z_w; -.9 starts boxes at .29 of the anchor."""
+    presence_bias: Real = 0.0
+    """Initial log-odds of presence."""
+    colour_scale: Positive = 2.0
+    """Colour is sigmoid(colour_scale * logit)."""
+    alpha_scale: Positive = 0.1
+    """Alpha is sigmoid(alpha_scale * logit + alpha_bias)."""
+    alpha_bias: Real = 5.0
+    importance_floor: NonNegative = 0.0025
+    """Least importance of a texel: the authors' .01, whose sigmoid(-z_depth) is times 4."""
+
+    background: Literal["black", "solid", "mode", "mlp"] = "black"
+    """Black, one learned colour, the training images' commonest colour, or an MLP of the image."""
+    temperature: Positive = 1.0
+    """Of the Concrete relaxation of z_pres."""
+
+    position_prior_std: Positive = 1.0
+    """z_y, z_x ~ N(0, position_prior_std^2)."""
+    size_prior_mean: Real = -2.1972
+    """z_h, z_w ~ N(size_prior_mean, size_prior_std^2): a median side of 4.8 px."""
+    size_prior_std: Positive = 0.5
+    odds_start: Positive = 1e6
+    """s = 1 / (1 + odds): the prior on counts starts here, nearly flat ..."""
+    odds_end: Positive = 0.0125
+    """... and ends here: s = .98765."""
+    odds_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 1000.0
+    """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
+    odds_schedule: Literal["exponential", "log-linear"] = "exponential"
+
+    beta: Positive = 1.0
+    """Weight of the where, depth and what KL terms."""
+
+    def __post_init__(self) -> None:
+        if not self.centre_min < self.centre_max:
+            raise ValueError(
+                f"centre_min ({self.centre_min}) must be less than centre_max ({self.centre_max})"
+            )
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """The prime factors of `cell`, ascending: 12 gives 2, 2, 3."""
+        factors, rest = [], self.cell
+        for prime in range(2, self.cell + 1):
+            while rest % prime == 0:
+                factors.append(prime)
+                rest //= prime
+        return tuple(factors)
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop (spec section 6)."""
+
+    seed: Seed = 0
+    """Of initial weights, data order and sampling noise."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 300_000
+    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
+    learning_rate_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
+    """Reached on a straight line at the last step."""
+    clip_norm: NonNegative = 1.0
+    """Global gradient norm; 0 does not clip."""
+    gradient_noise: NonNegative = 0.001
+    """Standard deviation of the noise added to every gradient after clipping ..."""
+    gradient_noise_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 1000.0
+    """... divided by ten in so many updates."""
+    training_wheels: Steps = 1000
+    """Updates during which where, depth and pres get no gradient."""
+    validation_every: Annotated[int, Field(ge=1, le=10**9)] = 1000
+    """Updates between validations; each writes a checkpoint and a picture."""
+    patience: Steps = 50_000
+    """Stop after so many updates without a better validation; 0 never stops early."""
+    select: Literal["elbo", "ap"] = "elbo"
+    """What `best` means: validation ELBO (no labels), or validation AP as in the paper."""
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    preset: str = "paper"
+    """The preset that this config was made from."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: SPAIRConfig = Field(default_factory=SPAIRConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
+    """The `Config` that nested `values` describe; what is absent takes its default.
+
+    Raises:
+        InputError: every mistake at once: dotted key, what is allowed, what came.
+    """
+    try:
+        return _ADAPTER.validate_json(json.dumps(values, allow_nan=True))
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from None
+    except (TypeError, RecursionError):
+        raise InputError(f"{source}: only tables of numbers, words and lists are allowed") from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values; `from_dict` takes them back."""
+    values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return values
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML, every key written out."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def from_toml(text: str, source: str = "config") -> Config:
+    """Reads `to_toml`'s output, or any part of it. Raises InputError."""
+    return from_dict(_parse_toml(text, source), source)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file of at most 1 MB.
+
+    Raises:
+        InputError: it cannot be read, or is not TOML (the message has line and column).
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: no such config file")
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than 1 MB, which no config is")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text; save the config as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return _parse_toml(text, str(path))
+
+
+def assignments(words: Iterable[str]) -> dict[str, Any]:
+    """Nested values from `key=value` words: dotted keys, values as in TOML or bare strings.
+
+    Raises:
+        InputError: a word without `=`, or a key that is empty or set twice over a table.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise InputError(f"--set {word}: write key=value, for example train.steps=2000")
+        table = values
+        for part in parts[:-1]:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"--set {word}: {part} is a value, not a table")
+        table[parts[-1]] = _value(text.strip())
+    return values
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables laid over each other; the later one wins, key by key."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            under = merged.get(key)
+            both = isinstance(under, dict) and isinstance(value, Mapping)
+            merged[key] = merge(under, value) if both and under is not None else value
+    return merged
+
+
+def differences(first: Config, second: Config) -> list[str]:
+    """The dotted keys whose values differ, each as `key: a -> b`."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        for field in fields(a):
+            one, other = getattr(a, field.name), getattr(b, field.name)
+            name = f"{path}{field.name}"
+            if is_dataclass(one) and is_dataclass(other):
+                walk(one, other, f"{name}.")
+            elif one != other:
+                found.append(f"{name}: {one!r} -> {other!r}")
+
+    walk(first, second, "")
+    return found
+
+
+def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InputError(f"{source}: not TOML: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    """All mistakes on one line."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"]) or "config"
+        if item["type"] == "unexpected_keyword_argument":
+            lines.append(f"{key}: unknown key{_suggest(item['loc'])}")
+            continue
+        reason = item["msg"].removeprefix("Value error, ")
+        came = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+        lines.append(f"{key}: {reason[:1].lower()}{reason[1:]}{came}")
+    return "; ".join(lines)
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    from difflib import get_close_matches
+
+    names: dict[str, list[str]] = {
+        "": [field.name for field in fields(Config)],
+        "data": [field.name for field in fields(DataConfig)],
+        "model": [field.name for field in fields(SPAIRConfig)],
+        "train": [field.name for field in fields(TrainConfig)],
+    }
+    table = ".".join(str(part) for part in location[:-1])
+    close = get_close_matches(str(location[-1]), names.get(table, []), n=1)
+    return f", did you mean {close[0]}?" if close else ""
