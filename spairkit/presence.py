@@ -1,0 +1,202 @@
+"""The count prior on which cells hold an object, and the KL of the posterior against it.
+
+The number of objects C in n cells is geometric, p(C = c) ~ (1 - s)^c, cut off at n; given C every
+arrangement is equally likely (supplement, section A). Read cell by cell in raster order this is a
+chain of Bernoullis, equations (B1) and (B2). Here it is held as log-odds:
+
+- Hard samples: the odds of cell k depend only on k and on m, the number of objects before it. Let
+  r(k, m) be the probability of one certain arrangement of the first k cells with m + 1 objects over
+  that of one with m. Then r(n, m) = (1 - s)(m + 1)/(n - m), the odds of cell k are r(k + 1, m), and
+  r(k, m) = r(k + 1, m) (1 + r(k + 1, m + 1))/(1 + r(k + 1, m)): sums and products of positive
+  numbers, exact in float64 for any s and n, with nothing to underflow.
+- Relaxed samples: the posterior over the count is carried from cell to cell, in log space, for
+  (1 - s)^c underflows.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from spairkit.backends import Backend, check_backend
+
+_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
+
+
+def presence_prior(
+    samples: Tensor,  # [B, n]
+    success: float | Tensor,
+    *,
+    relaxed: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:  # [B, n]
+    """Prior probability that each cell holds an object, given the cells before it.
+
+    Args:
+        samples: [B, n] z_pres as sampled, in raster order.
+        success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
+            objects. A 0-d tensor on the device of `samples` is read without waiting for it.
+        relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
+            they are, in [0, 1], with gradients.
+        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto".
+
+    Returns:
+        [B, n], p(z_k = 1 | z_<k), the dtype of `samples` (at least float32). `success` gets a
+        gradient where it is a tensor. NaN from the first cell that is NaN.
+
+    Raises:
+        ValueError: an argument's rank, dtype, device or value does not fit; the message names it.
+
+    Source: equations (B1) and (B2) of the supplement.
+    """
+    check_backend(backend)
+    _check(samples, samples, success)
+    return torch.sigmoid(_prior_logit(samples, success, relaxed)).to(_result_dtype(samples))
+
+
+def presence_kl(
+    logits: Tensor,  # [B, n]
+    samples: Tensor,  # [B, n]
+    success: float | Tensor,
+    *,
+    relaxed: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:  # [B, n]
+    """KL of each cell's posterior from its prior given the cells before it, in nats.
+
+    The exact KL between two Bernoullis, posterior probability sigmoid(logits) as given.
+
+    Args:
+        logits: [B, n] posterior log-odds of z_pres.
+        samples: [B, n] z_pres as sampled, in raster order.
+        success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
+            objects. A 0-d tensor on the device of `samples` is read without waiting for it.
+        relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
+            they are, in [0, 1], with gradients.
+        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto".
+
+    Returns:
+        [B, n] nats, the dtype of `logits` (at least float32). NaN from the first sample that is
+        NaN, and where a logit is NaN.
+
+    Raises:
+        ValueError: an argument's rank, shape, dtype, device or value does not fit; the message
+            names it.
+
+    Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, without clips.
+    """
+    check_backend(backend)
+    _check(logits, samples, success)
+    prior_logit = _prior_logit(samples, success, relaxed)
+    return _bernoulli_kl(logits.double(), prior_logit).to(_result_dtype(logits))
+
+
+def _result_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _check(logits: Tensor, samples: Tensor, success: float | Tensor) -> None:
+    if samples.dim() != 2:
+        raise ValueError(f"samples must be [B, n], got shape {tuple(samples.shape)}")
+    if logits.shape != samples.shape:
+        raise ValueError(
+            f"logits must have the shape of samples, {tuple(samples.shape)}, "
+            f"got {tuple(logits.shape)}"
+        )
+    for name, tensor in {"samples": samples, "logits": logits}.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != samples.device:
+            raise ValueError(
+                f"{name} must be on the device of samples, {samples.device}, got {tensor.device}"
+            )
+    if isinstance(success, Tensor):
+        if success.dim() != 0 or not success.is_floating_point():
+            raise ValueError(
+                "success must be a float or a 0-d float tensor, "
+                f"got shape {tuple(success.shape)}, {success.dtype}"
+            )
+        if success.device != samples.device:
+            raise ValueError(
+                f"success must be on the device of samples, {samples.device}, got {success.device}"
+            )
+        # to look into a tensor on a GPU would wait for it, and inside a trace there is no value
+        if torch.compiler.is_compiling() or success.device.type != "cpu":
+            return
+        success = float(success.detach())
+    if not 0.0 < success < 1.0:
+        raise ValueError(f"success must lie in (0, 1), got {success}")
+
+
+def _bernoulli_kl(logits: Tensor, prior_logit: Tensor) -> Tensor:
+    log_sigmoid = torch.nn.functional.logsigmoid
+    on = torch.sigmoid(logits)
+    return on * (log_sigmoid(logits) - log_sigmoid(prior_logit)) + torch.sigmoid(-logits) * (
+        log_sigmoid(-logits) - log_sigmoid(-prior_logit)
+    )
+
+
+def _prior_logit(samples: Tensor, success: float | Tensor, relaxed: bool) -> Tensor:
+    """[B, n] float64: log-odds of the prior of each cell."""
+    if relaxed:
+        failure = 1 - success.double() if isinstance(success, Tensor) else 1.0 - success
+        return _relaxed_prior_logit(samples.double(), failure)
+    num_cells = samples.shape[1]
+    if isinstance(success, Tensor):
+        table = _log_odds_table(1 - success.double(), num_cells)
+    elif torch.compiler.is_compiling():
+        table = _log_odds_table(samples.new_tensor(1.0 - success, dtype=torch.double), num_cells)
+    else:
+        table = _cached_log_odds_table(success, num_cells, samples.device)
+    present = (samples > 0.5).long()
+    before = present.cumsum(1) - present
+    cell = torch.arange(num_cells, device=samples.device)
+    unknown = samples.isnan().cumsum(1) > 0
+    return torch.where(unknown, torch.nan, table[cell, before])
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_log_odds_table(success: float, num_cells: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        failure = torch.tensor(1.0 - success, dtype=torch.double, device=device)
+        return _log_odds_table(failure, num_cells)
+
+
+def _log_odds_table(failure: Tensor, num_cells: int) -> Tensor:
+    """[n, n] float64: log-odds of cell k (row) after m objects (column, m <= k, else 0)."""
+    if num_cells == 0:
+        return failure.new_zeros(0, 0)
+    count = torch.arange(num_cells, dtype=failure.dtype, device=failure.device)
+    odds = failure * (count + 1) / (num_cells - count)
+    rows = [odds]
+    for _ in range(num_cells - 1):
+        odds = odds[:-1] * (1 + odds[1:]) / (1 + odds[:-1])
+        rows.append(odds)
+    pad = torch.nn.functional.pad
+    return torch.stack([pad(row.log(), (0, num_cells - len(row))) for row in rows[::-1]])
+
+
+def _relaxed_prior_logit(samples: Tensor, failure: float | Tensor) -> Tensor:
+    num_images, num_cells = samples.shape
+    counts = torch.arange(num_cells + 1, dtype=samples.dtype, device=samples.device)
+    log_failure = failure.log() if isinstance(failure, Tensor) else math.log(failure)
+    belief = (counts * log_failure).expand(num_images, -1)  # [B, n + 1] log p(count), unnormalised
+    before = samples.new_zeros(num_images, 1)
+    logits = []
+    for k in range(num_cells):
+        # of the count, what is still missing falls evenly on the cells still open
+        on = ((counts - before) / (num_cells - k)).clamp(0, 1)
+        off = ((num_cells - k - counts + before) / (num_cells - k)).clamp(0, 1)
+        weight = belief.softmax(1)
+        log_on = (weight * on).sum(1).clamp(min=_LEAST).log()
+        log_off = (weight * off).sum(1).clamp(min=_LEAST).log()
+        logits.append(log_on - log_off)
+        here = samples[:, k, None]
+        likelihood = here * on + (1 - here) * off
+        impossible = likelihood <= 0
+        # -1e30, not -inf: a softmax over nothing but -inf would be NaN
+        log_likelihood = torch.where(impossible, 1.0, likelihood).log()
+        belief = torch.where(impossible, -1e30, belief + log_likelihood)
+        before = before + here
+    return torch.stack(logits, dim=1) if logits else samples.clone()

@@ -1,0 +1,173 @@
+"""The compositing renderer: objects with boxes, depths and presences onto an image.
+
+`render` is Algorithm 1 of the supplement (section C) with the rim rule of the authors' renderer.
+This file checks the arguments, picks an implementation and holds the readable one, in torch.
+"""
+
+import torch
+from torch import Tensor
+
+from spairkit.backends import Backend, check_backend
+
+MIN_SIDE = 1e-6
+"""Pixels. A box with a shorter side is empty: it has no scale to speak of."""
+
+MIN_IMPORTANCE = 1e-30
+"""Where the summed importance is not above this, float32 cannot divide by it: no object there."""
+
+
+def render(
+    rgba: Tensor,  # [B, N, h, w, C + 1]
+    boxes: Tensor,  # [B, N, 4]
+    depth: Tensor,  # [B, N]
+    presence: Tensor,  # [B, N]
+    background: Tensor,  # [B, C, H, W] or [B, C, 1, 1]
+    *,
+    size: tuple[int, int] | None = None,
+    importance_floor: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:  # [B, C, H, W]
+    """Image of all objects, blended by transparency and importance over the background.
+
+    Object maps are placed in their boxes by bilinear interpolation, pixel centres on both sides;
+    beyond the texels of a map alpha and importance are 0 and the colour is the background's, so
+    that an object fades out over the texel at its rim and the image is continuous in the box.
+    With primes for values at a pixel, alpha' = interpolated alpha * presence, colour o', and
+    importance gamma' = interpolated max(alpha * presence * sigmoid(-depth), importance_floor):
+
+        image = background + sum gamma' alpha' (o' - background) / sum gamma'
+
+    and exactly the background where the sum of gamma' is 0 (up to 1e-30). All presences 0 give
+    the background bit for bit. Every tensor gets its gradient; where nothing contributes it is 0.
+    NaN in any input gives NaN, a coordinate that is not finite NaN in its whole image.
+
+    Args:
+        rgba: [B, N, h, w, C + 1] in [0, 1], alpha last; float32, float16 or bfloat16 with float32
+            arithmetic, or float64 on the torch backend. C from 1 to 4, h and w from 2 to 64.
+        boxes: [B, N, 4] x1, y1, x2, y2 in pixels, half-open. A box may leave the image; one that
+            is empty or inverted (a side under 1e-6 px) contributes nothing and gets no gradient.
+        depth: [B, N] z_depth, lower is nearer.
+        presence: [B, N] z_pres in [0, 1].
+        background: [B, C, H, W] in [0, 1], or [B, C, 1, 1] for one colour an image, with `size`.
+        size: (H, W) in pixels of the image where the background is one colour; by default the
+            background's own.
+        importance_floor: 0 is the supplement; the authors' renderer has 0.01. A texel's
+            importance is never below it, so that absent objects still blend in background where
+            boxes overlap.
+        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto": by
+            the device of `rgba`. Only "torch" has second derivatives and float64.
+
+    Returns:
+        [B, C, H, W] float32 (float64 if `rgba` is).
+
+    Raises:
+        ValueError: an argument's rank, shape, dtype or device does not fit, or its value is out
+            of range; the message names it.
+
+    Source: Algorithm 1 of the supplement, section C; rim rule and floor from the authors' code.
+    """
+    check_backend(backend)
+    _check(rgba, boxes, depth, presence, background, size, importance_floor)
+    if size is not None:
+        background = background.expand(-1, -1, *size)
+    dtype = torch.float64 if rgba.dtype == torch.float64 else torch.float32
+    placed = boxes.to(dtype), depth.to(dtype), presence.to(dtype), background.to(dtype)
+    with torch.autocast(rgba.device.type, enabled=False):
+        return _render_torch(rgba.to(dtype), *placed, importance_floor)
+
+
+def _check(
+    rgba: Tensor,
+    boxes: Tensor,
+    depth: Tensor,
+    presence: Tensor,
+    background: Tensor,
+    size: tuple[int, int] | None,
+    importance_floor: float,
+) -> None:
+    if rgba.dim() != 5:
+        raise ValueError(f"rgba must be [B, N, h, w, C + 1], got shape {tuple(rgba.shape)}")
+    num_images, num_objects, height, width, channels = rgba.shape
+    if not 2 <= channels <= 5:
+        raise ValueError(f"rgba must hold 1 to 4 colours and alpha, got {channels} channels")
+    if not (2 <= height <= 64 and 2 <= width <= 64):
+        raise ValueError(f"rgba maps must be 2 to 64 texels a side, got {height}x{width}")
+    wanted = {
+        "boxes": (boxes, (num_images, num_objects, 4)),
+        "depth": (depth, (num_images, num_objects)),
+        "presence": (presence, (num_images, num_objects)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} to go with rgba, got {tuple(tensor.shape)}"
+            )
+    if background.dim() != 4 or background.shape[:2] != (num_images, channels - 1):
+        raise ValueError(
+            f"background must be [{num_images}, {channels - 1}, H, W] to go with rgba, "
+            f"got shape {tuple(background.shape)}"
+        )
+    if size is not None and background.shape[2:] not in ((1, 1), tuple(size)):
+        raise ValueError(
+            f"size is for a background of [B, C, 1, 1], got size {tuple(size)} "
+            f"with a background of {tuple(background.shape)}"
+        )
+    for name, tensor in {
+        "rgba": rgba,
+        **{name: tensor for name, (tensor, _) in wanted.items()},
+        "background": background,
+    }.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+        if tensor.device != rgba.device:
+            raise ValueError(
+                f"{name} must be on the device of rgba, {rgba.device}, got {tensor.device}"
+            )
+        if tensor.dtype == torch.float64 and rgba.dtype != torch.float64:
+            raise ValueError(f"{name} is float64, so rgba must be too, got {rgba.dtype}")
+    if not 0.0 <= importance_floor < float("inf"):
+        raise ValueError(f"importance_floor must be 0 or positive, got {importance_floor}")
+
+
+def _render_torch(
+    rgba: Tensor,
+    boxes: Tensor,
+    depth: Tensor,
+    presence: Tensor,
+    background: Tensor,
+    importance_floor: float,
+) -> Tensor:
+    height, width = background.shape[-2:]
+    boxes = torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, torch.nan)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    empty = (x2 - x1 < MIN_SIDE) | (y2 - y1 < MIN_SIDE)
+    rows = _taps(y1, y2, empty, rgba.shape[2], height)  # [B, N, H, h]
+    columns = _taps(x1, x2, empty, rgba.shape[3], width)  # [B, N, W, w]
+
+    colour, alpha = rgba[..., :-1], rgba[..., -1]
+    alpha = alpha * presence[..., None, None]
+    importance = alpha * torch.sigmoid(-depth)[..., None, None]
+    if importance_floor > 0:
+        importance = importance.clamp(min=importance_floor)
+    maps = torch.cat([colour, alpha[..., None], importance[..., None]], dim=-1)
+    maps = maps.permute(0, 1, 4, 2, 3)  # [B, N, C + 2, h, w]
+    values = rows[:, :, None] @ maps @ columns.mT[:, :, None]  # [B, N, C + 2, H, W]
+    colour, alpha, importance = values.split([rgba.shape[-1] - 1, 1, 1], dim=2)
+
+    # what the taps inside the map do not cover is background: o' - bg has no term for it
+    cover = rows.sum(-1)[:, :, None, :, None] * columns.sum(-1)[:, :, None, None, :]
+    change = (importance * alpha * (colour - cover * background[:, None])).sum(1)
+    total = importance.sum(1)  # [B, 1, H, W]
+    untouched = total <= MIN_IMPORTANCE
+    change = torch.where(untouched, torch.zeros_like(change), change)
+    return background + change / torch.where(untouched, torch.ones_like(total), total)
+
+
+def _taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels: int) -> Tensor:
+    """[B, N] -> [B, N, pixels, texels]: the weight of every texel at every pixel, on one axis."""
+    side = torch.where(empty, torch.ones_like(low), high - low)[..., None]
+    pixel = torch.arange(num_pixels, dtype=low.dtype, device=low.device) + 0.5
+    texel = torch.arange(num_texels, dtype=low.dtype, device=low.device)
+    position = (pixel - low[..., None]) * (num_texels / side) - 0.5  # [B, N, pixels]
+    weight = (1 - (position[..., None] - texel).abs()).clamp(min=0)
+    return torch.where(empty[..., None, None], torch.zeros_like(weight), weight)
