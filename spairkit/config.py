@@ -151,6 +151,8 @@ class SPAIRConfig:
     """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
+    likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
+    """Added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0
     """Weight of the where, depth and what KL terms."""
 

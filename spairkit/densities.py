@@ -1,0 +1,70 @@
+"""Samples and Kullback-Leibler divergences of the continuous latents (spec sections 3.3, 5)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+_EPSILON = 1e-9
+LOGIT_LIMIT = 10.0
+"""Every logit is clipped to +-10 before its sigmoid, as in the authors' code."""
+
+
+def squash(logits: Tensor) -> Tensor:
+    """sigmoid of the clipped logits, in (4.5e-5, 1 - 4.5e-5); any shape."""
+    return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+
+
+def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
+    """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, elementwise.
+
+    The latents are normal before they are squashed, so no Jacobian enters (section 1).
+    """
+    variance = (std / prior_std).square()
+    distance = ((mean - prior_mean) / prior_std).square()
+    return 0.5 * (variance + distance - 1) - (std / prior_std).log()
+
+
+def concrete_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """A relaxed Bernoulli draw in (0, 1) with gradients to `logits`.
+
+    Args:
+        logits: log-odds of 1, any shape.
+        uniform: draws from U[0, 1), the same shape.
+        temperature: positive; towards 0 the draws become 0 and 1.
+
+    Source: section 3.3; its 1e-9 stands inside the logarithms.
+    """
+    logistic = (uniform + _EPSILON).log() - (1 - uniform + _EPSILON).log()
+    return torch.sigmoid((logits + logistic) / temperature)
+
+
+def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tensor:
+    """-log p(target | image) in nats, summed over all but the first axis: [B, ...] -> [B].
+
+    Args:
+        image: reconstruction, in [0, 1] up to rounding.
+        target: real-valued in [0, 1], the same shape.
+        floor: positive, added inside both logarithms.
+
+    Source: section 5, "Reconstruction".
+    """
+    image = image.clamp(0, 1)
+    on, off = (image + floor).log(), (1 - image + floor).log()
+    return -(off + target * (on - off)).flatten(1).sum(1)
+
+
+def count_success(step: int, start: float, end: float, decay: float, schedule: str) -> float:
+    """s of the count prior after `step` updates: s = 1 / (1 + odds).
+
+    "exponential": odds = (start - end) * .1^(step / decay) + end, the authors' schedule.
+    "log-linear": log odds go from start to end on a straight line in `decay` updates.
+
+    Source: section 2.1.
+    """
+    if schedule == "exponential":
+        odds = (start - end) * math.pow(0.1, step / decay) + end
+    else:
+        share = min(1.0, step / decay)
+        odds = math.exp((1 - share) * math.log(start) + share * math.log(end))
+    return 1 / (1 + odds)

@@ -1,0 +1,108 @@
+"""The networks of SPAIR (supplement D.2, spec section 3): weights only, no sampling."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_ACTIVATIONS = {"relu": nn.ReLU, "celu": nn.CELU}
+_KERNEL = 4  # of the strided layers
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer with Glorot-uniform weights and zero biases (spec section 3.1)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
+    """Linear layers from sizes[0] to sizes[-1] with the activation between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(sizes):
+        layers += [linear(inputs, outputs), _ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+def end_padding(size: int, kernel: int, stride: int) -> int:
+    """Zeros after the last pixel that make a convolution give ceil(size / stride) outputs."""
+    return max(kernel - (size % stride or stride), 0)
+
+
+class Backbone(nn.Module):
+    """A feature vector for each cell of any image (section 3.1).
+
+    Strided 4 x 4 convolutions, then three of kernel `pointwise_kernel`, the last one linear. All
+    zero padding is at the right and bottom, so the output cell (i, j) sees the same pixels,
+    relative to its corner, in an image of any size.
+    """
+
+    def __init__(
+        self,
+        strides: Sequence[int],
+        channels: Sequence[int],  # of the strided layers; the last holds for the rest
+        features: int,
+        pointwise_kernel: int,
+        activation: str,
+    ) -> None:
+        super().__init__()
+        widths = [channels[min(i, len(channels) - 1)] for i in range(len(strides))]
+        shapes = [(width, _KERNEL, stride) for width, stride in zip(widths, strides, strict=True)]
+        shapes += [(width, pointwise_kernel, 1) for width in (widths[-1], widths[-1], features)]
+        self.layers = nn.ModuleList()
+        self.shapes = [(kernel, stride) for _, kernel, stride in shapes]
+        inputs = 3
+        for outputs, kernel, stride in shapes:
+            layer = nn.Conv2d(inputs, outputs, kernel, stride)
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            self.layers.append(layer)
+            inputs = outputs
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, features, rows, columns]
+        """Features; rows = ceil(H / cell) and columns = ceil(W / cell)."""
+        x = images
+        for index, (layer, (kernel, stride)) in enumerate(
+            zip(self.layers, self.shapes, strict=True)
+        ):
+            bottom = end_padding(x.shape[-2], kernel, stride)
+            right = end_padding(x.shape[-1], kernel, stride)
+            x = layer(F.pad(x, (0, right, 0, bottom)))
+            if index < len(self.layers) - 1:
+                x = self.activation(x)
+        return x
+
+
+class LateralNetwork(nn.Module):
+    """An MLP of two hidden layers whose input starts with what all such networks share.
+
+    The first layer is applied in parts: the product with the shared input (features and
+    context) is made for all the networks of a cell at once, outside (`shared_product`).
+    """
+
+    def __init__(self, shared: int, own: int, hidden: int, outputs: int, activation: str) -> None:
+        super().__init__()
+        self.shared = shared
+        self.first = linear(shared + own, hidden)
+        self.second = linear(hidden, hidden)
+        self.last = linear(hidden, outputs)
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, product: Tensor, own: Tensor | None) -> Tensor:
+        """[..., hidden] product of the shared input, [..., own] the rest -> [..., outputs]."""
+        if own is not None:
+            product = product + F.linear(own, self.first.weight[:, self.shared :])
+        x = self.activation(product)
+        outputs: Tensor = self.last(self.activation(self.second(x)))
+        return outputs
+
+
+def shared_weights(
+    networks: Sequence[LateralNetwork], start: int, stop: int
+) -> Tensor:  # [len(networks) * hidden, stop - start]
+    """First-layer weights of all networks for the inputs start .. stop, one above the other."""
+    return torch.cat([network.first.weight[:, start:stop] for network in networks])

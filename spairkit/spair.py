@@ -1,0 +1,400 @@
+"""SPAIR: convolutional, spatially invariant Attend-Infer-Repeat (Crawford & Pineau, AAAI 2019).
+
+The model of the supplement and the released code (spec sections 1-5). B images, K = rows x
+columns cells, A what dimensions, P the side of an object map. Inside the encoder tensors are in
+wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spairkit.boxes import xyxy_from_centre
+from spairkit.config import SPAIRConfig
+from spairkit.densities import (
+    LOGIT_LIMIT,
+    bernoulli_cross_entropy,
+    concrete_sample,
+    normal_kl,
+    squash,
+)
+from spairkit.detections import Detections
+from spairkit.elbo import Losses
+from spairkit.glimpses import extract_glimpses
+from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
+from spairkit.presence import presence_kl
+from spairkit.rendering import render
+from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
+
+_BOX = 4  # y, x, h, w
+_DEPTH_SCALE = 4.0  # the authors' depth is 4 sigmoid(z), in object vectors and importance
+_BACKGROUND_SCALE = 10.0  # of the learned colour's logits (section 4.4)
+_BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
+_BACKGROUND_HIDDEN = (10, 10)
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Random numbers for one pass over a batch, drawn before it."""
+
+    normal: Tensor  # [B, K, 4 + A + 1] standard normal: where, what, depth
+    uniform: Tensor  # [B, K] U[0, 1): pres
+    background: Tensor  # [B, 3] standard normal
+
+    @classmethod
+    def draw(
+        cls, batch: int, cells: int, what: int, generator: torch.Generator | None, like: Tensor
+    ) -> "Noise":
+        """Fresh noise with the device and dtype of `like`."""
+        normal = like.new_empty(batch, cells, _BOX + what + 1).normal_(generator=generator)
+        uniform = like.new_empty(batch, cells).uniform_(generator=generator)
+        return cls(normal, uniform, like.new_empty(batch, 3).normal_(generator=generator))
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The posterior of every cell and what was drawn from it; normals are before the sigmoid."""
+
+    where_mean: Tensor  # [B, K, 4] of z_y, z_x, z_h, z_w
+    where_std: Tensor  # [B, K, 4]
+    what_mean: Tensor  # [B, K, A]
+    what_std: Tensor  # [B, K, A]
+    what: Tensor  # [B, K, A] the sample
+    depth_mean: Tensor  # [B, K]
+    depth_std: Tensor  # [B, K]
+    depth: Tensor  # [B, K] the sample of z_depth; lower is nearer
+    presence_logit: Tensor  # [B, K] in [-10, 10]
+    presence: Tensor  # [B, K] relaxed in training, else 0 or 1
+    boxes: Tensor  # [B, K, 4] xyxy, pixels
+
+
+def _join(waves: list[Latents], places: Tensor) -> Latents:
+    """Waves with cells first as one value in raster order, images first."""
+    joined = {}
+    for field in fields(Latents):
+        part = torch.cat([getattr(wave, field.name) for wave in waves])
+        joined[field.name] = part[places].transpose(0, 1)
+    return Latents(**joined)
+
+
+class SPAIR(nn.Module):
+    """Finds objects in images without labels.
+
+    Args:
+        config: the hyper-parameters; the defaults are those of Table 1.
+
+    Source: main text section 4, supplement A-D; numbers and deviations in the spec.
+    """
+
+    background_colour: Tensor
+
+    def __init__(self, config: SPAIRConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.vector = _BOX + c.what + 2  # of one object: box, what, depth, presence
+        context = len(NEIGHBOURS) * self.vector if c.lateral else 0
+        shared = c.features + context
+        glimpse = 3 * c.object_size**2
+        self.backbone = Backbone(
+            c.strides, c.backbone_channels, c.features, c.pointwise_kernel, c.activation
+        )
+        self.where_network = LateralNetwork(
+            shared, 0, c.hidden, 2 * _BOX + c.passthrough, c.activation
+        )
+        self.depth_network = LateralNetwork(
+            shared, c.passthrough + _BOX + c.what, c.hidden, 2 + c.passthrough, c.activation
+        )
+        self.presence_network = LateralNetwork(
+            shared, c.passthrough + _BOX + c.what + 1, c.hidden, 1, c.activation
+        )
+        self.encoder = mlp((glimpse, *c.encoder_hidden, 2 * c.what), c.activation)
+        self.decoder = mlp((c.what, *c.decoder_hidden, 4 * c.object_size**2), c.activation)
+        with torch.no_grad():
+            self.where_network.last.bias[2:_BOX] = c.size_bias
+            self.presence_network.last.bias[:] = c.presence_bias
+        if c.lateral:
+            bound = (3 / self.vector) ** 0.5  # Glorot for a vector: U(-.23, .23)
+            self.edge = nn.Parameter(torch.empty(self.vector).uniform_(-bound, bound))
+        if c.background == "solid":
+            self.background_logit = nn.Parameter(torch.zeros(3))
+        elif c.background == "mlp":
+            pixels = 3 * _BACKGROUND_POOL**2
+            self.background_network = mlp((pixels, *_BACKGROUND_HIDDEN, 6), "relu")
+        elif c.background == "mode":
+            self.register_buffer("background_colour", torch.zeros(3))
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        *,
+        success: float | Tensor | None = None,
+        training_wheels: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Losses:
+        """The terms of the negative ELBO with one relaxed sample of the latents.
+
+        Args:
+            images: any height and width.
+            success: s of the count prior, in (0, 1); None is the schedule's end.
+            training_wheels: stop the gradients of where, depth and pres (section 2.2).
+            generator: of the sampling noise; None is torch's own.
+
+        Returns:
+            Losses, every term [B] in nats.
+        """
+        latents, background = self._sample(images, training_wheels, generator)
+        image = self._render(latents, background, images)
+        return self._losses(images, latents, image, success)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+    ) -> list[Detections]:
+        """Boxes for each image, in raster order of the cells.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], any height and width.
+            threshold: cells whose presence probability exceeds it are returned.
+            deterministic: take means; False samples every latent and returns the cells whose
+                sampled presence is 1, with score 1, as the paper's figures did.
+
+        Returns:
+            B `Detections`, on the CPU.
+        """
+        latents, _ = self._infer(images, deterministic)
+        return [
+            Detections(
+                boxes=latents.boxes[b, on].float().cpu(),
+                scores=score[on].float().cpu(),
+                what=latents.what[b, on].float().cpu(),
+                depth=latents.depth[b, on].float().cpu(),
+            )
+            for b, (on, score) in enumerate(self._chosen(latents, threshold, deterministic))
+        ]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H, W]
+        """The images as the model explains them: means, and the objects that it holds present."""
+        latents, background = self._infer(images, deterministic=True)
+        return self._render(latents, background, images).clamp(0, 1)
+
+    @torch.no_grad()
+    def appearance(self, images: Tensor, threshold: float = 0.5) -> list[Tensor]:
+        """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
+        latents, _ = self._infer(images, deterministic=True)
+        maps = self._decode(latents.what)
+        chosen = self._chosen(latents, threshold, deterministic=True)
+        return [maps[b, on].float().cpu() for b, (on, _) in enumerate(chosen)]
+
+    @torch.no_grad()
+    def set_background(self, colour: Tensor) -> None:  # [3] in [0, 1]
+        """Fixes the colour of background "mode". No effect on the other backgrounds."""
+        if self.config.background == "mode":
+            self.background_colour.copy_(colour)
+
+    def _chosen(
+        self, latents: Latents, threshold: float, deterministic: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Which cells are returned, and their scores; [K] and [K] for each image."""
+        if not deterministic:
+            return [(drawn > 0.5, drawn) for drawn in latents.presence]
+        return [(score > threshold, score) for score in latents.presence_logit.sigmoid()]
+
+    def _infer(self, images: Tensor, deterministic: bool) -> tuple[Latents, Tensor]:
+        if not deterministic:
+            noise = self._draw(images, None)
+            latents = self._encode(images, noise, training_wheels=False, relaxed=False)
+            return latents, self._background(images, noise)
+        latents = self._encode(images, None, training_wheels=False, relaxed=False)
+        return latents, self._background(images, None)
+
+    def _sample(
+        self, images: Tensor, training_wheels: bool, generator: torch.Generator | None
+    ) -> tuple[Latents, Tensor]:
+        noise = self._draw(images, generator)
+        latents = self._encode(images, noise, training_wheels, relaxed=True)
+        return latents, self._background(images, noise)
+
+    def _draw(self, images: Tensor, generator: torch.Generator | None) -> Noise:
+        rows, columns = self.grid(images.shape[-2], images.shape[-1])
+        return Noise.draw(images.shape[0], rows * columns, self.config.what, generator, images)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of cells of an image: ceil(size / cell)."""
+        return -(-height // self.config.cell), -(-width // self.config.cell)
+
+    def _encode(
+        self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool
+    ) -> Latents:
+        """All cells, wave by wave: section 3. No noise means the means, and pres above 1/2."""
+        c = self.config
+        features = self.backbone(images)  # [B, F, rows, columns]
+        rows, columns = features.shape[-2:]
+        front = wavefront(rows, columns, images.device)
+        features = features.flatten(2).permute(2, 0, 1)[front.order]  # [K, B, F]
+        corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
+        corners = corners[:, None].to(images.dtype)  # [K, 1, 2] row and column of each cell
+        if noise is not None:
+            normal = noise.normal.transpose(0, 1)[front.order]  # [K, B, 4 + A + 1]
+            uniform = noise.uniform.T[front.order]  # [K, B]
+
+        networks = (self.where_network, self.depth_network, self.presence_network)
+        weights = shared_weights(networks, 0, c.features)
+        bias = torch.cat([network.first.bias for network in networks])
+        products = F.linear(features, weights, bias)  # [K, B, 3 hidden]
+        if c.lateral:
+            context_weights = shared_weights(networks, c.features, networks[0].shared)
+            edge = self._edge(images.shape[0])
+        vectors: list[Tensor] = []  # of the waves so far, [n, B, V]
+        waves: list[Latents] = []  # cells first
+        for wave in front.waves:
+            cells = slice(wave.start, wave.stop)
+            product = products[cells]
+            if c.lateral:
+                pool = torch.cat([edge, *vectors[-LOOKBACK:]])
+                context = pool[wave.neighbours].transpose(1, 2).flatten(2)  # [n, B, 4 V]
+                product = product + F.linear(context, context_weights)
+            drawn = None if noise is None else (normal[cells], uniform[cells])
+            latents, vector = self._encode_wave(
+                images, product, corners[cells], drawn, training_wheels, relaxed
+            )
+            vectors.append(vector)
+            waves.append(latents)
+        return _join(waves, front.places)
+
+    def _encode_wave(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        products: Tensor,  # [n, B, 3 hidden] the first layers applied to features and context
+        corners: Tensor,  # [n, 1, 2] row and column of each cell
+        noise: tuple[Tensor, Tensor] | None,  # [n, B, 4 + A + 1] normal, [n, B] uniform
+        training_wheels: bool,
+        relaxed: bool,
+    ) -> tuple[Latents, Tensor]:  # cells first: [n, B, ...]; object vectors [n, B, V]
+        """where, what, depth and pres of the cells of one wave (section 3.3)."""
+        c = self.config
+        where_product, depth_product, presence_product = products.chunk(3, dim=-1)
+
+        outputs = self.where_network(where_product, None)
+        moments, passed = outputs.split([2 * _BOX, c.passthrough], dim=-1)
+        where_mean, where_std = self._moments(moments, training_wheels)
+        where = where_mean if noise is None else where_mean + where_std * noise[0][..., :_BOX]
+        unit = squash(where)
+        offset = unit[..., :2] * (c.centre_max - c.centre_min) + c.centre_min  # b~_y, b~_x
+        centre = (corners + offset) * c.cell  # equations 2 and 3
+        size = unit[..., 2:] * c.anchor  # equations 4 and 5
+        boxes = xyxy_from_centre(centre, size)
+
+        glimpses = extract_glimpses(images, boxes.transpose(0, 1), c.object_size)
+        moments = self.encoder(glimpses.flatten(2)).transpose(0, 1)
+        what_mean, what_std = self._moments(moments, training_wheels=False)
+        what = what_mean if noise is None else what_mean + what_std * noise[0][..., _BOX:-1]
+
+        placed = torch.cat([offset, unit[..., 2:], what], dim=-1)
+        outputs = self.depth_network(depth_product, torch.cat([passed, placed], dim=-1))
+        moments, passed = outputs.split([2, c.passthrough], dim=-1)
+        depth_mean, depth_std = self._moments(moments, training_wheels)
+        depth = depth_mean if noise is None else depth_mean + depth_std * noise[0][..., -1:]
+        placed = torch.cat([placed, _DEPTH_SCALE * squash(-depth)], dim=-1)
+
+        logit = self.presence_network(presence_product, torch.cat([passed, placed], dim=-1))
+        logit = logit.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        if training_wheels:
+            logit = logit.detach()
+        if noise is None:
+            presence = (logit > 0).to(logit.dtype)
+        else:
+            presence = concrete_sample(logit, noise[1][..., None], c.temperature)
+            if not relaxed:
+                presence = presence.round()
+        latents = Latents(
+            where_mean=where_mean,
+            where_std=where_std,
+            what_mean=what_mean,
+            what_std=what_std,
+            what=what,
+            depth_mean=depth_mean.squeeze(-1),
+            depth_std=depth_std.squeeze(-1),
+            depth=depth.squeeze(-1),
+            presence_logit=logit.squeeze(-1),
+            presence=presence.squeeze(-1),
+            boxes=boxes,
+        )
+        return latents, torch.cat([placed, presence], dim=-1)
+
+    def _edge(self, batch: int) -> Tensor:  # [1, B, V]
+        """The learned object beyond the rim; its box and presence lie in (0, 1)."""
+        box, rest, presence = self.edge.split([_BOX, self.vector - _BOX - 1, 1])
+        return torch.cat([box.sigmoid(), rest, presence.sigmoid()]).expand(1, batch, -1)
+
+    def _moments(self, outputs: Tensor, training_wheels: bool) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations, the two halves: std = 2 sigmoid(raw + bias)."""
+        if training_wheels:
+            outputs = outputs.detach()
+        mean, raw = outputs.chunk(2, dim=-1)
+        return mean, 2 * squash(raw + self.config.std_bias)
+
+    def _decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
+        """Colour and alpha of object maps, in [0, 1] (section 4.1)."""
+        c = self.config
+        logits = self.decoder(what).unflatten(-1, (c.object_size, c.object_size, 4))
+        scale = logits.new_tensor([c.colour_scale] * 3 + [c.alpha_scale])
+        bias = logits.new_tensor([0.0, 0.0, 0.0, c.alpha_bias])
+        return squash(logits * scale + bias)
+
+    def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
+        """One colour for each image (section 4.4). The MLP's KL is in no loss, as in the code."""
+        batch = images.shape[0]
+        kind = self.config.background
+        if kind == "solid":
+            colour = (_BACKGROUND_SCALE * self.background_logit).sigmoid().expand(batch, -1)
+        elif kind == "mode":
+            colour = self.background_colour.expand(batch, -1)
+        elif kind == "mlp":
+            pooled = F.adaptive_avg_pool2d(images, _BACKGROUND_POOL).flatten(1)
+            mean, log_std = self.background_network(pooled).chunk(2, dim=-1)
+            colour = squash(mean if noise is None else mean + log_std.exp() * noise.background)
+        else:
+            colour = images.new_zeros(batch, 3)
+        return colour[:, :, None, None]
+
+    def _render(
+        self, latents: Latents, background: Tensor, images: Tensor
+    ) -> Tensor:  # [B, 3, H, W]
+        return render(
+            self._decode(latents.what),
+            latents.boxes,
+            latents.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+            latents.presence,
+            background,
+            size=(images.shape[-2], images.shape[-1]),
+            importance_floor=self.config.importance_floor,
+        )
+
+    def _losses(
+        self, images: Tensor, latents: Latents, image: Tensor, success: float | Tensor | None
+    ) -> Losses:
+        """Section 5: every term summed over all but the images."""
+        c = self.config
+        centre, size = latents.where_mean.split(2, dim=-1)
+        centre_std, size_std = latents.where_std.split(2, dim=-1)
+        where = normal_kl(centre, centre_std, 0.0, c.position_prior_std).sum(-1)
+        where = where + normal_kl(size, size_std, c.size_prior_mean, c.size_prior_std).sum(-1)
+        what = normal_kl(latents.what_mean, latents.what_std, 0.0, 1.0).sum(-1)
+        depth = normal_kl(latents.depth_mean, latents.depth_std, 0.0, 1.0)
+        if success is None:
+            success = 1 / (1 + c.odds_end)
+        pres = presence_kl(latents.presence_logit, latents.presence.detach(), success)
+        # the gradient through the weight is what switches useless cells off
+        weight = latents.presence
+        return Losses(
+            reconstruction=bernoulli_cross_entropy(image, images, c.likelihood_floor),
+            kl_where=(weight * where).sum(1),
+            kl_what=(weight * what).sum(1),
+            kl_depth=(weight * depth).sum(1),
+            kl_pres=pres.sum(1),
+            beta=c.beta,
+        )
