@@ -1,0 +1,288 @@
+"""Checkpoints: a folder of safetensors files and a manifest with their sha256. Never a pickle.
+
+A checkpoint is the folder `step-N/`: `model.safetensors`, `optimiser.safetensors` (absent where
+training is over) and `manifest.json`. What is read may come from anyone: sizes are bounded, hashes
+checked, and nothing in it can run. Whether the tensors fit the model is for the model to say.
+"""
+
+import json
+import os
+import platform
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+import spairkit
+from spairkit import durable
+from spairkit.config import Config, from_dict, to_dict
+from spairkit.errors import InputError
+
+FORMAT = 1
+"""Goes up by one whenever an older spairkit could not read what a newer one writes."""
+
+MAX_BYTES = 1 << 30
+"""Of one safetensors file."""
+
+Scalar = str | int | float | bool | None
+
+_MAX_MANIFEST_BYTES = 1 << 20
+_MODEL, _OPTIMISER, _MANIFEST = "model.safetensors", "optimiser.safetensors", "manifest.json"
+_PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".joblib", ".npz", ".npy"}
+_DTYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a checkpoint folder holds; tensors on the CPU, every float in them finite."""
+
+    step: int
+    config: Config
+    model: dict[str, Tensor]
+    optimiser: dict[str, Tensor] | None
+    """None where there is none, or none was asked for."""
+    metrics: dict[str, float | None]
+    """Of the validation at this step; None for what was not finite."""
+    environment: dict[str, Scalar]
+    """Versions and CPU threads of the process that wrote it: bits depend on them."""
+    path: Path
+    """The folder itself, links resolved."""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    size: Annotated[int, Field(ge=0, le=MAX_BYTES)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    format: Literal[1]
+    step: Annotated[int, Field(ge=0, le=10**9)]
+    config: dict[str, Any]
+    metrics: dict[str, float | None]
+    environment: dict[str, Scalar]
+    files: dict[Literal["model.safetensors", "optimiser.safetensors"], _File]
+
+
+def environment() -> dict[str, Scalar]:
+    """The versions and CPU threads that decide the last bits of a run here and now."""
+    return {
+        "spairkit": spairkit.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    config: Config,
+    model: Mapping[str, Tensor],
+    optimiser: Mapping[str, Tensor] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    environment: Mapping[str, Scalar],
+) -> Path:
+    """Writes `folder/step-N/` durably and gives its path; one of that name is replaced.
+
+    Raises:
+        InputError: a tensor is not finite (nothing is written then), or the system refuses.
+    """
+    files = {_MODEL: _pack(model, f"the model at step {step}")}
+    if optimiser is not None:
+        files[_OPTIMISER] = _pack(optimiser, f"the optimiser at step {step}")
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "config": to_dict(config),
+        "metrics": {k: v if isfinite(v) else None for k, v in (metrics or {}).items()},
+        "environment": dict(environment),
+        "files": {
+            name: {"size": len(data), "sha256": sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }
+    files[_MANIFEST] = json.dumps(manifest, indent=2, allow_nan=False).encode()
+    path = folder / f"step-{step}"
+    durable.write_folder(path, files)
+    return path
+
+
+def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
+    """The checkpoint that `path` means: its folder, a file in it, a link to it, or a run's folder.
+
+    Of a run it is `best`, and `last` where there is no best. A checkpoint that another process
+    replaces meanwhile is looked up again.
+
+    Raises:
+        InputError: nothing there, not a checkpoint, damaged, of another format, or not finite.
+    """
+    folder = _find(path)
+    while True:
+        try:
+            return _load(folder, with_optimiser)
+        except InputError:
+            now = _find(path)
+            if now == folder:
+                raise
+            folder = now
+
+
+def _find(path: Path) -> Path:
+    """The folder of the checkpoint that `path` means, links resolved."""
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
+        if (path / _MANIFEST).exists():
+            return _resolved(path)
+        for name in ("best", "last"):
+            if os.path.lexists(path / name):
+                return _resolved(path / name)
+        raise InputError(
+            f"{path}: neither a checkpoint nor a run: no {_MANIFEST}, best or last in it; "
+            "`spairkit train` makes one"
+        )
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: neither a file nor a folder; name a checkpoint or a run")
+    if path.suffix.lower() in _PICKLES:
+        raise InputError(
+            f"{path}: {path.suffix} files can hold code and are never opened; "
+            "spairkit reads checkpoints in safetensors only"
+        )
+    if path.name not in (_MODEL, _OPTIMISER, _MANIFEST):
+        raise InputError(f"{path}: not a checkpoint; name a run, or a folder with {_MODEL} in it")
+    return _resolved(path.parent)
+
+
+def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
+    source = folder / _MANIFEST
+    manifest = _parse(_read(source, _MAX_MANIFEST_BYTES), source)
+    config = from_dict(manifest.config, str(source))
+    model = _unpack(folder / _MODEL, manifest)
+    optimiser = None
+    if with_optimiser:
+        if _OPTIMISER not in manifest.files:
+            raise InputError(f"{folder}: holds no state of the optimiser, so it cannot be resumed")
+        optimiser = _unpack(folder / _OPTIMISER, manifest)
+    return Checkpoint(
+        step=manifest.step,
+        config=config,
+        model=model,
+        optimiser=optimiser,
+        metrics=manifest.metrics,
+        environment=manifest.environment,
+        path=folder,
+    )
+
+
+def _parse(data: bytes, source: Path) -> _Manifest:
+    try:
+        return _Manifest.model_validate_json(data)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False)
+    for item in mistakes:
+        if item["loc"] == ("format",) and isinstance(item["input"], int):
+            raise InputError(
+                f"{source}: format {item['input']}, and this spairkit reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+    first = mistakes[0]
+    key = ".".join(str(part) for part in first["loc"])
+    raise InputError(
+        f"{source}: not a manifest of spairkit: {f'{key}: ' if key else ''}{first['msg']}"
+    )
+
+
+def _unpack(path: Path, manifest: _Manifest) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that is as the manifest says."""
+    name: Any = path.name
+    if name not in manifest.files:
+        raise InputError(f"{path.parent / _MANIFEST}: lists no {name}")
+    expected = manifest.files[name]
+    data = _read(path, MAX_BYTES)
+    if len(data) != expected.size:
+        raise InputError(
+            f"{path}: damaged: {len(data)} bytes, the manifest says {expected.size}; "
+            "use another checkpoint"
+        )
+    if sha256(data).hexdigest() != expected.sha256:
+        raise InputError(
+            f"{path}: damaged: its sha256 is not that in the manifest; use another checkpoint"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except (
+        SafetensorError,
+        KeyError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+        TypeError,
+    ) as error:
+        # the reader's own checks, and those of its conversion to torch
+        raise InputError(f"{path}: not safetensors: {error}") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise InputError(f"{path}: {key!r} is {tensor.dtype}, which no checkpoint holds")
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {key!r} holds NaN or infinity; use another checkpoint")
+    return tensors
+
+
+def _pack(tensors: Mapping[str, Tensor], what: str) -> bytes:
+    # clones: safetensors refuses tensors that share memory
+    plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+    for name, tensor in plain.items():
+        if not tensor.isfinite().all():
+            raise InputError(
+                f"{what} is not finite ({name}), so it is not saved; training diverged: "
+                "try a lower train.learning_rate"
+            )
+    return safetensors.torch.save(plain)
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; `spairkit train` makes one") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file; others are refused unopened, for a FIFO would block."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        if status.st_size > limit:
+            raise InputError(f"{path}: {status.st_size} bytes; at most {limit} are read")
+        with path.open("rb") as file:
+            return file.read(status.st_size)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _resolved(path: Path) -> Path:
+    return Path(os.path.realpath(path))

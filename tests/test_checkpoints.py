@@ -1,0 +1,328 @@
+"""Checkpoints: the round trip is bitwise, and whatever is not whole is refused in one line."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from spairkit.checkpoints import environment, load_checkpoint, save_checkpoint
+from spairkit.config import Config, DataConfig
+from spairkit.durable import remove_folder, replace_link
+from spairkit.errors import InputError
+
+CONFIG = Config(preset="quick", data=DataConfig(max_objects=4))
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "encoder.weight": torch.randn(5, 3, generator=generator),
+        "encoder.bias": torch.randn(5, generator=generator).half(),
+        "nothing": torch.zeros(0, 4),
+        "steps": torch.tensor(7),
+    }
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    optimiser = {"moments": torch.arange(4.0, dtype=torch.float64), "random": torch.tensor([1, 2])}
+    values: dict[str, Any] = {
+        "step": 20,
+        "config": CONFIG,
+        "model": weights(),
+        "optimiser": optimiser,
+        "metrics": {"ap": 0.5, "elbo": float("-inf")},
+        "environment": environment(),
+    }
+    return save_checkpoint(folder, **(values | changes))
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put_model(folder: Path, data: bytes) -> None:
+    """Another model file, with a manifest that agrees."""
+    (folder / "model.safetensors").write_bytes(data)
+    record = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    rewrite_manifest(folder, lambda m: m["files"].update({"model.safetensors": record}))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_checkpoint(path, with_optimiser=path.is_dir())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    assert path == tmp_path / "step-20"
+    loaded = load_checkpoint(path, with_optimiser=True)
+    assert loaded.step == 20
+    assert loaded.config == CONFIG
+    assert loaded.metrics == {"ap": 0.5, "elbo": None}
+    assert loaded.environment == environment()
+    assert loaded.path == path
+    assert loaded.model.keys() == weights().keys()
+    for name, tensor in weights().items():
+        assert loaded.model[name].dtype == tensor.dtype
+        assert torch.equal(loaded.model[name], tensor)
+    assert loaded.optimiser is not None
+    assert torch.equal(
+        loaded.optimiser["moments"], torch.tensor([0.0, 1, 2, 3], dtype=torch.float64)
+    )
+
+
+def test_tensors_that_share_memory_or_are_strided_are_saved(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3).requires_grad_()
+    loaded = load_checkpoint(
+        save(tmp_path, model={"one": shared, "two": shared, "turned": shared.T})
+    )
+    assert torch.equal(loaded.model["two"], shared)
+    assert torch.equal(loaded.model["turned"], shared.T)
+    assert not loaded.model["one"].requires_grad
+
+
+def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    first, second = save(tmp_path), save(tmp_path / "other")
+    for name in ("model.safetensors", "optimiser.safetensors", "manifest.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_checkpoint_has_many_names(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (tmp_path / "last").symlink_to(path)
+    for name in (path, path / "model.safetensors", path / "manifest.json", tmp_path / "last"):
+        assert load_checkpoint(name).path == path
+    assert load_checkpoint(tmp_path).path == path, "a run without a best means its last"
+    best = save(tmp_path, step=10)
+    (tmp_path / "best").symlink_to(best)
+    assert load_checkpoint(tmp_path).step == 10
+
+
+def test_the_optimiser_is_not_read_unless_asked_for(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    (path / "optimiser.safetensors").unlink()
+    assert load_checkpoint(path).optimiser is None
+    assert "optimiser.safetensors: cannot be read: No such file" in refusal(path)
+    path = save(tmp_path, optimiser=None)
+    assert "holds no state of the optimiser, so it cannot be resumed" in refusal(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["model", "optimiser"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, part: str, value: float) -> None:
+    save(tmp_path)
+    with pytest.raises(InputError, match=rf"{part} at step 20 is not finite \(bad\).*diverged"):
+        save(tmp_path, **{part: {"good": torch.zeros(2), "bad": torch.tensor([0.0, value])}})
+    assert load_checkpoint(tmp_path / "step-20").step == 20, "the one before is untouched"
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    put_model(path, safetensors.torch.save({"w": torch.tensor([1.0, float("nan")])}))
+    assert refusal(path).endswith("'w' holds NaN or infinity; use another checkpoint")
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    for name in ("model.safetensors", "manifest.json"):
+        whole = (path / name).read_bytes()
+        for size in range(0, len(whole), 64):
+            (path / name).write_bytes(whole[:size])
+            assert name in refusal(path)
+        (path / name).write_bytes(whole)
+    load_checkpoint(path)
+
+
+def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+    path, rng = save(tmp_path), random.Random(0)
+    for name in ("model.safetensors", "optimiser.safetensors"):
+        whole = (path / name).read_bytes()
+        for _ in range(200):
+            damaged = bytearray(whole)
+            damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            (path / name).write_bytes(damaged)
+            assert "its sha256 is not that in the manifest" in refusal(path)
+        (path / name).write_bytes(whole)
+    load_checkpoint(path)
+
+
+def test_a_mutated_model_with_a_manifest_that_agrees_loads_or_is_refused(tmp_path: Path) -> None:
+    path, rng = save(tmp_path), random.Random(1)
+    whole = (path / "model.safetensors").read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole)
+        # most of them in the header, which is what a reader can stumble over
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(len(whole) - 70)] = rng.randrange(256)
+        put_model(path, bytes(damaged))
+        with suppress(InputError):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format=2), "format 2, and this spairkit reads 1; use the version"),
+        (lambda m: m.update(format="1"), "not a manifest of spairkit: format"),
+        (lambda m: m.pop("step"), "not a manifest of spairkit: step: Field required"),
+        (lambda m: m.update(step=-1), "step: Input should be greater than or equal to 0"),
+        (lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
+        (lambda m: m["config"]["model"].update(kind="air"), "model.kind: input should be 'spair'"),
+        (lambda m: m["config"]["train"].update(steps=0), "train.steps"),
+        (lambda m: m["config"].update(colour=1), "colour: unknown key"),
+        (lambda m: m["files"].pop("model.safetensors"), "lists no model.safetensors"),
+        (lambda m: m["files"].update({"../x": m["files"]["model.safetensors"]}), "files.../x"),
+        (lambda m: m["files"]["model.safetensors"].update(sha256="0" * 64), "its sha256 is not"),
+        (lambda m: m["files"]["model.safetensors"].update(size=10**12), "less than or equal"),
+        (lambda m: m["files"]["model.safetensors"].update(size=3), "damaged: "),
+    ],
+)
+def test_a_manifest_that_lies_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = save(tmp_path)
+    rewrite_manifest(path, change)
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"step": ' + "9" * 5000 + "}",
+        "\xff",
+        '{"format": NaN}',
+    ],
+    ids=["empty", "null", "list", "cut", "deep", "huge number", "not UTF-8", "NaN"],
+)
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path)
+    (path / "manifest.json").write_bytes(text.encode("latin-1"))
+    assert "manifest.json: not a manifest of spairkit" in refusal(path)
+
+
+def test_a_manifest_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    with (path / "manifest.json").open("wb") as file:
+        file.truncate(10 << 30)
+    assert "10737418240 bytes; at most 1048576 are read" in refusal(path)
+    path = save(tmp_path)
+    with (path / "model.safetensors").open("wb") as file:
+        file.truncate(2 << 30)
+    assert "2147483648 bytes; at most 1073741824 are read" in refusal(path)
+
+
+def test_dtypes_that_no_model_has_are_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    put_model(path, safetensors.torch.save({"w": torch.zeros(2).to(torch.float8_e4m3fn)}))
+    assert "'w' is torch.float8_e4m3fn, which no checkpoint holds" in refusal(path)
+
+
+class Payload:
+    """Unpickling one of these writes the file `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (os.mkdir, (str(self.marker),))
+
+
+@pytest.mark.parametrize(
+    "suffix", [".pt", ".pth", ".ckpt", ".pkl", ".PT", ".bin", ".npz", ".joblib"]
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickles_are_never_opened(tmp_path: Path, suffix: str, zipped: bool) -> None:
+    marker = tmp_path / "marker"
+    path = tmp_path / f"model{suffix}"
+    if zipped:
+        torch.save({"w": Payload(marker)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Payload(marker)))
+    message = refusal(path)
+    assert "never opened" in message
+    assert "safetensors" in message
+    assert not marker.exists()
+
+
+def test_a_pickle_under_the_name_of_a_model_is_not_run(tmp_path: Path) -> None:
+    path, marker = save(tmp_path), tmp_path / "marker"
+    for data in (pickle.dumps(Payload(marker)), pickle.dumps(Payload(marker), protocol=0)):
+        put_model(path, data)
+        assert "model.safetensors: not safetensors" in refusal(path)
+    assert not marker.exists()
+
+
+def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    assert "neither a file nor a folder" in refusal(tmp_path / "fifo")
+    assert "neither a file nor a folder" in refusal(Path("/dev/zero"))
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop: cannot be read: Too many levels of symbolic links" in refusal(tmp_path / "loop")
+    for name in ("model.safetensors", "manifest.json"):
+        path = save(tmp_path)
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        assert f"{name}: not a regular file" in refusal(path)
+        shutil.rmtree(path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best").symlink_to("best")
+    assert "Too many levels of symbolic links" in refusal(run)
+
+
+def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    assert "no such checkpoint; `spairkit train` makes one" in refusal(tmp_path / "absent")
+    assert "neither a checkpoint nor a run" in refusal(tmp_path)
+    (tmp_path / "notes.txt").write_text("notes")
+    assert "not a checkpoint; name a run" in refusal(tmp_path / "notes.txt")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "manifest.json: cannot be read: No such file" in refusal(tmp_path / "model.safetensors")
+
+
+def test_a_reader_sees_one_whole_checkpoint_while_they_are_replaced(tmp_path: Path) -> None:
+    def save_step(step: int) -> Path:
+        tensors = {name: torch.full((5000,), float(step)) for name in "abc"}
+        return save(tmp_path, step=step, model=tensors, optimiser=tensors)
+
+    link = tmp_path / "best"
+    replace_link(link, save_step(0).name)
+
+    def replace_many() -> None:
+        for step in range(1, 60):
+            replace_link(link, save_step(step).name)
+            remove_folder(tmp_path / f"step-{step - 1}")
+
+    writer = Thread(target=replace_many)
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        loaded = load_checkpoint(link, with_optimiser=True)
+        assert loaded.optimiser is not None
+        for tensor in [*loaded.model.values(), *loaded.optimiser.values()]:
+            assert torch.equal(tensor, torch.full((5000,), float(loaded.step)))
+        seen.add(loaded.step)
+    writer.join()
+    assert len(seen) > 1

@@ -1,0 +1,235 @@
+"""Durable writing: the order of system calls, and what is left where the system refuses."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spairkit import durable
+from spairkit.errors import InputError
+
+
+class SystemCalls:
+    """Records the calls that matter, with the name that each descriptor was opened under."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[str, str]] = []
+        names: dict[int, str] = {}
+        real_open = os.open
+
+        def opened(path: Any, *args: Any, **kwargs: Any) -> int:
+            descriptor = real_open(path, *args, **kwargs)
+            names[descriptor] = str(path)
+            return descriptor
+
+        def recorded(name: str, subject: Callable[..., str]) -> None:
+            real = getattr(os, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.made.append((name, subject(*args)))
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(os, name, call)
+
+        monkeypatch.setattr(os, "open", opened)
+        for name in ("write", "fsync"):
+            recorded(name, lambda descriptor, *_: names[descriptor])
+        for name in ("replace", "rename"):
+            recorded(name, lambda _, target: str(target))
+
+
+def write_file(folder: Path) -> None:
+    durable.write_bytes(folder / "thing", b"new")
+
+
+def write_folder(folder: Path) -> None:
+    durable.write_folder(folder / "thing", {"a": b"new"})
+
+
+def replace_link(folder: Path) -> None:
+    durable.replace_link(folder / "thing", "elsewhere")
+
+
+def test_a_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = SystemCalls(monkeypatch)
+    write_file(tmp_path)
+    assert [name for name, _ in calls.made] == ["write", "fsync", "replace", "fsync"]
+    (_, written), (_, flushed), (_, named), (_, folder) = calls.made
+    assert written == flushed != named == str(tmp_path / "thing")
+    assert folder == str(tmp_path)
+    assert Path(written).parent == tmp_path
+
+
+def test_a_folder_is_flushed_with_all_its_files_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = SystemCalls(monkeypatch)
+    durable.write_folder(tmp_path / "thing", {"a": b"1", "b": b"2"})
+    names = [name for name, _ in calls.made]
+    assert names == ["write", "fsync", "write", "fsync", "fsync", "rename", "fsync"]
+    subjects = [Path(subject) for _, subject in calls.made]
+    assert subjects[0] == subjects[1] == subjects[4] / "a"
+    assert subjects[2] == subjects[3] == subjects[4] / "b"
+    assert subjects[5:] == [tmp_path / "thing", tmp_path]
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, bytes(data[:3])))
+    durable.write_bytes(tmp_path / "thing", b"0123456789")
+    assert (tmp_path / "thing").read_bytes() == b"0123456789"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        durable.write_bytes(tmp_path / "file", b"")
+        durable.append_line(tmp_path / "lines", "")
+        durable.write_folder(tmp_path / "folder", {"inside": b""})
+    finally:
+        os.umask(before)
+    for name in ("file", "lines", "folder/inside"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.parametrize(
+    ("write", "call"),
+    [
+        (write_file, "write"),
+        (write_file, "fsync"),
+        (write_file, "replace"),
+        (write_folder, "mkdir"),
+        (write_folder, "write"),
+        (write_folder, "fsync"),
+        (write_folder, "rename"),
+        (replace_link, "symlink"),
+        (replace_link, "replace"),
+    ],
+)
+def test_a_refusal_is_one_line_and_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], call: str
+) -> None:
+    thing = tmp_path / "thing"
+    if write is write_folder:
+        thing.mkdir()
+        (thing / "old").write_bytes(b"old")
+    elif write is write_file:
+        thing.write_bytes(b"old")
+    else:
+        thing.symlink_to("old")
+    real, made = getattr(os, call), 0
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        # the folder that stands in the way goes aside first, and comes back last
+        if call == "rename" and made != 2:
+            return real(*args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, refuse)
+        with pytest.raises(InputError) as caught:
+            write(tmp_path)
+    assert str(caught.value) == (
+        f"cannot write {thing}: No space left on device; free some space or write elsewhere"
+    )
+    assert list(tmp_path.iterdir()) == [thing]
+    if write is write_folder:
+        assert [path.name for path in thing.iterdir()] == ["old"]
+    elif write is write_file:
+        assert thing.read_bytes() == b"old"
+    else:
+        assert os.readlink(thing) == "old"
+
+
+def test_a_refused_line_leaves_the_file_as_long_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lines"
+    durable.append_line(path, "first")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refuse)
+        with pytest.raises(InputError, match="No space left"):
+            durable.append_line(path, "second")
+    assert path.read_text() == "first\n"
+    durable.append_line(path, "third")
+    assert path.read_text() == "first\nthird\n"
+
+
+def test_a_missing_folder_and_one_that_is_a_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"absent/thing: No such file .*; make its folder first"):
+        durable.write_bytes(tmp_path / "absent" / "thing", b"")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"file/thing: Not a directory"):
+        durable.write_bytes(tmp_path / "file" / "thing", b"")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("fifo", "folder", "null"):
+        with pytest.raises(InputError, match="it is not a file; choose another name"):
+            durable.write_bytes(tmp_path / name, b"data")
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("far/file")
+    durable.write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "file").read_bytes() == b"new"
+
+
+def test_links_are_relative_and_replaced(tmp_path: Path) -> None:
+    for target in ("one", "two"):
+        (tmp_path / target).mkdir()
+        durable.replace_link(tmp_path / "last", target)
+        assert os.readlink(tmp_path / "last") == target
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "one", "two"]
+
+
+def test_sweep_takes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    durable.write_text(tmp_path / "kept", "kept")
+    left: list[Path] = []
+    real_replace = os.replace
+
+    def die(source: Path, target: Path) -> None:
+        left.append(Path(source))
+        real_replace(source, source)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        durable.write_text(tmp_path / "lost", "lost")
+        patched.setattr(os, "rename", die)
+        durable.write_folder(tmp_path / "lost too", {"inside": b""})
+    assert len(left) == 2
+    assert all(path.exists() for path in left)
+    durable.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(InputError, match="Permission denied; choose a folder that you may"):
+            durable.write_bytes(tmp_path / "thing", b"")
+    finally:
+        tmp_path.chmod(0o700)
