@@ -1,0 +1,301 @@
+"""How well boxes and counts agree with the truth, by three protocols that are never mixed.
+
+| name       | IoU            | a hit is       | recall points | pooled over       | scores  |
+|------------|----------------|----------------|---------------|-------------------|---------|
+| `ap`       | .1 to .9 by .1 | IoU >= t       | 101           | the whole set     | rank    |
+| `ap_coco`  | .5 to .95      | IoU >= t       | 101           | the whole set     | rank    |
+| `ap_spair` | .1 to .9 by .1 | IoU > t        | 11            | batches of 32     | ignored |
+
+All of them match greedily inside an image, in the order of the scores: a detection takes the free
+true box that it overlaps most. Areas are plain products of the sides, in float64.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from spairkit.detections import Detections, Truth
+
+Array = npt.NDArray[Any]
+
+IOU_THRESHOLDS = np.arange(1, 10) / 10
+"""Of `ap` and `ap_spair`: .1, .2 ... .9."""
+
+COCO_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+"""Of `ap_coco`, to the bit those of pycocotools."""
+
+RECALL_POINTS = np.linspace(0.0, 1.0, 101)
+"""Of `ap` and `ap_coco`, to the bit those of pycocotools."""
+
+PROTOCOLS = {
+    "ap": (
+        "mean over IoU thresholds .1, .2 ... .9 of average precision: COCO matching (IoU >= t), "
+        "101 recall points, pooled over the whole set, half-open true boxes, ranked by score"
+    ),
+    "ap_spair": (
+        "as the SPAIR authors' code counts, for comparison with the paper's figures only: IoU > t "
+        "for t = .1, .2 ... .9, 11 recall points, detections above the count threshold, not "
+        "ranked, dropped once their image has no true box left, true boxes one pixel less high "
+        "and wide, mean over batches of 32"
+    ),
+    "ap_coco": "COCO AP@[.5:.95]: 101 recall points, all areas, any number of detections",
+    "ap50": "COCO AP at IoU .5",
+    "ap75": "COCO AP at IoU .75",
+    "count_accuracy": "share of images whose number of objects is exactly right",
+    "count_error": "mean absolute difference of the numbers of objects",
+    "count_bias": "mean of found minus true number of objects; above 0 is too many",
+}
+"""What each figure means, in words that go beside it wherever it is reported."""
+
+_CHUNK_TRUTH = 1 << 16
+"""True boxes, padding counted, that are matched at a time; 5 MB for each array of theirs."""
+
+
+@dataclass(frozen=True)
+class CocoAP:
+    """The three figures that COCO prints first, each in [0, 1]."""
+
+    ap: float  # mean over IoU .5 to .95
+    ap50: float
+    ap75: float
+
+
+def average_precision(found: Sequence[Detections], truth: Sequence[Truth]) -> float:
+    """The headline figure: AP over IoU .1 to .9, by COCO's matching and 101 recall points.
+
+    Every detection counts, ranked by its score over the whole set; equal scores keep the order of
+    images, and inside an image their own. So give all candidates, with a low threshold.
+
+    Where there is no true box in the whole set, AP is 1 if nothing was found and 0 otherwise. An
+    image without true boxes is no special case in a set that has some: what is found there is
+    wrong.
+
+    Args:
+        found: one `Detections` per image, scores finite.
+        truth: one `Truth` per image, boxes half-open.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: the two differ in length, or boxes or scores are not finite.
+    """
+    return float(_coco_precision(found, truth, IOU_THRESHOLDS).mean())
+
+
+def ap_coco(found: Sequence[Detections], truth: Sequence[Truth]) -> CocoAP:
+    """COCO's AP@[.5:.95], AP50 and AP75, for one class; equal to pycocotools.
+
+    The area range holds everything and no detection is cut off, whatever their number. Arguments
+    and the set without truth (where pycocotools says -1) as in `average_precision`.
+
+    Raises:
+        ValueError: as `average_precision`.
+    """
+    precision = _coco_precision(found, truth, COCO_IOU_THRESHOLDS)
+    return CocoAP(float(precision.mean()), float(precision[0]), float(precision[5]))
+
+
+def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size: int = 32) -> float:
+    """AP as the SPAIR authors' code counts it, for figures to hold against the paper's.
+
+    What differs from `average_precision`:
+
+    - scores are ignored, so the ranking is that of the images, and inside an image raster order:
+      give only what was found (presence above one half);
+    - a hit needs IoU above, not at, the threshold;
+    - once every true box of an image is taken, the detections left there are dropped: neither
+      right nor wrong. In an image without true boxes all of them are wrong;
+    - 11 recall points, 0, .1 ... 1;
+    - the true boxes of the authors' data span from the first to the last pixel of a glyph, so one
+      pixel is taken from the right and lower edges of the half-open boxes given. A perfect
+      detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention;
+    - AP is computed for batches of images in order, and averaged with their sizes as weights.
+
+    A batch without detections, or without true boxes, has AP 0. (For no detection at all the
+    authors' code gives NaN, where it means 0.)
+
+    Args:
+        found: one `Detections` per image, raster order.
+        truth: one `Truth` per image, boxes half-open, in whole pixels.
+        batch_size: 32 as in the authors' code.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        ValueError: as `average_precision`, or `batch_size` is less than 1.
+    """
+    _check_lengths(found, truth)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    found_boxes = [_boxes(item, "found") for item in found]
+    # of two true boxes that overlap a detection equally the authors take the first, COCO the last
+    true_boxes = [(_boxes(item, "truth") - (0, 0, 1, 1))[::-1] for item in truth]
+    above = np.nextafter(IOU_THRESHOLDS, 1.0)
+    total = 0.0
+    for start in range(0, len(found), batch_size):
+        part = slice(start, start + batch_size)
+        found_here, true_here = found_boxes[part], true_boxes[part]
+        hits = _hits(found_here, true_here, above)
+        counted = np.concatenate(
+            [
+                _counted(hit, len(true))
+                for hit, true in zip(_split(hits, found_here), true_here, strict=True)
+            ]
+        )
+        num_true = sum(map(len, true_here))
+        # hits needed for recall 0, .1 ... 1, in whole numbers
+        needed = -(-np.arange(11) * num_true // 10)
+        if num_true:
+            total += len(found_here) * float(_interpolated(hits, counted, needed).mean())
+    return total / max(len(found), 1)
+
+
+def count_accuracy(found_counts: Sequence[int], true_counts: Sequence[int]) -> float:
+    """Share of images counted exactly right, in [0, 1]; 1 where there is no image."""
+    differences = _differences(found_counts, true_counts)
+    return float((differences == 0).mean()) if differences.size else 1.0
+
+
+def count_error(found_counts: Sequence[int], true_counts: Sequence[int]) -> float:
+    """Mean absolute difference of found and true counts, objects; 0 where there is no image."""
+    differences = _differences(found_counts, true_counts)
+    return float(np.abs(differences).mean()) if differences.size else 0.0
+
+
+def count_bias(found_counts: Sequence[int], true_counts: Sequence[int]) -> float:
+    """Mean of found minus true counts, objects; 0 where there is no image."""
+    differences = _differences(found_counts, true_counts)
+    return float(differences.mean()) if differences.size else 0.0
+
+
+def _differences(found_counts: Sequence[int], true_counts: Sequence[int]) -> Array:
+    _check_lengths(found_counts, true_counts)
+    return np.asarray(found_counts, dtype=np.int64) - np.asarray(true_counts, dtype=np.int64)
+
+
+def _coco_precision(
+    found: Sequence[Detections],
+    truth: Sequence[Truth],
+    thresholds: Array,  # [T]
+) -> Array:  # [T]
+    _check_lengths(found, truth)
+    true_boxes = [_boxes(item, "truth") for item in truth]
+    num_true = sum(map(len, true_boxes))
+    found_boxes, scores = [], []
+    for item in found:
+        score = item.scores.detach().cpu().double().numpy()
+        if not np.isfinite(score).all():
+            raise ValueError("scores of found must be finite")
+        order = np.argsort(-score, kind="stable")
+        found_boxes.append(_boxes(item, "found")[order])
+        scores.append(score[order])
+    if num_true == 0:
+        return np.full(len(thresholds), 0.0 if any(map(len, found_boxes)) else 1.0)
+    hits = _hits(found_boxes, true_boxes, thresholds)
+    hits = hits[np.argsort(-np.concatenate(scores), kind="stable")]
+    # the least number of hits that reaches each recall point, in pycocotools' arithmetic
+    needed = np.searchsorted(np.arange(num_true + 1) / num_true, RECALL_POINTS)
+    return _interpolated(hits, np.ones_like(hits), needed)
+
+
+def _hits(
+    found: Sequence[Array],  # I of [d, 4], best first
+    truth: Sequence[Array],  # I of [g, 4]
+    thresholds: Array,  # [T]
+) -> Array:  # [D, T] bool, D the sum of d
+    """Whether each detection hits: the free true box of highest IoU >= t, at a tie the last.
+
+    All images and thresholds of a chunk go side by side, from each image's best detection down.
+    """
+    num_found = np.array([len(boxes) for boxes in found], dtype=np.int64)
+    starts = np.cumsum(num_found) - num_found
+    hits = np.zeros((int(num_found.sum()), len(thresholds)), dtype=bool)
+    for chunk in _chunks(num_found, np.array([len(boxes) for boxes in truth], dtype=np.int64)):
+        true = _padded([truth[i] for i in chunk])  # [I, G, 4], beyond the image's own: empty boxes
+        true_area = _area(true)
+        free = np.ones((len(chunk), len(thresholds), true.shape[1]), dtype=bool)
+        lengths = num_found[chunk]
+        for rank in range(int(lengths.max())):
+            alive = np.flatnonzero(lengths > rank)
+            here = np.stack([found[i][rank] for i in chunk[alive]])  # [I', 4]
+            low = np.maximum(here[:, None, :2], true[alive, :, :2])
+            high = np.minimum(here[:, None, 2:], true[alive, :, 2:])
+            overlap = np.maximum(high - low, 0.0).prod(-1)
+            union = _area(here)[:, None] + true_area[alive] - overlap
+            iou = np.divide(overlap, union, out=np.zeros_like(overlap), where=overlap > 0)
+            fits = free[alive] & (iou[:, None] >= thresholds[:, None])  # [I', T, G]
+            best = np.where(fits, iou[:, None], -1.0)[..., ::-1].argmax(-1)
+            best = true.shape[1] - 1 - best
+            image, level = np.nonzero(fits.any(-1))
+            free[alive[image], level, best[image, level]] = False
+            hits[starts[chunk[alive[image]]] + rank, level] = True
+    return hits
+
+
+def _chunks(num_found: Array, num_true: Array) -> Iterator[Array]:
+    """Indices of images alike in size, as many at a time as fit the memory allowed."""
+    useful = np.flatnonzero((num_found > 0) & (num_true > 0))
+    order = useful[np.lexsort((num_found[useful], num_true[useful]))]
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and (stop + 1 - start) * num_true[order[stop]] <= _CHUNK_TRUTH:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+def _padded(boxes: Sequence[Array]) -> Array:  # I of [g, 4] -> [I, G, 4]
+    padded = np.zeros((len(boxes), max(map(len, boxes)), 4))
+    for row, item in zip(padded, boxes, strict=True):
+        row[: len(item)] = item
+    return padded
+
+
+def _interpolated(
+    hits: Array,  # [D, T] bool, best first
+    counted: Array,  # [D, T] bool, False for what is neither right nor wrong
+    needed: Array,  # [R] hits that reach each recall point
+) -> Array:  # [T]
+    """Mean over recall points of the highest precision at that recall or above, 0 if none."""
+    num_hits = np.cumsum(hits, axis=0)
+    precision = num_hits / np.maximum(np.cumsum(counted, axis=0), 1)
+    best = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    best = np.concatenate([best, np.zeros((1, hits.shape[1]))])
+    first = [np.searchsorted(column, needed) for column in num_hits.T]
+    return np.array([best[at, level].mean() for level, at in enumerate(first)])
+
+
+def _counted(hits: Array, num_true: int) -> Array:  # [d, T] -> [d, T]
+    """False from the detection on that finds every true box of its image taken."""
+    taken_before = np.cumsum(hits, axis=0) - hits
+    return (taken_before < num_true) | (num_true == 0)
+
+
+def _split(rows: Array, like: Sequence[Array]) -> list[Array]:
+    """The rows of each image."""
+    return np.split(rows, np.cumsum([len(item) for item in like])[:-1])
+
+
+def _area(boxes: Array) -> Array:  # [..., 4] -> [...]
+    area: Array = np.maximum(boxes[..., 2:] - boxes[..., :2], 0.0).prod(-1)
+    return area
+
+
+def _boxes(item: Detections | Truth, name: str) -> Array:  # [n, 4] float64
+    boxes: Array = item.boxes.detach().cpu().double().numpy().reshape(-1, 4)
+    if not np.isfinite(boxes).all():
+        raise ValueError(f"boxes of {name} must be finite")
+    return boxes
+
+
+def _check_lengths(found: Sequence[Any], truth: Sequence[Any]) -> None:
+    if len(found) != len(truth):
+        raise ValueError(
+            f"found and truth must have one item per image, got {len(found)} and {len(truth)}"
+        )

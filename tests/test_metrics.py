@@ -1,0 +1,361 @@
+"""AP beside pycocotools and beside a literal loop of the authors' rule; its properties; counts."""
+
+import contextlib
+import io
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from spairkit import metrics
+from spairkit.detections import Detections, Truth
+from spairkit.metrics import (
+    ap_coco,
+    ap_spair,
+    average_precision,
+    count_accuracy,
+    count_bias,
+    count_error,
+)
+
+PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
+
+Scenes = tuple[list[Detections], list[Truth]]
+
+
+def detections(boxes: Tensor, scores: Tensor | None = None) -> Detections:
+    num = len(boxes)
+    return Detections(
+        boxes=boxes.reshape(-1, 4).float(),
+        scores=torch.ones(num) if scores is None else scores.float(),
+        what=torch.zeros(num, 0),
+        depth=torch.zeros(num),
+    )
+
+
+def truth(boxes: Tensor) -> Truth:
+    return Truth(boxes.reshape(-1, 4).float(), torch.full((len(boxes),), -1))
+
+
+def random_boxes(rng: np.random.Generator, num: int, *, whole: bool) -> Tensor:
+    corner = rng.uniform(0, 40, (num, 2))
+    side = rng.uniform(3, 14, (num, 2))
+    boxes = np.concatenate([corner, corner + side], axis=1)
+    return torch.tensor(np.round(boxes) if whole else boxes)
+
+
+def random_scenes(seed: int, num_images: int) -> Scenes:
+    """Crowded images with near misses, duplicates, ties of scores and of IoU, and empty images."""
+    rng = np.random.default_rng(seed)
+    whole = bool(seed % 2)
+    coarse = seed % 3 == 0
+    found, true = [], []
+    for _ in range(num_images):
+        here = random_boxes(rng, int(rng.integers(0, 9)), whole=whole)
+        near = here[rng.random(len(here)) < 0.8]
+        noise = rng.integers(-2, 3, near.shape) if whole else rng.normal(0, 1.5, near.shape)
+        near = near + torch.tensor(noise)
+        # pycocotools passes over detections of negative area
+        near = torch.cat([near[:, :2], torch.maximum(near[:, 2:], near[:, :2] + 1)], dim=1)
+        double = near[rng.random(len(near)) < 0.3]
+        wild = random_boxes(rng, int(rng.integers(0, 3)), whole=whole)
+        boxes = torch.cat([near, double, wild])[
+            rng.permutation(len(near) + len(double) + len(wild))
+        ]
+        scores = torch.tensor(rng.random(len(boxes)))
+        found.append(detections(boxes, (scores * 4).round() / 4 if coarse else scores))
+        true.append(truth(here))
+    return found, true
+
+
+def pycocotools_precision(scenes: Scenes, thresholds: list[float] | None = None) -> list[float]:
+    """AP at each IoU threshold, pycocotools' own where none are given; ids start at 1."""
+    found, true = scenes
+    results = [entry for i, item in enumerate(found) for entry in item.to_coco(i + 1)]
+    annotations = [
+        {
+            "id": 0,
+            "image_id": i + 1,
+            "category_id": 1,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
+            "iscrowd": 0,
+        }
+        for i, item in enumerate(true)
+        for x1, y1, x2, y2 in item.boxes.double().tolist()
+    ]
+    for number, annotation in enumerate(annotations, start=1):
+        annotation["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": i + 1} for i in range(len(true))],
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "object"}],
+        }
+        coco.createIndex()
+        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        if thresholds is not None:
+            evaluation.params.iouThrs = np.array(thresholds)
+        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRngLbl = ["all"]
+        evaluation.params.maxDets = [10**6]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision: list[float] = evaluation.eval["precision"][:, :, 0, 0, 0].mean(axis=1).tolist()
+    return precision
+
+
+def spair_batch(found: list[list[list[float]]], true: list[list[list[float]]]) -> float:
+    """AP of one batch, by the steps of the authors' rule; all confidences are equal."""
+    num_true = sum(len(boxes) for boxes in true)
+    values = []
+    for tenth in range(1, 10):
+        marks = []
+        for predictions, boxes in zip(found, true, strict=True):
+            left = [[x1, y1, x2 - 1, y2 - 1] for x1, y1, x2, y2 in boxes]
+            had_truth = bool(left)
+            for prediction in predictions:
+                if had_truth and not left:
+                    break
+                overlaps = [plain_iou(prediction, box) for box in left]
+                best = max(range(len(left)), key=overlaps.__getitem__, default=None)
+                if best is not None and overlaps[best] > tenth / 10:
+                    marks.append(True)
+                    del left[best]
+                else:
+                    marks.append(False)
+        points = []
+        hits = 0
+        for rank, mark in enumerate(marks, start=1):
+            hits += mark
+            points.append((hits, hits / rank))
+        for r in range(11):
+            at_least = [
+                precision
+                for hits, precision in points
+                if num_true and Fraction(hits, num_true) >= Fraction(r, 10)
+            ]
+            values.append(max(at_least, default=0.0))
+    return sum(values) / len(values)
+
+
+def plain_iou(a: list[float], b: list[float]) -> float:
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return height * width / (both - height * width)
+
+
+@pytest.mark.parametrize("block", range(6))
+def test_equals_pycocotools(block: int) -> None:
+    tenths = [i / 10 for i in range(1, 10)]
+    for seed in range(block * 50, block * 50 + 50):
+        scenes = random_scenes(seed, num_images=1 + seed % 7)
+        if not any(map(len, scenes[0])) or not any(map(len, scenes[1])):
+            continue  # pycocotools refuses empty results, and has no AP without truth
+        expected = pycocotools_precision(scenes, tenths)
+        assert average_precision(*scenes) == pytest.approx(np.mean(expected), abs=1e-9)
+        precision = pycocotools_precision(scenes)
+        actual = ap_coco(*scenes)
+        assert actual.ap == pytest.approx(np.mean(precision), abs=1e-9)
+        assert actual.ap50 == pytest.approx(precision[0], abs=1e-9)
+        assert actual.ap75 == pytest.approx(precision[5], abs=1e-9)
+
+
+def test_equals_pycocotools_on_a_large_set() -> None:
+    scenes = random_scenes(7, num_images=400)
+    expected = pycocotools_precision(scenes, [i / 10 for i in range(1, 10)])
+    assert average_precision(*scenes) == pytest.approx(np.mean(expected), abs=1e-9)
+    assert ap_coco(*scenes).ap == pytest.approx(np.mean(pycocotools_precision(scenes)), abs=1e-9)
+
+
+def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = random_scenes(11, num_images=40)
+    expected = average_precision(*scenes), ap_spair(*scenes), ap_coco(*scenes)
+    monkeypatch.setattr(metrics, "_CHUNK_TRUTH", 17)
+    assert (average_precision(*scenes), ap_spair(*scenes), ap_coco(*scenes)) == expected
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_spair_equals_a_literal_loop(block: int) -> None:
+    for seed in range(block * 75, block * 75 + 75):
+        found, true = random_scenes(seed, num_images=1 + seed % 9)
+        batch_size = 1 + seed % 4
+        expected = 0.0
+        for start in range(0, len(found), batch_size):
+            batch = [item.boxes.double().tolist() for item in found[start : start + batch_size]]
+            boxes = [item.boxes.double().tolist() for item in true[start : start + batch_size]]
+            expected += len(batch) * spair_batch(batch, boxes) / len(found)
+        assert ap_spair(found, true, batch_size=batch_size) == pytest.approx(expected, abs=1e-12)
+
+
+def test_spair_counts_in_batches_of_32() -> None:
+    found, true = random_scenes(5, num_images=40)
+    first, second = ap_spair(found[:32], true[:32]), ap_spair(found[32:], true[32:])
+    assert ap_spair(found, true) == pytest.approx((32 * first + 8 * second) / 40)
+
+
+def test_spair_drops_what_is_left_once_all_truth_is_taken() -> None:
+    box = torch.tensor([[4.0, 4.0, 14.0, 14.0]])
+    inclusive = torch.tensor([[4.0, 4.0, 13.0, 13.0]])
+    double = detections(torch.cat([inclusive, inclusive + 20]))
+    second = detections(inclusive)
+    # pooled, the wrong box of the first image would come before the hit of the second
+    assert ap_spair([double, second], [truth(box), truth(box)]) == 1.0
+    assert average_precision([double, second], [truth(box), truth(box)]) < 1.0
+
+
+def test_spair_punishes_the_pixel_that_its_truth_lacks() -> None:
+    box = torch.tensor([[4.0, 4.0, 14.0, 14.0]])
+    # IoU 81 / 100 passes .1 to .8 and fails .9
+    assert ap_spair([detections(box)], [truth(box)]) == pytest.approx(8 / 9)
+
+
+def test_spair_hit_needs_more_than_the_threshold() -> None:
+    true = [truth(torch.tensor([[0.0, 0.0, 11.0, 2.0]]))]  # 10 x 1 for the authors
+    half = [detections(torch.tensor([[0.0, 0.0, 5.0, 1.0]]))]
+    assert ap_spair(half, true) == pytest.approx(4 / 9)
+    assert average_precision(half, [truth(torch.tensor([[0.0, 0.0, 10.0, 1.0]]))]) == (
+        pytest.approx(5 / 9)
+    )
+
+
+def test_no_truth_at_all() -> None:
+    nothing = detections(torch.zeros(0, 4))
+    something = detections(torch.tensor([[0.0, 0.0, 5.0, 5.0]]))
+    empty = truth(torch.zeros(0, 4))
+    assert average_precision([nothing], [empty]) == ap_coco([nothing], [empty]).ap == 1.0
+    assert average_precision([something], [empty]) == ap_coco([something], [empty]).ap == 0.0
+    assert average_precision([], []) == 1.0
+    assert ap_spair([nothing], [empty]) == ap_spair([something], [empty]) == ap_spair([], []) == 0.0
+    assert average_precision([nothing], [truth(something.boxes)]) == 0.0
+    assert ap_spair([nothing], [truth(something.boxes)]) == 0.0
+
+
+def test_degenerate_boxes_are_wrong_without_a_warning() -> None:
+    flat = torch.tensor([[5.0, 5.0, 5.0, 9.0], [9.0, 9.0, 3.0, 3.0], [0.0, 0.0, 1e30, 1e30]])
+    true = [truth(torch.tensor([[2.0, 2.0, 12.0, 12.0], [4.0, 4.0, 4.0, 4.0]]))]
+    assert average_precision([detections(flat)], true) == 0.0
+    assert ap_spair([detections(flat)], true) == 0.0
+
+
+@st.composite
+def scenes_of_distinct_scores(draw: st.DrawFn) -> Scenes:
+    corner = st.integers(0, 20)
+    side = st.integers(1, 12)
+    box = st.tuples(corner, corner, side, side).map(
+        lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+    )
+    boxes = st.lists(st.tuples(st.lists(box, max_size=6), st.lists(box, max_size=6)), max_size=5)
+    pairs = draw(boxes)
+    num = sum(len(found) for found, _ in pairs)
+    scores = torch.tensor(draw(st.permutations(range(num))), dtype=torch.float32)
+    parts = scores.split([len(found) for found, _ in pairs]) if pairs else ()
+    found = [
+        detections(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), (part + 1) / (num + 1))
+        for (boxes, _), part in zip(pairs, parts, strict=True)
+    ]
+    true = [truth(torch.tensor(b, dtype=torch.float32).reshape(-1, 4)) for _, b in pairs]
+    return found, true
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores())
+def test_lies_between_0_and_1(scenes: Scenes) -> None:
+    for value in (average_precision(*scenes), ap_spair(*scenes), ap_coco(*scenes).ap):
+        assert 0.0 <= value <= 1.0
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores(), st.randoms(use_true_random=False))
+def test_order_of_boxes_does_not_matter(scenes: Scenes, random: object) -> None:
+    found, true = scenes
+    generator = torch.Generator().manual_seed(random.getrandbits(31))  # type: ignore[attr-defined]
+    shuffled = []
+    for item in found:
+        order = torch.randperm(len(item), generator=generator)
+        shuffled.append(detections(item.boxes[order], item.scores[order]))
+    assert average_precision(shuffled, true) == average_precision(found, true)
+    assert ap_coco(shuffled, true) == ap_coco(found, true)
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores())
+def test_only_the_order_of_scores_matters(scenes: Scenes) -> None:
+    found, true = scenes
+    mapped = [detections(item.boxes, item.scores.double() ** 3 * 7 - 2) for item in found]
+    assert average_precision(mapped, true) == average_precision(found, true)
+    assert ap_spair(mapped, true) == ap_spair(found, true)
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores())
+def test_the_truth_scores_1(scenes: Scenes) -> None:
+    _, true = scenes
+    perfect = [detections(item.boxes) for item in true]
+    assert average_precision(perfect, true) == 1.0
+    assert ap_coco(perfect, true) == metrics.CocoAP(1.0, 1.0, 1.0)
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores())
+def test_an_empty_image_changes_nothing(scenes: Scenes) -> None:
+    found, true = scenes
+    empty = detections(torch.zeros(0, 4)), truth(torch.zeros(0, 4))
+    more = [*found, empty[0]], [*true, empty[1]]
+    assert average_precision(*more) == average_precision(found, true)
+    assert ap_coco(*more) == ap_coco(found, true)
+
+
+@PROPERTY
+@given(scenes_of_distinct_scores())
+def test_a_stricter_iou_never_helps_one_detection(scenes: Scenes) -> None:
+    found, true = scenes
+    single = [detections(item.boxes[:1], item.scores[:1]) for item in found]
+    only = [truth(item.boxes[:1]) for item in true]
+    coco = ap_coco(single, only)
+    assert coco.ap75 <= coco.ap50
+    assert coco.ap <= average_precision(single, only) + 1e-12
+
+
+def test_counts() -> None:
+    found, true = [3, 0, 5, 2], [3, 1, 2, 2]
+    assert count_accuracy(found, true) == 0.5
+    assert count_error(found, true) == 1.0
+    assert count_bias(found, true) == 0.5
+    assert (count_accuracy([], []), count_error([], []), count_bias([], [])) == (1.0, 0.0, 0.0)
+
+
+def test_every_figure_has_its_protocol() -> None:
+    assert set(metrics.PROTOCOLS) == {
+        "ap",
+        "ap_spair",
+        "ap_coco",
+        "ap50",
+        "ap75",
+        "count_accuracy",
+        "count_error",
+        "count_bias",
+    }
+
+
+def test_refuses_what_cannot_be_compared() -> None:
+    box = torch.tensor([[0.0, 0.0, 5.0, 5.0]])
+    with pytest.raises(ValueError, match="one item per image, got 1 and 2"):
+        average_precision([detections(box)], [truth(box), truth(box)])
+    with pytest.raises(ValueError, match="one item per image, got 0 and 1"):
+        count_accuracy([], [1])
+    with pytest.raises(ValueError, match="boxes of found must be finite"):
+        ap_spair([detections(box * float("nan"))], [truth(box)])
+    with pytest.raises(ValueError, match="scores of found must be finite"):
+        ap_coco([detections(box, torch.tensor([float("nan")]))], [truth(box)])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        ap_spair([detections(box)], [truth(box)], batch_size=0)
