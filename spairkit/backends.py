@@ -1,12 +1,74 @@
-"""Which implementation of an operator runs, and the one warning when it is not the wished one."""
+"""Which implementation of an operator runs, and the one warning when it is not the natural one."""
 
+import functools
+import os
+import warnings
 from typing import Literal, get_args
 
+import torch
+from torch import Tensor
+
 Backend = Literal["auto", "torch", "cpu", "triton"]
-"""`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: GPUs. `auto`: by device."""
+"""`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: GPUs, or, with
+TRITON_INTERPRET=1 in the environment, CPU tensors. `auto`: by device."""
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError unless `backend` is one of the four names."""
+def chosen_backend(
+    backend: Backend, tensor: Tensor, name: str
+) -> Literal["torch", "cpu", "triton"]:
+    """The implementation for `tensor`, which errors call `name`.
+
+    "auto" takes Triton on a GPU and Numba on the CPU, plain torch for float64 and elsewhere, and
+    also, after one warning, where Triton or Numba is missing or broken.
+
+    Raises:
+        ValueError: no such backend, or one that cannot run on the device or dtype of `tensor`.
+    """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    device = tensor.device.type
+    natural: Literal["torch", "cpu", "triton"] = "torch"
+    if device == "cpu":
+        natural = "cpu"
+    elif device == "cuda":
+        natural = "triton"
+    if backend == "torch":
+        return "torch"
+    if backend == "auto":
+        if natural == "torch" or tensor.dtype == torch.float64 or not _works(natural):
+            return "torch"
+        return natural
+    if tensor.dtype == torch.float64:
+        raise ValueError(f"{name} must not be float64 on backend {backend!r}: use 'torch'")
+    if backend != natural and not (backend == "triton" and device == "cpu" and _interpreted()):
+        rule = "the CPU" if backend == "cpu" else "a GPU, or TRITON_INTERPRET=1 before the start"
+        raise ValueError(f"backend {backend!r} needs {name} on {rule}, got {tensor.device}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _works(backend: Literal["cpu", "triton"]) -> bool:
+    """Tries the backend out, once in a process; says so where it fails."""
+    try:
+        if backend == "cpu":
+            from spairkit.kernels.threads import probe
+        else:
+            from spairkit.kernels.launch import probe
+        probe()
+    # a broken installation fails in its own way: whatever it raises, plain torch still works
+    except Exception as error:
+        package = "numba" if backend == "cpu" else "triton"
+        warnings.warn(
+            f"{package} does not work here, so spairkit's operators run in plain torch, many "
+            f"times slower: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

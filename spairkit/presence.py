@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from spairkit.backends import Backend, check_backend
+from spairkit.backends import Backend, chosen_backend
 
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 
@@ -50,8 +50,8 @@ def presence_prior(
 
     Source: equations (B1) and (B2) of the supplement.
     """
-    check_backend(backend)
     _check(samples, samples, success)
+    chosen_backend("torch" if backend == "auto" else backend, samples, "samples")
     return torch.sigmoid(_prior_logit(samples, success, relaxed)).to(_result_dtype(samples))
 
 
@@ -86,8 +86,8 @@ def presence_kl(
 
     Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, without clips.
     """
-    check_backend(backend)
     _check(logits, samples, success)
+    chosen_backend("torch" if backend == "auto" else backend, samples, "samples")
     prior_logit = _prior_logit(samples, success, relaxed)
     return _bernoulli_kl(logits.double(), prior_logit).to(_result_dtype(logits))
 

@@ -7,7 +7,8 @@ This file checks the arguments, picks an implementation and holds the readable o
 import torch
 from torch import Tensor
 
-from spairkit.backends import Backend, check_backend
+from spairkit.backends import Backend, chosen_backend
+from spairkit.kernels.render_op import render_op
 
 MIN_SIDE = 1e-6
 """Pixels. A box with a shorter side is empty: it has no scale to speak of."""
@@ -66,12 +67,14 @@ def render(
 
     Source: Algorithm 1 of the supplement, section C; rim rule and floor from the authors' code.
     """
-    check_backend(backend)
     _check(rgba, boxes, depth, presence, background, size, importance_floor)
     if size is not None:
         background = background.expand(-1, -1, *size)
     dtype = torch.float64 if rgba.dtype == torch.float64 else torch.float32
     placed = boxes.to(dtype), depth.to(dtype), presence.to(dtype), background.to(dtype)
+    chosen = chosen_backend(backend, rgba, "rgba")
+    if chosen != "torch":
+        return render_op(rgba, *placed, importance_floor, chosen)[0]
     with torch.autocast(rgba.device.type, enabled=False):
         return _render_torch(rgba.to(dtype), *placed, importance_floor)
 
@@ -169,5 +172,5 @@ def _taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels:
     pixel = torch.arange(num_pixels, dtype=low.dtype, device=low.device) + 0.5
     texel = torch.arange(num_texels, dtype=low.dtype, device=low.device)
     position = (pixel - low[..., None]) * (num_texels / side) - 0.5  # [B, N, pixels]
-    weight = (1 - (position[..., None] - texel).abs()).clamp(min=0)
+    weight = torch.relu(1 - (position[..., None] - texel).abs())
     return torch.where(empty[..., None, None], torch.zeros_like(weight), weight)

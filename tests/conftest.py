@@ -32,3 +32,22 @@ def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def kernel_backends() -> list[str]:
+    """The compiled backends that this process can run."""
+    if torch.cuda.is_available():
+        return ["cpu", "triton"]
+    # Triton decides at import between compiler and interpreter, so a process has one of the two
+    return ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize("kernel", kernel_backends())
+
+
+@pytest.fixture
+def kernel_device(kernel: str) -> torch.device:
+    """Where the tensors for the backend `kernel` live."""
+    return torch.device("cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu")

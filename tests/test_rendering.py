@@ -138,8 +138,7 @@ def test_low_precision_appearance_is_computed_in_float32() -> None:
     assert scene["rgba"].grad.dtype == torch.bfloat16
 
 
-def backends() -> list[str]:
-    return ["torch"]
+BACKENDS = ["torch", "cpu"]
 
 
 def gradients(image: Tensor, scene: Scene, cotangent: Tensor) -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ def gradients(image: Tensor, scene: Scene, cotangent: Tensor) -> dict[str, Tenso
     return dict(zip(scene, found, strict=True))
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("floor", [0.0, 0.01])
 def test_absent_objects_leave_the_background_bit_for_bit(backend: str, floor: float) -> None:
     scene = make_scene(2, 6, dtype=torch.float32)
@@ -160,7 +159,7 @@ def test_absent_objects_leave_the_background_bit_for_bit(backend: str, floor: fl
         assert grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("presence", [1e-3, 1e-8])
 def test_gradients_stay_finite_at_small_presence(backend: str, presence: float) -> None:
     scene = make_scene(2, 8, dtype=torch.float32, seed=5)
@@ -173,7 +172,7 @@ def test_gradients_stay_finite_at_small_presence(backend: str, presence: float) 
         assert grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "box",
     [(4, 4, 4, 8), (6, 4, 3, 8), (2, 2, 2, 2), (30, 30, 40, 40), (-9, -9, -1, -2)],
@@ -192,7 +191,7 @@ def test_a_box_that_shows_nothing_gets_zero_gradients(
     assert all(not grad.any() for grad in found.values())
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("num_images", "num_objects"), [(2, 0), (0, 3)])
 def test_nothing_to_draw(backend: str, num_images: int, num_objects: int) -> None:
     scene = make_scene(num_images, num_objects, dtype=torch.float32)
@@ -204,7 +203,7 @@ def test_nothing_to_draw(backend: str, num_images: int, num_objects: int) -> Non
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["rgba", "boxes", "depth", "presence", "background"])
 def test_nan_in_is_nan_out(backend: str, name: str) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
@@ -216,7 +215,7 @@ def test_nan_in_is_nan_out(backend: str, name: str) -> None:
     assert image[0].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30, -1e30])
 def test_wild_boxes_neither_hang_nor_crash(backend: str, value: float) -> None:
     for corner in range(4):
@@ -228,7 +227,7 @@ def test_wild_boxes_neither_hang_nor_crash(backend: str, value: float) -> None:
         gradients(image, leaves, torch.ones_like(image))
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_objects=st.integers(2, 7), channels=st.integers(1, 4))
 def test_permuting_objects_changes_nothing(
@@ -244,7 +243,7 @@ def test_permuting_objects_changes_nothing(
     )
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), dx=st.integers(-4, 4), dy=st.integers(-4, 4))
 def test_moving_by_whole_pixels_moves_the_picture(
@@ -260,7 +259,7 @@ def test_moving_by_whole_pixels_moves_the_picture(
     torch.testing.assert_close(moved, still.roll((dy, dx), (2, 3)), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), floor=st.sampled_from([0.0, 0.01, 0.3]))
 def test_every_pixel_lies_between_the_colours(backend: str, seed: int, floor: float) -> None:
@@ -272,7 +271,7 @@ def test_every_pixel_lies_between_the_colours(backend: str, seed: int, floor: fl
     assert image.max() <= 0.7 + 1e-6
 
 
-@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_colour_for_the_background(backend: str) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     colour = scene["background"][..., :1, :1].clone().requires_grad_()

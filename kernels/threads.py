@@ -1,0 +1,64 @@
+"""Numba on the CPU: how functions are compiled, and how a batch is spread over threads.
+
+Compiled functions let go of the interpreter's lock and take a range of images, so that plain
+Python threads run them side by side. This needs none of Numba's own threading layers, which
+differ from machine to machine, may not be entered by two threads at once and do not survive a fork.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from numba import njit
+
+_OPTIONS = {
+    "nogil": True,
+    "error_model": "numpy",  # a division by zero is inf, not an exception
+    "fastmath": {"contract", "nsz", "arcp", "reassoc"},  # none that assumes away NaN or inf
+}
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, compiled at its first call and kept on disk where there is a place to."""
+    try:
+        return njit(function, cache=True, **_OPTIONS)
+    except RuntimeError:  # no folder that Numba could write its cache to
+        return njit(function, **_OPTIONS)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of compiled functions; it is kept on disk with them."""
+    return njit(function, inline="always", **_OPTIONS)
+
+
+def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:
+    """Calls `function(start, stop, *arguments)` on ranges of images, one to a torch thread."""
+    num_threads = max(1, min(torch.get_num_threads(), num_images))
+    edges = [num_images * i // num_threads for i in range(num_threads + 1)]
+    if num_threads == 1:
+        function(0, num_images, *arguments)
+        return
+    pool = _pool(os.getpid(), num_threads - 1)
+    rest = [pool.submit(function, *edges[i : i + 2], *arguments) for i in range(1, num_threads)]
+    function(*edges[:2], *arguments)
+    for job in rest:
+        job.result()
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
+    # a pool belongs to the process that started it: its threads do not live on in a fork
+    return ThreadPoolExecutor(num_threads, thread_name_prefix=f"spairkit-{process}")
+
+
+def probe() -> None:
+    """Compiles and runs the least function: raises what a broken Numba raises."""
+    if njit(_successor, **_OPTIONS)(1) != 2:
+        raise RuntimeError("numba computes wrong results")
+
+
+def _successor(number: int) -> int:
+    return number + 1
