@@ -1,0 +1,144 @@
+"""A detector's figures on a whole set of images, and on its images of 1, 2, 3 ... objects."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from spairkit import metrics
+from spairkit.data.scenes import Batch
+from spairkit.detections import Detections, Truth
+from spairkit.detector import Detector
+
+CANDIDATE_THRESHOLD = 0.05
+"""Score from which a candidate takes part in the ranking of `ap` and `ap_coco`."""
+
+_PRECISIONS = ("ap", "ap_spair", "ap_coco", "ap50", "ap75")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `spairkit.metrics` says of some images; its `PROTOCOLS` describe each figure.
+
+    Without any true object in the images the AP figures say nothing about the detector: they are
+    then 0, or 1 where it has no candidate, and `to_json` leaves them out as None.
+    """
+
+    images: int
+    objects: int
+    """True ones, in all images together."""
+    ap: float
+    ap_spair: float
+    ap_coco: float
+    ap50: float
+    ap75: float
+    count_accuracy: float
+    count_error: float
+    count_bias: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures by name; None for AP where there is no true object."""
+        values = asdict(self)
+        return values | ({} if self.objects else dict.fromkeys(_PRECISIONS))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one detector on one set of images."""
+
+    measured_on: str
+    """The images, and the glyphs in them, in words: figures on other glyphs do not compare."""
+    threshold: float
+    """Score above which a candidate counts as found."""
+    overall: Figures
+    by_objects: dict[int, Figures]
+    """The same for the images of each true number of objects, in ascending order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values ready for `json.dumps`, with the protocol of each figure beside them."""
+        return {
+            "measured_on": self.measured_on,
+            "threshold": self.threshold,
+            "candidate_threshold": min(CANDIDATE_THRESHOLD, self.threshold),
+            "overall": self.overall.to_json(),
+            "by_objects": {str(n): figures.to_json() for n, figures in self.by_objects.items()},
+            "protocols": dict(metrics.PROTOCOLS),
+        }
+
+
+def evaluate(
+    detector: Detector,
+    batches: Iterable[Batch],
+    threshold: float = 0.5,
+    progress: Callable[[int], None] | None = None,
+    *,
+    measured_on: str = "",
+) -> Report:
+    """Runs the detector once over all images and compares what it finds with the truth.
+
+    `ap` and `ap_coco` rank every candidate with a score above 0.05; `ap_spair` and the counts
+    take those above `threshold`. Images are let go of as they come, boxes and scores are kept:
+    24 bytes for each candidate and 16 for each true object.
+
+    Args:
+        detector: satisfies the protocol of `spairkit.detector`.
+        batches: with ground truth, on the detector's device. `ap_spair` is computed for batches
+            of 32 images in this order, whatever the size of these.
+        threshold: in [0, 1).
+        progress: called after each batch with the number of images done so far.
+        measured_on: what the images are, for `Report.measured_on`.
+
+    Raises:
+        ValueError: `threshold` is outside [0, 1), or there is no image.
+    """
+    if not 0.0 <= threshold < 1.0:
+        raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+    candidates: list[Detections] = []
+    truth: list[Truth] = []
+    for batch in batches:
+        found = detector.detect(batch.images, min(CANDIDATE_THRESHOLD, threshold))
+        candidates += [_boxes_alone(item) for item in found]
+        truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
+        if progress is not None:
+            progress(len(truth))
+    if not truth:
+        raise ValueError("batches must hold at least one image, got none")
+    counts = [len(item) for item in truth]
+    by_objects = {
+        n: _figures(
+            [item for item, count in zip(candidates, counts, strict=True) if count == n],
+            [item for item in truth if len(item) == n],
+            threshold,
+        )
+        for n in sorted(set(counts))
+    }
+    return Report(measured_on, threshold, _figures(candidates, truth, threshold), by_objects)
+
+
+def _figures(candidates: list[Detections], truth: list[Truth], threshold: float) -> Figures:
+    found = [_above(item, threshold) for item in candidates]
+    found_counts, true_counts = [len(item) for item in found], [len(item) for item in truth]
+    coco = metrics.ap_coco(candidates, truth)
+    return Figures(
+        images=len(truth),
+        objects=sum(true_counts),
+        ap=metrics.average_precision(candidates, truth),
+        ap_spair=metrics.ap_spair(found, truth),
+        ap_coco=coco.ap,
+        ap50=coco.ap50,
+        ap75=coco.ap75,
+        count_accuracy=metrics.count_accuracy(found_counts, true_counts),
+        count_error=metrics.count_error(found_counts, true_counts),
+        count_bias=metrics.count_bias(found_counts, true_counts),
+    )
+
+
+def _boxes_alone(item: Detections) -> Detections:
+    """Without appearance codes, which the figures do not need."""
+    return Detections(item.boxes, item.scores, torch.zeros(len(item), 0), item.depth)
+
+
+def _above(item: Detections, threshold: float) -> Detections:
+    kept = item.scores > threshold
+    return Detections(item.boxes[kept], item.scores[kept], item.what[kept], item.depth[kept])

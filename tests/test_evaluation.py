@@ -1,0 +1,179 @@
+"""`evaluate` beside the metrics called by hand, on a detector that knows what it will say."""
+
+import gc
+import json
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit import metrics
+from spairkit.config import DataConfig, SPAIRConfig
+from spairkit.data.scenes import Batch, Scenes
+from spairkit.detections import Detections, Truth
+from spairkit.detector import Detector
+from spairkit.evaluation import Figures, evaluate
+from spairkit.models import build
+
+
+class Oracle:
+    """Finds in an image what is listed under the number that the image's first pixel holds."""
+
+    def __init__(self, known: list[Detections]) -> None:
+        self.known = known
+        self.thresholds: list[float] = []
+
+    def detect(
+        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+    ) -> list[Detections]:
+        self.thresholds.append(threshold)
+        found = []
+        for number in images[:, 0, 0, 0].tolist():
+            item = self.known[int(number)]
+            on = item.scores > threshold
+            found.append(Detections(item.boxes[on], item.scores[on], item.what[on], item.depth[on]))
+        return found
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        return images
+
+
+def numbered_images(first: int, num: int) -> Tensor:
+    return torch.arange(first, first + num).float()[:, None, None, None].expand(num, 3, 4, 4)
+
+
+def random_set(num_images: int) -> tuple[list[Detections], list[Truth], list[Batch]]:
+    """Candidates near 0 to 3 true boxes an image, in batches of 7."""
+    generator = torch.Generator().manual_seed(3)
+
+    def boxes(num: int) -> Tensor:
+        corner = torch.randint(0, 30, (num, 2), generator=generator)
+        return torch.cat([corner, corner + 10], dim=1).float()
+
+    truth, known, batches = [], [], []
+    for _ in range(num_images):
+        true = boxes(int(torch.randint(0, 4, (), generator=generator)))
+        near = true + torch.randint(-2, 3, true.shape, generator=generator)
+        every = torch.cat([near, boxes(2)])
+        scores = torch.rand(len(every), generator=generator)
+        known.append(Detections(every, scores, torch.ones(len(every), 50), scores))
+        truth.append(Truth(true, torch.zeros(len(true), dtype=torch.int64)))
+    for start in range(0, num_images, 7):
+        part = truth[start : start + 7]
+        padded = torch.zeros(len(part), 3, 4)
+        for row, item in zip(padded, part, strict=True):
+            row[: len(item)] = item.boxes
+        batches.append(
+            Batch(
+                images=numbered_images(start, len(part)),
+                boxes=padded,
+                labels=torch.zeros(len(part), 3, dtype=torch.int64),
+                counts=torch.tensor([len(item) for item in part]),
+            )
+        )
+    return known, truth, batches
+
+
+def above(items: list[Detections], threshold: float) -> list[Detections]:
+    return [
+        Detections(d.boxes[on], d.scores[on], d.what[on], d.depth[on])
+        for d in items
+        for on in [d.scores > threshold]
+    ]
+
+
+def figures_by_hand(known: list[Detections], truth: list[Truth], threshold: float) -> Figures:
+    candidates, found = above(known, 0.05), above(known, threshold)
+    counts = [len(item) for item in found], [len(item) for item in truth]
+    coco = metrics.ap_coco(candidates, truth)
+    return Figures(
+        images=len(truth),
+        objects=sum(counts[1]),
+        ap=metrics.average_precision(candidates, truth),
+        ap_spair=metrics.ap_spair(found, truth),
+        ap_coco=coco.ap,
+        ap50=coco.ap50,
+        ap75=coco.ap75,
+        count_accuracy=metrics.count_accuracy(*counts),
+        count_error=metrics.count_error(*counts),
+        count_bias=metrics.count_bias(*counts),
+    )
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
+def test_equals_the_metrics_called_by_hand(threshold: float) -> None:
+    known, truth, batches = random_set(60)
+    report = evaluate(Oracle(known), batches, threshold)
+    assert report.overall == figures_by_hand(known, truth, threshold)
+    assert list(report.by_objects) == [0, 1, 2, 3]
+    for count, figures in report.by_objects.items():
+        chosen = [i for i, item in enumerate(truth) if len(item) == count]
+        group = [known[i] for i in chosen], [truth[i] for i in chosen]
+        assert figures == figures_by_hand(*group, threshold)
+    assert sum(figures.images for figures in report.by_objects.values()) == 60
+
+
+def test_looks_at_every_image_once() -> None:
+    known, _, batches = random_set(20)
+    detector, done = Oracle(known), list[int]()
+    evaluate(detector, batches, progress=done.append)
+    assert detector.thresholds == [0.05, 0.05, 0.05]
+    assert done == [7, 14, 20]
+
+
+def test_a_threshold_below_the_candidates_lowers_theirs() -> None:
+    known, _, batches = random_set(7)
+    detector = Oracle(known)
+    report = evaluate(detector, batches, threshold=0.0)
+    assert detector.thresholds == [0.0]
+    assert report.to_json()["candidate_threshold"] == 0.0
+
+
+def test_lets_go_of_the_images() -> None:
+    known, _, batches = random_set(21)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def one_at_a_time() -> Iterator[Batch]:
+        while batches:
+            batch = batches.pop(0)
+            gc.collect()
+            # the batch that evaluate still holds while it asks for this one
+            assert sum(reference() is not None for reference in alive) <= 1
+            alive.append(weakref.ref(batch.images))
+            yield batch
+            del batch
+
+    assert evaluate(Oracle(known), one_at_a_time()).overall.images == 21
+
+
+def test_json_says_what_was_measured_and_how() -> None:
+    known, _, batches = random_set(30)
+    report = evaluate(Oracle(known), batches, measured_on="numbers <1> to 30")
+    back = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert back["measured_on"] == "numbers <1> to 30"
+    assert back["threshold"] == 0.5
+    assert back["overall"]["ap"] == report.overall.ap
+    assert back["by_objects"]["2"]["count_error"] == report.by_objects[2].count_error
+    assert set(back["overall"]) == {"images", "objects", *back["protocols"]}
+    # nothing to find: no figure about boxes, but one about counts
+    assert back["by_objects"]["0"]["ap"] is back["by_objects"]["0"]["ap_spair"] is None
+    assert back["by_objects"]["0"]["count_accuracy"] == report.by_objects[0].count_accuracy
+
+
+def test_refuses_nothing_and_nonsense() -> None:
+    known, _, batches = random_set(7)
+    with pytest.raises(ValueError, match="at least one image"):
+        evaluate(Oracle(known), [])
+    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\), got 1.0"):
+        evaluate(Oracle(known), batches, threshold=1.0)
+
+
+def test_spair_is_a_detector() -> None:
+    scenes = Scenes(DataConfig(max_objects=3), "test")
+    detector: Detector = build(SPAIRConfig(), seed=0).eval()
+    report = evaluate(detector, [scenes.batch(torch.arange(4)), scenes.batch(torch.arange(4, 6))])
+    assert report.overall.images == 6
+    assert set(report.by_objects) <= {1, 2, 3}
+    assert 0.0 <= report.overall.ap <= 1.0
