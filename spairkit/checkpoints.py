@@ -52,7 +52,7 @@ _DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint folder holds; tensors on the CPU, every float in them finite."""
+    """What a checkpoint folder holds; tensors on the CPU, without NaN, and the model's finite."""
 
     step: int
     config: Config
@@ -107,11 +107,12 @@ def save_checkpoint(
     """Writes `folder/step-N/` durably and gives its path; one of that name is replaced.
 
     Raises:
-        InputError: a tensor is not finite (nothing is written then), or the system refuses.
+        InputError: the model is not finite or the optimiser NaN (nothing is written then), or the
+            system refuses.
     """
-    files = {_MODEL: _pack(model, f"the model at step {step}")}
+    files = {_MODEL: _pack(model, _MODEL, step)}
     if optimiser is not None:
-        files[_OPTIMISER] = _pack(optimiser, f"the optimiser at step {step}")
+        files[_OPTIMISER] = _pack(optimiser, _OPTIMISER, step)
     manifest = {
         "format": FORMAT,
         "step": step,
@@ -244,21 +245,32 @@ def _unpack(path: Path, manifest: _Manifest) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise InputError(f"{path}: {key!r} is {tensor.dtype}, which no checkpoint holds")
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: {key!r} holds NaN or infinity; use another checkpoint")
+    unsound = _unsound(tensors, path.name)
+    if unsound is not None:
+        raise InputError(f"{path}: {unsound!r} is not finite; use another checkpoint")
     return tensors
 
 
-def _pack(tensors: Mapping[str, Tensor], what: str) -> bytes:
+def _pack(tensors: Mapping[str, Tensor], name: str, step: int) -> bytes:
     # clones: safetensors refuses tensors that share memory
     plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    for name, tensor in plain.items():
-        if not tensor.isfinite().all():
-            raise InputError(
-                f"{what} is not finite ({name}), so it is not saved; training diverged: "
-                "try a lower train.learning_rate"
-            )
+    unsound = _unsound(plain, name)
+    if unsound is not None:
+        raise InputError(
+            f"{name} of step {step} is not saved: {unsound!r} is not finite, training diverged; "
+            "try a lower train.learning_rate"
+        )
     return safetensors.torch.save(plain)
+
+
+def _unsound(tensors: Mapping[str, Tensor], name: str) -> str | None:
+    """The key of a tensor with NaN or, in a model, infinity in it; None where all are sound."""
+    for key, tensor in tensors.items():
+        # an optimiser may hold the best figure so far, which starts at minus infinity
+        unsound = tensor.isnan() if name == _OPTIMISER else ~tensor.isfinite()
+        if unsound.any():
+            return key
+    return None
 
 
 def _mode(path: Path) -> int:
