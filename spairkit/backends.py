@@ -1,6 +1,5 @@
 """Which implementation of an operator runs, and the one warning when it is not the natural one."""
 
-import functools
 import os
 import warnings
 from typing import Literal, get_args
@@ -11,6 +10,9 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "cpu", "triton"]
 """`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: GPUs, or, with
 TRITON_INTERPRET=1 in the environment, CPU tensors. `auto`: by device."""
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once, at import
+_tried: dict[str, bool] = {}
 
 
 def chosen_backend(
@@ -40,21 +42,22 @@ def chosen_backend(
         return natural
     if tensor.dtype == torch.float64:
         raise ValueError(f"{name} must not be float64 on backend {backend!r}: use 'torch'")
-    if backend != natural and not (backend == "triton" and device == "cpu" and _interpreted()):
+    if backend != natural and not (backend == "triton" and device == "cpu" and _INTERPRETED):
         rule = "the CPU" if backend == "cpu" else "a GPU, or TRITON_INTERPRET=1 before the start"
         raise ValueError(f"backend {backend!r} needs {name} on {rule}, got {tensor.device}")
     return backend
 
 
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
 def _works(backend: Literal["cpu", "triton"]) -> bool:
-    """Tries the backend out, once in a process; says so where it fails."""
+    """Whether the backend can be used: it is tried out once in a process."""
+    if backend not in _tried:
+        if torch.compiler.is_compiling():
+            return True  # no trace goes through a trial; if this is wrong the operator raises
+        _tried[backend] = _try(backend)
+    return _tried[backend]
+
+
+def _try(backend: Literal["cpu", "triton"]) -> bool:
     try:
         if backend == "cpu":
             from spairkit.kernels.threads import probe

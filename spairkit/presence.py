@@ -15,11 +15,13 @@ chain of Bernoullis, equations (B1) and (B2). Here it is held as log-odds:
 
 import functools
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
+from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
 
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 
@@ -51,8 +53,14 @@ def presence_prior(
     Source: equations (B1) and (B2) of the supplement.
     """
     _check(samples, samples, success)
-    chosen_backend("torch" if backend == "auto" else backend, samples, "samples")
-    return torch.sigmoid(_prior_logit(samples, success, relaxed)).to(_result_dtype(samples))
+    chosen = _chosen(backend, samples, success, relaxed)
+    if chosen == "torch":
+        prior_logit = _prior_logit_torch(samples, success, relaxed)
+    elif relaxed:
+        prior_logit, _ = count_posterior_op(samples, _as_tensor(success, samples), chosen)
+    else:
+        _, prior_logit = presence_kl_op(samples, samples, _as_tensor(success, samples), chosen)
+    return torch.sigmoid(prior_logit).to(_result_dtype(samples))
 
 
 def presence_kl(
@@ -87,9 +95,34 @@ def presence_kl(
     Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, without clips.
     """
     _check(logits, samples, success)
-    chosen_backend("torch" if backend == "auto" else backend, samples, "samples")
-    prior_logit = _prior_logit(samples, success, relaxed)
+    chosen = _chosen(backend, logits, success, relaxed)
+    if chosen != "torch" and not relaxed:
+        return presence_kl_op(logits, samples, _as_tensor(success, samples), chosen)[0]
+    if chosen == "torch":
+        prior_logit = _prior_logit_torch(samples, success, relaxed)
+    else:
+        prior_logit, _ = count_posterior_op(samples, _as_tensor(success, samples), chosen)
     return _bernoulli_kl(logits.double(), prior_logit).to(_result_dtype(logits))
+
+
+def _chosen(
+    backend: Backend, logits: Tensor, success: float | Tensor, relaxed: bool
+) -> Literal["torch", "cpu", "triton"]:
+    if isinstance(success, Tensor) and success.requires_grad and not relaxed:
+        # the table of the compiled backends is data: no gradient comes out of it
+        if backend in ("cpu", "triton"):
+            raise ValueError(
+                f"success with a gradient needs relaxed samples on backend {backend!r}: "
+                "use backend='torch'"
+            )
+        backend = "torch" if backend == "auto" else backend
+    return chosen_backend(backend, logits, "logits")
+
+
+def _as_tensor(success: float | Tensor, samples: Tensor) -> Tensor:
+    if isinstance(success, Tensor):
+        return success.double()
+    return torch.full((), success, dtype=torch.double, device=samples.device)
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:
@@ -137,7 +170,7 @@ def _bernoulli_kl(logits: Tensor, prior_logit: Tensor) -> Tensor:
     )
 
 
-def _prior_logit(samples: Tensor, success: float | Tensor, relaxed: bool) -> Tensor:
+def _prior_logit_torch(samples: Tensor, success: float | Tensor, relaxed: bool) -> Tensor:
     """[B, n] float64: log-odds of the prior of each cell."""
     if relaxed:
         failure = 1 - success.double() if isinstance(success, Tensor) else 1.0 - success

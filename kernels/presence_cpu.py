@@ -1,0 +1,201 @@
+"""Numba twins of the presence prior: float64 inside, for it costs nothing here.
+
+Hard samples read a table of odds; relaxed ones walk the cells with the posterior over the count in
+log space, and the gradients walk back. Both are explained in `spairkit.presence`.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spairkit.kernels.threads import compiled, inlined, over_images
+
+_DEAD = -1e30  # log-weight of a count that the samples rule out
+_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
+
+
+@compiled
+def _fill_odds(failure, odds):
+    """odds[k, m] of cell k after m objects, m <= k, by the recursion from the last cell."""
+    n = odds.shape[0]
+    for m in range(n):
+        odds[n - 1, m] = failure * (m + 1) / (n - m)
+    for k in range(n - 2, -1, -1):
+        for m in range(k + 1):
+            here, more = odds[k + 1, m], odds[k + 1, m + 1]
+            odds[k, m] = here * (1.0 + more) / (1.0 + here)
+
+
+@functools.lru_cache(maxsize=8)
+def _odds(success: float, num_cells: int) -> np.ndarray:
+    odds = np.zeros((num_cells, num_cells))
+    if num_cells:
+        _fill_odds(1.0 - success, odds)
+    return odds
+
+
+@compiled
+def _presence_kl(start, stop, logits, samples, odds, kl, prior_logit):
+    for b in range(start, stop):
+        before = 0
+        unknown = False
+        for k in range(samples.shape[1]):
+            unknown |= np.isnan(samples[b, k])
+            prior_odds = np.nan if unknown else odds[k, before]
+            prior_logit[b, k] = math.log(prior_odds)
+            logit = np.float64(logits[b, k])
+            e = math.exp(-abs(logit))
+            on = (1.0 if logit >= 0 else e) / (1.0 + e)
+            off = (e if logit >= 0 else 1.0) / (1.0 + e)
+            negative_entropy = on * min(logit, 0.0) - off * max(logit, 0.0) - math.log1p(e)
+            kl[b, k] = negative_entropy - on * prior_logit[b, k] + math.log1p(prior_odds)
+            if samples[b, k] > 0.5:
+                before += 1
+
+
+@inlined
+def _shares(count, before, num_open):
+    """Probability that the next of the open cells is on, and off, if `count` is the total."""
+    share = (count - before) / num_open
+    rest = (num_open - count + before) / num_open
+    return min(max(share, 0.0), 1.0), min(max(rest, 0.0), 1.0)
+
+
+@inlined
+def _weigh(belief, before, num_open, weight):
+    """Fills `weight` with the posterior over the count; probabilities of the next cell: on, off."""
+    largest = belief.max()
+    total, on, off = 0.0, 0.0, 0.0
+    for c in range(len(belief)):
+        weight[c] = math.exp(belief[c] - largest)
+        share, rest = _shares(c, before, num_open)
+        total += weight[c]
+        on += weight[c] * share
+        off += weight[c] * rest
+    for c in range(len(belief)):
+        weight[c] /= total
+    return on / total, off / total
+
+
+@inlined
+def _condition(belief, sample, before, num_open, after):
+    """The log-weights once the cell is known to be `sample`."""
+    for c in range(len(belief)):
+        share, rest = _shares(c, before, num_open)
+        likelihood = sample * share + (1.0 - sample) * rest
+        after[c] = _DEAD if likelihood <= 0.0 else belief[c] + math.log(likelihood)
+
+
+@compiled
+def _count_posterior(start, stop, samples, log_failure, prior_logit):
+    n = samples.shape[1]
+    belief, weight = np.empty(n + 1), np.empty(n + 1)
+    for b in range(start, stop):
+        before = 0.0
+        for c in range(n + 1):
+            belief[c] = c * log_failure
+        for k in range(n):
+            on, off = _weigh(belief, before, n - k, weight)
+            prior_logit[b, k] = math.log(max(on, _LEAST)) - math.log(max(off, _LEAST))
+            _condition(belief, np.float64(samples[b, k]), before, n - k, belief)
+            before += samples[b, k]
+
+
+@compiled
+def _count_posterior_backward(
+    start, stop, grad_logit, samples, log_failure, grad_samples, grad_log_failure
+):
+    n = samples.shape[1]
+    beliefs, weight, tail = np.empty((n + 1, n + 1)), np.empty(n + 1), np.empty(n + 1)
+    before = np.zeros(n + 1)
+    for b in range(start, stop):
+        for c in range(n + 1):
+            beliefs[0, c] = c * log_failure
+            tail[c] = 0.0
+        for k in range(n):
+            _condition(beliefs[k], np.float64(samples[b, k]), before[k], n - k, beliefs[k + 1])
+            before[k + 1] = before[k] + samples[b, k]
+        grad_before = 0.0  # of the number of objects before any later cell
+        for k in range(n - 1, -1, -1):
+            sample = np.float64(samples[b, k])
+            num_open = n - k
+            on, off = _weigh(beliefs[k], before[k], num_open, weight)
+            grad = np.float64(grad_logit[b, k])
+            # a probability below the least is read as a constant
+            grad_on = 0.0 if on < _LEAST else grad / on
+            grad_off = 0.0 if off < _LEAST else -grad / off
+            common = grad_on * on + grad_off * off
+            grad_sample, grad_here = grad_before, 0.0
+            for c in range(n + 1):
+                share, rest = _shares(c, before[k], num_open)
+                likelihood = sample * share + (1.0 - sample) * rest
+                grad_share, grad_rest = weight[c] * grad_on, weight[c] * grad_off
+                if likelihood > 0.0:
+                    grad_sample += tail[c] * (share - rest) / likelihood
+                    grad_share += tail[c] * sample / likelihood
+                    grad_rest += tail[c] * (1.0 - sample) / likelihood
+                else:
+                    tail[c] = 0.0
+                if c >= before[k] and c - before[k] <= num_open:
+                    grad_here += (grad_rest - grad_share) / num_open
+                tail[c] += weight[c] * (grad_on * share + grad_off * rest - common)
+            grad_samples[b, k] = grad_sample
+            grad_before += grad_here
+        grad_log_failure[b] = 0.0
+        for c in range(n + 1):
+            grad_log_failure[b] += c * tail[c]
+
+
+def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
+    """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
+    num_images, num_cells = samples.shape
+    kl = torch.empty(num_images, num_cells)
+    prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
+    over_images(
+        _presence_kl,
+        num_images,
+        _array(logits),
+        _array(samples),
+        _odds(float(success), num_cells),
+        kl.numpy(),
+        prior_logit.numpy(),
+    )
+    return kl, prior_logit
+
+
+def count_posterior_cpu(samples: Tensor, success: Tensor) -> Tensor:
+    """[B, n] float64 log-odds of the prior, relaxed samples."""
+    prior_logit = torch.empty(samples.shape, dtype=torch.double)
+    over_images(
+        _count_posterior,
+        len(samples),
+        _array(samples),
+        math.log1p(-float(success)),
+        prior_logit.numpy(),
+    )
+    return prior_logit
+
+
+def count_posterior_backward_cpu(
+    grad_logit: Tensor, samples: Tensor, success: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the samples and, an entry an image, of log(1 - success)."""
+    grad_samples = torch.empty(samples.shape)
+    grad_log_failure = torch.empty(len(samples), dtype=torch.double)
+    over_images(
+        _count_posterior_backward,
+        len(samples),
+        grad_logit.double().contiguous().numpy(),
+        _array(samples),
+        math.log1p(-float(success)),
+        grad_samples.numpy(),
+        grad_log_failure.numpy(),
+    )
+    return grad_samples, grad_log_failure
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().contiguous().numpy()

@@ -1,0 +1,221 @@
+"""The compiled presence priors against plain torch in float64, and as operators of torch.
+
+Here runs Numba, and Triton where there is a GPU; `test_interpreter.py` runs this file again with
+Triton's interpreter.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.presence import presence_kl, presence_prior
+
+Inputs = tuple[Tensor, Tensor]
+
+
+def make_inputs(
+    num_images: int,
+    num_cells: int,
+    *,
+    relaxed: bool,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Inputs:
+    """Logits, and samples from images with few objects to images that are full."""
+    random = torch.Generator().manual_seed(seed)
+    share = torch.linspace(0.05, 0.95, max(num_images, 1))[:num_images, None]
+    samples = (torch.rand(num_images, num_cells, generator=random) < share).float()
+    if relaxed:
+        samples = 0.02 + 0.96 * (samples + 0.3 * torch.rand(samples.shape, generator=random)).clamp(
+            max=1
+        )
+    return 3 * torch.randn(samples.shape, generator=random).to(device), samples.to(device)
+
+
+def values_and_gradients(
+    logits: Tensor, samples: Tensor, success: float, *, relaxed: bool, backend: str
+) -> list[Tensor]:
+    """KL, and its gradients with respect to logits and, if relaxed, samples and success."""
+    leaves = [logits.detach().requires_grad_()]
+    samples, level = samples.detach(), torch.tensor(success, dtype=torch.double).to(logits.device)
+    if relaxed:
+        leaves += [samples.requires_grad_(), level.requires_grad_()]
+    kl = presence_kl(leaves[0], samples, level, relaxed=relaxed, backend=backend)  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(1)
+    cotangent = torch.rand(kl.shape, generator=random).to(kl)
+    return [kl.detach(), *torch.autograd.grad(kl, leaves, cotangent)]
+
+
+@pytest.mark.parametrize("success", [1e-6, 0.5, 0.99, 0.9999])
+@pytest.mark.parametrize("num_cells", [1, 2, 16, 70])
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_matches_float64(
+    relaxed: bool, num_cells: int, success: float, kernel: str, kernel_device: torch.device
+) -> None:
+    if relaxed and num_cells == 1:
+        pytest.skip("the prior of a single cell does not depend on samples")
+    logits, samples = make_inputs(2, num_cells, relaxed=relaxed, device=kernel_device)
+    exact = values_and_gradients(
+        logits.double(), samples.double(), success, relaxed=relaxed, backend="torch"
+    )
+    found = values_and_gradients(logits, samples, success, relaxed=relaxed, backend=kernel)
+    tolerance = 1e-4 if relaxed else 1e-6
+    for name, actual, expected in zip(
+        ["kl", "logits", "samples", "success"], found, exact, strict=False
+    ):
+        error = (actual.double() - expected).norm()
+        assert error <= tolerance * expected.norm(), f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("success", [1e-6, 0.987, 0.9999])
+@pytest.mark.parametrize("num_cells", [33, 1024])
+def test_hard_prior_is_exact_to_float32(
+    num_cells: int, success: float, kernel: str, kernel_device: torch.device
+) -> None:
+    _, samples = make_inputs(3, num_cells, relaxed=False, device=kernel_device)
+    exact = presence_prior(samples.double(), success, backend="torch")
+    prior = presence_prior(samples, success, backend=kernel)  # type: ignore[arg-type]
+    torch.testing.assert_close(prior.double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("num_cells", [40, 260])
+def test_relaxed_prior_holds_with_many_objects(
+    num_cells: int, kernel: str, kernel_device: torch.device
+) -> None:
+    # in probabilities (1 - s)^c is below the least float32 from 20 objects on
+    _, samples = make_inputs(1, num_cells, relaxed=True, device=kernel_device)
+    exact = presence_prior(samples.double(), 0.99, relaxed=True, backend="torch")
+    prior = presence_prior(samples, 0.99, relaxed=True, backend=kernel)  # type: ignore[arg-type]
+    torch.testing.assert_close(prior.double(), exact, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_hard_samples_in_any_dtype(relaxed: bool, kernel: str, kernel_device: torch.device) -> None:
+    logits, samples = make_inputs(2, 9, relaxed=False, device=kernel_device)
+    expected = presence_kl(logits, samples, 0.9, relaxed=relaxed, backend=kernel)  # type: ignore[arg-type]
+    for dtype in (torch.float16, torch.bfloat16):
+        kl = presence_kl(logits, samples.to(dtype), 0.9, relaxed=relaxed, backend=kernel)  # type: ignore[arg-type]
+        assert torch.equal(kl, expected)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_extremes_stay_finite(relaxed: bool, kernel: str, kernel_device: torch.device) -> None:
+    samples = torch.tensor([[0.0] * 6, [1.0] * 6, [1, 0, 1, 0, 1, 1]]).to(kernel_device)
+    logits = torch.tensor([-1e3, -40.0, -1e-8, 0.0, 40.0, 1e3]).expand(3, 6).to(kernel_device)
+    for success in (1e-6, 1 - 1e-6):
+        found = values_and_gradients(logits, samples, success, relaxed=relaxed, backend=kernel)
+        assert all(tensor.isfinite().all() for tensor in found)
+        assert found[0].min() >= -1e-4
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_nan_in_is_nan_out(relaxed: bool, kernel: str, kernel_device: torch.device) -> None:
+    logits, samples = make_inputs(3, 6, relaxed=relaxed, device=kernel_device)
+    samples[1, 2] = torch.nan
+    logits[2, 4] = torch.nan
+    kl = presence_kl(logits, samples, 0.5, relaxed=relaxed, backend=kernel)  # type: ignore[arg-type]
+    assert kl[1, 3:].isnan().all()
+    assert kl[1, :2].isfinite().all()
+    assert kl[2].isnan().tolist() == [False] * 4 + [True, False]
+    assert kl[0].isfinite().all()
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_empty_batches(
+    shape: tuple[int, int], relaxed: bool, kernel: str, kernel_device: torch.device
+) -> None:
+    empty = torch.zeros(shape, device=kernel_device, requires_grad=True)
+    kl = presence_kl(empty, empty, 0.5, relaxed=relaxed, backend=kernel)  # type: ignore[arg-type]
+    kl.sum().backward()
+    assert kl.shape == shape
+
+
+def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
+    """Ten inputs that operators trip over: strides, views, nothing, one of everything."""
+    logits, samples = make_inputs(3, 6, relaxed=relaxed, device=device)
+    return [
+        (logits, samples),
+        make_inputs(1, 1, relaxed=relaxed, device=device),
+        make_inputs(1, 5, relaxed=relaxed, device=device),
+        make_inputs(4, 1, relaxed=relaxed, device=device),
+        make_inputs(0, 4, relaxed=relaxed, device=device),
+        (logits.T.contiguous().T, samples),
+        (logits, samples.T.contiguous().T),
+        (logits[:, ::2], samples[:, 1::2]),
+        (logits[:1].expand(3, 6), samples[:1].expand(3, 6)),
+        (logits[:, :1].expand(3, 6), samples[:, :1].expand(3, 6)),
+        (logits.bfloat16(), samples.half()),
+    ]
+
+
+@pytest.mark.parametrize("index", range(11))
+def test_is_a_sound_operator(index: int, kernel: str, kernel_device: torch.device) -> None:
+    operators = torch.ops.spairkit
+    success = torch.tensor(0.9, dtype=torch.double, device=kernel_device)
+    logits, samples = awkward_inputs(False, kernel_device)[index]
+    leaf = logits.detach().requires_grad_()
+    torch.library.opcheck(operators.presence_kl.default, (leaf, samples, success, kernel))
+
+    _, samples = awkward_inputs(True, kernel_device)[index]
+    leaf, level = samples.detach().requires_grad_(), success.clone().requires_grad_()
+    torch.library.opcheck(operators.count_posterior.default, (leaf, level, kernel))
+    prior_logit, saved = operators.count_posterior(samples, success, kernel)
+    for grad in (torch.ones_like(prior_logit), prior_logit.new_ones(()).expand(samples.shape)):
+        torch.library.opcheck(
+            operators.count_posterior_backward.default, (grad, samples, success, saved, kernel)
+        )
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_compiles_without_a_break(
+    by_tensor: bool, relaxed: bool, kernel: str, kernel_device: torch.device
+) -> None:
+    logits, samples = make_inputs(2, 7, relaxed=relaxed, device=kernel_device)
+    success = torch.tensor(0.9, device=kernel_device) if by_tensor else 0.9
+
+    def loss(logits: Tensor, samples: Tensor) -> Tensor:
+        return presence_kl(logits, samples, success, relaxed=relaxed, backend=kernel).sum()  # type: ignore[arg-type]
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = logits.detach().requires_grad_()
+        value = function(leaf, samples)
+        results.append([value, *torch.autograd.grad(value, leaf)])
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
+def test_hard_kl_has_second_derivatives(kernel: str, kernel_device: torch.device) -> None:
+    logits, samples = make_inputs(1, 3, relaxed=False, device=kernel_device)
+    hessians = [
+        torch.autograd.functional.hessian(
+            lambda x, b=backend: presence_kl(x, samples.to(x), 0.6, backend=b).sum(),
+            logits.to(dtype),
+        )
+        for backend, dtype in ((kernel, torch.float32), ("torch", torch.float64))
+    ]
+    torch.testing.assert_close(hessians[0].double(), hessians[1], rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_of_relaxed_samples_are_refused(
+    kernel: str, kernel_device: torch.device
+) -> None:
+    logits, samples = make_inputs(1, 3, relaxed=True, device=kernel_device)
+    samples.requires_grad_()
+    kl = presence_kl(logits, samples, 0.6, relaxed=True, backend=kernel)  # type: ignore[arg-type]
+    (grad,) = torch.autograd.grad(kl.sum(), samples, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives.*use backend='torch'"):
+        grad.sum().backward()
+
+
+def test_a_learned_success_needs_torch_for_hard_samples(
+    kernel: str, kernel_device: torch.device
+) -> None:
+    logits, samples = make_inputs(1, 3, relaxed=False, device=kernel_device)
+    success = torch.tensor(0.6, device=kernel_device, requires_grad=True)
+    with pytest.raises(ValueError, match="success with a gradient needs relaxed samples"):
+        presence_kl(logits, samples, success, backend=kernel)  # type: ignore[arg-type]
+    presence_kl(logits, samples, success).sum().backward()
+    assert success.grad is not None
