@@ -20,13 +20,11 @@ def extract_glimpses(
     """
     batch, channels, height, width = images.shape
     steps = torch.linspace(0, 1, size, device=boxes.device, dtype=boxes.dtype)
-    extent = boxes.new_tensor([width, height, width, height])
-    corners = 2 * boxes / extent - 1  # [B, n, 4] in [-1, 1] inside the image
-    x1, y1, x2, y2 = corners.unsqueeze(-2).unbind(-1)  # [B, n, 1] each
-    x = x1 + (x2 - x1) * steps  # [B, n, size]
-    y = y1 + (y2 - y1) * steps
-    shape = (batch, boxes.shape[1], size, size)
-    grid = torch.stack([x[:, :, None, :].expand(shape), y[:, :, :, None].expand(shape)], dim=-1)
+    steps = torch.cartesian_prod(steps, steps).flip(-1)  # [size^2, 2] x, y; x runs fastest
+    # edges at -1 and 1, as grid_sample wants them
+    corners = boxes * boxes.new_tensor([2 / width, 2 / height] * 2) - 1
+    low, high = corners.unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
+    grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
     # all boxes of an image as one tall grid: no copy of the image for each box
     grid = grid.reshape(batch, -1, size, 2)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)

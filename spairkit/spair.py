@@ -26,6 +26,7 @@ from spairkit.glimpses import extract_glimpses
 from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
+from spairkit.tight_boxes import tighten
 from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
 _BOX = 4  # y, x, h, w
@@ -164,10 +165,14 @@ class SPAIR(nn.Module):
         Returns:
             B `Detections`, on the CPU.
         """
-        latents, _ = self._infer(images, deterministic)
+        latents, background = self._infer(images, deterministic)
+        boxes = latents.boxes
+        if self.config.box_contrast:
+            maps = self._decode(latents.what)
+            boxes = tighten(boxes, maps, background, self.config.box_contrast)
         return [
             Detections(
-                boxes=latents.boxes[b, on].float().cpu(),
+                boxes=boxes[b, on].float().cpu(),
                 scores=score[on].float().cpu(),
                 what=latents.what[b, on].float().cpu(),
                 depth=latents.depth[b, on].float().cpu(),

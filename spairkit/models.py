@@ -1,0 +1,60 @@
+"""From a config or a checkpoint to a model that is ready to train or to detect."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spairkit.checkpoints import Checkpoint, load_checkpoint
+from spairkit.config import SPAIRConfig
+from spairkit.errors import InputError
+from spairkit.spair import SPAIR
+
+
+def build(config: SPAIRConfig, seed: int) -> SPAIR:
+    """An untrained model, its weights a function of the seed; torch's own state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return SPAIR(config)
+
+
+def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> SPAIR:
+    """The model of a checkpoint, in evaluation mode.
+
+    Raises:
+        InputError: the tensors are not those of the model that its config describes.
+    """
+    with torch.device("meta"):
+        model = SPAIR(checkpoint.config.model)
+    expected = model.state_dict()
+    mistakes = _mismatches(expected, checkpoint.model)
+    if mistakes:
+        raise InputError(
+            f"{checkpoint.path}: its tensors do not fit its config: {mistakes[0]}"
+            + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
+        )
+    model.to_empty(device=device)
+    model.load_state_dict(checkpoint.model)
+    return model.eval()
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> SPAIR:
+    """The detector in a run folder, a checkpoint folder or its model file.
+
+    Raises:
+        InputError: nothing is there, or it is damaged, foreign or of another version.
+    """
+    return from_checkpoint(load_checkpoint(Path(path)), device)
+
+
+def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    mistakes = [f"{name} is missing" for name in expected if name not in found]
+    mistakes += [f"{name} is unknown" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        want, have = expected[name], found[name]
+        if want.shape != have.shape:
+            mistakes.append(f"{name} is {tuple(have.shape)} instead of {tuple(want.shape)}")
+        elif want.dtype != have.dtype:
+            mistakes.append(f"{name} is {have.dtype} instead of {want.dtype}")
+    return mistakes

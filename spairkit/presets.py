@@ -1,0 +1,76 @@
+"""Named configs, and how one is put together. The docstring of each preset is its lab note."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from spairkit.config import Config, from_dict, merge
+from spairkit.errors import InputError
+
+
+def quick() -> dict[str, Any]:
+    """Digits, 32 x 32, 1 to 3 of them."""
+    return {
+        "data": {
+            "image_height": 32,
+            "image_width": 32,
+            "max_objects": 3,
+            "validation_images": 256,
+        },
+        "model": {
+            "backbone_channels": (32, 64),
+            "features": 64,
+            "hidden": 64,
+            "passthrough": 64,
+            "what": 16,
+            "encoder_hidden": (128,),
+            "decoder_hidden": (128,),
+            "activation": "celu",
+            "std_bias": -3.0,
+            "size_bias": -0.9,
+            "presence_bias": 3.0,
+            "alpha_scale": 1.0,
+            "alpha_bias": 2.0,
+            "importance_floor": 0.00025,
+            "temperature": 0.5,
+            "odds_start": 1.0,
+            "odds_decay": 1000.0,
+            "odds_schedule": "log-linear",
+            "likelihood_floor": 1e-6,
+        },
+        "train": {
+            "steps": 4000,
+            "learning_rate": 2e-3,
+            "learning_rate_end": 5e-5,
+            "clip_norm": 0.0,
+            "gradient_noise": 0.0,
+            "training_wheels": 50,
+            "validation_every": 500,
+            "patience": 0,
+        },
+    }
+
+
+def paper() -> dict[str, Any]:
+    """Table 1 and the released code: every default of the config."""
+    return {}
+
+
+_PRESETS: dict[str, Callable[[], dict[str, Any]]] = {"quick": quick, "paper": paper}
+DEFAULT = "quick"
+
+
+def names() -> list[str]:
+    """The presets there are, the default one first."""
+    return list(_PRESETS)
+
+
+def resolve(preset: str, *layers: Mapping[str, Any]) -> Config:
+    """The config of `preset` with `layers` of nested values laid over it, the last one on top.
+
+    Raises:
+        InputError: no such preset (the message lists them), or mistakes in the values, all at
+            once.
+    """
+    if preset not in _PRESETS:
+        raise InputError(f"no preset {preset!r}; there are: {', '.join(names())}")
+    return from_dict(merge(_PRESETS[preset](), *layers, {"preset": preset}))

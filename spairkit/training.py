@@ -1,0 +1,286 @@
+"""The training loop: `fit` yields what happens, and prints nothing.
+
+Everything random is a function of (seed, step): the data, the sampling noise, the gradient
+noise. A run that is killed and resumed therefore ends with the same bits as one that is not.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spairkit.checkpoints import Checkpoint, environment
+from spairkit.config import Config, TrainConfig
+from spairkit.data.datasets import Dataset, evaluation_batches, open_dataset
+from spairkit.densities import count_success
+from spairkit.drawing import reconstruction_sheet
+from spairkit.errors import InputError
+from spairkit.evaluation import evaluate
+from spairkit.images import write_png
+from spairkit.models import build, from_checkpoint
+from spairkit.runs import Run
+
+REPORT_EVERY = 20
+"""Updates between two `Step`s that carry losses: reading them waits for the device."""
+
+_MAX_SKIPPED = 10  # updates in a row
+_PICTURED = 8  # images in the picture of a validation
+_MODE_IMAGES = 256  # whose commonest colour is the background "mode"
+_NEGLIGIBLE_NOISE = 1e-12
+_INIT, _SAMPLE, _GRADIENT, _VALIDATE = range(4)  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class Step:
+    """An update was made."""
+
+    step: int
+    """How many have been made, from 1."""
+    steps: int
+    """How many there will be, unless something ends training earlier."""
+    losses: dict[str, float] | None
+    """Means over the batch in nats, every REPORT_EVERY updates: see `Losses.means`."""
+    seconds: float
+    """Since the first update of this process, validations included."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The model was tried on the validation split and saved."""
+
+    step: int
+    figures: dict[str, float]
+    """`elbo` in nats; `ap`, `ap_spair`, `count_accuracy`, `count_error` where boxes are known."""
+    picture: Path
+    """Images, their reconstructions and the boxes found."""
+    is_best: bool
+
+
+def fit(
+    config: Config,
+    run: Run,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Step | Validation]:
+    """Trains in the folder of `run`, from its last checkpoint where it has one.
+
+    Args:
+        config: the run's.
+        run: must be locked by the caller while this iterates.
+        device: where model and scenes live.
+        stop: asked after every update; once it says yes a checkpoint is written and training
+            ends, to be resumed some other time.
+
+    Yields:
+        A `Step` for every update and a `Validation` every `validation_every` updates and at the
+        end. Steps that were made before a resumption are not yielded again.
+
+    Raises:
+        InputError: the data cannot be read, the folder cannot be written, or the losses were
+            not finite 10 updates in a row; the last good checkpoint is kept.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    train = open_dataset(config.data, "train", device)
+    validation = open_dataset(config.data, "validation", device)
+    trainer = _Trainer(config, run, train, device)
+    run.truncate_metrics(trainer.step)
+    settings = config.train
+    started, skipped = time.perf_counter(), 0
+    while trainer.step < settings.steps:
+        losses = trainer.update()
+        skipped = 0 if losses is not None else skipped + 1
+        if skipped == _MAX_SKIPPED:
+            raise InputError(
+                f"the losses were not finite {_MAX_SKIPPED} updates in a row, up to step "
+                f"{trainer.step}; the last good checkpoint is {run.path / 'last'}; try a lower "
+                "train.learning_rate"
+            )
+        step, means = trainer.step, None
+        if losses is not None and step % REPORT_EVERY == 0:
+            means = {name: float(value) for name, value in losses.items()}
+            run.log({"kind": "step", "step": step, **means})
+        yield Step(step, settings.steps, means, time.perf_counter() - started)
+        if step % settings.validation_every == 0 or step == settings.steps:
+            result = trainer.validate(validation)
+            yield result
+            if settings.patience and step - trainer.best_step >= settings.patience:
+                return
+        elif stop():
+            trainer.save(metrics={}, is_best=False)
+        if stop():
+            return
+
+
+class _Trainer:
+    """A model, its optimiser and how far they are."""
+
+    def __init__(self, config: Config, run: Run, train: Dataset, device: torch.device) -> None:
+        self.config, self.run, self.train, self.device = config, run, train, device
+        self.step = 0
+        self.best = float("-inf")
+        self.best_step = 0
+        checkpoint = run.latest()
+        if checkpoint is None:
+            self.model = build(config.model, config.train.seed).to(device)
+            if config.model.background == "mode":
+                images = train.batch(torch.arange(_MODE_IMAGES)).images
+                self.model.set_background(commonest_colour(images))
+        else:
+            self.model = from_checkpoint(checkpoint, device).train()
+        self.parameters = dict(self.model.named_parameters())
+        self.optimiser = torch.optim.Adam(
+            self.parameters.values(), lr=config.train.learning_rate, fused=True
+        )
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    def update(self) -> dict[str, Tensor] | None:
+        """One step of Adam; None where loss or gradients were not finite and nothing was done."""
+        settings, step = self.config.train, self.step
+        first = step * settings.batch_size
+        indices = torch.arange(first, first + settings.batch_size)
+        images = self.train.batch(indices).images
+        losses = self.model(
+            images,
+            success=success_at(self.config, step),
+            training_wheels=step < settings.training_wheels,
+            generator=self._generator(_SAMPLE, step),
+        )
+        self.optimiser.zero_grad(set_to_none=True)
+        losses.total.mean().backward()
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.step += 1
+        if not bool(norm.isfinite()):
+            return None
+        if settings.clip_norm:
+            scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        self._add_noise(gradients, step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        self.optimiser.step()
+        means: dict[str, Tensor] = losses.means()
+        return means
+
+    def validate(self, dataset: Dataset) -> Validation:
+        """Figures and a picture of the validation split, and a checkpoint."""
+        self.model.eval()
+        figures = {"elbo": self._elbo(dataset)}
+        if dataset.has_truth:
+            batches = evaluation_batches(dataset, self.config.train.batch_size)
+            overall = evaluate(self.model, batches).overall
+            names = ("ap", "ap_spair", "count_accuracy", "count_error")
+            figures |= {name: getattr(overall, name) for name in names}
+        picture = self._draw(dataset)
+        self.model.train()
+        score = figures[self.criterion]
+        is_best = score > self.best
+        if is_best:
+            self.best, self.best_step = score, self.step
+        self.save(figures, is_best)
+        self.run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
+        return Validation(self.step, figures, picture, is_best)
+
+    @property
+    def criterion(self) -> str:
+        """The figure that decides which checkpoint is best: higher is better."""
+        return "elbo" if self.config.train.select == "elbo" else "ap_spair"
+
+    def save(self, metrics: dict[str, float], is_best: bool) -> None:
+        """Writes a checkpoint of this step."""
+        state = {"best": torch.tensor([self.best, self.best_step], dtype=torch.float64)}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                state[f"{key}:{name}"] = value
+        self.run.save(
+            step=self.step,
+            model=self.model.state_dict(),
+            optimiser=state,
+            metrics=metrics,
+            environment=environment(),
+            is_best=is_best,
+        )
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        state = dict(checkpoint.optimiser or {})
+        try:
+            self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
+            for name, parameter in self.parameters.items():
+                moments = {
+                    key: state[f"{key}:{name}"].to(self.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                if moments["exp_avg"].shape != parameter.shape:
+                    raise KeyError(name)
+                self.optimiser.state[parameter] = moments
+        except (KeyError, IndexError):
+            raise InputError(
+                f"{checkpoint.path}: its optimiser does not fit its model; resume from another "
+                "checkpoint or train anew"
+            ) from None
+        self.step = checkpoint.step
+
+    def _elbo(self, dataset: Dataset) -> float:
+        """Mean ELBO in nats under the final count prior, with the same noise every time."""
+        total, images = 0.0, 0
+        for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
+            with torch.no_grad():
+                losses = self.model(batch.images, generator=self._generator(_VALIDATE, index))
+            total -= float(losses.total.sum())
+            images += len(batch.images)
+        return total / images
+
+    def _draw(self, dataset: Dataset) -> Path:
+        batch = next(iter(evaluation_batches(dataset, _PICTURED)))
+        sheet = reconstruction_sheet(
+            batch.images.cpu(),
+            self.model.reconstruct(batch.images).cpu(),
+            self.model.detect(batch.images),
+            batch.truth() if dataset.has_truth else None,
+        )
+        path = self.run.path / "pictures" / f"step-{self.step}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_png(path, sheet)
+        return path
+
+    def _add_noise(self, gradients: list[Tensor], step: int) -> None:
+        """Truncated normal noise that dies away (section 2.2)."""
+        settings = self.config.train
+        scale = settings.gradient_noise * 0.1 ** (step / settings.gradient_noise_decay)
+        if scale < _NEGLIGIBLE_NOISE:
+            return
+        generator = self._generator(_GRADIENT, step)
+        for gradient in gradients:
+            noise = torch.empty_like(gradient)
+            torch.nn.init.trunc_normal_(noise, generator=generator)
+            gradient.add_(noise, alpha=scale)
+
+    def _generator(self, purpose: int, step: int) -> torch.Generator:
+        generator = torch.Generator(self.device)
+        return generator.manual_seed((self.config.train.seed << 32 | step) * 4 + purpose)
+
+
+def learning_rate(settings: TrainConfig, step: int) -> float:
+    """On a straight line from `learning_rate` at step 0 to `learning_rate_end` at the end."""
+    share = step / settings.steps
+    return settings.learning_rate + share * (settings.learning_rate_end - settings.learning_rate)
+
+
+def success_at(config: Config, step: int) -> float:
+    """s of the count prior after `step` updates (section 2.1)."""
+    c = config.model
+    return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)
+
+
+def commonest_colour(images: Tensor) -> Tensor:  # [B, 3, H, W] -> [3]
+    """The 8-bit colour that most pixels have, in [0, 1] (section 4.4, mode "mode")."""
+    levels = (images * 255).round().long()
+    codes = (levels[:, 0] << 16) + (levels[:, 1] << 8) + levels[:, 2]
+    values, counts = codes.flatten().unique(return_counts=True)
+    code = values[counts.argmax()]
+    return torch.stack([code >> 16, (code >> 8) & 255, code & 255]) / 255

@@ -1,0 +1,71 @@
+"""Divergences against samples and closed forms, the schedule against the spec's table."""
+
+import math
+
+import pytest
+import torch
+
+from spairkit.densities import (
+    bernoulli_cross_entropy,
+    concrete_sample,
+    count_success,
+    normal_kl,
+    squash,
+)
+
+
+def test_normal_kl_matches_torch_and_samples() -> None:
+    torch.manual_seed(0)
+    mean, std = torch.randn(5, dtype=torch.float64), torch.rand(5, dtype=torch.float64) + 0.1
+    posterior = torch.distributions.Normal(mean, std)
+    prior = torch.distributions.Normal(-2.2, 0.5)
+    actual = normal_kl(mean, std, -2.2, 0.5)
+    torch.testing.assert_close(actual, torch.distributions.kl_divergence(posterior, prior))
+    draws = posterior.sample((200_000,))
+    estimate = (posterior.log_prob(draws) - prior.log_prob(draws)).mean(0)
+    torch.testing.assert_close(actual, estimate, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_concrete_samples_are_on_as_often_as_the_logit_says(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([-2.0, 0.0, 1.5])
+    uniform = torch.rand(100_000, 3, generator=generator)
+    draws = concrete_sample(logits.expand(100_000, 3), uniform, temperature)
+    torch.testing.assert_close((draws > 0.5).float().mean(0), logits.sigmoid(), rtol=0, atol=0.01)
+
+
+def test_concrete_samples_are_finite_at_the_ends() -> None:
+    logits = torch.tensor([-10.0, 10.0], requires_grad=True)
+    for end in (0.0, 1 - 2**-24):
+        draws = concrete_sample(logits, torch.full((2,), end), 0.5)
+        assert bool(draws.isfinite().all())
+        assert bool(torch.autograd.grad(draws.sum(), logits)[0].isfinite().all())
+
+
+def test_cross_entropy_is_finite_for_a_perfect_and_for_an_opposite_image() -> None:
+    target = torch.tensor([[0.0, 1.0]])
+    same, opposite = target.clone(), 1 - target
+    assert float(bernoulli_cross_entropy(same, target, 1e-9)) == pytest.approx(0, abs=1e-6)
+    assert float(bernoulli_cross_entropy(opposite, target, 1e-9)) == pytest.approx(
+        -2 * math.log(1e-9), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "success"),
+    [(0, 1e-6), (3000, 0.0010), (5000, 0.0908), (6000, 0.4969), (8000, 0.9780), (10**6, 0.98765)],
+)
+def test_the_exponential_schedule_is_the_table_of_section_2(step: int, success: float) -> None:
+    actual = count_success(step, 1e6, 0.0125, 1000, "exponential")
+    assert actual == pytest.approx(success, rel=0.01)
+
+
+def test_the_log_linear_schedule_goes_straight_and_stays() -> None:
+    odds = [1 / count_success(t, 1.0, 0.01, 100, "log-linear") - 1 for t in (0, 50, 100, 999)]
+    assert odds == pytest.approx([1.0, 0.1, 0.01, 0.01])
+
+
+def test_squash_keeps_away_from_0_and_1() -> None:
+    values = squash(torch.tensor([-1e4, 0.0, 1e4]))
+    torch.testing.assert_close(values, torch.tensor([4.54e-5, 0.5, 1 - 4.54e-5]), rtol=0, atol=1e-7)

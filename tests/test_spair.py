@@ -1,0 +1,241 @@
+"""SPAIR against a raster loop and a per-term loop written here, and its promises as a detector."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.config import SPAIRConfig
+from spairkit.presence import presence_kl
+from spairkit.spair import SPAIR, Latents, Noise
+
+SMALL = SPAIRConfig(
+    backbone_channels=(8,),
+    features=8,
+    hidden=16,
+    passthrough=5,
+    what=6,
+    encoder_hidden=(12,),
+    decoder_hidden=(12,),
+    object_size=6,
+)
+
+
+@pytest.fixture
+def model() -> SPAIR:
+    torch.manual_seed(0)
+    return SPAIR(SMALL)
+
+
+def encode_in_raster_order(model: SPAIR, images: Tensor, noise: Noise, relaxed: bool) -> Latents:
+    """Section 3.2 to the letter: one cell after the other, its context from a table of cells."""
+    config = model.config
+    features = model.backbone(images)
+    rows, columns = features.shape[-2:]
+    box, rest, presence = model.edge[:4], model.edge[4:-1], model.edge[-1:]
+    edge = torch.cat([box.sigmoid(), rest, presence.sigmoid()]).expand(len(images), -1)
+    vectors: dict[tuple[int, int], Tensor] = {}
+    cells = []
+    networks = (model.where_network, model.depth_network, model.presence_network)
+    for i in range(rows):
+        for j in range(columns):
+            near = [(i - 1, j - 1), (i - 1, j), (i - 1, j + 1), (i, j - 1)]
+            context = torch.cat([vectors.get(cell, edge) for cell in near], dim=-1)
+            shared = torch.cat([features[:, :, i, j], context], dim=-1)
+            width = shared.shape[-1]
+            products = [shared @ n.first.weight[:, :width].T + n.first.bias for n in networks]
+            k = i * columns + j
+            drawn = (noise.normal[None, :, k], noise.uniform[None, :, k])
+            latents, vector = model._encode_wave(
+                images,
+                torch.cat(products, dim=-1)[None],
+                torch.tensor([[[i, j]]], dtype=images.dtype),
+                drawn,
+                training_wheels=False,
+                relaxed=relaxed,
+            )
+            vectors[i, j] = vector[0]
+            cells.append(latents)
+    assert config.lateral
+    return Latents(
+        **{
+            field.name: torch.cat([getattr(cell, field.name) for cell in cells]).transpose(0, 1)
+            for field in fields(Latents)
+        }
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(36, 36), (25, 50), (12, 60), (60, 12)])
+def test_wavefront_equals_the_raster_loop(model: SPAIR, height: int, width: int) -> None:
+    model = model.double()
+    images = torch.rand(2, 3, height, width, dtype=torch.float64)
+    noise = model._draw(images, torch.Generator().manual_seed(1))
+    actual = model._encode(images, noise, training_wheels=False, relaxed=True)
+    expected = encode_in_raster_order(model, images, noise, relaxed=True)
+    for field in fields(Latents):
+        ours, theirs = getattr(actual, field.name), getattr(expected, field.name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_wavefront_gradients_equal_the_raster_loop(model: SPAIR) -> None:
+    model = model.double()
+    images = torch.rand(2, 3, 36, 48, dtype=torch.float64)
+    noise = model._draw(images, torch.Generator().manual_seed(1))
+    gradients = []
+    for latents in (
+        model._encode(images, noise, training_wheels=False, relaxed=True),
+        encode_in_raster_order(model, images, noise, relaxed=True),
+    ):
+        total = sum(getattr(latents, f.name).square().sum() for f in fields(Latents))
+        parameters = [p for n, p in model.named_parameters() if not n.startswith("decoder")]
+        gradients.append(torch.autograd.grad(total, parameters))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_has_the_parameters_of_the_specification() -> None:
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    model = SPAIR(SPAIRConfig())
+    assert count(model.backbone) == 576_740
+    assert count(model.where_network) == 53_508
+    assert count(model.depth_network) == 68_302
+    assert count(model.presence_network) == 58_201
+    assert count(model.encoder) == 458_596
+    assert count(model.decoder) == 546_832
+    assert model.edge.numel() == 56
+    assert count(model) == 1_762_235
+
+
+def test_boxes_follow_equations_2_to_6(model: SPAIR) -> None:
+    images = torch.rand(1, 3, 24, 36)
+    latents = model._encode(images, None, training_wheels=False, relaxed=False)
+    for k in range(6):
+        i, j = divmod(k, 3)
+        y, x, h, w = (1 / (1 + math.exp(-v)) for v in latents.where_mean[0, k].tolist())
+        centre_y, centre_x = (i + 2 * y - 0.5) * 12, (j + 2 * x - 0.5) * 12
+        x1, y1, x2, y2 = latents.boxes[0, k].tolist()
+        assert (x1 + x2) / 2 == pytest.approx(centre_x, abs=1e-4)
+        assert (y1 + y2) / 2 == pytest.approx(centre_y, abs=1e-4)
+        assert (x2 - x1, y2 - y1) == pytest.approx((48 * w, 48 * h), abs=1e-4)
+
+
+@torch.no_grad()
+def test_losses_match_a_loop_over_cells(model: SPAIR) -> None:
+    images = torch.rand(2, 3, 24, 36)
+    latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
+    image = model._render(latents, background, images)
+    losses = model._losses(images, latents, image, 0.3)
+
+    def kl(mean: float, std: float, prior_mean: float, prior_std: float) -> float:
+        square = (std**2 + (mean - prior_mean) ** 2) / prior_std**2
+        return math.log(prior_std / std) + square / 2 - 0.5
+
+    for b in range(2):
+        where = what = depth = 0.0
+        for k in range(6):
+            presence = float(latents.presence[b, k])
+            mean, std = latents.where_mean[b, k].tolist(), latents.where_std[b, k].tolist()
+            priors = [(0.0, 1.0), (0.0, 1.0), (-2.1972, 0.5), (-2.1972, 0.5)]
+            pairs = zip(mean, std, priors, strict=True)
+            where += presence * sum(kl(m, s, *prior) for m, s, prior in pairs)
+            mean, std = latents.what_mean[b, k].tolist(), latents.what_std[b, k].tolist()
+            what += presence * sum(kl(m, s, 0.0, 1.0) for m, s in zip(mean, std, strict=True))
+            m, s = float(latents.depth_mean[b, k]), float(latents.depth_std[b, k])
+            depth += presence * kl(m, s, 0.0, 1.0)
+        entropy = 0.0
+        for x, y in zip(images[b].flatten().tolist(), image[b].flatten().tolist(), strict=True):
+            entropy -= x * math.log(y + 1e-9) + (1 - x) * math.log(1 - y + 1e-9)
+        assert float(losses.kl_where[b]) == pytest.approx(where, rel=1e-4)
+        assert float(losses.kl_what[b]) == pytest.approx(what, rel=1e-4)
+        assert float(losses.kl_depth[b]) == pytest.approx(depth, rel=1e-4)
+        assert float(losses.reconstruction[b]) == pytest.approx(entropy, rel=1e-3)
+    pres = presence_kl(latents.presence_logit, latents.presence, 0.3).sum(1)
+    torch.testing.assert_close(losses.kl_pres, pres)
+    terms = losses.kl_where + losses.kl_what + losses.kl_depth + losses.kl_pres
+    torch.testing.assert_close(losses.total, losses.reconstruction + terms)
+
+
+def test_training_wheels_hold_where_depth_and_pres(model: SPAIR) -> None:
+    images = torch.rand(2, 3, 24, 24)
+    model(images, training_wheels=True).total.sum().backward()
+    for name, parameter in model.named_parameters():
+        moves = parameter.grad is not None and bool(parameter.grad.any())
+        assert moves == name.startswith(("encoder", "decoder")), name
+
+
+@pytest.mark.parametrize("preset_size", [48, 84])
+def test_the_paper_model_is_finite(preset_size: int) -> None:
+    torch.manual_seed(0)
+    model = SPAIR(SPAIRConfig())
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
+    for step in range(3):
+        images = (torch.rand(4, 3, preset_size, preset_size) > 0.8).float()
+        losses = model(images, success=(1e-6, 0.5, 0.98765)[step])
+        optimiser.zero_grad()
+        losses.total.mean().backward()
+        assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+        optimiser.step()
+    assert bool(losses.total.isfinite().all())
+
+
+@pytest.mark.parametrize("background", ["black", "solid", "mode", "mlp"])
+def test_backgrounds_fill_the_image_where_nothing_is(background: str) -> None:
+    torch.manual_seed(0)
+    model = SPAIR(replace(SMALL, background=background, presence_bias=-20.0))
+    model.set_background(torch.tensor([0.2, 0.4, 0.6]))
+    images = torch.rand(2, 3, 20, 31)
+    image = model.reconstruct(images)
+    assert image.shape == images.shape
+    torch.testing.assert_close(image, image[:, :, :1, :1].expand_as(image), rtol=0, atol=0)
+    expected = {"black": [0.0] * 3, "solid": [0.5] * 3, "mode": [0.2, 0.4, 0.6]}
+    if background in expected:
+        torch.testing.assert_close(image[0, :, 0, 0], torch.tensor(expected[background]))
+    losses = model(images)
+    losses.total.mean().backward()
+    learned = [p for n, p in model.named_parameters() if n.startswith("background")]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in learned)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (13, 40), (48, 48), (97, 51)])
+def test_takes_images_of_any_size(model: SPAIR, height: int, width: int) -> None:
+    images = torch.rand(2, 3, height, width)
+    found = model.detect(images, threshold=0.0)
+    assert [len(item) for item in found] == [math.ceil(height / 12) * math.ceil(width / 12)] * 2
+    assert model.reconstruct(images).shape == images.shape
+    maps = model.appearance(images, threshold=0.0)
+    assert [tuple(m.shape) for m in maps] == [(len(item), 6, 6, 4) for item in found]
+    assert bool(model(images).total.isfinite().all())
+
+
+def test_moving_the_image_by_a_cell_moves_the_boxes(model: SPAIR) -> None:
+    config = replace(SMALL, lateral=False)
+    torch.manual_seed(0)
+    model = SPAIR(config).double()
+    images = torch.zeros(1, 3, 72, 72, dtype=torch.float64)
+    images[..., 24:36, 24:38] = torch.rand(12, 14, dtype=torch.float64)
+    moved = images.roll((12, 24), dims=(2, 3))
+    boxes = model.detect(images, 0.0)[0].boxes.reshape(6, 6, 4)
+    others = model.detect(moved, 0.0)[0].boxes.reshape(6, 6, 4)
+    shift = torch.tensor([24.0, 12.0, 24.0, 12.0])
+    torch.testing.assert_close(others[2:4, 2:5], boxes[1:3, 0:3] + shift, rtol=0, atol=1e-4)
+
+
+def test_means_are_repeatable_and_samples_are_not(model: SPAIR) -> None:
+    images = torch.rand(4, 3, 48, 48)
+    first, second = model.detect(images, 0.0), model.detect(images, 0.0)
+    assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(first, second, strict=True))
+    sampled = model.detect(images, deterministic=False)
+    assert all(bool((item.scores == 1).all()) for item in sampled)
+    again = model.detect(images, deterministic=False)
+    assert any(not torch.equal(a.boxes, b.boxes) for a, b in zip(sampled, again, strict=True))
+
+
+def test_the_same_generator_gives_the_same_losses(model: SPAIR) -> None:
+    images = torch.rand(2, 3, 36, 36)
+    totals = [model(images, generator=torch.Generator().manual_seed(s)).total for s in (5, 5, 6)]
+    assert torch.equal(totals[0], totals[1])
+    assert not torch.equal(totals[0], totals[2])

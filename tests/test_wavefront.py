@@ -1,0 +1,27 @@
+"""Every cell appears once, after all that it looks at, and finds them where the wave says."""
+
+import pytest
+import torch
+
+from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "waves"), [(4, 4, 10), (7, 7, 19), (18, 14, 48), (1, 6, 6), (6, 1, 11)]
+)
+def test_neighbours_are_where_the_wave_says(rows: int, columns: int, waves: int) -> None:
+    front = wavefront(rows, columns, torch.device("cpu"))
+    assert len(front.waves) == waves
+    assert sorted(front.order.tolist()) == list(range(rows * columns))
+    assert front.order[front.places].tolist() == list(range(rows * columns))
+    done: list[list[tuple[int, int]]] = []
+    for wave in front.waves:
+        cells = [divmod(k, columns) for k in front.order[wave.start : wave.stop].tolist()]
+        pool: list[tuple[int, int] | None] = [None]
+        pool += [cell for group in done[-LOOKBACK:] for cell in group]
+        for (i, j), near in zip(cells, wave.neighbours.tolist(), strict=True):
+            for (di, dj), row in zip(NEIGHBOURS, near, strict=True):
+                cell = (i + di, j + dj)
+                inside = 0 <= cell[0] < rows and 0 <= cell[1] < columns
+                assert pool[row] == (cell if inside else None)
+        done.append(cells)
