@@ -1,0 +1,270 @@
+"""Pictures, pixel by pixel: what must be untouched is untouched, what must be seen is there."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.detections import Detections, Truth
+from spairkit.drawing import (
+    COLOURS,
+    MAX_OBJECTS,
+    draw_boxes,
+    legible_scale,
+    panel,
+    reconstruction_sheet,
+)
+
+
+def detections(boxes: list[list[float]], scores: list[float] | None = None) -> Detections:
+    num = len(boxes)
+    return Detections(
+        boxes=torch.tensor(boxes).reshape(-1, 4),
+        scores=torch.full((num,), 0.9) if scores is None else torch.tensor(scores),
+        what=torch.zeros(num, 0),
+        depth=torch.zeros(num),
+    )
+
+
+NONE = detections([])
+
+
+def dark_image(height: int, width: int) -> Tensor:
+    """Noise far from the colours of boxes."""
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    return torch.rand(3, height, width, generator=generator) * 0.2
+
+
+def enlarged(image: Tensor, scale: int) -> Tensor:
+    levels = (image * 255).round().to(torch.uint8)
+    return levels.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
+def is_colour(picture: Tensor, colour: tuple[int, int, int]) -> Tensor:  # [H, W] bool
+    return (picture == torch.tensor(colour, dtype=torch.uint8)[:, None, None]).all(0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"),
+    [(48, 48, 8), (84, 84, 4), (48, 84, 4), (1, 1, 16), (1, 300, 1), (3000, 20, 1)],
+)
+def test_small_images_are_enlarged_pixel_by_pixel(height: int, width: int, scale: int) -> None:
+    image = dark_image(height, width)
+    assert legible_scale(height, width) == scale
+    picture = draw_boxes(image, NONE)
+    assert picture.dtype == torch.uint8
+    assert torch.equal(picture, enlarged(image, scale))
+    assert torch.equal(draw_boxes(image, NONE, scale=3), enlarged(image, 3))
+
+
+@pytest.mark.parametrize("scale", [1, 4, 8])
+@pytest.mark.parametrize(
+    "box", [[20, 14, 34, 30], [0, 0, 9, 9], [40, 30, 64, 48], [30, 20, 33, 23]]
+)
+def test_a_box_is_outlined_and_what_it_holds_is_untouched(box: list[int], scale: int) -> None:
+    image = dark_image(48, 64)
+    picture = draw_boxes(image, detections([[float(x) for x in box]]), scale=scale)
+    plain = enlarged(image, scale)
+    x1, y1, x2, y2 = (scale * x for x in box)
+    inner = slice(y1 + 5, y2 - 5), slice(x1 + 5, x2 - 5)
+    if box[0] > 0 and box[2] < 64:
+        inner = slice(y1, y2), slice(x1, x2)
+    assert torch.equal(picture[:, *inner], plain[:, *inner])
+    # a line on each side, wherever the side lies
+    coloured = is_colour(picture, COLOURS[0])
+    for side in (
+        coloured[max(y1 - 4, 0) : y1 + 4, (x1 + x2) // 2],
+        coloured[y2 - 4 : y2 + 4, (x1 + x2) // 2],
+        coloured[(y1 + y2) // 2, max(x1 - 4, 0) : x1 + 4],
+        coloured[(y1 + y2) // 2, x2 - 4 : x2 + 4],
+    ):
+        assert side.any()
+
+
+def test_a_score_stands_outside_its_box() -> None:
+    image = dark_image(48, 48)
+    scores = [draw_boxes(image, detections([[20, 20, 30, 30]], [s])) for s in (0.61, 0.87)]
+    differing = (scores[0] != scores[1]).any(0).nonzero()
+    assert len(differing) > 10  # other figures, other pixels
+    inside = ((differing >= 20 * 8) & (differing < 30 * 8)).all(1)
+    assert not inside.any()
+
+
+def test_scores_hide_no_other_small_object() -> None:
+    boxes = [
+        [10.0 + 11 * i, 10.0 + 11 * j, 20.0 + 11 * i, 20.0 + 11 * j]
+        for i in (0, 1, 2)
+        for j in (0, 1, 2)
+    ]
+    image = dark_image(60, 60)
+    picture, plain = draw_boxes(image, detections(boxes)), enlarged(image, 6)
+    for x1, y1, x2, y2 in boxes:
+        middle = slice(int(y1 + 3) * 6, int(y2 - 3) * 6), slice(int(x1) * 6, int(x2) * 6)
+        assert torch.equal(picture[:, *middle], plain[:, *middle])
+
+
+def test_the_box_of_the_whole_image_is_seen_and_scored() -> None:
+    image = dark_image(48, 48)
+    whole = [0.0, 0.0, 48.0, 48.0]
+    picture = draw_boxes(image, detections([whole]))
+    assert is_colour(picture, COLOURS[0])[:, 200].any()
+    other = draw_boxes(image, detections([whole], [0.5]))
+    assert not torch.equal(picture, other)
+
+
+def test_what_cannot_be_drawn_is_left_out() -> None:
+    image = dark_image(48, 48)
+    nan, inf = float("nan"), float("inf")
+    bad: list[list[float]] = [
+        [nan, 0, 9, 9],
+        [9, 9, 3, 3],
+        [5, 5, 5, 9],
+        [-inf, 0, inf, 9],
+        [900, 900, 910, 910],
+    ]
+    assert torch.equal(
+        draw_boxes(image, detections([[float(x) for x in box] for box in bad])),
+        draw_boxes(image, NONE),
+    )
+    beyond = draw_boxes(image, detections([[-1e30, 20.0, 1e30, 30.0]]))
+    assert is_colour(beyond, COLOURS[0]).any()
+    assert torch.equal(draw_boxes(torch.full((3, 4, 4), nan), NONE), torch.zeros(3, 64, 64).byte())
+
+
+def test_thousands_of_boxes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(3000, 2, generator=generator) * 500
+    boxes = torch.cat([corner, corner + 8], dim=1)
+    many = Detections(
+        boxes, torch.rand(3000, generator=generator), torch.zeros(3000, 0), torch.zeros(3000)
+    )
+    assert draw_boxes(dark_image(512, 512), many).shape == (3, 512, 512)
+
+
+def test_black_text_is_legible_on_every_colour() -> None:
+    for colour in COLOURS:
+        linear = [
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (level / 255 for level in colour)
+        ]
+        luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+        assert (luminance + 0.05) / 0.05 >= 7  # the stricter of the W3C's two contrast ratios
+    assert len(set(COLOURS)) == len(COLOURS)
+
+
+def plain_objects(levels: list[float], alpha: float = 1.0) -> Tensor:
+    maps = torch.ones(len(levels), 14, 14, 4)
+    maps[..., :3] = torch.tensor(levels)[:, None, None, None]
+    maps[..., 3] = alpha
+    return maps
+
+
+def test_panel_shows_objects_by_score() -> None:
+    boxes = [[2.0, 2.0, 12.0, 12.0], [20.0, 2.0, 30.0, 12.0], [2.0, 20.0, 12.0, 30.0]]
+    found = detections(boxes, [0.6, 0.99, 0.7])
+    image = dark_image(48, 48)
+    levels = [50 / 255, 100 / 255, 150 / 255]
+    picture = panel(image, found, image, plain_objects(levels))
+    assert picture.dtype == torch.uint8
+    below = picture[:, 450:]
+    lefts = [
+        is_colour(below, (level, level, level)).any(0).nonzero()[0].item()
+        for level in (100, 150, 50)
+    ]
+    assert lefts == sorted(lefts)
+    assert len(set(lefts)) == 3
+    # the frame has the colour of the box
+    for index, level in enumerate((50, 100, 150)):
+        rows, columns = is_colour(below, (level, level, level)).nonzero(as_tuple=True)
+        assert is_colour(below, COLOURS[index])[rows.min() - 1, columns.min() - 1]
+
+
+def test_panel_shows_through_where_an_object_is_transparent() -> None:
+    found = detections([[2.0, 2, 12, 12]])
+    image = dark_image(48, 48)
+    clear = panel(image, found, image, plain_objects([1.0], alpha=0.0))
+    greys = {g for g in range(60, 200) if is_colour(clear, (g, g, g)).sum() > 1000}
+    assert len(greys) == 2  # the chequers
+    opaque = panel(image, found, image, plain_objects([0.5], alpha=1.0))
+    assert is_colour(opaque, (128, 128, 128)).sum() >= 84 * 84
+
+
+def test_panel_holds_image_and_reconstruction() -> None:
+    image, drawn = dark_image(48, 48), dark_image(48, 48).flip(1)
+    picture = panel(image, NONE, drawn, torch.zeros(0, 14, 14, 4))
+    for part in (image, drawn):
+        assert contains(picture, enlarged(part, 8))
+    assert panel(image, NONE, drawn).shape[1] < picture.shape[1]
+
+
+def contains(picture: Tensor, part: Tensor) -> bool:
+    """Whether `part` lies somewhere in `picture`, pixel for pixel."""
+    height, width = part.shape[1:]
+    corners = (picture[:, : 1 - height, : 1 - width] == part[:, :1, :1]).all(0).nonzero().tolist()
+    return any(torch.equal(picture[:, y : y + height, x : x + width], part) for y, x in corners)
+
+
+def test_panel_is_bounded() -> None:
+    image = dark_image(40, 60)
+
+    def drawn(num: int) -> Tensor:
+        found = detections([[1.0, 1.0, 9.0, 9.0]] * num)
+        return panel(image, found, image, plain_objects([0.5] * num))
+
+    assert drawn(MAX_OBJECTS + 1).shape == drawn(MAX_OBJECTS + 200).shape
+    assert not torch.equal(drawn(MAX_OBJECTS + 1), drawn(MAX_OBJECTS + 2))  # "and k more"
+    large = dark_image(900, 3000)
+    assert panel(large, NONE, large).shape[2] < 3 * 1024 + 100
+    thin = dark_image(1, 2000)
+    assert panel(thin, NONE, thin, torch.zeros(0, 14, 14, 4)).dim() == 3
+
+
+def test_sheet_shows_every_image_and_its_truth() -> None:
+    images = torch.stack([dark_image(48, 48).roll(i, 2) for i in range(3)])
+    drawn = images.flip(2)
+    true = [Truth(torch.tensor([[10.0, 10.0, 20.0, 22.0]]), torch.tensor([-1]))] * 3
+    sheet = reconstruction_sheet(images, drawn, [NONE] * 3)
+    for part in (*images, *drawn):
+        assert contains(sheet, enlarged(part, 4))
+    marked = reconstruction_sheet(images, drawn, [NONE] * 3, true)
+    rows, columns = (marked != sheet).any(0)[20 + 16 :].nonzero(as_tuple=True)
+    white = is_colour(marked, (255, 255, 255))[20 + 16 :]
+    # four corners of a box of 10 by 12 pixels, times 4, in each of three images
+    assert white[rows, columns].sum() > 3 * 4 * 10
+    assert int(rows.max() - rows.min()) == 12 * 4 - 1
+
+
+def test_sheet_wraps_and_reduces() -> None:
+    images = dark_image(48, 48).expand(8, 3, 48, 48)
+    one = reconstruction_sheet(images[:1], images[:1], [NONE])
+    eight = reconstruction_sheet(images, images, [NONE] * 8)
+    nine = reconstruction_sheet(
+        dark_image(48, 48).expand(9, 3, 48, 48), dark_image(48, 48).expand(9, 3, 48, 48), [NONE] * 9
+    )
+    assert eight.shape[1] == one.shape[1]
+    assert nine.shape[1] > eight.shape[1]
+    assert nine.shape[2] < eight.shape[2]  # rows of five and four
+    large = dark_image(1200, 1600).expand(2, 3, 1200, 1600)
+    assert reconstruction_sheet(large, large, [NONE] * 2).shape[2] < 2 * 512 + 100
+
+
+def test_arguments_are_left_alone_and_answers_are_the_same() -> None:
+    image, found = dark_image(48, 48), detections([[2.0, 2, 12, 12], [20, 2, 30, 12]])
+    before = image.clone(), found.boxes.clone()
+    first, second = draw_boxes(image, found), draw_boxes(image, found)
+    assert torch.equal(first, second)
+    assert torch.equal(image, before[0])
+    assert torch.equal(found.boxes, before[1])
+
+
+def test_refuses_other_shapes() -> None:
+    image = dark_image(8, 8)
+    with pytest.raises(ValueError, match=r"image must be \[3, H, W\], got \[1, 8, 8\]"):
+        draw_boxes(image[:1], NONE)
+    with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
+        draw_boxes(image, NONE, scale=0)
+    with pytest.raises(ValueError, match=r"appearances must be \[0, P, P, 4\]"):
+        panel(image, NONE, image, torch.zeros(2, 14, 14, 4))
+    with pytest.raises(ValueError, match="found must hold 1 images, got 2"):
+        reconstruction_sheet(image[None], image[None], [NONE, NONE])
+    with pytest.raises(ValueError, match="with B > 0"):
+        reconstruction_sheet(torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 8, 8), [])
