@@ -5,11 +5,14 @@ the same bytes.
 """
 
 import gzip
+import lzma
 import math
 import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -25,21 +28,23 @@ Split = Literal["train", "validation", "test"]
 _MAX_BYTES = 1 << 30
 _MAX_SIDE = 256
 _CHUNK = 4096
-_UNREADABLE = (
+# what the readers of zip, gzip and npy raise on damaged files
+_DAMAGED = (
     OSError,
     EOFError,
     ValueError,
+    TypeError,
+    LookupError,
     SyntaxError,
-    KeyError,
     OverflowError,
     MemoryError,
-    RecursionError,
     RuntimeError,
-    NotImplementedError,
     struct.error,
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
 )
+_PAIR = ("images", "labels")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,7 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
         of_class = np.flatnonzero(labels == label)
         low, high = (len(of_class) * tenth // 10 for tenth in tenths)
         chosen[of_class[low:high]] = True
-    chosen &= images.any((1, 2))
+    chosen &= images.max((1, 2), initial=0) > 0
     if not chosen.any():
         raise InputError(f"{path}: too few glyphs for a {split} split; ten of a class are enough")
     full = 16 if config.name == "digits" else 255
@@ -133,24 +138,20 @@ def _weights(old: int, new: int) -> NDArray[np.int64]:
     """
     centres = (2 * np.arange(new) + 1) * old
     distances = np.abs((2 * np.arange(old) + 1)[None, :] * new - centres[:, None])
-    return np.maximum(2 * max(old, new) - distances, 0).astype(np.int64)
+    weights: NDArray[np.int64] = np.maximum(2 * max(old, new) - distances, 0)
+    return weights
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     """`x_train, y_train, x_test, y_test`, or `images, labels`, checked."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a regular file; name an npz file or IDX images")
-    try:
+    with _reading(path):
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
+        if not path.is_file():
+            raise InputError(f"{path}: not a regular file; name an npz file or IDX images")
         with path.open("rb") as file:
             magic = file.read(2)
-        arrays = _read_npz(path) if magic == b"PK" else _read_idx(path)
-    except InputError:
-        raise
-    except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: not a readable npz or IDX file: {reason}") from None
+    arrays = _read_npz(path) if magic == b"PK" else _read_idx(path)
     for images_key, labels_key in (("x_train", "y_train"), ("x_test", "y_test"), _PAIR):
         if images_key in arrays:
             _check(path, images_key, arrays[images_key], labels_key, arrays[labels_key])
@@ -158,7 +159,19 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-_PAIR = ("images", "labels")
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what damaged files raise into an InputError that names this one."""
+    try:
+        with warnings.catch_warnings():
+            # numpy's, about headers that Python 2 wrote
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except _DAMAGED as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: not a readable npz or IDX file: {reason[:200]}") from None
 
 
 def _check(
@@ -182,22 +195,22 @@ def _check(
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
-    with zipfile.ZipFile(path) as archive:
-        names = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    with _reading(path), zipfile.ZipFile(path) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
         wanted = ["x_train", "y_train", "x_test", "y_test"]
-        if not names.keys() >= set(wanted):
-            wanted = [key for key in _PAIR if key in names]
-            if "images" not in wanted:
-                raise InputError(
-                    f"{path}: needs x_train, y_train, x_test, y_test, or images (and labels); "
-                    f"has {', '.join(sorted(names)[:8]) or 'nothing'!r}"
-                )
-        if sum(names[key].file_size for key in wanted) > _MAX_BYTES:
+        if not members.keys() >= set(wanted):
+            wanted = [key for key in _PAIR if key in members]
+        if not wanted or wanted == ["labels"]:
+            raise InputError(
+                f"{path}: needs x_train, y_train, x_test and y_test, or images and perhaps labels; "
+                f"it has {', '.join(map(repr, sorted(members)[:8])) or 'nothing'}"
+            )
+        if sum(members[key].file_size for key in wanted) > _MAX_BYTES:
             raise InputError(f"{path}: holds more than 1 GiB, which no set of glyphs needs")
         arrays = {}
         for key in wanted:
-            with archive.open(names[key]) as member:
-                arrays[key] = _read_npy(member, names[key].file_size)
+            with archive.open(members[key]) as member:
+                arrays[key] = _read_npy(member, members[key].file_size)
     if "images" in arrays and "labels" not in arrays:
         arrays["labels"] = np.full(len(arrays["images"]), -1)
     return arrays
@@ -206,15 +219,16 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
 def _read_npy(member: IO[bytes], size: int) -> NDArray[Any]:
     """An array of numbers whose header promises no more than the member holds."""
     version = np.lib.format.read_magic(member)
-    header: Mapping[tuple[int, int], Any] = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    shape, fortran, dtype = header[version](member)
-    if dtype.hasobject or dtype.kind not in "biuf":
-        raise ValueError(f"an array of {dtype}, not of numbers")
+    if version == (1, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    elif version == (2, 0):
+        shape, fortran, dtype = np.lib.format.read_array_header_2_0(member)
+    else:
+        raise ValueError(f"npy version {version}")
+    if dtype.kind not in "biuf" or not shape:
+        raise ValueError(f"an array of {dtype}, shape {list(shape)}")
     wanted = math.prod(shape) * dtype.itemsize
-    if not 0 <= wanted <= size or min(shape, default=0) < 0:
+    if min(shape) < 0 or wanted > size:
         raise ValueError(f"an array of shape {list(shape)} in {size} bytes")
     data = member.read(wanted)
     if len(data) < wanted:
@@ -232,6 +246,7 @@ def _read_idx(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _labels_beside(path: Path) -> Path | None:
+    """`train-images-idx3-ubyte.gz` has its labels in `train-labels-idx1-ubyte`, gzipped or not."""
     name = path.name.removesuffix(".gz")
     for dot in ("-", "."):
         renamed = name.replace(f"images{dot}idx3", f"labels{dot}idx1")
@@ -244,17 +259,18 @@ def _labels_beside(path: Path) -> Path | None:
 
 def _read_idx_array(path: Path) -> NDArray[Any]:
     """Unsigned bytes in IDX form: two zeros, type 8, the number of axes, lengths, data."""
-    with path.open("rb") as raw:
-        zipped = raw.read(2) == b"\x1f\x8b"
-    with gzip.open(path) if zipped else path.open("rb") as file:
-        head = file.read(4)
-        if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 4:
-            raise ValueError("it starts like neither")
-        shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
-        size = math.prod(shape)
-        if size > _MAX_BYTES:
-            raise InputError(f"{path}: holds more than 1 GiB, which no set of glyphs needs")
-        data = file.read(size + 1)
-        if len(data) != size:
-            raise ValueError(f"its header promises {size} bytes of data, it has {len(data)}")
-    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+    with _reading(path):
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if zipped else path.open("rb") as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 4:
+                raise ValueError("it starts like neither")
+            shape = struct.unpack(f">{head[3]}I", file.read(4 * head[3]))
+            size = math.prod(shape)
+            if size > _MAX_BYTES:
+                raise InputError(f"{path}: holds more than 1 GiB, which no set of glyphs needs")
+            data = file.read(size + 1)
+            if len(data) != size:
+                raise ValueError(f"its header promises {size} bytes of data, not {len(data)}")
+        return np.frombuffer(data, dtype=np.uint8).reshape(shape)

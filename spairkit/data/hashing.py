@@ -21,29 +21,34 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x1FFFFFFFF)
 
 
-def hashed(key: Tensor, *counters: Tensor | int) -> Tensor:
-    """64 random bits as int64 for each key and its counters, which broadcast together.
+def hashed(key: Tensor, counter: Tensor | int) -> Tensor:
+    """64 random bits as int64 for each key and counter, which broadcast together.
 
-    Each counter moves the key along splitmix64's sequence and scrambles it, so keys that differ
-    in one counter alone never collide.
+    The counter moves the key along splitmix64's sequence and scrambles it; keys that differ in
+    one counter alone never collide.
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014).
     """
-    for counter in counters:
-        step = (counter + 1) * _GOLDEN
-        key = _mix(key + (_signed(step) if isinstance(step, int) else step))
-    return key
-
-
-def below(bits: Tensor, bound: Tensor | int) -> Tensor:
-    """Integers in [0, bound) from random bits, int64; 0 where bound is 0.
-
-    `bound` is at most 2^31. The upper 32 bits are scaled, so no value is likelier than another
-    by more than bound / 2^32 of itself.
-    """
-    return (((bits >> 32) & 0xFFFFFFFF) * bound) >> 32
+    step = (counter + 1) * _GOLDEN
+    return _mix(key + (_signed(step) if isinstance(step, int) else step))
 
 
 def seeded(*words: int) -> Tensor:
-    """A 0-d key on the CPU from a few non-negative integers."""
-    return hashed(torch.zeros((), dtype=torch.int64), *words)
+    """A 0-d key on the CPU from a few integers."""
+    key = torch.zeros((), dtype=torch.int64)
+    for word in words:
+        key = hashed(key, word)
+    return key
+
+
+def draws(key: Tensor, counter: Tensor | int) -> Tensor:
+    """The upper half of `hashed`: integers in [0, 2^32) as int64, for `below`."""
+    return (hashed(key, counter) >> 32) & 0xFFFFFFFF
+
+
+def below(draw: Tensor, bound: Tensor | int) -> Tensor:
+    """Integers in [0, bound) from `draws`, int64; 0 where bound is 0.
+
+    No value is likelier than another by more than bound / 2^32 of itself; bound is below 2^31.
+    """
+    return (draw * bound) >> 32

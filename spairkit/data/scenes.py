@@ -10,18 +10,24 @@ from torch import Tensor
 
 from spairkit.config import DataConfig
 from spairkit.data.glyphs import Split, load_glyphs, resize
-from spairkit.data.hashing import below, hashed, seeded
-from spairkit.data.scatter import Layout, scatter
+from spairkit.data.hashing import below, draws, hashed, seeded
+from spairkit.data.scatter import scatter
 from spairkit.detections import Truth
 from spairkit.errors import InputError
 
 _MAX_ATTEMPTS = 1000
 _MAX_TABLE_BYTES = 1 << 31
 # elements of the map of positions worked on at once
-_MAX_POSITIONS = 1 << 24
+_MAX_POSITIONS = 1 << 20
+# scenes made before they are asked for
+_BATCHES_AHEAD = 8
+_MAX_PIXELS_AHEAD = 1 << 20
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
-# what a random word is for: the last counter but the object's number
-_COUNT, _CLASS, _GLYPH, _COLOUR, _BACKGROUND, _SIDE, _PLACE = range(7)
+# what a random word is for; the counter of a word is purpose + 16 (object + 256 attempt)
+_COUNT, _CLASS, _GLYPH, _SIDE, _PLACE = range(5)
+_COLOUR, _BACKGROUND = (5, 6, 7, 8), (9, 10, 11)
+_PURPOSES = 16
+_MOST_OBJECTS = 256
 _DARK = 64
 
 
@@ -76,7 +82,10 @@ class Scenes:
         self._refuse_crowds()
         self._load()
         self._key = seeded(config.seed, _SPLITS[split]).to(self.device)
+        self._numbers = torch.arange(config.max_objects, device=self.device)
+        self._most_ahead = _MAX_PIXELS_AHEAD // (config.image_height * config.image_width)
         self._white = torch.tensor([255.0], device=self.device)
+        self._ahead = 0, self._make(torch.arange(0))
 
     def __len__(self) -> int:
         """Scenes in the validation or test split. Raises TypeError for train, which has no end."""
@@ -85,9 +94,11 @@ class Scenes:
         validation = self.split == "validation"
         return self.config.validation_images if validation else self.config.test_images
 
-    @torch.no_grad()
     def batch(self, indices: Tensor) -> Batch:
         """The scenes of these indices ([B] int64, none negative), on the dataset's device.
+
+        A run of consecutive indices is made together with the scenes that follow it, which the
+        next calls take from memory: a small batch is mostly the price of its many operations.
 
         Raises:
             ValueError: the indices are not a row of int64.
@@ -97,24 +108,47 @@ class Scenes:
             raise ValueError(
                 f"indices must be int64 [B], got {indices.dtype} {list(indices.shape)}"
             )
-        config = self.config
-        num_objects = config.max_objects
-        keys = hashed(self._key, indices.to(self.device))  # [B]
-        numbers = torch.arange(num_objects, device=self.device)
-        counts = config.min_objects + below(
-            hashed(keys, _COUNT), num_objects - config.min_objects + 1
-        )
-        present = numbers < counts[:, None]  # [B, N]
-        classes = below(hashed(keys[:, None], _CLASS, numbers), len(self._class_sizes))
-        glyphs = self._class_starts[classes] + below(
-            hashed(keys[:, None], _GLYPH, numbers), self._class_sizes[classes]
-        )
-        layout, sides = self._layout(keys, counts)
-        entries = (sides - self._least_side) * self._num_glyphs + glyphs  # [B, N]
-        corners = torch.stack([layout.lefts, layout.tops], dim=-1).repeat(1, 1, 2)
+        ahead = min(_BATCHES_AHEAD * len(indices), self._most_ahead)
+        # on a device the values are not known here without waiting for it
+        if indices.device.type != "cpu" or ahead <= len(indices):
+            return self._make(indices)
+        first = int(indices[0])
+        if not torch.equal(indices, torch.arange(first, first + len(indices))):
+            return self._make(indices)
+        start, made = self._ahead
+        if not start <= first <= start + len(made.counts) - len(indices):
+            start, made = first, self._make(torch.arange(first, first + ahead))
+            self._ahead = start, made
+        run = slice(first - start, first - start + len(indices))
+        # copies, so that a caller may write into its batch
         return Batch(
-            images=self._compose(keys, entries, present, layout),
-            boxes=((self._boxes[entries] + corners) * present[..., None]).float(),
+            made.images[run].clone(),
+            made.boxes[run].clone(),
+            made.labels[run].clone(),
+            made.counts[run].clone(),
+        )
+
+    @torch.no_grad()
+    def _make(self, indices: Tensor) -> Batch:
+        # lower precision would change the layouts
+        with torch.autocast(self.device.type, enabled=False):
+            return self._make_exactly(hashed(self._key, indices.to(self.device)))
+
+    def _make_exactly(self, keys: Tensor) -> Batch:  # [B]
+        least, most = self.config.min_objects, self.config.max_objects
+        counts = least + below(draws(keys, _COUNT), most - least + 1)
+        kind, glyph = self._draws(keys, _CLASS, _GLYPH).unbind(1)  # [B, N]
+        present = self._numbers < counts[:, None]  # [B, N]
+        kinds = below(kind, len(self._class_sizes))
+        glyphs = self._class_starts[kinds] + below(glyph, self._class_sizes[kinds])
+        corners, sides = self._layout(keys, counts)  # [B, N, 2], [B, N]
+        # the last entry of the table is blank
+        entries = (sides - self._least_side) * self._num_glyphs + glyphs
+        entries = torch.where(present, entries, len(self._table) - 1)  # [B, N]
+        boxes = self._boxes[entries] + corners.flip(-1).repeat(1, 1, 2)
+        return Batch(
+            images=self._compose(keys, entries, corners),
+            boxes=(boxes * present[..., None]).float(),
             labels=torch.where(present, self._labels[glyphs], -1),
             counts=counts,
         )
@@ -124,9 +158,6 @@ class Scenes:
         config = self.config
         area = self._least_side**2
         fresh = max(area - self._max_overlap_px2, 0)
-        for side, name in ((config.image_height, "high"), (config.image_width, "wide")):
-            if self._greatest_side > side:
-                raise InputError(f"a glyph of {self._greatest_side} px is not {side} px {name}")
         if area + (config.max_objects - 1) * fresh > config.image_height * config.image_width:
             raise InputError(f"{self._described()}: more area than the image has; {_REMEDY}")
 
@@ -150,7 +181,7 @@ class Scenes:
         table = np.zeros((len(sides), len(loaded), self._greatest_side, self._greatest_side), "u1")
         for of_side, side in zip(table, sides, strict=True):
             of_side[:, :side, :side] = resize(loaded.images, side, full=loaded.full)
-        visible = table.any((2, 3)).all(0)
+        visible = (table.max((2, 3)) > 0).all(0)
         if not visible.any():
             raise InputError(f"data: no glyph is visible at {self._least_side} px")
         # by class, so that a class is a range
@@ -159,112 +190,106 @@ class Scenes:
         table, labels = table[:, order], loaded.labels[order]
         _, starts, sizes = np.unique(labels, return_index=True, return_counts=True)
         self._num_glyphs = len(order)
-        self._table = torch.from_numpy(table.reshape(len(sides) * len(order), -1)).to(self.device)
-        self._boxes = torch.from_numpy(_tight_boxes(table)).to(self.device)
+        patches = table.reshape(-1, *table.shape[2:])
+        patches = np.concatenate([patches, np.zeros_like(patches[:1])])  # [sizes * G + 1, P, P]
+        self._table = torch.from_numpy(patches).flatten(1).to(self.device)
+        self._boxes = torch.from_numpy(_tight_boxes(patches)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
         self._class_starts = torch.from_numpy(starts).to(self.device)
         self._class_sizes = torch.from_numpy(sizes).to(self.device)
 
-    def _layout(self, keys: Tensor, counts: Tensor) -> tuple[Layout, Tensor]:
-        """Places and sides [B, N]; what finds no layout is begun anew, with all its squares."""
-        config = self.config
-        layout, sides = self._attempt(keys, counts, 0)
-        for attempt in range(1, _MAX_ATTEMPTS):
-            left = (~layout.complete).nonzero().squeeze(1)
-            if len(left) == 0:
-                return layout, sides
-            again, sides[left] = self._attempt(keys[left], counts[left], attempt)
-            layout.tops[left], layout.lefts[left] = again.tops, again.lefts
-            layout.complete[left] = again.complete
-        raise InputError(
-            f"{self._described()}: no layout in {_MAX_ATTEMPTS} attempts; {_REMEDY}"
-            if config.glyph_jitter == 0
-            else f"{self._described()} (give or take {config.glyph_jitter} px): no layout in "
-            f"{_MAX_ATTEMPTS} attempts; {_REMEDY}"
+    def _draws(self, keys: Tensor, *purposes: int, attempt: int = 0) -> Tensor:
+        """[B, purposes, N] integers in [0, 2^32): a word for every object and purpose."""
+        counters = torch.tensor(purposes, device=self.device)[:, None] + (
+            _PURPOSES * (self._numbers + _MOST_OBJECTS * attempt)
         )
+        return draws(keys[:, None, None], counters)
 
-    def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Layout, Tensor]:
-        config = self.config
-        numbers = torch.arange(config.max_objects, device=self.device)
-        spread = self._greatest_side - self._least_side + 1
-        sides = self._least_side + below(
-            hashed(keys[:, None], _SIDE, numbers, attempt), spread
-        )  # [B, N]
-        positions = (config.image_height - self._least_side + 1) * (
-            config.image_width - self._least_side + 1
-        )
-        bits = hashed(keys[:, None], _PLACE, numbers, attempt)
-        step = max(_MAX_POSITIONS // positions, 1)
+    def _layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Corners and sides; a scene that finds no layout is begun anew, with all its squares."""
+        corners, sides, complete = self._attempt(keys, counts, 0)
+        for attempt in range(1, _MAX_ATTEMPTS):
+            left = (~complete).nonzero().squeeze(1)
+            if len(left) == 0:
+                return corners, sides
+            corners[left], sides[left], complete[left] = self._attempt(
+                keys[left], counts[left], attempt
+            )
+        raise InputError(f"{self._described()}: no layout in {_MAX_ATTEMPTS} attempts; {_REMEDY}")
+
+    def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
+        height, width = self.config.image_height, self.config.image_width
+        side, place = self._draws(keys, _SIDE, _PLACE, attempt=attempt).unbind(1)  # [B, N]
+        sides = self._least_side + below(side, self._greatest_side - self._least_side + 1)
+        step = max(_MAX_POSITIONS // max(height, width) ** 2, 1)
         parts = [
             scatter(
-                bits[start : start + step],
+                place[start : start + step],
                 counts[start : start + step],
                 sides[start : start + step],
                 least_side=self._least_side,
-                height=config.image_height,
-                width=config.image_width,
+                greatest_side=self._greatest_side,
+                height=height,
+                width=width,
                 max_overlap_px2=self._max_overlap_px2,
             )
             for start in range(0, max(len(keys), 1), step)
         ]
-        tops, lefts, complete = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("tops", "lefts", "complete")
-        )
-        return Layout(tops, lefts, complete), sides
+        corners, complete = (torch.cat(column) for column in zip(*parts, strict=True))
+        return corners, sides, complete
 
-    def _compose(self, keys: Tensor, entries: Tensor, present: Tensor, layout: Layout) -> Tensor:
+    def _compose(self, keys: Tensor, entries: Tensor, corners: Tensor) -> Tensor:
         """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
         config = self.config
+        num_channels = 1 if config.colour == "white" and config.background == "black" else 3
+        rim = self._greatest_side - self._least_side
+        height, width = config.image_height + rim, config.image_width + rim
         patch = torch.arange(self._greatest_side, device=self.device)
-        height = config.image_height + self._greatest_side - self._least_side
-        width = config.image_width + self._greatest_side - self._least_side
         offsets = (patch[:, None] * width + patch).flatten()  # [P * P]
-        pixels = (layout.tops * width + layout.lefts)[..., None] + offsets  # [B, N, P * P]
-        alpha = self._table[entries].int() * present[..., None]  # [B, N, P * P]
-        grey = config.colour == "white" and config.background == "black"
-        num_channels = 1 if grey else 3
-        canvas = self._backgrounds(keys, num_channels).expand(-1, -1, height * width).contiguous()
-        colours = self._colours(keys, num_channels)  # [B, N, C, 1]
-        for k in range(entries.shape[1]):
-            where = pixels[:, k, None].expand(-1, num_channels, -1)  # [B, C, P * P]
-            intensity = alpha[:, k, None]
-            under = canvas.gather(2, where)
-            mixed = under * (255 - intensity) + colours[:, k] * intensity + 127
-            # the quotient by 255, exact below 2^16
-            canvas.scatter_(2, where, (mixed + 1 + (mixed >> 8)) >> 8)
+        where = ((corners[..., 0] * width + corners[..., 1])[..., None] + offsets)[:, :, None]
+        alpha = self._table[entries].int()[:, :, None]  # [B, N, 1, P * P]
+        # pixel (255 - alpha) + colour alpha, to be divided by 255; 128 rounds it
+        clear = (255 - alpha).expand(-1, -1, num_channels, -1).unbind(1)
+        lit = (alpha * self._colours(keys, num_channels) + 128).unbind(1)
+        canvas = self._backgrounds(keys, num_channels).repeat(1, 1, height * width)
+        for pixels, scale, shift in zip(
+            where.expand(-1, -1, num_channels, -1).unbind(1), clear, lit, strict=True
+        ):
+            mixed = torch.addcmul(shift, canvas.gather(2, pixels), scale)
+            canvas.scatter_(2, pixels, (mixed + (mixed >> 8)) >> 8)
         image = canvas.view(-1, num_channels, height, width)
         image = image[:, :, : config.image_height, : config.image_width].float()
         # by a tensor on the device: by a number, CUDA multiplies by the reciprocal
         return (image / self._white).expand(-1, 3, -1, -1).contiguous()
 
     def _backgrounds(self, keys: Tensor, num_channels: int) -> Tensor:  # [B, C, 1] int32
-        channels = torch.arange(num_channels, device=self.device)
         if self.config.background == "black":
-            return torch.zeros(len(keys), num_channels, 1, dtype=torch.int32, device=self.device)
-        return below(hashed(keys[:, None], _BACKGROUND, channels), _DARK).int()[..., None]
+            shape = (len(keys), num_channels, 1)
+            return torch.zeros(shape, dtype=torch.int32, device=self.device)
+        counters = torch.tensor(_BACKGROUND, device=self.device)
+        return below(draws(keys[:, None], counters), _DARK).int()[..., None]
 
-    def _colours(self, keys: Tensor, num_channels: int) -> Tensor:  # [B, N, C, 1] int32
-        channels = torch.arange(num_channels, device=self.device)
-        numbers = torch.arange(self.config.max_objects, device=self.device)
+    def _colours(self, keys: Tensor, num_channels: int) -> Tensor:  # [B or 1, N or 1, C, 1] int32
         if self.config.colour == "white":
-            shape = (len(keys), len(numbers), num_channels, 1)
+            shape = (1, 1, num_channels, 1)
             return torch.full(shape, 255, dtype=torch.int32, device=self.device)
-        own = hashed(keys[:, None], _COLOUR, numbers)[..., None]  # [B, N, 1]
-        values = below(hashed(own, channels), 256)
-        brightest = below(hashed(own, num_channels), num_channels)
-        return torch.where(channels == brightest, 255, values).int()[..., None]
+        channels = torch.arange(num_channels, device=self.device)
+        words = self._draws(keys, *_COLOUR).transpose(1, 2)  # [B, N, 4]
+        brightest = below(words[..., 3:], num_channels)
+        values = torch.where(channels == brightest, 255, below(words[..., :3], 256))
+        return values.int()[..., None]
 
 
 _REMEDY = "lower data.max_objects or raise data.max_overlap or the image's size"
 
 
-def _tight_boxes(table: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """[sizes * glyphs, 4] xyxy half-open of the non-zero pixels of [sizes, glyphs, P, P]."""
-    side = table.shape[-1]
+def _tight_boxes(patches: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """[n, 4] xyxy half-open of the non-zero pixels of [n, P, P]; all of a blank one."""
+    side = patches.shape[-1]
     spans = []
-    for axis in (2, 3):  # what is left over rows gives x, over columns y
-        lit = table.any(axis).reshape(-1, side)
+    for axis in (1, 2):  # the greatest over rows gives x, over columns y
+        lit = patches.max(axis) > 0
         spans.append((lit.argmax(1), side - lit[:, ::-1].argmax(1)))
     (x1, x2), (y1, y2) = spans
     return np.stack([x1, y1, x2, y2], axis=1).astype(np.int64)
