@@ -1,0 +1,63 @@
+"""What goes to the person: messages and progress on stderr, results on stdout."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def say(message: str) -> None:
+    """One line on stderr; what is not printable in it (a file's name, say) is escaped."""
+    line = " ".join(message.split("\n"))
+    typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), err=True)
+
+
+def print_json(value: Any) -> None:
+    """A JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def results() -> "Console":
+    """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 100
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
+
+
+def progress_bar(*, quiet: bool = False) -> "Progress":
+    """A bar on stderr, to be used as a context; nothing at all without a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(file=sys.stderr, highlight=False, markup=False),
+        transient=True,
+        disable=quiet or not sys.stderr.isatty(),
+    )
+
+
+@contextmanager
+def counted(description: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
+    """A bar and a function that sets how many are done."""
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task(description, total=total, note="")
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,114 @@
+"""`spairkit data`: what there is to train on, and how it looks."""
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spairkit.cli.console import counted, print_json, say
+from spairkit.cli.options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    PresetOption,
+    QuietOption,
+    SetOption,
+    choose_preset,
+    data_layer,
+    layers,
+)
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from spairkit.detections import Truth
+
+app = typer.Typer(no_args_is_help=True, help="List datasets, or write one out as pictures.")
+
+_ABOUT = {
+    "digits": "scenes of UCI optical digits, which ship with spairkit",
+    "mnist": "scenes of MNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
+    "emnist": "the same with EMNIST's digits",
+    "folder": "your own images: --data FOLDER; with an annotations.json (COCO) eval can compare",
+}
+_BATCH_SIZE = 64
+
+
+@app.command("list")
+def list_(json: JsonOption = False) -> None:
+    """Print the datasets there are."""
+    from spairkit.data.datasets import dataset_names
+
+    about = {name: _ABOUT.get(name, "") for name in dataset_names()}
+    if json:
+        print_json(about)
+    else:
+        typer.echo("\n".join(f"{name:<8}{text}" for name, text in about.items()))
+
+
+@app.command()
+def make(
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    count: Annotated[int, typer.Option("--count", min=1, max=100_000, help="Images.")] = 16,
+    preset: PresetOption = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Write test scenes as PNG files with an annotations.json (COCO), as `--data FOLDER` reads."""
+    from spairkit.presets import resolve
+
+    over = layers(config, data_layer(data) if data else {}, set_)
+    settings = resolve(choose_preset(preset, over), *over).data
+    if settings.name == "folder":
+        raise InputError("--data: name a dataset that makes scenes; a folder has images already")
+    if out.exists():
+        raise InputError(f"{out}: exists already; name a new folder")
+    import torch
+
+    from spairkit.data.datasets import open_dataset
+    from spairkit.durable import write_folder, write_text
+    from spairkit.images import write_png
+
+    scenes = open_dataset(settings, "test")
+    write_folder(out, {})
+    truth: list[Truth] = []
+    with counted("images", count, quiet=quiet) as show_done:
+        for first in range(0, count, _BATCH_SIZE):
+            batch = scenes.batch(torch.arange(first, min(first + _BATCH_SIZE, count)))
+            for image in batch.images:
+                show_done(len(truth))
+                write_png(out / _name(len(truth)), image)
+                truth.append(batch.truth()[len(truth) - first])
+    size = (settings.image_width, settings.image_height)
+    write_text(out / "annotations.json", json_format.dumps(_coco(truth, *size)))
+    say(f"wrote {count} images and annotations.json to {out}")
+
+
+def _name(index: int) -> str:
+    return f"{index:05}.png"
+
+
+def _coco(truth: "list[Truth]", width: int, height: int) -> dict[str, Any]:
+    """COCO's annotations: one category, ids from 1; a glyph's class stands under `label`."""
+    images = [
+        {"id": number, "file_name": _name(number - 1), "width": width, "height": height}
+        for number in range(1, len(truth) + 1)
+    ]
+    annotations: list[dict[str, Any]] = []
+    for number, item in enumerate(truth, start=1):
+        for (x1, y1, x2, y2), label in zip(item.boxes.tolist(), item.labels.tolist(), strict=True):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                    "label": label,
+                }
+            )
+    categories = [{"id": 1, "name": "object"}]
+    return {"images": images, "annotations": annotations, "categories": categories}

@@ -1,0 +1,128 @@
+"""`spairkit detect`: boxes, scores and counts for other programs."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spairkit.cli.console import counted, say
+from spairkit.cli.options import (
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    QuietOption,
+    ThresholdOption,
+    choose_checkpoint,
+    choose_device,
+)
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spairkit.detections import Detections
+
+
+class Format(StrEnum):
+    """How the boxes are written."""
+
+    COCO = "coco"
+    CSV = "csv"
+    JSONL = "jsonl"
+
+
+def detect(
+    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="What to read.")],
+    checkpoint: CheckpointOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write, else standard output.")
+    ] = None,
+    format_: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="coco: a list of COCO results. csv: a line for each box. "
+            "jsonl: a line for each image, with appearance codes.",
+        ),
+    ] = Format.COCO,
+    threshold: ThresholdOption = 0.5,
+    device: DeviceOption = Device.AUTO,
+    quiet: QuietOption = False,
+) -> None:
+    """Find objects in images of any size. Boxes are pixels from the upper left corner.
+
+    Images are numbered 1, 2, 3 ... as they come, a folder's by name. Of a single folder with an
+    annotations.json they have the ids in there, so that COCO's tools can compare.
+    """
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such image or folder")
+    from spairkit.models import load
+
+    chosen = choose_device(device)
+    detector = load(choose_checkpoint(checkpoint), chosen)
+    found: list[tuple[str, int, Detections]] = []
+    with counted("images", None, quiet=quiet) as show_done:
+        for name, number, image in _images(paths):
+            found.append((name, number, detector.detect(image[None].to(chosen), threshold)[0]))
+            show_done(len(found))
+    text = _WRITERS[format_](found)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    from spairkit.durable import write_text
+
+    write_text(out, text)
+    objects = sum(len(detections) for _, _, detections in found)
+    say(f"wrote {out}: {objects} objects in {len(found)} images")
+
+
+def _images(paths: list[Path]) -> "Iterator[tuple[str, int, Tensor]]":
+    """Name, id and pixels of each image."""
+    from spairkit.images import list_images, read_image
+
+    if len(paths) == 1 and (paths[0] / "annotations.json").exists():
+        yield from _annotated(paths[0])
+        return
+    files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
+    for number, file in enumerate(files, start=1):
+        yield str(file), number, read_image(file)
+
+
+def _annotated(folder: Path) -> "Iterator[tuple[str, int, Tensor]]":
+    from spairkit.config import DataConfig
+    from spairkit.data.folder import ImageFolder
+
+    images = ImageFolder(DataConfig(name="folder", path=str(folder)), "test")
+    for name, number, image, _ in images.images():
+        yield str(folder / name), number, image
+
+
+def _coco(found: "list[tuple[str, int, Detections]]") -> str:
+    rows = [row for _, number, detections in found for row in detections.to_coco(number)]
+    return f"{json.dumps(rows)}\n"
+
+
+def _csv(found: "list[tuple[str, int, Detections]]") -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "image_id", "x1", "y1", "x2", "y2", "score"])
+    for name, number, detections in found:
+        rows = zip(detections.boxes.tolist(), detections.scores.tolist(), strict=True)
+        writer.writerows([name, number, *box, score] for box, score in rows)
+    return text.getvalue()
+
+
+def _jsonl(found: "list[tuple[str, int, Detections]]") -> str:
+    return "".join(
+        f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
+        for name, number, detections in found
+    )
+
+
+_WRITERS = {Format.COCO: _coco, Format.CSV: _csv, Format.JSONL: _jsonl}

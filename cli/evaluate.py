@@ -1,0 +1,104 @@
+"""`spairkit eval`: how well a model does, by protocol and by number of objects."""
+
+import dataclasses
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spairkit.cli.console import print_json, say
+from spairkit.cli.figures import measure, print_report
+from spairkit.cli.options import (
+    CheckpointOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SetOption,
+    ThresholdOption,
+    choose_checkpoint,
+    choose_device,
+    data_layer,
+    layers,
+)
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from spairkit.config import Config, DataConfig
+
+
+class SplitName(StrEnum):
+    """Images that no model was trained on."""
+
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+def evaluate(
+    checkpoint: CheckpointOption = None,
+    data: DataOption = None,
+    split: Annotated[SplitName, typer.Option("--split", help="Which images.")] = SplitName.TEST,
+    set_: SetOption = None,
+    threshold: ThresholdOption = 0.5,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure average precision and counts, on the model's own data unless told otherwise."""
+    over = layers(None, data_layer(data) if data else {}, set_)
+    others = sorted({key for layer in over for key in layer if key != "data"})
+    if others:
+        raise InputError(f"--set {others[0]}: only data can be set here, as data.max_objects=5")
+    from spairkit.checkpoints import load_checkpoint
+    from spairkit.durable import write_text
+    from spairkit.models import from_checkpoint
+
+    loaded = load_checkpoint(choose_checkpoint(checkpoint))
+    settings = _data(loaded.config, over)
+    chosen = choose_device(device)
+    report = measure(
+        from_checkpoint(loaded, chosen),
+        settings,
+        split.value,
+        chosen,
+        threshold=threshold,
+        quiet=quiet,
+    )
+    if report is None:
+        raise InputError(
+            f"{settings.path}: nothing to compare with: no annotations.json (COCO) in it; "
+            "`spairkit detect` finds objects without one"
+        )
+    figures = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "split": split.value,
+        "data": dataclasses.asdict(settings),
+        **report.to_json(),
+    }
+    if out is not None:
+        write_text(out, f"{_as_text(figures)}\n")
+        say(f"wrote {out}")
+    if json:
+        print_json(figures)
+    else:
+        typer.echo(f"{loaded.path} (step {loaded.step})")
+        print_report(report)
+
+
+def _data(config: "Config", over: list[Any]) -> "DataConfig":
+    """The data that the model was trained on, with `over` laid over it."""
+    from spairkit.config import from_dict, merge, to_dict
+
+    return from_dict(merge(to_dict(config), *over), "--set").data
+
+
+def _as_text(figures: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(figures, indent=2, allow_nan=False)

@@ -1,0 +1,87 @@
+"""A model's figures on a split: computed, and printed as a table. For `train` and `eval`."""
+
+from typing import TYPE_CHECKING
+
+from spairkit.cli.console import counted, results
+
+if TYPE_CHECKING:
+    import torch
+
+    from spairkit.config import DataConfig
+    from spairkit.data.glyphs import Split
+    from spairkit.detector import Detector
+    from spairkit.evaluation import Figures, Report
+
+_COLUMNS = {
+    "AP": "ap",
+    "AP paper": "ap_spair",
+    "AP COCO": "ap_coco",
+    "AP50": "ap50",
+    "count right": "count_accuracy",
+    "count error": "count_error",
+    "count bias": "count_bias",
+}
+_BATCH_SIZE = 32
+
+
+def measure(
+    detector: "Detector",
+    data: "DataConfig",
+    split: "Split",
+    device: "torch.device",
+    *,
+    threshold: float = 0.5,
+    quiet: bool = False,
+) -> "Report | None":
+    """The detector's figures on a split; None where nobody knows what is in the images."""
+    from spairkit.data.datasets import evaluation_batches, open_dataset
+    from spairkit.evaluation import evaluate
+
+    dataset = open_dataset(data, split, device)
+    if not dataset.has_truth:
+        return None
+    total = None if data.name == "folder" else len(dataset)
+    batches = evaluation_batches(dataset, _BATCH_SIZE)
+    with counted(f"{split} images", total, quiet=quiet) as show_done:
+        return evaluate(
+            detector, batches, threshold, show_done, measured_on=_described(data, split)
+        )
+
+
+def print_report(report: "Report") -> None:
+    """The table on stdout: all images first, then those of each number of objects."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("objects", "images", *_COLUMNS):
+        table.add_column(name, justify="right")
+    table.add_row("all", *_cells(report.overall), end_section=True)
+    for number, figures in report.by_objects.items():
+        table.add_row(str(number), *_cells(figures))
+    console = results()
+    console.print(report.measured_on, soft_wrap=True)
+    console.print(table)
+    console.print(
+        "AP: IoU .1 to .9, COCO matching, 101 points. AP paper: the rule of the SPAIR authors' "
+        f"code.\nAP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}.",
+        soft_wrap=True,
+    )
+
+
+def _cells(figures: "Figures") -> list[str]:
+    values = figures.to_json()
+    shown = [values[name] for name in _COLUMNS.values()]
+    return [str(figures.images), *("-" if value is None else f"{value:.3f}" for value in shown)]
+
+
+def _described(data: "DataConfig", split: str) -> str:
+    if data.name == "folder":
+        return f"{split} images of {data.path}"
+    glyphs = "UCI optical digits" if data.name == "digits" else f"{data.name}, {data.path}"
+    images = data.test_images if split == "test" else data.validation_images
+    return (
+        f"{split} split: {images} scenes of {data.image_height} × {data.image_width} px, "
+        f"{data.min_objects} to {data.max_objects} glyphs of {data.glyph_size} px ({glyphs}), "
+        f"seed {data.seed}"
+    )

@@ -1,0 +1,131 @@
+"""The `spairkit` command: the list of its commands, and the border where every error ends.
+
+Exit status: 0; 2 for what the person can fix, in one line; 1 for a bug of ours; 130 and 143 when
+stopped by Ctrl-C and SIGTERM.
+"""
+
+import io
+import os
+import signal
+import sys
+import traceback
+import warnings
+from types import FrameType
+from typing import Annotated, NoReturn, TextIO
+
+import typer
+
+from spairkit import __version__
+from spairkit.cli import config, data
+from spairkit.cli.console import say
+from spairkit.cli.detect import detect
+from spairkit.cli.doctor import doctor
+from spairkit.cli.evaluate import evaluate
+from spairkit.cli.train import train
+from spairkit.cli.viz import viz
+from spairkit.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(viz)
+app.command()(detect)
+app.add_typer(data.app, name="data")
+app.add_typer(config.app, name="config")
+app.command()(doctor)
+
+
+class _Stopped(SystemExit):
+    """A signal to end came. Typer lets SystemExit pass."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spairkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Find, box and count many small things in images, without labels."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs the command and ends the process with its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # names of files may hold anything
+            stream.reconfigure(errors="backslashreplace")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            sys.exit(_run(arguments))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """The exit status of the command; what went wrong is said."""
+    try:
+        status = _exit_status(arguments)
+        sys.stdout.flush()
+    except _Stopped as stopped:
+        say(f"spairkit: stopped by {signal.Signals(stopped.number).name}")
+        return 128 + stopped.number
+    except BrokenPipeError:
+        # whoever read our output has gone; Python would complain when it flushes at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        debug = os.environ.get("SPAIRKIT_DEBUG") == "1"
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, InputError):
+            say(f"spairkit: {error}")
+            return 2
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
+            return 2
+        advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
+        say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
+        return 1
+    return status
+
+
+def _exit_status(arguments: list[str] | None) -> int:
+    try:
+        app(arguments, prog_name="spairkit")
+    except _Stopped:
+        raise
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Stopped(number)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    say(f"spairkit: warning: {message}")

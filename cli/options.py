@@ -1,0 +1,135 @@
+"""Options that several commands share, and what their words mean."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spairkit.cli.console import say
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def _below_one(value: float) -> float:
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"must lie in [0, 1), got {value}")
+    return value
+
+
+PresetOption = Annotated[
+    str | None,
+    typer.Option("--preset", help="Named settings to start from: quick (the default), paper."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="TOML file laid over the preset; see `spairkit config copy`."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, as train.batch_size=64."),
+]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="A dataset's name, a folder of images, or an MNIST file."),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="A run, a checkpoint or `last`; else the newest run under ./runs, "
+        "else the model that ships with spairkit.",
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")]
+ThresholdOption = Annotated[
+    float,
+    typer.Option("--threshold", callback=_below_one, help="Score above which an object counts."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+
+
+def choose_checkpoint(given: Path | None) -> Path:
+    """The checkpoint asked for, or else the newest run's, or else the packaged one; says which.
+
+    Raises:
+        InputError: `last` or `best` is asked for, and there is no run.
+    """
+    from spairkit.runs import ROOT, newest_run, pretrained
+
+    if given is not None and (given.exists() or str(given) not in ("last", "best")):
+        return given
+    run = newest_run()
+    if given is not None:
+        if run is None:
+            raise InputError(f"--checkpoint {given}: no run under ./{ROOT}; name a checkpoint")
+        return run / given
+    if run is not None:
+        say(f"using the newest run: {run}")
+        return run
+    say("using the model that ships with spairkit (preset quick, digits), as no run is here")
+    return pretrained()
+
+
+def choose_device(device: Device) -> "torch.device":
+    """The device that the word means here.
+
+    Raises:
+        InputError: a GPU is asked for and there is none that torch can use.
+    """
+    import torch
+
+    if device is Device.AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; `spairkit doctor` says more")
+    return torch.device(device.value)
+
+
+def data_layer(word: str) -> dict[str, Any]:
+    """The config values that `--data word` stands for.
+
+    Raises:
+        InputError: it is neither the name of a dataset nor a folder nor a file.
+    """
+    from spairkit.data.datasets import dataset_names
+
+    names = [name for name in dataset_names() if name != "folder"]
+    if word in names:
+        return {"data": {"name": word}}
+    path = Path(word)
+    if path.is_dir():
+        return {"data": {"name": "folder", "path": word}}
+    if path.is_file():
+        return {"data": {"name": "emnist" if "emnist" in path.name else "mnist", "path": word}}
+    raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")
+
+
+def layers(
+    config: Path | None, options: Mapping[str, Any], words: list[str] | None
+) -> list[Mapping[str, Any]]:
+    """What lies over a preset, the last one on top: file, options of their own, `--set`."""
+    from spairkit.config import assignments, load_toml
+
+    return [load_toml(config) if config else {}, options, assignments(words or [])]
+
+
+def choose_preset(given: str | None, over: list[Mapping[str, Any]]) -> str:
+    """The preset asked for, or that the config file was made from, or the default."""
+    from spairkit.presets import DEFAULT
+
+    if given is not None:
+        return given
+    return next((str(layer["preset"]) for layer in reversed(over) if "preset" in layer), DEFAULT)

@@ -1,0 +1,266 @@
+"""`spairkit train`: from images to a run with figures, and what to try next."""
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import typer
+
+from spairkit.cli.console import print_json, progress_bar, results, say
+from spairkit.cli.figures import measure, print_report
+from spairkit.cli.options import (
+    ConfigOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    PresetOption,
+    QuietOption,
+    SetOption,
+    choose_device,
+    choose_preset,
+    data_layer,
+    layers,
+)
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from spairkit.runs import Run
+    from spairkit.training import Step, Validation
+
+_LINE_EVERY_SECONDS = 10
+
+
+class Select(StrEnum):
+    """What the best checkpoint is best at."""
+
+    ELBO = "elbo"
+    AP = "ap"
+
+
+def train(
+    preset: PresetOption = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The run's folder, else ./runs/<data>-<preset>-N.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="Updates to make in all.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="Save and end after so long.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of weights, order and noise.")] = None,
+    select: Annotated[
+        Select | None, typer.Option("--select", help="What makes a checkpoint the best one.")
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train on images, without labels. Without options: digits, the quick preset.
+
+    Ctrl-C saves and ends; --resume goes on from there, to the bit.
+    """
+    if resume and out:
+        raise InputError("--out names a new run and --resume an old one; give one of them")
+    options = _options(data, steps, seed, select)
+    over = layers(config, options, set_)
+    run = _resumed(resume, preset, over) if resume else _created(out, preset, over)
+    from spairkit.models import load
+    from spairkit.training import fit
+
+    chosen = choose_device(device)
+    began = time.monotonic()
+    with run.lock(), _Interrupts() as interrupts:
+
+        def stop() -> bool:
+            over_time = minutes is not None and time.monotonic() - began >= minutes * 60
+            return interrupts.number is not None or over_time
+
+        say(f"training in {run.path} on {chosen.type}, {run.config.train.steps} steps")
+        step, validation = _follow(fit(run.config, run, chosen, stop), run, quiet=quiet)
+    go_on = f"spairkit train --resume {shlex.quote(str(run.path))}"
+    if interrupts.number is not None:
+        say(f"stopped after step {step}, saved; go on with: {go_on}")
+        raise typer.Exit(128 + interrupts.number)
+    if step < run.config.train.steps:
+        say(f"ended after step {step} of {run.config.train.steps}; go on with: {go_on}")
+
+    report = measure(load(run.path, chosen), run.config.data, "test", chosen, quiet=quiet)
+    if json:
+        print_json(
+            {
+                "run": str(run.path),
+                "step": step,
+                "seconds": round(time.monotonic() - began, 3),
+                "validation": validation,
+                "test": report.to_json() if report else None,
+            }
+        )
+        return
+    if report:
+        print_report(report)
+    else:
+        say("these images have no annotations.json, so there are no test figures")
+    _print_next(run)
+
+
+class _Interrupts:
+    """Notes the first signal to end and lets the second one end at once, as a context."""
+
+    number: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            self._before[number](number, frame)
+        self.number = number
+        # print could be in the middle of printing
+        os.write(2, b"\nsaving; once more leaves at once\n")
+
+
+def _options(
+    data: str | None, steps: int | None, seed: int | None, select: Select | None
+) -> dict[str, Any]:
+    """The config values that have an option of their own."""
+    given = {"steps": steps, "seed": seed, "select": select.value if select else None}
+    loop = {name: value for name, value in given.items() if value is not None}
+    return {**(data_layer(data) if data else {}), **({"train": loop} if loop else {})}
+
+
+def _created(out: Path | None, preset: str | None, over: list[Any]) -> "Run":
+    from spairkit.presets import resolve
+
+    config = resolve(choose_preset(preset, over), *over)
+    from spairkit.runs import Run
+
+    return Run.create(out, config)
+
+
+def _resumed(path: Path, preset: str | None, over: list[Any]) -> "Run":
+    """The run in the folder `path`, which keeps its config but may be given other steps.
+
+    Raises:
+        InputError: there is no run, or a setting is asked for that is not the run's.
+    """
+    from spairkit.config import differences, from_dict, merge, to_dict
+    from spairkit.runs import Run
+
+    run = Run.open(path)
+    asked = from_dict(merge(to_dict(run.config), *over, {"preset": preset} if preset else {}))
+    changes = [
+        line for line in differences(run.config, asked) if not line.startswith("train.steps")
+    ]
+    if changes:
+        raise InputError(
+            f"--resume {path}: a run keeps its settings, and these differ: {'; '.join(changes)}; "
+            "leave them out, or begin a new run"
+        )
+    if asked.train.steps != run.config.train.steps:
+        run.extend(asked.train.steps)
+    return run
+
+
+def _follow(
+    events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
+) -> tuple[int, dict[str, float]]:
+    """Shows what happens; gives the last step and the figures of the last validation."""
+    from spairkit.training import Step
+
+    saved = run.checkpoints
+    step = first = saved[0][0] if saved else 0
+    figures: dict[str, float] = {}
+    losses, line_at = "", 0.0
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
+
+        def print_line(text: str) -> None:
+            if not quiet:
+                bar.console.print(text, soft_wrap=True)
+
+        for event in events:
+            if not isinstance(event, Step):
+                figures = event.figures
+                best = ", the best so far" if event.is_best else ""
+                print_line(f"step {event.step}: validation {_listed(figures)}{best}")
+                continue
+            step = event.step
+            if event.losses:
+                losses = _elbo(event.losses)
+            rate = (step - first) / max(event.seconds, 1e-9)
+            bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
+            if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
+                line_at = event.seconds
+                left = (event.steps - step) / max(rate, 1e-9)
+                print_line(
+                    f"step {step} of {event.steps}, {rate:.1f}/s, {_duration(left)} left  {losses}"
+                )
+    return step, figures
+
+
+def _elbo(losses: dict[str, float]) -> str:
+    """The ELBO and its terms, in nats."""
+    terms = ", ".join(
+        f"{name.removeprefix('kl_')} {value:.1f}"
+        for name, value in losses.items()
+        if name != "total"
+    )
+    return f"elbo {-losses['total']:.1f} = -({terms})"
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def _print_next(run: "Run") -> None:
+    """Where the run is, and two commands that work as they stand."""
+    path = shlex.quote(str(run.path))
+    image = shlex.quote(str(_example(run)))
+    results().print(
+        f"run: {run.path}\n"
+        "try next:\n"
+        f"  spairkit viz {image} --checkpoint {path}\n"
+        f"  spairkit eval --checkpoint {path}",
+        soft_wrap=True,
+    )
+
+
+def _example(run: "Run") -> Path:
+    """An image for the person to look at: the first test scene, or the first of their own."""
+    import torch
+
+    from spairkit.data.datasets import open_dataset
+    from spairkit.images import list_images, write_png
+
+    if run.config.data.name == "folder":
+        return list_images(Path(run.config.data.path))[0]
+    path = run.path / "example.png"
+    scenes = open_dataset(run.config.data, "test")
+    write_png(path, scenes.batch(torch.zeros(1, dtype=torch.int64)).images[0])
+    return path

@@ -1,0 +1,66 @@
+"""`spairkit viz`: a picture of what a model sees in an image."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spairkit.cli.console import print_json
+from spairkit.cli.options import (
+    CheckpointOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    ThresholdOption,
+    choose_checkpoint,
+    choose_device,
+)
+from spairkit.errors import InputError
+
+
+def viz(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, ...")],
+    checkpoint: CheckpointOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The picture, else <image>-spairkit.png in this folder."),
+    ] = None,
+    threshold: ThresholdOption = 0.5,
+    device: DeviceOption = Device.AUTO,
+    json: JsonOption = False,
+) -> None:
+    """Draw boxes on an image, beside its reconstruction and the objects found."""
+    outputs = _outputs(images, out)
+    from spairkit.drawing import panel
+    from spairkit.images import read_image, write_png
+    from spairkit.models import load
+
+    source = choose_checkpoint(checkpoint)
+    chosen = choose_device(device)
+    detector = load(source, chosen)
+    drawn = []
+    for path, output in zip(images, outputs, strict=True):
+        image = read_image(path)
+        batch = image[None].to(chosen)
+        found = detector.detect(batch, threshold)[0]
+        objects = detector.appearance(batch, threshold)[0].cpu()
+        write_png(output, panel(image, found, detector.reconstruct(batch)[0].cpu(), objects))
+        if not json:
+            plural = "object" if len(found) == 1 else "objects"
+            typer.echo(f"{path}: {len(found)} {plural} found by {source}; picture: {output}")
+        drawn.append({"image": str(path), "picture": str(output), "count": len(found)})
+    if json:
+        print_json({"checkpoint": str(source), "pictures": drawn})
+
+
+def _outputs(images: list[Path], out: Path | None) -> list[Path]:
+    """Where each picture goes. Raises InputError where one would take another's place."""
+    if out is not None and len(images) > 1:
+        raise InputError("--out names one picture; leave it out, or give one image at a time")
+    outputs = [out or Path(f"{image.stem}-spairkit.png") for image in images]
+    for index, output in enumerate(outputs):
+        if output in outputs[:index]:
+            raise InputError(f"two of the images are called {images[index].stem}; draw them apart")
+        if output.exists() and any(image.exists() and output.samefile(image) for image in images):
+            raise InputError(f"{output}: is one of the images; name another picture with --out")
+    return outputs

@@ -1,0 +1,5 @@
+"""`python -m spairkit` is `spairkit`."""
+
+from spairkit.cli.main import main
+
+main()

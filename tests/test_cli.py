@@ -1,0 +1,235 @@
+"""The command line without training: its border, its options, its settings."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+import spairkit
+from spairkit import config as config_module
+from spairkit.cli.main import main
+from spairkit.cli.options import choose_checkpoint
+from spairkit.config import from_toml
+from spairkit.errors import InputError
+from spairkit.presets import resolve
+from spairkit.runs import Run, pretrained
+
+COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: Any
+    out: str
+    err: str
+
+
+Runner = Callable[..., Ended]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Runner:
+    """Runs a command in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_command(*arguments: object) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ended(ended.value.code, captured.out, captured.err)
+
+    return run_command
+
+
+def raising(error: BaseException) -> Callable[..., NoReturn]:
+    def fail(*args: object) -> NoReturn:
+        raise error
+
+    return fail
+
+
+def test_help_names_every_command(run: Runner) -> None:
+    ended = run("--help")
+    assert ended.status == 0
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", ended.out)
+        assert run(command, "--help").status == 0
+    assert ended.out.strip() in run().out, "no argument at all gives help"
+
+
+def test_version(run: Runner) -> None:
+    assert run("--version") == Ended(0, f"spairkit {spairkit.__version__}\n", "")
+
+
+def test_module_runs_as_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spairkit", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"spairkit {spairkit.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["train", "--nonsense"], ["viz"], ["eval", "--threshold", "1"]]
+)
+def test_wrong_usage_ends_with_2(run: Runner, words: list[str]) -> None:
+    ended = run(*words)
+    assert ended.status == 2
+    assert ended.out == ""
+    assert "Usage: spairkit" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--preset", "nope"], "no preset 'nope'; there are: quick, paper"),
+        (["train", "--set", "train.steps=0"], "train.steps: input should be greater than or equal"),
+        (["train", "--set", "train.stops=1"], "unknown key, did you mean steps?"),
+        (["train", "--set", "steps"], "--set steps: write key=value"),
+        (["train", "--config", "absent.toml"], "absent.toml: no such config file"),
+        (["train", "--data", "absent"], "--data absent: no such folder or file, and no dataset"),
+        (["train", "--out", "a", "--resume", "b"], "--out names a new run and --resume an old one"),
+        (["train", "--resume", "absent"], "absent: not a run: no config.toml in it"),
+        (["train", "--out", "file", "--steps", "1"], "cannot make the folder file: File exists"),
+        (["eval", "--checkpoint", "absent"], "absent: no such checkpoint; `spairkit train` makes"),
+        (["eval", "--checkpoint", "last"], "--checkpoint last: no run under ./runs"),
+        (["eval", "--set", "train.steps=3"], "--set train: only data can be set here"),
+        (["viz", "a.png", "b.png", "--out", "c.png"], "--out names one picture"),
+        (["viz", "a/x.png", "b/x.png"], "two of the images are called x; draw them apart"),
+        (["viz", "file", "--out", "./file"], "file: is one of the images"),
+        (["detect", "absent.png"], "absent.png: no such image or folder"),
+        (["config", "copy", "file"], "file: exists already; name a new file"),
+        (["data", "make", "file"], "file: exists already; name a new folder"),
+        (["data", "make", "new", "--data", "."], "a folder has images already"),
+    ],
+)
+def test_what_the_person_can_fix_is_one_line_and_2(
+    run: Runner, tmp_path: Path, words: list[str], message: str
+) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    ended = run(*words)
+    assert ended.status == 2
+    assert ended.out == ""
+    line = ended.err.splitlines()[-1]
+    assert line.startswith("spairkit: ")
+    assert message in line
+    assert "Traceback" not in ended.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_a_refusal_of_the_system_is_one_line_and_2(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = PermissionError(13, "Permission denied", "thing")
+    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    assert run("config", "show") == Ended(2, "", "spairkit: thing: Permission denied\n")
+
+
+def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "to_toml", raising(KeyError("gone")))
+    assert run("config", "show") == Ended(
+        1,
+        "",
+        "spairkit: internal error: KeyError: 'gone'; set SPAIRKIT_DEBUG=1 for the traceback\n",
+    )
+    monkeypatch.setenv("SPAIRKIT_DEBUG", "1")
+    ended = run("config", "show")
+    assert ended.status == 1
+    assert ended.err.startswith("Traceback (most recent call last):")
+    assert ended.err.endswith("spairkit: internal error: KeyError: 'gone'\n")
+
+
+def test_messages_are_one_printable_line(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = InputError("evil\n\x1b[31mname\udcff.png: é")
+    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    assert run("config", "show").err == "spairkit: evil \\x1b[31mname\\udcff.png: é\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_128_and_its_number(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(config_module, "to_toml", lambda *_: os.kill(os.getpid(), number))
+    assert run("config", "show") == Ended(128 + number, "", f"spairkit: stopped by {number.name}\n")
+    assert signal.getsignal(number) is before
+
+
+def test_a_reader_that_leaves_early_sees_no_complaint() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "spairkit", "config", "show"],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_config_show_is_the_config(run: Runner, tmp_path: Path) -> None:
+    assert from_toml(run("config", "show").out) == resolve("quick")
+    assert from_toml(run("config", "show", "--preset", "paper").out) == resolve("paper")
+    shown = json.loads(run("config", "show", "--json").out)
+    assert shown == config_module.to_dict(resolve("quick"))
+    # preset < file < words
+    (tmp_path / "mine.toml").write_text("[train]\nsteps = 5\nseed = 6\n")
+    words = ["--config", "mine.toml", "--set", "train.seed=7"]
+    settings = tomllib.loads(run("config", "show", *words).out)
+    assert settings["train"]["steps"] == 5
+    assert settings["train"]["seed"] == 7
+    assert settings["train"]["learning_rate"] == resolve("quick").train.learning_rate
+
+
+def test_a_copied_config_gives_the_same_config(run: Runner, tmp_path: Path) -> None:
+    ended = run("config", "copy", "mine.toml", "--preset", "paper", "--set", "data.seed=3")
+    assert ended == Ended(0, "", "wrote mine.toml; train with: spairkit train --config mine.toml\n")
+    again = run("config", "show", "--config", "mine.toml")
+    assert again.out == (tmp_path / "mine.toml").read_text()
+    assert from_toml(again.out) == resolve("paper", {"data": {"seed": 3}})
+
+
+def test_without_a_checkpoint_the_newest_run_is_taken_else_the_packaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert choose_checkpoint(None) == pretrained()
+    assert "using the model that ships with spairkit" in capsys.readouterr().err
+    made = Run.create(None, resolve("quick"))
+    (made.path / "checkpoints" / "step-1").mkdir(parents=True)
+    (made.path / "last").symlink_to("checkpoints/step-1")
+    assert choose_checkpoint(None) == made.path
+    assert capsys.readouterr().err == f"using the newest run: {made.path}\n"
+    assert choose_checkpoint(Path("last")) == made.path / "last"
+    assert choose_checkpoint(Path("elsewhere")) == Path("elsewhere")
+    (tmp_path / "last").mkdir()
+    assert choose_checkpoint(Path("last")) == Path("last"), "what is there comes first"
+    assert capsys.readouterr().err == ""
+
+
+def test_doctor_tries_the_backends(run: Runner) -> None:
+    findings = json.loads(run("doctor", "--json").out)
+    assert findings["spairkit"] == spairkit.__version__
+    assert findings["backend torch"] == "works"
+    assert findings["backend cpu"] == "works"
+    lines = run("doctor").out.splitlines()
+    assert len(lines) == len(findings)
