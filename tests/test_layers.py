@@ -1,0 +1,90 @@
+"""Imports run one way only: kernels <- the library, rung by rung <- cli. Some run nowhere."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("kernels", "spairkit", "spairkit/data", "cli")
+
+# a module may import from the rungs above its own, and from no other
+RUNGS: list[set[str]] = [
+    {"kernels.launch", "kernels.threads"},
+    {"kernels.presence_cpu", "kernels.presence_triton", "kernels.render_cpu"},
+    {"kernels.presence_op", "kernels.render_op"},
+    {"errors", "boxes", "densities", "detections", "elbo", "glimpses", "networks", "wavefront"},
+    {"backends", "config", "detector", "drawing", "durable", "metrics", "data.hashing"},
+    {"presence", "rendering", "images", "checkpoints", "presets", "data.scatter", "data.glyphs"},
+    {"spair", "runs", "data.scenes"},
+    {"models", "evaluation", "data.folder"},
+    {"data.datasets"},
+    {"training"},
+    {"cli.console"},
+    {"cli.options"},
+    {"cli.figures"},
+    {"cli.config", "cli.data", "cli.detect", "cli.doctor", "cli.evaluate", "cli.train", "cli.viz"},
+    {"cli.main"},
+]
+RUNG = {name: number for number, names in enumerate(RUNGS) for name in names}
+
+KERNELS_NEED = {"torch", "triton", "numba", "numpy", "spairkit"}
+ONLY_CLI_NEEDS = {"typer", "rich"}
+
+
+def modules() -> dict[str, Path]:
+    """Name below spairkit, and file."""
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+    return {
+        name.removeprefix("spairkit."): path
+        for name, path in names.items()
+        if not path.stem.startswith("__")
+    }
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> set[str]:
+    """Full names of what a module imports: modules, and names in them that may be modules."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_rung() -> None:
+    assert set(RUNG) == set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_run_upwards(name: str) -> None:
+    for other in {other.removeprefix("spairkit.") for other in imports(name)} & set(RUNG):
+        assert RUNG[other] < RUNG[name], f"{name} imports {other}, which is not above it"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_other_packages_stay_where_they_belong(name: str) -> None:
+    packages = {other.split(".")[0] for other in imports(name)} - sys.stdlib_module_names
+    if name.startswith("kernels."):
+        assert packages <= KERNELS_NEED
+    elif not name.startswith("cli."):
+        assert not packages & ONLY_CLI_NEEDS
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_can_run_what_a_file_holds(name: str) -> None:
+    """No door to pickle, to code in strings, or to a shell."""
+    assert not imports(name) & {"pickle", "joblib", "yaml", "dill", "marshal", "shelve"}
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            assert call not in {"eval", "exec", "torch.load", "os.system"}
+            if call.endswith("np.load"):
+                assert "allow_pickle=False" in ast.unparse(node)
+            assert "shell" not in {keyword.arg for keyword in node.keywords}
