@@ -1,0 +1,101 @@
+"""Line charts as SVG, to stand inside a page."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+"""Okabe and Ito's, which colour-blind people tell apart on white."""
+
+MAX_POINTS = 300
+"""Of a line; longer ones are averaged in equal stretches."""
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spairkit",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#b8bcc4",
+    "axes.labelcolor": "#596070",
+    "xtick.color": "#596070",
+    "ytick.color": "#596070",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def line(records: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
+    """The numbers under `key` over `step`, in the order of the records; none that is endless."""
+    points = [
+        (float(record["step"]), float(value))
+        for record in records
+        for value in [record.get(key)]
+        if is_plottable(value) and is_plottable(record["step"])
+    ]
+    stretch = -(-len(points) // MAX_POINTS) or 1
+    means = [
+        [sum(column) / len(part) for column in zip(*part, strict=True)]
+        for part in (points[i : i + stretch] for i in range(0, len(points), stretch))
+    ]
+    return Line(name, [x for x, _ in means], [y for _, y in means])
+
+
+def chart(
+    lines: Sequence[Line], *, x_label: str, y_label: str, share: bool = False
+) -> Markup | None:
+    """The lines that have points, as an SVG element; None where none has.
+
+    Args:
+        lines: five at most.
+        x_label: what x is.
+        y_label: what y is, with its unit.
+        share: whether y lies in [0, 1]. Otherwise y is logarithmic where the lines are positive
+            and span more than a factor of 20.
+    """
+    drawn = [item for item in lines if item.x]
+    if not drawn:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+        figure.patch.set_alpha(0.0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0.0)
+        for item, colour in zip(drawn, COLOURS, strict=False):
+            marker = "o" if len(item.x) <= 30 else None
+            axes.plot(item.x, item.y, color=colour, lw=1.6, marker=marker, ms=3.5, label=item.name)
+        values = [y for item in drawn for y in item.y]
+        if share:
+            axes.set_ylim(0, 1.02)
+        elif min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y", color="#e8eaee", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside upper left", ncols=len(drawn), frameon=False, handlelength=1.4)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    # the names in it are ours: nothing in a chart comes from a file
+    return Markup(text[text.index("<svg") :])
+
+
+def is_plottable(value: Any) -> TypeGuard[float]:
+    """Whether `value` is a number, and one that an axis can hold."""
+    return isinstance(value, (int, float)) and -1e30 < value < 1e30

@@ -1,0 +1,234 @@
+"""The page about a run: everything on it, nothing beside it, and no foreign markup."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from spairkit import metrics
+from spairkit.config import Config, from_dict, to_toml
+from spairkit.errors import InputError
+from spairkit.evaluation import Figures, Report
+from spairkit.report import write_report
+from spairkit.report.curves import MAX_POINTS, chart, line
+
+HOSTILE = "</pre><script>alert('1')</script><img src=x onerror=\"alert(2)\">"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page, as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def make_run(folder: Path, config: Config | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(to_toml(config or Config()))
+    return folder
+
+
+def write_metrics(folder: Path, records: list[dict[str, Any]], rest: str = "") -> None:
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, rest]))
+
+
+def step(number: int) -> dict[str, Any]:
+    terms = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres", "total")
+    values = {name: 1000.0 / (number + 10) + i for i, name in enumerate(terms)}
+    return {"kind": "step", "step": number, "images_per_second": 900.0 + number % 7, **values}
+
+
+def validation(number: int) -> dict[str, Any]:
+    return {
+        "kind": "validation",
+        "step": number,
+        "elbo": -500.0 + number / 100,
+        "ap": number / 2000,
+        "ap_spair": number / 2500,
+        "count_accuracy": number / 1500,
+        "is_best": True,
+    }
+
+
+def write_picture(folder: Path, number: int, colour: tuple[int, int, int]) -> bytes:
+    path = folder / "pictures" / f"step-{number}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+    return path.read_bytes()
+
+
+def report(measured_on: str) -> Report:
+    figures = Figures(40, 90, 0.7125, 0.61, 0.44, 0.93, 0.31, 0.875, 0.15, -0.05)
+    none = Figures(8, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.25, 0.25)
+    return Report(measured_on, 0.5, figures, {0: none, 2: figures, 10: figures})
+
+
+def full_run(folder: Path, name: str = "digits") -> Path:
+    config = from_dict({"data": {"name": "mnist", "path": name}, "preset": name})
+    make_run(folder, config)
+    steps = [step(n) for n in range(20, 1001, 20)]
+    write_metrics(folder, [*steps, validation(500), validation(1000)])
+    for number in (500, 1000):
+        write_picture(folder, number, (number // 4, 0, 0))
+    (folder / "test.json").write_text(json.dumps(report(name).to_json()))
+    return folder
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_holds_figures_curves_pictures_and_config(tmp_path: Path) -> None:
+    path = write_report(full_run(tmp_path / "digits-quick-1"))
+    assert path == tmp_path / "digits-quick-1" / "report.html"
+    page = read(path)
+    assert page.open == []
+    assert page.count("svg") == 6  # loss, KL, boxes and counts, ELBO, speed, by number
+    for word in ("digits-quick-1", "0.713", "0.875", "-0.050", "1000 of 300000", "cell = 12"):
+        assert word in page.text
+    for protocol in metrics.PROTOCOLS.values():
+        assert protocol in page.text
+    for title in ("reconstruction", "where", "count accuracy", "updates", "images per second"):
+        assert title in page.text
+
+
+def test_curves_are_drawn_from_the_metrics(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_metrics(folder, [validation(n) for n in (100, 200, 300, 400)])
+    first = write_report(folder).read_text()
+    # one path of four points for each of the three lines, another for the ELBO
+    assert len(re.findall(r'd="M [^"]*?L [^"]*?L [^"]*?L [^"L]*"', first)) >= 4
+    write_metrics(folder, [validation(n) for n in (100, 200, 300, 900)])
+    assert write_report(folder).read_text() != first
+
+
+def test_no_test_figures_for_images_without_objects(tmp_path: Path) -> None:
+    page = (write_report(full_run(tmp_path / "run"))).read_text()
+    row = page[page.index("<td>0</td>") : page.index("<td>2</td>")]
+    cells = re.findall("<td>(.*?)</td>", row)
+    assert cells == ["0", "8", *["–"] * 5, "0.750", "0.250", "0.250"]
+
+
+def test_needs_nothing_but_itself(tmp_path: Path) -> None:
+    page = read(write_report(full_run(tmp_path / "run")))
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href") and tag != "svg":
+                assert (value or "").startswith(("data:image/png;base64,", "#"))
+    assert "url(http" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_escapes_hostile_names(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "<script>alert(3)<\\script>", name=HOSTILE)
+    page = read(write_report(folder))
+    assert page.open == []
+    assert page.count("script") == 0
+    assert page.count("img") == 2
+    assert HOSTILE in page.text
+    assert "<script>alert(3)<\\script>" in page.text
+
+
+def test_shows_the_first_the_middle_and_the_last_picture(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    pictures = {n: write_picture(folder, n, (n // 10, n // 20, 0)) for n in range(200, 1300, 100)}
+    (folder / "pictures" / "step-70.png").write_bytes(b"GIF89a no PNG at all")
+    (folder / "pictures" / "notes.txt").write_text("not a picture")
+    page = read(write_report(folder))
+    shown = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    data = [base64.b64decode(source.split(",")[1]) for source in shown]
+    assert data == [pictures[700], pictures[1200]]
+    assert "after 70 updates" in page.text
+    assert "The picture cannot be read." in page.text
+
+
+@pytest.mark.parametrize("content", [None, "", "{\n", '[1]\n{"kind": "step"}\n{"step": "x"}\n'])
+def test_a_run_without_metrics(tmp_path: Path, content: str | None) -> None:
+    folder = make_run(tmp_path / "run")
+    if content is not None:
+        (folder / "metrics.jsonl").write_text(content)
+    page = read(write_report(folder))
+    assert "Nothing was recorded yet." in page.text
+    assert "0 of 300000 updates" in page.text
+    assert page.count("svg") == 0
+
+
+def test_passes_over_what_is_no_number(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    odd: list[Any] = [None, "high", [1], 10**400, float("inf")]
+    records = [{"kind": "step", "step": i, "total": value} for i, value in enumerate(odd)]
+    records += [{"kind": "step", "step": 10**400, "total": 1.0}, {"kind": [], "step": 3}]
+    write_metrics(folder, [*records, step(40)], rest='{"kind": "step", "st')
+    page = read(write_report(folder))
+    assert page.count("svg") == 3
+
+
+def test_validation_stands_in_for_test_figures(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_metrics(folder, [validation(500), validation(1000)])
+    page = read(write_report(folder))
+    assert "Last validation" in page.text
+    assert "After 1000 updates" in page.text
+    assert "-490.000" in page.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"overall": 3, "by_objects": {}}', '{"overall": {}}', "\x00", "[" * 100_000,
+     '{"overall": {}, "by_objects": {"x": {}}}', '{"overall": {}, "by_objects": {"1": []}}'],
+)  # fmt: skip
+def test_refuses_test_figures_that_are_none(tmp_path: Path, content: str) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "test.json").write_text(content)
+    with pytest.raises(InputError, match=r"test\.json: not .*; evaluate the run again"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run"):
+        write_report(tmp_path)
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "run")
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_long_lines_are_averaged() -> None:
+    records = [{"step": n, "total": float(torch.tensor(n % 2))} for n in range(10 * MAX_POINTS)]
+    averaged = line(records, "total", "total")
+    assert len(averaged.x) == MAX_POINTS
+    assert averaged.y == [0.5] * MAX_POINTS
+    assert averaged.x[:2] == [4.5, 14.5]
+    assert line(records, "missing", "missing").x == []
+    assert chart([line([], "total", "total")], x_label="x", y_label="y") is None
