@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("kernels", "spairkit", "spairkit/data", "cli")
+FOLDERS = ("kernels", "spairkit", "spairkit/data", "spairkit/report", "cli")
 
 # a module may import from the rungs above its own, and from no other
 RUNGS: list[set[str]] = [
@@ -17,8 +17,8 @@ RUNGS: list[set[str]] = [
     {"errors", "boxes", "densities", "detections", "elbo", "glimpses", "networks", "wavefront"},
     {"backends", "config", "detector", "drawing", "durable", "metrics", "data.hashing"},
     {"presence", "rendering", "images", "checkpoints", "presets", "data.scatter", "data.glyphs"},
-    {"spair", "runs", "data.scenes"},
-    {"models", "evaluation", "data.folder"},
+    {"spair", "runs", "data.scenes", "report.curves"},
+    {"models", "evaluation", "data.folder", "report.page"},
     {"data.datasets"},
     {"training"},
     {"cli.console"},

@@ -25,7 +25,8 @@ def test_every_package_is_listed() -> None:
     sources = [p for top in ("spairkit", "kernels", "cli") for p in ROOT.glob(f"{top}/**/*.py")]
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in sources}
     packages = CONFIG["tool"]["setuptools"]["packages"]
-    assert {name.removeprefix("spairkit.") for name in packages} == found
+    places = CONFIG["tool"]["setuptools"]["package-dir"]
+    assert {places.get(name, name) for name in packages} == found
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,7 @@ def test_wheel_holds_one_top_level_package_with_all_it_needs(tmp_path: Path) -> 
     assert names - modules == {
         "spairkit/py.typed",
         "spairkit/data/digits.npz",
+        "spairkit/report/page.html.j2",
         f"{packaged}/manifest.json",
         f"{packaged}/model.safetensors",
     }
