@@ -17,7 +17,7 @@ RUNGS: list[set[str]] = [
     {"errors", "boxes", "densities", "detections", "elbo", "glimpses", "networks", "wavefront"},
     {"backends", "config", "detector", "drawing", "durable", "metrics", "data.hashing"},
     {"presence", "rendering", "images", "checkpoints", "presets", "data.scatter", "data.glyphs"},
-    {"spair", "runs", "data.scenes", "report.curves"},
+    {"spair", "runs", "data.annotations", "data.scenes", "report.curves"},
     {"models", "evaluation", "data.folder", "report.page"},
     {"data.datasets"},
     {"training"},

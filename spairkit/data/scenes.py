@@ -40,6 +40,15 @@ class Batch:
     labels: Tensor  # [B, N] int64, -1 = none
     counts: Tensor  # [B] int64
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(
+            self.images.to(device),
+            self.boxes.to(device),
+            self.labels.to(device),
+            self.counts.to(device),
+        )
+
     def truth(self) -> list[Truth]:
         """The objects of each image, on the CPU."""
         boxes, labels = self.boxes.cpu(), self.labels.cpu()

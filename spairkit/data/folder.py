@@ -1,0 +1,266 @@
+"""A person's own images: crops to train on, whole images to judge by, truth where it is known."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spairkit.config import DataConfig
+from spairkit.data.annotations import Annotated, read_annotations
+from spairkit.data.glyphs import Split
+from spairkit.data.hashing import below, draws, hashed, seeded
+from spairkit.data.scenes import Batch
+from spairkit.detections import Truth
+from spairkit.errors import InputError
+from spairkit.images import image_size, list_images, printable, read_image, read_pixels, to_colour
+
+ANNOTATIONS = "annotations.json"
+
+_CACHE_BYTES = 1 << 29
+# crops drawn from one choice of images, where not all can be kept in memory
+_WINDOW = 4096
+_SPLITS = {"train": 0, "validation": 1, "test": 2}
+_CROPS, _WINDOWS = range(2)
+_FILE, _TOP, _LEFT = range(3)
+# a part of a box thinner than this is not there (spec section 10)
+_THIN_PX = 1e-6
+
+
+class ImageFolder:
+    """The pictures of a folder and its subfolders, in the order of their paths.
+
+    Of ten files or more, about one in ten is for validation and the others for training: those
+    whose name has the lowest hash, at least one. So a file stays in its split when others are
+    added. Of fewer, all are for both. The split "test" is every file.
+
+    Crops are `image_height` x `image_width`. An image that is smaller is continued to the right
+    and downwards with its last pixels. Which file and which place is a pure function of the
+    names, `config.seed`, the split and the index. Decoded images are kept, as bytes, up to
+    512 MiB; where the split needs more, each 4,096 indices in turn share as many files as fit, so
+    that a file is decoded once for many crops.
+
+    Truth comes from `annotations.json` (COCO) in the folder, if it is there. Its boxes are
+    clipped to the image or the crop.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: Split, device: torch.device | str = "cpu"
+    ) -> None:
+        """Looks at every file's header.
+
+        Raises:
+            InputError: there is no such folder or no picture in it, a header is damaged or says
+                more than 64 million pixels, or the annotations are wrong.
+        """
+        self.config = config
+        self.split: Split = split
+        self.device = torch.device(device)
+        self._folder = Path(config.path)
+        names = [path.relative_to(self._folder).as_posix() for path in list_images(self._folder)]
+        annotations = self._folder / ANNOTATIONS
+        annotated = read_annotations(annotations) if annotations.exists() else {}
+        self._annotated = annotated
+        self._numbers = _numbers(names, annotated)
+        for name in annotated.keys() - self._numbers.keys():
+            raise InputError(f"{printable(annotations)}: {name!r} is no picture that can be read")
+        self._names = _of_split(names, split)
+        self.has_truth = not annotated.keys().isdisjoint(self._names)
+        self._sizes = [image_size(self._folder / name) for name in self._names]
+        for name, size in zip(self._names, self._sizes, strict=True):
+            if name in annotated:
+                _refuse_misfits(annotations, name, size, annotated[name])
+        largest = max(3 * height * width for height, width in self._sizes)
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        self._cached_bytes = 0
+        self._kept = len(self._names)
+        if sum(3 * height * width for height, width in self._sizes) > _CACHE_BYTES:
+            self._kept = max(min(_CACHE_BYTES // largest, self._kept), 1)
+        self._key, self._window_key = (
+            seeded(config.seed, _SPLITS[split], purpose) for purpose in (_CROPS, _WINDOWS)
+        )
+
+    def __len__(self) -> int:
+        """Crops of the validation split, files of the test split; TypeError for train."""
+        if self.split == "train":
+            raise TypeError("the train split has no length: any index is a crop")
+        return self.config.validation_images if self.split == "validation" else len(self._names)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The crops of these indices ([B] int64), on the dataset's device.
+
+        Raises:
+            ValueError: the indices are not a row of int64.
+            InputError: a file is damaged.
+        """
+        if indices.dtype != torch.int64 or indices.dim() != 1:
+            raise ValueError(
+                f"indices must be int64 [B], got {indices.dtype} {list(indices.shape)}"
+            )
+        indices = indices.cpu()
+        keys = hashed(self._key, indices)
+        files = below(draws(keys, _FILE), self._kept)
+        if self._kept < len(self._names):
+            windows = hashed(self._window_key, indices // _WINDOW)
+            files = below(draws(windows, files), len(self._names))
+        height, width = self.config.image_height, self.config.image_width
+        crops, truths = [], []
+        for file, top_draw, left_draw in zip(
+            files.tolist(), draws(keys, _TOP), draws(keys, _LEFT), strict=True
+        ):
+            rows, columns = self._sizes[file]
+            top = int(below(top_draw, max(rows - height, 0) + 1))
+            left = int(below(left_draw, max(columns - width, 0) + 1))
+            crop = self._pixels(file)[:, top : top + height, left : left + width]
+            crops.append(_continued(to_colour(crop), height, width))
+            truth = self._truth(self._names[file])
+            if truth is not None:
+                frame = (left, top, min(left + width, columns), min(top + height, rows))
+                truths.append(_clipped(truth, frame))
+            else:
+                truths.append(_NOTHING)
+        return _batch(crops, truths, (height, width)).to(self.device)
+
+    def images(self) -> Iterator[tuple[str, int, Tensor, Truth | None]]:
+        """Each file of the split: its path in the folder, id, whole image [3, H, W] and truth.
+
+        Ids are those of the annotations, and from 1 up in the order of the files where there are
+        none. The truth is None where nothing is known: without annotations, or for a file that
+        they do not list, whose id follows theirs.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
+            image = read_image(self._folder / name).to(self.device)
+            truth = self._truth(name)
+            if truth is not None:
+                truth = _clipped(truth, (0, 0, columns, rows))
+            yield name, self._numbers[name], image, truth
+
+    def _truth(self, name: str) -> Truth | None:
+        return self._annotated[name].truth if name in self._annotated else None
+
+    def _pixels(self, file: int) -> Tensor:
+        """The decoded file, from memory if it is there; what was used longest ago makes room."""
+        if file in self._cache:
+            self._cache.move_to_end(file)
+            return self._cache[file]
+        path = self._folder / self._names[file]
+        pixels = read_pixels(path)
+        if tuple(pixels.shape[1:]) != self._sizes[file]:
+            raise InputError(f"{printable(path)}: changed while it was in use; start again")
+        self._cache[file] = pixels
+        self._cached_bytes += pixels.nbytes
+        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_bytes -= oldest.nbytes
+        return pixels
+
+
+def stacked(
+    images: Iterator[tuple[str, int, Tensor, Truth | None]],
+    batch_size: int,
+    *,
+    max_pixels: int,
+    only_known: bool,
+) -> Iterator[Batch]:
+    """Whole images as batches: neighbours of one size together, at most `batch_size` of them.
+
+    Args:
+        images: as `ImageFolder.images` gives them.
+        batch_size: images.
+        max_pixels: of a batch, unless one image has more.
+        only_known: leave out the images whose truth nobody knows.
+    """
+    group: list[tuple[Tensor, Truth]] = []
+    for _, _, image, truth in images:
+        if truth is None and only_known:
+            continue
+        full = len(group) == batch_size or (len(group) + 1) * image[0].numel() > max_pixels
+        if group and (full or group[0][0].shape != image.shape):
+            yield _whole(group)
+            group = []
+        group.append((image, truth or _NOTHING))
+    if group:
+        yield _whole(group)
+
+
+def _whole(group: list[tuple[Tensor, Truth]]) -> Batch:
+    images, truths = zip(*group, strict=True)
+    _, height, width = images[0].shape
+    return _batch(list(images), list(truths), (height, width))
+
+
+def _batch(images: list[Tensor], truths: list[Truth], size: tuple[int, int]) -> Batch:
+    """A batch on the images' device; `size` is for one that has none."""
+    device = images[0].device if images else torch.device("cpu")
+    counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
+    most = int(counts.max()) if len(counts) else 0
+    boxes = torch.zeros(len(truths), most, 4)
+    labels = torch.full((len(truths), most), -1)
+    for b, truth in enumerate(truths):
+        boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
+    stack = torch.stack(images) if images else torch.zeros(0, 3, *size)
+    return Batch(stack, boxes.to(device), labels.to(device), counts.to(device))
+
+
+_NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def _continued(crop: Tensor, height: int, width: int) -> Tensor:
+    missing = (0, width - crop.shape[2], 0, height - crop.shape[1])
+    return functional.pad(crop[None], missing, mode="replicate")[0] if any(missing) else crop
+
+
+def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:
+    """The parts of boxes inside a frame (x1, y1, x2, y2), from the frame's corner."""
+    x1, y1, x2, y2 = frame
+    least, most = torch.tensor([x1, y1, x1, y1]), torch.tensor([x2, y2, x2, y2])
+    boxes = torch.minimum(torch.maximum(truth.boxes, least), most) - least
+    kept = (boxes[:, 2:] - boxes[:, :2] > _THIN_PX).all(1)
+    return Truth(boxes[kept], truth.labels[kept])
+
+
+def _numbers(names: list[str], annotated: dict[str, Annotated]) -> dict[str, int]:
+    """An id for each file: the annotations' own, or the next that is free."""
+    following = max((entry.image_id for entry in annotated.values()), default=0) + 1
+    numbers = {}
+    for name in names:
+        if name in annotated:
+            numbers[name] = annotated[name].image_id
+        else:
+            numbers[name] = following
+            following += 1
+    return numbers
+
+
+def _of_split(names: list[str], split: Split) -> list[str]:
+    if split == "test" or len(names) < 10:
+        return names
+
+    def position(name: str) -> bytes:
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+    by_hash = sorted(names, key=position)
+    tenth = sum(10 * position(name)[0] < 256 for name in names)
+    validation = set(by_hash[: min(max(tenth, 1), len(names) - 1)])
+    return [name for name in names if (name in validation) == (split == "validation")]
+
+
+def _refuse_misfits(path: Path, name: str, size: tuple[int, int], annotated: Annotated) -> None:
+    height, width = size
+    if annotated.size is not None and annotated.size != size:
+        raise InputError(
+            f"{printable(path)}: {name!r} is {height}x{width} pixels (height x width), "
+            f"not {annotated.size[0]}x{annotated.size[1]}; correct the entry"
+        )
+    for x1, y1, x2, y2 in annotated.truth.boxes.tolist():
+        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+            raise InputError(
+                f"{printable(path)}: the box {x1:g}, {y1:g}, {x2:g}, {y2:g} of {name!r} lies "
+                "outside its image; correct or remove the entry"
+            )
