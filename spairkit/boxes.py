@@ -9,7 +9,8 @@ def xyxy_from_centre(
     size: Tensor,  # [..., 2] h, w in pixels
 ) -> Tensor:  # [..., 4] x1, y1, x2, y2 in pixels
     """Corners of boxes given by centre and size, the form used inside the models."""
-    return torch.cat([(centre - size / 2).flip(-1), (centre + size / 2).flip(-1)], dim=-1)
+    low = (centre - size / 2).flip(-1)
+    return torch.cat([low, low + size.flip(-1)], dim=-1)
 
 
 def box_area(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]

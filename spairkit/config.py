@@ -120,7 +120,7 @@ class SPAIRConfig:
     activation: Literal["relu", "celu"] = "relu"
 
     std_bias: Real = 0.0
-    """Standard deviations are 2 sigmoid(raw + std_bias); -3 starts near .1."""
+    """Standard deviations are 2 sigmoid(raw) and raw starts here; -3 is .1."""
     size_bias: Real = 0.0
     """Initial mean of z_h and z_w; -.9 starts boxes at .29 of the anchor."""
     presence_bias: Real = 0.0

@@ -25,18 +25,23 @@ def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) ->
     return 0.5 * (variance + distance - 1) - (std / prior_std).log()
 
 
-def concrete_sample(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+def logistic(uniform: Tensor) -> Tensor:
+    """Draws from the standard logistic distribution, given draws from U[0, 1) of any shape.
+
+    Source: section 3.3; the authors' 1e-9 stands inside the logarithms.
+    """
+    return (uniform + _EPSILON).log() - (1 - uniform + _EPSILON).log()
+
+
+def concrete_sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
     """A relaxed Bernoulli draw in (0, 1) with gradients to `logits`.
 
     Args:
         logits: log-odds of 1, any shape.
-        uniform: draws from U[0, 1), the same shape.
+        noise: draws from `logistic`, the same shape.
         temperature: positive; towards 0 the draws become 0 and 1.
-
-    Source: section 3.3; its 1e-9 stands inside the logarithms.
     """
-    logistic = (uniform + _EPSILON).log() - (1 - uniform + _EPSILON).log()
-    return torch.sigmoid((logits + logistic) / temperature)
+    return torch.sigmoid((logits + noise) / temperature)
 
 
 def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tensor:

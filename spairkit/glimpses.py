@@ -1,5 +1,7 @@
 """The spatial transformer that cuts glimpses out of images (spec section 3.4)."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,13 +21,21 @@ def extract_glimpses(
     Source: section 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
     batch, channels, height, width = images.shape
-    steps = torch.linspace(0, 1, size, device=boxes.device, dtype=boxes.dtype)
-    steps = torch.cartesian_prod(steps, steps).flip(-1)  # [size^2, 2] x, y; x runs fastest
-    # edges at -1 and 1, as grid_sample wants them
-    corners = boxes * boxes.new_tensor([2 / width, 2 / height] * 2) - 1
+    scale, steps = _constants(height, width, size, boxes.device, boxes.dtype)
+    corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
     low, high = corners.unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
     # all boxes of an image as one tall grid: no copy of the image for each box
     grid = grid.reshape(batch, -1, size, 2)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _constants(
+    height: int, width: int, size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[4] from pixels to a range of 2; [size^2, 2] x, y of the points as shares of the box."""
+    scale = torch.tensor([2 / width, 2 / height] * 2, device=device, dtype=dtype)
+    steps = torch.linspace(0, 1, size, device=device, dtype=dtype)
+    return scale, torch.cartesian_prod(steps, steps).flip(-1)  # x runs fastest

@@ -17,6 +17,7 @@ from spairkit.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
     concrete_sample,
+    logistic,
     normal_kl,
     squash,
 )
@@ -41,7 +42,7 @@ class Noise:
     """Random numbers for one pass over a batch, drawn before it."""
 
     normal: Tensor  # [B, K, 4 + A + 1] standard normal: where, what, depth
-    uniform: Tensor  # [B, K] U[0, 1): pres
+    logistic: Tensor  # [B, K] standard logistic: pres
     background: Tensor  # [B, 3] standard normal
 
     @classmethod
@@ -51,7 +52,7 @@ class Noise:
         """Fresh noise with the device and dtype of `like`."""
         normal = like.new_empty(batch, cells, _BOX + what + 1).normal_(generator=generator)
         uniform = like.new_empty(batch, cells).uniform_(generator=generator)
-        return cls(normal, uniform, like.new_empty(batch, 3).normal_(generator=generator))
+        return cls(normal, logistic(uniform), like.new_empty(batch, 3).normal_(generator=generator))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +72,15 @@ class Latents:
     boxes: Tensor  # [B, K, 4] xyxy, pixels
 
 
+_NUMBERS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
+
+
 def _join(waves: list[Latents], places: Tensor) -> Latents:
-    """Waves with cells first as one value in raster order, images first."""
+    """Waves of [n, B, ...] as one value in raster order: [B, K, ...], and [B, K] for numbers."""
     joined = {}
     for field in fields(Latents):
-        part = torch.cat([getattr(wave, field.name) for wave in waves])
-        joined[field.name] = part[places].transpose(0, 1)
+        part = torch.cat([getattr(wave, field.name) for wave in waves])[places].transpose(0, 1)
+        joined[field.name] = part.squeeze(-1) if field.name in _NUMBERS else part
     return Latents(**joined)
 
 
@@ -115,6 +119,9 @@ class SPAIR(nn.Module):
         self.decoder = mlp((c.what, *c.decoder_hidden, 4 * c.object_size**2), c.activation)
         with torch.no_grad():
             self.where_network.last.bias[2:_BOX] = c.size_bias
+            self.where_network.last.bias[_BOX : 2 * _BOX] = c.std_bias
+            self.encoder[-1].bias[c.what :] = c.std_bias
+            self.depth_network.last.bias[1] = c.std_bias
             self.presence_network.last.bias[:] = c.presence_bias
         if c.lateral:
             bound = (3 / self.vector) ** 0.5  # Glorot for a vector: U(-.23, .23)
@@ -244,7 +251,7 @@ class SPAIR(nn.Module):
         corners = corners[:, None].to(images.dtype)  # [K, 1, 2] row and column of each cell
         if noise is not None:
             normal = noise.normal.transpose(0, 1)[front.order]  # [K, B, 4 + A + 1]
-            uniform = noise.uniform.T[front.order]  # [K, B]
+            jitter = noise.logistic.T[front.order, :, None]  # [K, B, 1]
 
         networks = (self.where_network, self.depth_network, self.presence_network)
         weights = shared_weights(networks, 0, c.features)
@@ -262,7 +269,7 @@ class SPAIR(nn.Module):
                 pool = torch.cat([edge, *vectors[-LOOKBACK:]])
                 context = pool[wave.neighbours].transpose(1, 2).flatten(2)  # [n, B, 4 V]
                 product = product + F.linear(context, context_weights)
-            drawn = None if noise is None else (normal[cells], uniform[cells])
+            drawn = None if noise is None else (normal[cells], jitter[cells])
             latents, vector = self._encode_wave(
                 images, product, corners[cells], drawn, training_wheels, relaxed
             )
@@ -275,7 +282,7 @@ class SPAIR(nn.Module):
         images: Tensor,  # [B, 3, H, W]
         products: Tensor,  # [n, B, 3 hidden] the first layers applied to features and context
         corners: Tensor,  # [n, 1, 2] row and column of each cell
-        noise: tuple[Tensor, Tensor] | None,  # [n, B, 4 + A + 1] normal, [n, B] uniform
+        noise: tuple[Tensor, Tensor] | None,  # [n, B, 4 + A + 1], [n, B, 1]
         training_wheels: bool,
         relaxed: bool,
     ) -> tuple[Latents, Tensor]:  # cells first: [n, B, ...]; object vectors [n, B, V]
@@ -312,7 +319,7 @@ class SPAIR(nn.Module):
         if noise is None:
             presence = (logit > 0).to(logit.dtype)
         else:
-            presence = concrete_sample(logit, noise[1][..., None], c.temperature)
+            presence = concrete_sample(logit, noise[1], c.temperature)
             if not relaxed:
                 presence = presence.round()
         latents = Latents(
@@ -321,11 +328,11 @@ class SPAIR(nn.Module):
             what_mean=what_mean,
             what_std=what_std,
             what=what,
-            depth_mean=depth_mean.squeeze(-1),
-            depth_std=depth_std.squeeze(-1),
-            depth=depth.squeeze(-1),
-            presence_logit=logit.squeeze(-1),
-            presence=presence.squeeze(-1),
+            depth_mean=depth_mean,
+            depth_std=depth_std,
+            depth=depth,
+            presence_logit=logit,
+            presence=presence,
             boxes=boxes,
         )
         return latents, torch.cat([placed, presence], dim=-1)
@@ -336,11 +343,11 @@ class SPAIR(nn.Module):
         return torch.cat([box.sigmoid(), rest, presence.sigmoid()]).expand(1, batch, -1)
 
     def _moments(self, outputs: Tensor, training_wheels: bool) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations, the two halves: std = 2 sigmoid(raw + bias)."""
+        """Means and standard deviations, the two halves: std = 2 sigmoid(raw)."""
         if training_wheels:
             outputs = outputs.detach()
         mean, raw = outputs.chunk(2, dim=-1)
-        return mean, 2 * squash(raw + self.config.std_bias)
+        return mean, 2 * squash(raw)
 
     def _decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
         """Colour and alpha of object maps, in [0, 1] (section 4.1)."""

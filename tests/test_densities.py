@@ -9,6 +9,7 @@ from spairkit.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
     count_success,
+    logistic,
     normal_kl,
     squash,
 )
@@ -31,14 +32,14 @@ def test_concrete_samples_are_on_as_often_as_the_logit_says(temperature: float) 
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([-2.0, 0.0, 1.5])
     uniform = torch.rand(100_000, 3, generator=generator)
-    draws = concrete_sample(logits.expand(100_000, 3), uniform, temperature)
+    draws = concrete_sample(logits.expand(100_000, 3), logistic(uniform), temperature)
     torch.testing.assert_close((draws > 0.5).float().mean(0), logits.sigmoid(), rtol=0, atol=0.01)
 
 
 def test_concrete_samples_are_finite_at_the_ends() -> None:
     logits = torch.tensor([-10.0, 10.0], requires_grad=True)
     for end in (0.0, 1 - 2**-24):
-        draws = concrete_sample(logits, torch.full((2,), end), 0.5)
+        draws = concrete_sample(logits, logistic(torch.full((2,), end)), 0.5)
         assert bool(draws.isfinite().all())
         assert bool(torch.autograd.grad(draws.sum(), logits)[0].isfinite().all())
 

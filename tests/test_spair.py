@@ -47,7 +47,7 @@ def encode_in_raster_order(model: SPAIR, images: Tensor, noise: Noise, relaxed: 
             width = shared.shape[-1]
             products = [shared @ n.first.weight[:, :width].T + n.first.bias for n in networks]
             k = i * columns + j
-            drawn = (noise.normal[None, :, k], noise.uniform[None, :, k])
+            drawn = (noise.normal[None, :, k], noise.logistic[None, :, k, None])
             latents, vector = model._encode_wave(
                 images,
                 torch.cat(products, dim=-1)[None],
@@ -59,12 +59,11 @@ def encode_in_raster_order(model: SPAIR, images: Tensor, noise: Noise, relaxed: 
             vectors[i, j] = vector[0]
             cells.append(latents)
     assert config.lateral
-    return Latents(
-        **{
-            field.name: torch.cat([getattr(cell, field.name) for cell in cells]).transpose(0, 1)
-            for field in fields(Latents)
-        }
-    )
+    joined = {
+        field.name: torch.cat([getattr(cell, field.name) for cell in cells]).transpose(0, 1)
+        for field in fields(Latents)
+    }
+    return Latents(**{n: t.squeeze(-1) if t.shape[-1] == 1 else t for n, t in joined.items()})
 
 
 @pytest.mark.parametrize(("height", "width"), [(36, 36), (25, 50), (12, 60), (60, 12)])
