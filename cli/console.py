@@ -19,9 +19,14 @@ def say(message: str) -> None:
     typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), err=True)
 
 
+def as_json(value: Any) -> str:
+    """A JSON document for people to read too."""
+    return json.dumps(value, indent=2, allow_nan=False)
+
+
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    typer.echo(as_json(value))
 
 
 def results() -> "Console":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import print_json, say
+from spairkit.cli.console import as_json, print_json, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.cli.options import (
     CheckpointOption,
@@ -82,7 +82,7 @@ def evaluate(
         **report.to_json(),
     }
     if out is not None:
-        write_text(out, f"{_as_text(figures)}\n")
+        write_text(out, f"{as_json(figures)}\n")
         say(f"wrote {out}")
     if json:
         print_json(figures)
@@ -96,9 +96,3 @@ def _data(config: "Config", over: list[Any]) -> "DataConfig":
     from spairkit.config import from_dict, merge, to_dict
 
     return from_dict(merge(to_dict(config), *over), "--set").data
-
-
-def _as_text(figures: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(figures, indent=2, allow_nan=False)

@@ -21,6 +21,7 @@ from spairkit.cli.console import say
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
+from spairkit.cli.report import report
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError
@@ -30,6 +31,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
+app.command()(report)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)

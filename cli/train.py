@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from spairkit.cli.console import print_json, progress_bar, results, say
+from spairkit.cli.console import as_json, print_json, progress_bar, results, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.cli.options import (
     ConfigOption,
@@ -31,6 +31,7 @@ from spairkit.cli.options import (
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    from spairkit.config import Config
     from spairkit.runs import Run
     from spairkit.training import Step, Validation
 
@@ -73,15 +74,22 @@ def train(
     """
     if resume and out:
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    options = _options(data, steps, seed, select)
-    over = layers(config, options, set_)
-    run = _resumed(resume, preset, over) if resume else _created(out, preset, over)
+    over = layers(config, _options(data, steps, seed, select), set_)
+    settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+    chosen = choose_device(device)
+    from spairkit.data.datasets import open_dataset
+    from spairkit.durable import write_text
     from spairkit.models import load
+    from spairkit.report.page import write_report
+    from spairkit.runs import Run
     from spairkit.training import fit
 
-    chosen = choose_device(device)
+    open_dataset(settings.data, "train")  # what is wrong with it shows before a run is made
+    run = Run.open(resume) if resume else Run.create(out, settings)
     began = time.monotonic()
     with run.lock(), _Interrupts() as interrupts:
+        if settings.train.steps != run.config.train.steps:
+            run.extend(settings.train.steps)
 
         def stop() -> bool:
             over_time = minutes is not None and time.monotonic() - began >= minutes * 60
@@ -97,10 +105,14 @@ def train(
         say(f"ended after step {step} of {run.config.train.steps}; go on with: {go_on}")
 
     report = measure(load(run.path, chosen), run.config.data, "test", chosen, quiet=quiet)
+    if report:
+        write_text(run.path / "test.json", f"{as_json(report.to_json())}\n")
+    page = write_report(run.path)
     if json:
         print_json(
             {
                 "run": str(run.path),
+                "report": str(page),
                 "step": step,
                 "seconds": round(time.monotonic() - began, 3),
                 "validation": validation,
@@ -112,7 +124,7 @@ def train(
         print_report(report)
     else:
         say("these images have no annotations.json, so there are no test figures")
-    _print_next(run)
+    _print_next(run, page)
 
 
 class _Interrupts:
@@ -148,17 +160,14 @@ def _options(
     return {**(data_layer(data) if data else {}), **({"train": loop} if loop else {})}
 
 
-def _created(out: Path | None, preset: str | None, over: list[Any]) -> "Run":
+def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
     from spairkit.presets import resolve
 
-    config = resolve(choose_preset(preset, over), *over)
-    from spairkit.runs import Run
-
-    return Run.create(out, config)
+    return resolve(choose_preset(preset, over), *over)
 
 
-def _resumed(path: Path, preset: str | None, over: list[Any]) -> "Run":
-    """The run in the folder `path`, which keeps its config but may be given other steps.
+def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
+    """The config of the run in the folder `path`, which may be given other steps.
 
     Raises:
         InputError: there is no run, or a setting is asked for that is not the run's.
@@ -166,19 +175,15 @@ def _resumed(path: Path, preset: str | None, over: list[Any]) -> "Run":
     from spairkit.config import differences, from_dict, merge, to_dict
     from spairkit.runs import Run
 
-    run = Run.open(path)
-    asked = from_dict(merge(to_dict(run.config), *over, {"preset": preset} if preset else {}))
-    changes = [
-        line for line in differences(run.config, asked) if not line.startswith("train.steps")
-    ]
+    config = Run.open(path).config
+    asked = from_dict(merge(to_dict(config), *over, {"preset": preset} if preset else {}))
+    changes = [line for line in differences(config, asked) if not line.startswith("train.steps:")]
     if changes:
         raise InputError(
             f"--resume {path}: a run keeps its settings, and these differ: {'; '.join(changes)}; "
             "leave them out, or begin a new run"
         )
-    if asked.train.steps != run.config.train.steps:
-        run.extend(asked.train.steps)
-    return run
+    return asked
 
 
 def _follow(
@@ -238,12 +243,13 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def _print_next(run: "Run") -> None:
+def _print_next(run: "Run", page: Path) -> None:
     """Where the run is, and two commands that work as they stand."""
     path = shlex.quote(str(run.path))
     image = shlex.quote(str(_example(run)))
     results().print(
         f"run: {run.path}\n"
+        f"report: {page}\n"
         "try next:\n"
         f"  spairkit viz {image} --checkpoint {path}\n"
         f"  spairkit eval --checkpoint {path}",

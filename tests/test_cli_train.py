@@ -1,0 +1,321 @@
+"""From `train` to pictures: the commands that must always work, on a model too small to be good."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spairkit.checkpoints import load_checkpoint
+from spairkit.cli.main import main
+from spairkit.images import read_image, write_png
+from spairkit.runs import Run
+
+TINY = """\
+[data]
+image_height = 24
+image_width = 28
+max_objects = 2
+validation_images = 6
+test_images = 10
+
+[model]
+backbone_channels = [4]
+features = 8
+hidden = 8
+passthrough = 4
+what = 4
+encoder_hidden = [8]
+decoder_hidden = [8]
+presence_bias = 1.0
+
+[train]
+batch_size = 4
+steps = 6
+validation_every = 3
+training_wheels = 2
+threads = 1
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: Any
+    out: str
+    err: str
+
+
+Runner = Callable[..., Ended]
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run `runs/digits-quick-1`, of six steps."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "tiny.toml").write_text(TINY)
+    with inside(folder), pytest.raises(SystemExit) as ended:
+        main(["train", "--config", "tiny.toml", "--quiet"])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Runner:
+    """Runs a command in this process, in the workplace."""
+    monkeypatch.chdir(workplace)
+
+    def run_command(*arguments: object) -> Ended:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ended(ended.value.code, captured.out, captured.err)
+
+    return run_command
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "last" / "model.safetensors").read_bytes()
+
+
+def test_a_run_holds_all_that_it_promises(workplace: Path) -> None:
+    folder = workplace / "runs" / "digits-quick-1"
+    names = {"config.toml", "metrics.jsonl", "test.json", "report.html", "example.png"}
+    assert names <= {path.name for path in folder.iterdir()}
+    assert load_checkpoint(folder / "last").step == 6
+    assert load_checkpoint(folder).config == Run.open(folder).config
+    assert [path.name for path in folder.iterdir() if "tmp" in path.name] == []
+
+
+def test_training_ends_with_figures_and_two_commands_that_work(run: Runner) -> None:
+    ended = run("train", "--config", "tiny.toml", "--out", "my run", "--seed", "3")
+    assert ended.status == 0
+    assert "step 3: validation elbo -" in ended.err
+    assert "AP paper" in ended.out
+    assert "run: my run\n" in ended.out
+    assert Run.open(Path("my run")).config.train.seed == 3
+    commands = [line for line in ended.out.splitlines() if line.startswith("  spairkit ")]
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command)
+        assert words[0] == "spairkit"
+        assert run(*words[1:]).status == 0
+
+
+def test_json_has_the_figures_that_eval_gives(run: Runner) -> None:
+    ended = run("train", "--config", "tiny.toml", "--out", "as-json", "--json", "--quiet")
+    assert ended.status == 0
+    trained = json.loads(ended.out)
+    assert trained["run"] == "as-json"
+    assert trained["step"] == 6
+    evaluated = json.loads(run("eval", "--checkpoint", "as-json", "--json", "--quiet").out)
+    assert evaluated["overall"] == trained["test"]["overall"]
+    assert evaluated["overall"]["images"] == 10
+    assert json.loads(Path("as-json/test.json").read_text()) == trained["test"]
+
+
+def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
+    ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
+    assert ended.status == 0
+    assert "ended after step 1 of 6; go on with: spairkit train --resume cut" in ended.err
+    assert run("train", "--resume", "cut", "--quiet").status == 0
+    whole = Path("runs/digits-quick-1")
+    assert weights(Path("cut")) == weights(whole)
+    assert Path("cut/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) -> None:
+    ended = run("train", "--config", "tiny.toml", "--out", "long", "--steps", "3", "--quiet")
+    assert ended.status == 0
+    words = ["--seed", "9", "--set", "model.what=5", "--preset", "paper"]
+    ended = run("train", "--resume", "long", *words)
+    assert ended.status == 2
+    for change in ("train.seed: 0 -> 9", "model.what: 4 -> 5", "preset: 'quick' -> 'paper'"):
+        assert change in ended.err
+    assert run("train", "--resume", "long", "--steps", "5", "--quiet").status == 0
+    assert load_checkpoint(Path("long/last")).step == 5
+    assert Run.open(Path("long")).config.train.steps == 5
+
+
+def test_a_second_trainer_is_refused(run: Runner) -> None:
+    with Run.open(Path("runs/digits-quick-1")).lock():
+        ended = run("train", "--resume", "runs/digits-quick-1")
+    assert ended.status == 2
+    assert f"process {os.getpid()} on " in ended.err
+    assert "is training here; wait for it or stop it" in ended.err
+
+
+def test_data_that_cannot_be_read_leaves_no_run(run: Runner, tmp_path: Path) -> None:
+    before = sorted(Path("runs").iterdir())
+    assert run("train", "--data", tmp_path).status == 2
+    assert run("train", "--data", "mnist").status == 2
+    assert run("train", "--set", "data.max_objects=200").status == 2
+    assert sorted(Path("runs").iterdir()) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_is_saved_and_says_how_to_go_on(
+    workplace: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--config", str(workplace / "tiny.toml"), "--out", str(out)]
+    many = ["--steps", "1000000", "--set", "train.validation_every=1000000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "spairkit", *words, *many],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert printed == ""
+    assert f"saved; go on with: spairkit train --resume {out}" in said
+    assert "Traceback" not in said
+    step = load_checkpoint(out / "last", with_optimiser=True).step
+    assert f"stopped after step {step}," in said
+
+
+def test_eval_prints_every_number_of_objects_and_names_the_protocols(run: Runner) -> None:
+    ended = run("eval", "--checkpoint", "runs/digits-quick-1", "--out", "figures.json")
+    assert ended.status == 0
+    assert "10 scenes of 24 × 28 px, 1 to 2 glyphs of 14 px (UCI optical digits)" in ended.out
+    rows = [line.split() for line in ended.out.splitlines()]
+    first_cells = [row[0] for row in rows if row]
+    assert {"all", "1", "2"} <= set(first_cells)
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["overall"]["images"] == sum(f["images"] for f in figures["by_objects"].values())
+    assert "COCO matching" in figures["protocols"]["ap"]
+
+
+def test_eval_takes_other_data(run: Runner) -> None:
+    words = ["--set", "data.max_objects=1", "--set", "data.test_images=4", "--json"]
+    figures = json.loads(run("eval", *words).out)
+    assert list(figures["by_objects"]) == ["1"]
+    assert figures["overall"]["images"] == 4
+    validation = json.loads(run("eval", "--split", "validation", "--json").out)
+    assert validation["overall"]["images"] == 6
+    assert "data.max_objects" in run("eval", "--set", "data.max_objects=-1").err
+
+
+def test_pictures_of_scenes_give_the_figures_of_the_scenes(run: Runner) -> None:
+    """`data make` and the folder reader keep every pixel and box."""
+    made = run("data", "make", "scenes", "--count", "10", "--config", "tiny.toml")
+    assert made.status == 0
+    assert "wrote 10 images and annotations.json to scenes" in made.err
+    from_folder = json.loads(run("eval", "--data", "scenes", "--json").out)
+    from_scenes = json.loads(run("eval", "--json").out)
+    assert from_folder["overall"] == from_scenes["overall"]
+    assert from_folder["by_objects"] == from_scenes["by_objects"]
+
+
+def test_detect_writes_results_that_coco_reads(run: Runner, workplace: Path) -> None:
+    from pycocotools.coco import COCO
+
+    assert run("data", "make", "for-coco", "--count", "3", "--config", "tiny.toml").status == 0
+    words = ["detect", "for-coco", "--threshold", "0.01"]
+    ended = run(*words, "--out", "found.json")
+    assert ended.status == 0
+    found = json.loads(Path("found.json").read_text())
+    assert len(found) > 0
+    assert f"wrote found.json: {len(found)} objects in 3 images" in ended.err
+    truth = COCO(str(workplace / "for-coco" / "annotations.json"))
+    assert {result["image_id"] for result in found} <= set(truth.getImgIds()) == {1, 2, 3}
+    truth.loadRes("found.json")
+
+    assert json.loads(run(*words).out) == found
+    lines = run(*words, "--format", "csv").out.splitlines()
+    assert lines[0] == "image,image_id,x1,y1,x2,y2,score"
+    assert len(lines) == 1 + len(found)
+    name, number, x1, y1, x2, y2, score = lines[1].split(",")
+    assert name == "for-coco/00000.png"
+    assert [float(x1), float(y1), float(x2) - float(x1), float(y2) - float(y1)] == pytest.approx(
+        found[0]["bbox"]
+    )
+    assert (int(number), float(score)) == (found[0]["image_id"], found[0]["score"])
+    records = [json.loads(line) for line in run(*words, "--format", "jsonl").out.splitlines()]
+    assert [record["image_id"] for record in records] == [1, 2, 3]
+    assert sum(record["count"] for record in records) == len(found)
+
+
+def test_detect_numbers_images_as_they_come(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("b/2.png", "b/1.png", "a.png"):
+        write_png(tmp_path / name, torch.rand(3, 5, 40))
+    paths = [tmp_path / "b", tmp_path / "a.png"]
+    lines = run("detect", *paths, "--format", "jsonl").out.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["image_id"], Path(record["image"]).name) for record in records] == [
+        (1, "1.png"),
+        (2, "2.png"),
+        (3, "a.png"),
+    ]
+
+
+def test_viz_draws_beside_the_current_folder_and_says_where(run: Runner, tmp_path: Path) -> None:
+    image = tmp_path / "scene.png"
+    write_png(image, torch.rand(3, 30, 31))
+    content = image.read_bytes()
+    ended = run("viz", image)
+    assert ended.status == 0
+    assert "using the newest run: runs/" in ended.err or "using the newest run:" in ended.err
+    assert "picture: scene-spairkit.png" in ended.out
+    assert read_image(Path("scene-spairkit.png")).shape[2] > 3 * 31
+    assert image.read_bytes() == content
+    ended = run("viz", image, "--out", tmp_path / "panel.png", "--json", "--threshold", "0.01")
+    drawn = json.loads(ended.out)["pictures"]
+    assert [one["picture"] for one in drawn] == [str(tmp_path / "panel.png")]
+    found = json.loads(run("detect", image, "--threshold", "0.01").out)
+    assert drawn[0]["count"] == len(found)
+
+
+def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
+    run: Runner, tmp_path: Path
+) -> None:
+    for index in range(3):
+        write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40))
+    words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "own", "--steps", "2"]
+    ended = run("train", *words)
+    assert ended.status == 0
+    assert "no annotations.json, so there are no test figures" in ended.err
+    assert f"spairkit viz {tmp_path / '0.png'} --checkpoint own" in ended.out
+    ended = run("eval", "--checkpoint", "own")
+    assert ended.status == 2
+    assert "nothing to compare with: no annotations.json" in ended.err
+
+
+def test_report_is_written_again(run: Runner) -> None:
+    page = Path("runs/digits-quick-1/report.html")
+    page.unlink()
+    ended = run("report", "runs/digits-quick-1")
+    assert ended == Ended(0, f"{page}\n", "")
+    assert page.is_file()
