@@ -211,6 +211,10 @@ class _Trainer:
         try:
             self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
             for name, parameter in self.parameters.items():
+                # what never had a gradient has no moments: training wheels keep some from it
+                wheels = checkpoint.step <= self.config.train.training_wheels
+                if wheels and f"step:{name}" not in state:
+                    continue
                 moments = {
                     key: state[f"{key}:{name}"].to(self.device)
                     for key in ("step", "exp_avg", "exp_avg_sq")
