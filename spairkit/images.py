@@ -1,10 +1,11 @@
 """Picture files: strangers' in, ours out.
 
-PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF are read, nothing else, and nothing of a file is
-decoded before its size is known from its header.
+PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF (plain, packbits, LZW or deflate) are read, nothing
+else, and nothing of a file is decoded before its size is known from its header.
 """
 
 import io
+import logging
 import os
 import struct
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from spairkit.durable import write_bytes
@@ -25,8 +26,13 @@ from spairkit.errors import InputError
 MAX_PIXELS = 64_000_000
 """The largest image that is read."""
 
+# Pillow logs what is wrong with a TIFF before it raises; without a handler that goes to stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 _MAX_BYTES = 1 << 29
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF")
+# of TIFF's many, those that hold measurements; the others are decoders for strangers to attack
+_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
 _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
@@ -49,8 +55,18 @@ _DAMAGED = (
     Image.DecompressionBombError,
 )
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-_TRANSPOSED = (5, 6, 7, 8)
 _ORIENTATION = 0x0112
+# what brings a picture of each orientation upright, by the numbers of EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 def read_image(path: Path) -> Tensor:  # [3, H, W] float32 in [0, 1]
@@ -73,7 +89,8 @@ def read_pixels(path: Path) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, W] flo
     Pictures of more than 8 bits come as float32 in [0, 1]. Raises InputError as `read_image`.
     """
     with _opened(path) as image:
-        upright = ImageOps.exif_transpose(image)
+        orientation = _orientation(image)
+        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
         mode = upright.mode
         if mode.startswith("I;16"):
             return _tensor(np.asarray(upright).astype(np.float32)[None] / np.float32(65535))
@@ -98,8 +115,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """Height and width of the upright picture, from its header. Raises InputError."""
     with _opened(path) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION) in _TRANSPOSED
-        return (width, height) if turned else (height, width)
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def write_png(path: Path, image: Tensor) -> None:
@@ -172,6 +188,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                     )
                 if width * height == 0:
                     raise InputError(f"{name}: a picture of {width}x{height} pixels")
+                compression = image.info.get("compression")
+                if image.format == "TIFF" and compression not in _COMPRESSIONS:
+                    raise InputError(
+                        f"{name}: a TIFF compressed by {compression}; save it with LZW, deflate "
+                        "or no compression, or as PNG"
+                    )
                 yield image
     except InputError:
         raise
@@ -186,6 +208,15 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: a damaged picture: {printable(reason[:200])}") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number, from what stands before the pixels; Pillow itself turns TIFF."""
+    if image.format == "TIFF":
+        return 1
+    # the method of the class: PNG's own decodes the picture to look behind it
+    orientation = Image.Image.getexif(image).get(_ORIENTATION)
+    return orientation if orientation in _TURNS else 1
 
 
 def _stretched(path: Path, values: NDArray[np.float64]) -> NDArray[np.float32]:

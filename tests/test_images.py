@@ -1,0 +1,321 @@
+"""Every mode of every format against arithmetic on its pixels; hostile files give InputError."""
+
+import io
+import os
+import random
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from spairkit.errors import InputError
+from spairkit.images import (
+    MAX_PIXELS,
+    image_size,
+    list_images,
+    printable,
+    read_image,
+    read_pixels,
+    write_png,
+)
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+GREY = RGB[:, :, 0]
+
+
+def saved(path: Path, array: NDArray[Any], **options: Any) -> Path:
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def planes(rgb: NDArray[Any]) -> torch.Tensor:
+    return torch.tensor(np.asarray(rgb, dtype=np.float64) / 255).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "ppm", "tif"])
+def test_reads_colour(tmp_path: Path, suffix: str) -> None:
+    image = read_image(saved(tmp_path / f"x.{suffix}", RGB))
+    assert image.dtype == torch.float32
+    torch.testing.assert_close(image, planes(RGB))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "pgm", "tif"])
+def test_grey_becomes_three_equal_channels(tmp_path: Path, suffix: str) -> None:
+    path = saved(tmp_path / f"x.{suffix}", GREY)
+    torch.testing.assert_close(read_image(path), planes(np.stack([GREY] * 3, 2)))
+    assert read_pixels(path).shape == (1, 5, 7)
+
+
+def test_reads_jpeg_in_colour_grey_and_print_colours(tmp_path: Path) -> None:
+    flat = np.full((16, 16, 3), (200, 90, 40), np.uint8)
+    for mode in ("RGB", "L", "CMYK"):
+        picture = Image.fromarray(flat).convert(mode)
+        picture.save(tmp_path / "x.jpg", quality=95)
+        expected = planes(np.asarray(picture.convert("RGB")))
+        assert (read_image(tmp_path / "x.jpg") - expected).abs().max() < 0.02
+
+
+def test_reads_two_levels_and_palettes(tmp_path: Path) -> None:
+    saved(tmp_path / "bits.png", GREY > 127)
+    black_and_white = np.where(GREY > 127, 255, 0)
+    torch.testing.assert_close(
+        read_image(tmp_path / "bits.png"), planes(np.stack([black_and_white] * 3, 2))
+    )
+    palette = Image.fromarray(RGB).quantize(16)
+    palette.save(tmp_path / "palette.png")
+    torch.testing.assert_close(
+        read_image(tmp_path / "palette.png"), planes(np.asarray(palette.convert("RGB")))
+    )
+
+
+def test_lays_transparency_on_black(tmp_path: Path) -> None:
+    alpha = np.linspace(0, 255, 35).round().astype(np.uint8).reshape(5, 7)
+    saved(tmp_path / "rgba.png", np.dstack([RGB, alpha]))
+    shaded = RGB * (alpha[:, :, None] / 255)
+    assert (read_image(tmp_path / "rgba.png") - planes(shaded)).abs().max() <= 1.01 / 255
+    saved(tmp_path / "la.png", np.dstack([GREY, alpha]))
+    shaded = np.stack([GREY * (alpha / 255)] * 3, 2)
+    assert (read_image(tmp_path / "la.png") - planes(shaded)).abs().max() <= 1.01 / 255
+    # one colour declared transparent
+    holes = np.where(GREY > 127, 200, 90).astype(np.uint8)
+    Image.fromarray(holes).save(tmp_path / "key.png", transparency=200)
+    assert read_pixels(tmp_path / "key.png").unique().tolist() == [0, 90]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_keep_their_range_and_their_depth(tmp_path: Path, suffix: str) -> None:
+    levels = np.array([[0, 1, 256], [32768, 65534, 65535]], np.uint16)
+    image = read_image(saved(tmp_path / f"x.{suffix}", levels))
+    torch.testing.assert_close(image[1], torch.tensor(levels / 65535).float(), rtol=1e-6, atol=0)
+    assert len(image.unique()) == 6
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_wider_numbers_are_stretched(tmp_path: Path, kind: type) -> None:
+    image = read_image(saved(tmp_path / "x.tif", np.array([[-50, 0], [50, 150]], kind)))
+    assert image[0].tolist() == [[0.0, 0.25], [0.5, 1.0]]
+    assert read_image(saved(tmp_path / "x.tif", np.full((2, 2), 7, kind))).abs().sum() == 0
+
+
+def test_the_widest_floats_are_stretched(tmp_path: Path) -> None:
+    most = float(np.finfo(np.float32).max)
+    image = read_image(saved(tmp_path / "x.tif", np.array([[-most, 0, most]], np.float32)))
+    assert image[0].tolist() == [[0.0, 0.5, 1.0]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_refuses_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    path = saved(tmp_path / "x.tif", np.array([[0.0, value]], np.float32))
+    with pytest.raises(InputError, match="not finite"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stands_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """What the tag says, as turns and mirrors of rows and columns."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    path = saved(tmp_path / f"x.{suffix}", RGB, exif=exif, **options)
+    upright = {
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.swapaxes(0, 1),
+        6: RGB[::-1].swapaxes(0, 1),
+        7: RGB[::-1, ::-1].swapaxes(0, 1),
+        8: RGB[:, ::-1].swapaxes(0, 1),
+    }[orientation]
+    assert read_image(path).shape[1:] == upright.shape[:2]
+    assert (read_image(path) - planes(upright)).abs().max() < 0.02
+    assert image_size(path) == upright.shape[:2]
+
+
+def test_takes_the_first_frame(tmp_path: Path) -> None:
+    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
+    torch.testing.assert_close(read_image(tmp_path / "x.tif"), planes(RGB))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
+def test_reads_the_narrowest(tmp_path: Path, shape: tuple[int, int]) -> None:
+    assert read_image(saved(tmp_path / "x.png", np.zeros(shape, np.uint8))).shape == (3, *shape)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of this size by its header, with no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def encoded(form: str, array: NDArray[Any] = RGB) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, format=form)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not a picture"),
+        (b"hello", "not a picture"),
+        (png_header(60000, 60000), "64 million"),
+        (png_header(9000, 9000), "64 million"),
+        (png_header(1 << 31, 2), "picture"),
+        (png_header(30, 30), "damaged"),
+        (b"P6 20000 20000 255\n", "64 million"),
+        (encoded("PNG")[:60], "damaged"),
+        (encoded("GIF"), "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    ],
+)
+def test_refuses_in_one_line(tmp_path: Path, data: bytes, reason: str) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=reason) as caught:
+        read_image(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limit_is_on_pixels_not_on_sides(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(png_header(MAX_PIXELS, 1))
+    assert image_size(path) == (1, MAX_PIXELS)
+    path.write_bytes(png_header(MAX_PIXELS + 1, 1))
+    with pytest.raises(InputError, match="64 million"):
+        image_size(path)
+
+
+def test_tiff_is_read_in_its_simple_compressions_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    for compression in ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"):
+        torch.testing.assert_close(
+            read_image(saved(path, RGB, compression=compression)), planes(RGB)
+        )
+    for compression, array in (("jpeg", RGB), ("group4", GREY > 127)):
+        with pytest.raises(InputError, match=f"compressed by {compression}"):
+            read_image(saved(path, array, compression=compression))
+
+
+def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_image(tmp_path / "absent.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_image(tmp_path)
+    with pytest.raises(InputError, match="not a regular file"):
+        read_image(Path("/dev/zero"))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_image(tmp_path / "pipe.png")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(InputError, match="larger than 512 MiB"):
+        read_image(tmp_path / "huge.png")
+    with pytest.raises(InputError):
+        read_image(tmp_path / ("x" * 5000))
+
+
+def test_any_name_stays_on_one_line(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/new\nline \xff\x1b[31m.png"))
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"new\\nline \\udcff\\x1b\[31m\.png") as caught:
+        read_image(path)
+    str(caught.value).encode()
+    assert printable("über <b>") == "über <b>"
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "PPM", "TIFF"])
+def test_damaged_pictures_give_an_image_or_a_reason(tmp_path: Path, form: str) -> None:
+    rng = random.Random(form)
+    array = np.random.default_rng(1).integers(0, 256, (24, 32, 3)).astype(np.uint8)
+    whole = encoded(form, array)
+    path = tmp_path / "x"
+    read, reasons = 0, []
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 1, 2, 8))):
+            # headers matter most
+            at = rng.randrange(len(data) if rng.random() < 0.5 else min(64, len(data)))
+            data[at] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data))))])
+        try:
+            image = read_image(path)
+            assert image.shape[0] == 3
+            assert image.isfinite().all()
+            assert (image >= 0).all()
+            assert (image <= 1).all()
+            read += 1
+        except InputError as error:
+            reasons.append(str(error))
+    assert read + len(reasons) == 150
+    assert len(reasons) > 20
+    assert not any("\n" in reason for reason in reasons)
+
+
+def test_writes_what_it_reads(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    pixels = torch.from_numpy(RGB).permute(2, 0, 1)
+    write_png(path, pixels)
+    assert torch.equal(read_pixels(path), pixels)
+    write_png(path, pixels / 255)
+    assert torch.equal(read_pixels(path), pixels)
+    write_png(path, torch.tensor([-1.0, 0.5, 2.0])[:, None, None])
+    assert read_pixels(path).flatten().tolist() == [0, 128, 255]
+    assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_names_the_picture_it_wants(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    for wrong in (torch.zeros(1, 4, 4), torch.zeros(3, 4), torch.zeros(3, 0, 4)):
+        with pytest.raises(ValueError, match=r"\[3, H, W\]"):
+            write_png(path, wrong)
+    with pytest.raises(ValueError, match="uint8 or floating point"):
+        write_png(path, torch.zeros(3, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="NaN"):
+        write_png(path, torch.full((3, 4, 4), torch.nan))
+    assert not path.exists()
+
+
+def test_lists_pictures_by_suffix_in_order(tmp_path: Path) -> None:
+    for name in (
+        "b.PNG",
+        "a.jpeg",
+        "sub/c.tif",
+        "notes.txt",
+        ".hidden.png",
+        ".git/d.png",
+        "sub.png",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)]
+    assert found == ["a.jpeg", "b.PNG", "sub.png", "sub/c.tif"]
+
+
+def test_says_when_a_folder_has_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no pictures"):
+        list_images(tmp_path)
+    with pytest.raises(InputError, match="No such file"):
+        list_images(tmp_path / "absent")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="Not a directory"):
+        list_images(tmp_path / "file")
