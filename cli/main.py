@@ -102,6 +102,9 @@ def _run(arguments: list[str] | None) -> int:
             reason = error.strerror or str(error)
             say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
             return 2
+        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # Python's and torch's
+            say("spairkit: not enough memory; try a lower train.batch_size, or smaller images")
+            return 2
         advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
         say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
         return 1

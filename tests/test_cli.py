@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 import spairkit
 from spairkit import config as config_module
@@ -20,10 +21,10 @@ from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
 from spairkit.config import from_toml
 from spairkit.errors import InputError
-from spairkit.presets import resolve
+from spairkit.presets import names, resolve
 from spairkit.runs import Run, pretrained
 
-COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config")
+COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config", "report")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ def test_help_names_every_command(run: Runner) -> None:
         assert re.search(rf"\b{command}\b", ended.out)
         assert run(command, "--help").status == 0
     assert ended.out.strip() in run().out, "no argument at all gives help"
+
+
+def test_help_names_every_preset(run: Runner) -> None:
+    text = " ".join(run("train", "--help").out.split())
+    for name in names():
+        assert name in text
 
 
 def test_version(run: Runner) -> None:
@@ -137,6 +144,16 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
     error = PermissionError(13, "Permission denied", "thing")
     monkeypatch.setattr(config_module, "to_toml", raising(error))
     assert run("config", "show") == Ended(2, "", "spairkit: thing: Permission denied\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_lack_of_memory_is_one_line_and_2(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    ended = run("config", "show")
+    assert ended.status == 2
+    assert ended.err.startswith("spairkit: not enough memory; try a lower train.batch_size")
 
 
 def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
