@@ -8,16 +8,11 @@ from spairkit.errors import InputError
 
 
 def quick() -> dict[str, Any]:
-    """Digits, 32 x 32, 1 to 3 of them."""
+    """1 to 3 digits on 48 x 48 pixels, in a few minutes on a laptop's CPU."""
     return {
-        "data": {
-            "image_height": 32,
-            "image_width": 32,
-            "max_objects": 3,
-            "validation_images": 256,
-        },
+        "data": {"max_objects": 3, "validation_images": 256},
         "model": {
-            "backbone_channels": (32, 64),
+            "backbone_channels": (16, 32, 64),
             "features": 64,
             "hidden": 64,
             "passthrough": 64,
@@ -33,18 +28,18 @@ def quick() -> dict[str, Any]:
             "importance_floor": 0.00025,
             "temperature": 0.5,
             "odds_start": 1.0,
-            "odds_decay": 1000.0,
+            "odds_end": 0.1,
             "odds_schedule": "log-linear",
             "likelihood_floor": 1e-6,
+            "box_contrast": 0.1,
         },
         "train": {
-            "steps": 4000,
-            "learning_rate": 2e-3,
+            "steps": 2500,
+            "learning_rate": 1e-3,
             "learning_rate_end": 5e-5,
-            "clip_norm": 0.0,
             "gradient_noise": 0.0,
             "training_wheels": 50,
-            "validation_every": 500,
+            "validation_every": 250,
             "patience": 0,
         },
     }

@@ -1,0 +1,222 @@
+"""What the loop promises: the same bits after a kill, nothing non-finite kept, the schedules."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.checkpoints import load_checkpoint
+from spairkit.config import Config, TrainConfig, from_dict, merge
+from spairkit.elbo import Losses
+from spairkit.errors import InputError
+from spairkit.runs import Run
+from spairkit.spair import SPAIR
+from spairkit.training import (
+    Step,
+    Validation,
+    commonest_colour,
+    fit,
+    learning_rate,
+    success_at,
+)
+
+CPU = torch.device("cpu")
+TINY: dict[str, Any] = {
+    "data": {"image_height": 24, "image_width": 24, "max_objects": 2, "validation_images": 6},
+    "model": {
+        "backbone_channels": [4],
+        "features": 8,
+        "hidden": 8,
+        "passthrough": 4,
+        "what": 4,
+        "encoder_hidden": [8],
+        "decoder_hidden": [8],
+        "object_size": 6,
+    },
+    "train": {
+        "steps": 8,
+        "batch_size": 4,
+        "validation_every": 4,
+        "training_wheels": 2,
+        "learning_rate": 1e-2,
+        "threads": 1,
+    },
+}
+
+
+def tiny(**train: Any) -> Config:
+    return from_dict(merge(TINY, {"train": train}))
+
+
+def train(config: Config, folder: Path, steps: int | None = None) -> Run:
+    """Trains in `folder`, or goes on there; stops after `steps` updates of this process."""
+    run = Run.open(folder) if folder.exists() else Run.create(folder, config)
+    made = 0
+
+    def stop() -> bool:
+        return steps is not None and made >= steps
+
+    with run.lock():
+        for event in fit(config, run, CPU, stop):
+            made += isinstance(event, Step)
+    return run
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    checkpoint = load_checkpoint(run.path / "last", with_optimiser=True)
+    assert checkpoint.optimiser is not None
+    return checkpoint.model | checkpoint.optimiser
+
+
+def assert_same_bits(first: Run, second: Run) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_yields_every_step_and_validation(tmp_path: Path) -> None:
+    config = tiny()
+    run = Run.create(tmp_path / "run", config)
+    with run.lock():
+        events = list(fit(config, run, CPU))
+    assert [event.step for event in events if isinstance(event, Step)] == list(range(1, 9))
+    validations = [event for event in events if isinstance(event, Validation)]
+    assert [event.step for event in validations] == [4, 8]
+    assert all(event.picture.is_file() for event in validations)
+    assert {"elbo", "ap", "ap_spair", "count_accuracy"} <= validations[0].figures.keys()
+    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [4, 8]
+    best = max(validations, key=lambda event: event.figures["elbo"])
+    assert load_checkpoint(run.path / "best").step == best.step
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (3, 2)])
+def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, stops: tuple[int]) -> None:
+    config = tiny()
+    whole = train(config, tmp_path / "whole")
+    for steps in stops:
+        train(config, tmp_path / "parts", steps)
+    parts = train(config, tmp_path / "parts")
+    assert_same_bits(whole, parts)
+    assert whole.metrics() == parts.metrics()
+
+
+def test_another_seed_gives_another_model(tmp_path: Path) -> None:
+    runs = [train(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    first, second = (weights(run)["edge"] for run in runs)
+    assert not torch.equal(first, second)
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from spairkit.config import load_toml, from_dict
+from spairkit.runs import Run
+from spairkit.training import fit
+run = Run.open(Path(sys.argv[1]))
+with run.lock():
+    for event in fit(run.config, run, torch.device("cpu")):
+        print(event.step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    config = tiny(steps=40, validation_every=3)
+    whole = train(config, tmp_path / "whole")
+    killed = Run.create(tmp_path / "killed", config)
+    draw = random.Random(0)
+    reached = []
+    for _ in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(killed.path)], stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()  # it trains: now at any moment
+            time.sleep(draw.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+        latest = killed.latest()
+        reached.append(latest.step if latest is not None else 0)
+    assert reached == sorted(reached), "a kill must not lose a checkpoint"
+    finished = train(config, killed.path)
+    assert_same_bits(whole, finished)
+    assert whole.metrics() == finished.metrics()
+
+
+def break_losses(monkeypatch: pytest.MonkeyPatch, broken: set[int]) -> None:
+    """Makes the losses NaN in the calls numbered `broken`, from 0."""
+    forward = SPAIR.forward
+    calls = iter(range(10**9))
+
+    def poisoned(self: SPAIR, images: Tensor, **kwargs: Any) -> Losses:
+        losses = forward(self, images, **kwargs)
+        if self.training and next(calls) in broken:
+            return replace(losses, reconstruction=losses.reconstruction * float("nan"))
+        return losses
+
+    monkeypatch.setattr(SPAIR, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_losses(monkeypatch, {2, 5})
+    run = train(tiny(), tmp_path / "run")
+    state = weights(run)
+    assert all(bool(tensor.isfinite().all()) for name, tensor in state.items())
+    assert float(state["step:decoder.0.bias"]) == 6
+
+
+def test_ten_in_a_row_end_training_and_keep_the_last_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_losses(monkeypatch, set(range(5, 99)))
+    with pytest.raises(InputError, match="not finite 10 updates in a row, up to step 15"):
+        train(tiny(steps=40), tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run" / "last")
+    assert checkpoint.step in (4, 8, 12)
+    assert all(bool(t.isfinite().all()) for t in checkpoint.model.values())
+
+
+def test_selection_by_ap_and_patience(tmp_path: Path) -> None:
+    config = tiny(steps=400, validation_every=2, patience=4, select="ap", learning_rate=1e-6)
+    run = train(config, tmp_path / "run")
+    validations = [r for r in run.metrics() if r["kind"] == "validation"]
+    scores = [r["ap_spair"] for r in validations]
+    assert validations[-1]["step"] < 400
+    assert load_checkpoint(run.path / "best").step == validations[scores.index(max(scores))]["step"]
+
+
+def test_mode_background_is_the_commonest_colour(tmp_path: Path) -> None:
+    config = from_dict(
+        merge(TINY, {"model": {"background": "mode"}, "train": {"steps": 1, "validation_every": 1}})
+    )
+    run = train(config, tmp_path / "run")
+    assert weights(run)["background_colour"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_commonest_colour_matches_a_count() -> None:
+    torch.manual_seed(0)
+    levels = torch.randint(0, 3, (4, 3, 5, 6))
+    pixels = [tuple(p) for p in levels.permute(0, 2, 3, 1).reshape(-1, 3).tolist()]
+    expected = max(sorted(set(pixels)), key=pixels.count)
+    assert (commonest_colour(levels / 255) * 255).round().long().tolist() == list(expected)
+
+
+def test_learning_rate_is_a_straight_line() -> None:
+    settings = TrainConfig(steps=100, learning_rate=1e-2, learning_rate_end=1e-3)
+    assert [learning_rate(settings, t) for t in (0, 50, 100)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
+
+
+def test_the_paper_anneals_the_count_prior() -> None:
+    assert success_at(Config(), 0) == pytest.approx(1e-6, rel=1e-3)
+    assert success_at(Config(), 10**6) == pytest.approx(0.98765, rel=1e-5)
