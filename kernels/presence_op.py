@@ -79,7 +79,7 @@ def count_posterior_backward_op(
         return count_posterior_backward_cpu(grad_logit, samples, success)
     from spairkit.kernels.presence_triton import count_posterior_backward_triton
 
-    return count_posterior_backward_triton(grad_logit, samples, success, saved)
+    return count_posterior_backward_triton(grad_logit, samples, saved)
 
 
 @count_posterior_backward_op.register_fake

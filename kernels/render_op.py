@@ -50,7 +50,7 @@ def render_backward_op(
     if backend == "cpu":
         from spairkit.kernels.render_cpu import render_backward_cpu as backward
     else:
-        from spairkit.kernels.render_triton import render_backward_triton as backward
+        from spairkit.kernels.render_triton_backward import render_backward_triton as backward
     return backward(
         grad_image, rgba, boxes, depth, presence, background, change, inverse, keep, floor
     )

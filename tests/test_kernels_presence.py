@@ -47,13 +47,14 @@ def values_and_gradients(
 
 
 @pytest.mark.parametrize("success", [1e-6, 0.5, 0.99, 0.9999])
-@pytest.mark.parametrize("num_cells", [1, 2, 16, 70])
-@pytest.mark.parametrize("relaxed", [False, True])
+@pytest.mark.parametrize(
+    ("relaxed", "num_cells"),
+    # the prior of a single cell does not depend on samples
+    [(False, 1), (False, 2), (False, 16), (False, 50), (True, 2), (True, 16), (True, 50)],
+)
 def test_matches_float64(
     relaxed: bool, num_cells: int, success: float, kernel: str, kernel_device: torch.device
 ) -> None:
-    if relaxed and num_cells == 1:
-        pytest.skip("the prior of a single cell does not depend on samples")
     logits, samples = make_inputs(2, num_cells, relaxed=relaxed, device=kernel_device)
     exact = values_and_gradients(
         logits.double(), samples.double(), success, relaxed=relaxed, backend="torch"
@@ -67,18 +68,20 @@ def test_matches_float64(
         assert error <= tolerance * expected.norm(), f"{name} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("success", [1e-6, 0.987, 0.9999])
-@pytest.mark.parametrize("num_cells", [33, 1024])
+@pytest.mark.parametrize("success", [1e-6, 0.9999])
+@pytest.mark.parametrize("num_cells", [70, 1024])
 def test_hard_prior_is_exact_to_float32(
     num_cells: int, success: float, kernel: str, kernel_device: torch.device
 ) -> None:
+    if kernel == "triton" and kernel_device.type == "cpu":
+        num_cells = min(num_cells, 70)  # the interpreter would take hours
     _, samples = make_inputs(3, num_cells, relaxed=False, device=kernel_device)
     exact = presence_prior(samples.double(), success, backend="torch")
     prior = presence_prior(samples, success, backend=kernel)  # type: ignore[arg-type]
     torch.testing.assert_close(prior.double(), exact, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("num_cells", [40, 260])
+@pytest.mark.parametrize("num_cells", [40, 130])
 def test_relaxed_prior_holds_with_many_objects(
     num_cells: int, kernel: str, kernel_device: torch.device
 ) -> None:
@@ -86,7 +89,7 @@ def test_relaxed_prior_holds_with_many_objects(
     _, samples = make_inputs(1, num_cells, relaxed=True, device=kernel_device)
     exact = presence_prior(samples.double(), 0.99, relaxed=True, backend="torch")
     prior = presence_prior(samples, 0.99, relaxed=True, backend=kernel)  # type: ignore[arg-type]
-    torch.testing.assert_close(prior.double(), exact, rtol=2e-4, atol=0)
+    torch.testing.assert_close(prior.double(), exact, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
@@ -108,6 +111,7 @@ def test_extremes_stay_finite(relaxed: bool, kernel: str, kernel_device: torch.d
         assert found[0].min() >= -1e-4
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_nan_in_is_nan_out(relaxed: bool, kernel: str, kernel_device: torch.device) -> None:
     logits, samples = make_inputs(3, 6, relaxed=relaxed, device=kernel_device)

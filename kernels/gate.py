@@ -1,0 +1,305 @@
+"""The compile gate: every kernel in every shipped configuration, for GPUs that are not here.
+
+    python -m spairkit.kernels.gate [--representative]
+
+Triton brings its own assembler, so this needs no GPU and no driver. The interpreter accepts what
+the compiler rejects, and neither tells when registers spill: hence this list. It prints registers,
+spills, shared memory and occupancy, and fails (exit status 1) where a kernel does not compile,
+a default spills at all, or another configuration more than a few words. Not to be run under
+TRITON_INTERPRET=1.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# the default will change; registers are counted for what runs today
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from spairkit.kernels import presence_triton, render_triton, render_triton_backward
+from spairkit.kernels.presence_op import walk_block
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_WARPS_AND_SHARED_KB = {80: (64, 164), 89: (48, 100), 90: (64, 228), 100: (64, 228), 120: (48, 100)}
+
+# words of spill that pass outside the defaults: the assembler gives up a few registers on purpose
+# to reach the next step of occupancy, and any edit moves which kernel that happens to
+_TOLERATED = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One kernel as a launcher would build it."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    """Type of each pointer and number that is not a constant."""
+    constants: dict[str, Any]
+    warps: int
+    is_default: bool = False
+    """Whether it is what the paper's shapes run: it must not spill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What came out of the compiler, or `error`."""
+
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    warps_per_sm: str = "-"
+    seconds: float = 0.0
+    error: str = ""
+
+    def passes(self, configuration: Configuration) -> bool:
+        """No error, and no more spills than the configuration may have."""
+        return not self.error and self.spills <= (0 if configuration.is_default else _TOLERATED)
+
+
+def _types(kernel: Any, constants: dict[str, Any], **exceptions: str) -> dict[str, str]:
+    """float32 pointers and int32 numbers, but for the exceptions."""
+    return {
+        name: exceptions.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+        if name not in constants
+    }
+
+
+def _power(number: int) -> int:
+    return int(triton.next_power_of_2(number))
+
+
+def render_configurations() -> Iterator[Configuration]:
+    """Both passes of the renderer: dtypes, colours, floor, map sizes, few and many objects."""
+    rows = [
+        # map, colours, floor, objects, dtype of rgba
+        (14, 3, False, 64, "fp32"),
+        (14, 3, True, 64, "fp32"),
+        (14, 3, False, 64, "bf16"),
+        (14, 3, True, 64, "bf16"),
+        (14, 3, False, 64, "fp16"),
+        (14, 3, False, 576, "fp32"),
+        (14, 3, True, 576, "fp32"),
+        (14, 1, False, 64, "fp32"),
+        (14, 2, True, 64, "fp32"),
+        (14, 4, True, 64, "fp32"),
+        (2, 3, False, 64, "fp32"),
+        (28, 3, False, 64, "fp32"),
+        (28, 3, True, 64, "fp32"),
+        (64, 1, True, 64, "fp32"),
+        (64, 3, False, 64, "fp32"),
+        (64, 3, True, 64, "fp32"),
+        (64, 4, True, 64, "fp32"),
+    ]
+    for side, colours, has_floor, objects, dtype in rows:
+        common = {
+            "MAP_H": side,
+            "MAP_W": side,
+            "C": colours,
+            "CH": _power(colours + 1),
+            "HAS_FLOOR": has_floor,
+            # neighbouring pixels of an image: a stride of 1 is compiled in
+            "stride_x": 1,
+        }
+        constants = common | render_triton.forward_tile(objects)
+        warps = constants.pop("num_warps")
+        suffix = f"{side}x{side} C{colours} {dtype}{' floor' if has_floor else ''}"
+        default = side == 14 and colours == 3
+        kernel = render_triton._render_forward_kernel
+        pointers = {"rgba_ptr": f"*{dtype}", "floor": "fp32"}
+        yield Configuration(
+            name=f"render forward {constants['TILE_H']}x{constants['TILE_W']} {suffix}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **pointers),
+            constants=constants,
+            warps=warps,
+            is_default=default,
+        )
+        if objects == 576:
+            continue  # the backward pass is the same
+        constants = common | render_triton_backward.backward_tile(side, side) | {"stride_gx": 1}
+        warps = constants.pop("num_warps")
+        kernel = render_triton_backward._render_backward_kernel
+        pointers["grad_rgba_ptr"] = f"*{dtype}"
+        yield Configuration(
+            name=f"render backward {suffix}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **pointers),
+            constants=constants,
+            warps=warps,
+            is_default=default,
+        )
+
+
+def presence_configurations() -> Iterator[Configuration]:
+    """The table, the lookup with the KL, and the walk over relaxed samples at every block size."""
+    odds = presence_triton._odds_kernel
+    constants: dict[str, Any] = {"BLOCK": presence_triton.ODDS_BLOCK}
+    doubles = {"odds_ptr": "*fp64", "success_ptr": "*fp64", "prior_logit_ptr": "*fp64"}
+    yield Configuration(
+        name="presence odds",
+        kernel=odds,
+        signature=_types(odds, constants, **doubles),
+        constants=constants,
+        warps=presence_triton.ODDS_WARPS,
+        is_default=True,
+    )
+    for num_cells, dtype in ((16, "fp32"), (144, "fp32"), (144, "bf16"), (1024, "fp32")):
+        kernel = presence_triton._presence_kl_kernel
+        constants = {"BLOCK": presence_triton.lookup_block(num_cells)}
+        types = doubles | {"logits_ptr": f"*{dtype}", "samples_ptr": f"*{dtype}"}
+        yield Configuration(
+            name=f"presence KL n={num_cells} {dtype}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **types),
+            constants=constants,
+            warps=presence_triton.LOOKUP_WARPS,
+            is_default=True,
+        )
+    for num_cells in (1, 16, 64, 144, 400, 576, 1024):
+        counts, block, warps = walk_block(num_cells)
+        constants = {"COUNTS": counts, "BLOCK": block}
+        if num_cells == 1:
+            constants["num_cells"] = 1  # numbers equal to 1 are compiled in
+        types = {
+            "success_ptr": "*fp64",
+            "prior_logit_ptr": "*fp64",
+            "grad_logit_ptr": "*fp64",
+            "grad_log_failure_ptr": "*fp64",
+        }
+        for name, kernel in (
+            ("forward", presence_triton._count_posterior_kernel),
+            ("backward", presence_triton._count_posterior_backward_kernel),
+        ):
+            yield Configuration(
+                name=f"presence walk {name} n={num_cells}",
+                kernel=kernel,
+                signature=_types(kernel, constants, **types),
+                constants=constants,
+                warps=warps,
+            )
+
+
+def configurations() -> list[Configuration]:
+    """All that ship."""
+    return [*render_configurations(), *presence_configurations()]
+
+
+def build(configuration: Configuration, target: GPUTarget) -> Build:
+    """Compiles for `target`, assuming of the arguments what a launch finds to be so."""
+    names = configuration.kernel.arg_names
+    types = configuration.signature
+    signature = {name: types.get(name, "constexpr") for name in names}
+    constants = {(names.index(name),): value for name, value in configuration.constants.items()}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in types.items()
+        if kind.startswith("*")
+    }
+    start = time.perf_counter()
+    try:
+        source = ASTSource(configuration.kernel, signature, constants, aligned)
+        built = triton.compile(source, target=target, options={"num_warps": configuration.warps})
+    # whatever the compiler raises is this row's result, and the other rows still have to be tried
+    except Exception as error:
+        return Build(error=f"{type(error).__name__}: {error}")
+    seconds = time.perf_counter() - start
+    read = _amd_resources if target.backend == "hip" else _nvidia_resources
+    return read(built, target, configuration.warps, seconds)
+
+
+def _nvidia_resources(built: Any, target: GPUTarget, warps: int, seconds: float) -> Build:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = _output(_TOOLS / "cuobjdump", "-res-usage", file.name)
+        assembly = _output(_TOOLS / "nvdisasm", "-c", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[0])
+    shared = max(built.metadata.shared, int(re.findall(r"SHARED:(\d+)", usage)[0]))
+    max_warps, shared_kb = _WARPS_AND_SHARED_KB[int(target.arch)]
+    by_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        max_warps // warps,
+        65536 // (by_warp * warps),
+        32,
+        shared_kb * 1024 // (shared + 1024),
+    )
+    return Build(
+        registers=registers,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
+        shared=shared,
+        warps_per_sm=str(blocks * warps),
+        seconds=seconds,
+    )
+
+
+def _amd_resources(built: Any, target: GPUTarget, warps: int, seconds: float) -> Build:
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", built.asm["amdgcn"])[0])
+
+    return Build(
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count"),
+        shared=built.metadata.shared,
+        seconds=seconds,
+    )
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    command = [str(tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    """Builds and prints every row; 1 if one fails."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--representative", action="store_true", help="only the defaults, and only for sm_90"
+    )
+    representative = parser.parse_args().representative
+    failures = 0
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # every row is compiled, not looked up
+        for configuration in configurations():
+            if representative and not configuration.is_default:
+                continue
+            for name, target in TARGETS.items():
+                if representative and name != "sm_90":
+                    continue
+                result = build(configuration, target)
+                passes = result.passes(configuration)
+                failures += not passes
+                print(
+                    f"{'ok' if passes else 'FAIL':4} {name:6} {configuration.name:45} "
+                    f"registers {result.registers:3} spills {result.spills:3} "
+                    f"shared {result.shared:6} warps/SM {result.warps_per_sm:>2} "
+                    f"{result.seconds:5.1f} s {result.error}",
+                    flush=True,
+                )
+    print(f"{failures} failed", file=sys.stderr)
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

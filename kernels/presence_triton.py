@@ -1,0 +1,323 @@
+"""Triton twins of the presence prior.
+
+Hard samples: one launch fills the table of odds, every entry on its own, and one looks the cells up
+and takes the KL. Relaxed samples: one program walks one image, with the log-weights of all counts
+in registers, and a second one walks back. Both are explained in `spairkit.presence`.
+
+The table here is not built row after row, which would be n launches or n barriers. Of the first k
+cells let m hold objects, and let S(k, m) be the probability of one certain such arrangement over
+that of it with all later cells empty. Adding j of the n - k open cells, term after term,
+
+    S(k, m) = sum_j r_0 r_1 .. r_(j-1),   r_j = (1 - s) (m + j + 1)/(j + 1) (n - k - j)/(n - m - j)
+
+a nested product of positive numbers below 2^1025 for n up to 1024, and the odds of cell k are
+(1 - s) (m + 1)/(n - m) S(k + 1, m + 1)/S(k + 1, m).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spairkit.kernels.launch import on
+from spairkit.kernels.presence_op import saved_shape, walk_block
+
+ODDS_BLOCK, ODDS_WARPS = 256, 4
+LOOKUP_WARPS = 4
+_DEAD = tl.constexpr(-1e30)  # log-weight of a count that the samples rule out
+_LEAST = tl.constexpr(1e-30)  # a probability in a relaxed chain is never read as less
+
+
+@triton.jit
+def _odds_kernel(
+    success_ptr,  # [] float64
+    odds_ptr,  # [n, n] float64, entry (k, m) for m <= k
+    num_cells,
+    BLOCK: tl.constexpr,
+):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cell, m = entry // num_cells, entry % num_cells
+    exists = (cell < num_cells) & (m <= cell)
+    num_open = num_cells - cell - 1
+    failure = 1.0 - tl.load(success_ptr)
+    with_it = tl.full([BLOCK], 1.0, tl.float64)  # S(cell + 1, m + 1)
+    without = tl.full([BLOCK], 1.0, tl.float64)  # S(cell + 1, m)
+    j = num_cells - (tl.program_id(0) * BLOCK) // num_cells - 2
+    while j >= 0:
+        open_here = exists & (j < num_open)
+        share = tl.where(open_here, num_open - j, 0).to(tl.float64) * failure
+        share = share / (j + 1).to(tl.float64)
+        filled = (m + j + 1).to(tl.float64)
+        empty = tl.where(open_here, num_cells - m - j, 2).to(tl.float64)
+        without = 1.0 + share * filled / empty * without
+        # after m + 1 objects one cell more is full, and one fewer is left to fill
+        with_it = 1.0 + share * (filled + 1.0) / (empty - 1.0) * with_it
+        j -= 1
+    last = tl.where(exists, num_cells - m, 1).to(tl.float64)
+    odds = failure * (m + 1).to(tl.float64) / last * with_it / without
+    tl.store(odds_ptr + entry, odds, mask=exists)
+
+
+@triton.jit
+def _presence_kl_kernel(
+    logits_ptr,  # [B, n]
+    samples_ptr,  # [B, n]
+    odds_ptr,  # [n, n] float64
+    kl_ptr,  # [B, n] float32
+    prior_logit_ptr,  # [B, n] float64
+    num_cells,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * num_cells
+    before, unknown = 0, 0
+    start = 0
+    while start < num_cells:
+        k = start + tl.arange(0, BLOCK)
+        exists = k < num_cells
+        sample = tl.load(samples_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
+        present = (sample > 0.5).to(tl.int32)
+        nan = (sample != sample).to(tl.int32)
+        m = before + tl.cumsum(present, 0) - present
+        poisoned = unknown + tl.cumsum(nan, 0) > 0
+        odds = tl.load(odds_ptr + k.to(tl.int64) * num_cells + m, mask=exists, other=1.0)
+        prior_logit = tl.where(poisoned, float("nan"), tl.log(odds))
+        logit = tl.load(logits_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
+        logit = logit.to(tl.float64)
+        e = tl.exp(-tl.abs(logit))
+        on = tl.where(logit >= 0, 1.0, e) / (1.0 + e)
+        off = tl.where(logit >= 0, e, 1.0) / (1.0 + e)
+        at_least_0 = tl.where(logit < 0, 0.0, logit)
+        negative_entropy = on * (logit - at_least_0) - off * at_least_0 - tl.log(1.0 + e)
+        kl = negative_entropy - on * prior_logit + tl.log(1.0 + odds)
+        tl.store(kl_ptr + row + k, kl.to(tl.float32), mask=exists)
+        tl.store(prior_logit_ptr + row + k, prior_logit, mask=exists)
+        before += tl.sum(present, 0)
+        unknown += tl.sum(nan, 0)
+        start += BLOCK
+
+
+@triton.jit
+def _shares(counts, before, num_open):
+    """[BLOCK, COUNTS] chances that a cell is on, and off, if the total is `counts`; and if between.
+
+    `before` is float64: whole and broken part apart, float32 loses nothing near either end.
+    """
+    whole = tl.floor(before)
+    broken = (before - whole).to(tl.float32)[:, None]
+    left = counts[None, :] - whole.to(tl.float32)[:, None]
+    cells = tl.maximum(num_open, 1).to(tl.float32)[:, None]
+    on, off = (left - broken) / cells, ((cells - left) + broken) / cells
+    between = (on >= 0) & (off >= 0)
+    on = tl.where(on < 0, 0.0, tl.where(off < 0, 1.0, on))
+    off = tl.where(off < 0, 0.0, tl.where(on == 0, 1.0, off))
+    return on, off, between
+
+
+@triton.jit
+def _likelihoods(counts, before, num_open, sample, walked):
+    """[BLOCK, COUNTS] likelihood of a cell's sample, its log (dead if impossible), chances."""
+    on, off, between = _shares(counts, before, num_open)
+    likelihood = sample[:, None] * on + (1.0 - sample[:, None]) * off
+    impossible = likelihood <= 0
+    log = tl.where(impossible, _DEAD, tl.log(tl.where(impossible, 1.0, likelihood)))
+    return likelihood, tl.where(walked[:, None], log, 0.0), on - off, between
+
+
+@triton.jit
+def _posterior(belief, log, on, off):
+    """[BLOCK, COUNTS] weights of the counts, and the chances [BLOCK] that a cell is on, and off."""
+    weights = belief[None, :] + tl.cumsum(log, 0)
+    weight = tl.exp(weights - tl.max(weights, 1)[:, None])
+    weight = weight / tl.sum(weight, 1)[:, None]
+    return weight, tl.sum(weight * on, 1), tl.sum(weight * off, 1)
+
+
+@triton.jit
+def _count_posterior_kernel(
+    samples_ptr,  # [B, n] float32
+    success_ptr,  # [] float64
+    prior_logit_ptr,  # [B, n] float64
+    saved_ptr,  # [B, blocks, COUNTS] float32, log-weights at the start of each block
+    num_cells,
+    COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    row = b * num_cells
+    blocks = (num_cells + BLOCK - 1) // BLOCK
+    c = tl.arange(0, COUNTS)
+    counts = c.to(tl.float32)
+    # float64, because a count that is hopeless now may be all that is left in the end
+    belief = c.to(tl.float64) * tl.log(1.0 - tl.load(success_ptr))
+    belief = tl.where(c <= num_cells, belief, _DEAD)
+    seen = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
+    start = 0
+    while start < num_cells:
+        shifted = (belief - tl.max(belief, 0)).to(tl.float32)
+        shifted = tl.where(shifted < _DEAD, _DEAD, shifted)
+        tl.store(saved_ptr + (b * blocks + start // BLOCK) * COUNTS + c, shifted)
+        # each row conditions on the cell before it, so that no log-weight has to be taken back
+        k = start + tl.arange(0, BLOCK)
+        walked = (k >= 1) & (k <= num_cells)
+        sample = tl.load(samples_ptr + row + k - 1, mask=walked, other=0.0)
+        before = seen + tl.cumsum(sample.to(tl.float64), 0)
+        on, off, _between = _shares(counts, before, num_cells - k)
+        _likelihood, log, _difference, _between = _likelihoods(
+            counts, before - sample.to(tl.float64), num_cells - k + 1, sample, walked
+        )
+        _weight, chance, rest = _posterior(shifted, log, on, off)
+        chance = tl.where(chance < _LEAST, _LEAST, chance)
+        rest = tl.where(rest < _LEAST, _LEAST, rest)
+        prior_logit = (tl.log(chance) - tl.log(rest)).to(tl.float64)
+        tl.store(prior_logit_ptr + row + k, prior_logit, mask=k < num_cells)
+        belief += tl.sum(log, 0).to(tl.float64)
+        belief = tl.where(belief < _DEAD, _DEAD, belief)
+        seen += tl.sum(sample.to(tl.float64), 0)
+        start += BLOCK
+
+
+@triton.jit
+def _count_posterior_backward_kernel(
+    grad_logit_ptr,  # [B, n] float64
+    samples_ptr,  # [B, n] float32
+    saved_ptr,  # [B, blocks, COUNTS] float32
+    grad_samples_ptr,  # [B, n] float32
+    grad_log_failure_ptr,  # [B] float64
+    num_cells,
+    COUNTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64)
+    row = b * num_cells
+    blocks = (num_cells + BLOCK - 1) // BLOCK
+    c = tl.arange(0, COUNTS)
+    counts = c.to(tl.float32)
+    r = tl.arange(0, BLOCK)
+    seen = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
+    start = 0
+    while start < num_cells:
+        k = start + r
+        sample = tl.load(samples_ptr + row + k - 1, mask=(k >= 1) & (k <= num_cells), other=0.0)
+        seen += tl.sum(sample.to(tl.float64), 0)
+        start += BLOCK
+    tail = tl.zeros([COUNTS], tl.float32)  # gradient of the log-weights after the block
+    later = tl.sum(tl.zeros([BLOCK], tl.float32), 0)  # of the number before any later cell
+    start -= BLOCK
+    while start >= 0:
+        shifted = tl.load(saved_ptr + (b * blocks + start // BLOCK) * COUNTS + c)
+        k = start + r
+        walked = (k >= 1) & (k <= num_cells)
+        exists = k < num_cells
+        sample = tl.load(samples_ptr + row + k - 1, mask=walked, other=0.0)
+        seen -= tl.sum(sample.to(tl.float64), 0)
+        before = seen + tl.cumsum(sample.to(tl.float64), 0)
+        on, off, between = _shares(counts, before, num_cells - k)
+        likelihood, log, difference, was_between = _likelihoods(
+            counts, before - sample.to(tl.float64), num_cells - k + 1, sample, walked
+        )
+        weight, chance, rest = _posterior(shifted, log, on, off)
+        grad = tl.load(grad_logit_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
+        # a chance below the least is read as a constant
+        grad_on = tl.where(chance < _LEAST, 0.0, grad / tl.where(chance < _LEAST, 1.0, chance))
+        grad_off = tl.where(rest < _LEAST, 0.0, -grad / tl.where(rest < _LEAST, 1.0, rest))
+        common = grad_on * chance + grad_off * rest
+        grad_weights = weight * (grad_on[:, None] * on + grad_off[:, None] * off - common[:, None])
+        # of the log-weights at row k, from all rows from k on
+        grad_belief = tl.cumsum(grad_weights, 0, reverse=True) + tail[None, :]
+        tail += tl.sum(grad_weights, 0)
+        possible = walked[:, None] & (likelihood > 0)
+        grad_likelihood = tl.where(possible, grad_belief / tl.where(possible, likelihood, 1.0), 0.0)
+        grad_sample = tl.sum(grad_likelihood * difference, 1)
+        slope = (grad_off - grad_on)[:, None] * weight
+        cells = tl.maximum(num_cells - k, 1).to(tl.float32)
+        grad_before = tl.sum(tl.where(between, slope, 0.0), 1) / cells
+        slope = grad_likelihood * (1.0 - 2.0 * sample)[:, None]
+        cells = tl.maximum(num_cells - k + 1, 1).to(tl.float32)
+        grad_was_before = tl.sum(tl.where(was_between, slope, 0.0), 1) / cells
+        # the number before cell j counts every sample before j; row k holds the sample of k - 1
+        both = grad_before + grad_was_before
+        grad_sample += later + tl.cumsum(both, 0, reverse=True) - grad_was_before
+        later += tl.sum(both, 0)
+        tl.store(grad_samples_ptr + row + k - 1, grad_sample, mask=walked)
+        start -= BLOCK
+    if num_cells % BLOCK == 0:
+        # no row conditioned on the last cell, and nothing comes after it
+        tl.store(grad_samples_ptr + row + num_cells - 1, 0.0)
+    tl.store(grad_log_failure_ptr + b, tl.sum(tail * counts, 0).to(tl.float64))
+
+
+def lookup_block(num_cells: int) -> int:
+    """Cells that a program looks up at once."""
+    return min(1024, max(32, triton.next_power_of_2(num_cells)))
+
+
+def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
+    """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
+    num_images, num_cells = samples.shape
+    device = samples.device
+    kl = torch.empty(samples.shape, device=device)
+    prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
+    if samples.numel():
+        odds = torch.empty(num_cells, num_cells, device=device, dtype=torch.float64)
+        programs = triton.cdiv(num_cells * num_cells, ODDS_BLOCK)
+        with on(device):
+            _odds_kernel[(programs,)](
+                success, odds, num_cells, BLOCK=ODDS_BLOCK, num_warps=ODDS_WARPS
+            )
+            _presence_kl_kernel[(num_images,)](
+                logits.contiguous(),
+                samples.contiguous(),
+                odds,
+                kl,
+                prior_logit,
+                num_cells,
+                BLOCK=lookup_block(num_cells),
+                num_warps=LOOKUP_WARPS,
+            )
+    return kl, prior_logit
+
+
+def count_posterior_triton(samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, n] float64 log-odds of the prior, relaxed samples, and what the way back needs."""
+    num_images, num_cells = samples.shape
+    device = samples.device
+    prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
+    saved = torch.empty(saved_shape(num_images, num_cells), device=device)
+    counts, block, warps = walk_block(num_cells)
+    if samples.numel():
+        with on(device):
+            _count_posterior_kernel[(num_images,)](
+                samples.float().contiguous(),
+                success,
+                prior_logit,
+                saved,
+                num_cells,
+                COUNTS=counts,
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return prior_logit, saved
+
+
+def count_posterior_backward_triton(
+    grad_logit: Tensor, samples: Tensor, saved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the samples and, an entry an image, of log(1 - success)."""
+    num_images, num_cells = samples.shape
+    grad_samples = torch.empty(samples.shape, device=samples.device)
+    grad_log_failure = torch.zeros(num_images, device=samples.device, dtype=torch.float64)
+    counts, block, warps = walk_block(num_cells)
+    if samples.numel():
+        with on(samples.device):
+            _count_posterior_backward_kernel[(num_images,)](
+                grad_logit.contiguous(),
+                samples.float().contiguous(),
+                saved.contiguous(),
+                grad_samples,
+                grad_log_failure,
+                num_cells,
+                COUNTS=counts,
+                BLOCK=block,
+                num_warps=warps,
+            )
+    return grad_samples, grad_log_failure

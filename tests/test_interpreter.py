@@ -1,0 +1,26 @@
+"""The Triton kernels, on a machine without a GPU: their tests again, in Triton's interpreter.
+
+Triton chooses between compiler and interpreter when it is imported: hence a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["render", "presence"])
+def test_kernels_pass_in_the_interpreter(name: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", f"tests/test_kernels_{name}.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-6000:]
+    assert " passed" in run.stdout
