@@ -41,6 +41,7 @@ def quick() -> dict[str, Any]:
             "training_wheels": 50,
             "validation_every": 250,
             "patience": 0,
+            "threads": 1,
         },
     }
 
