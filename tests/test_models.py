@@ -1,0 +1,97 @@
+"""Models from seeds and checkpoints: the same ones, or an InputError that says what is wrong."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import spairkit
+from spairkit.checkpoints import environment, load_checkpoint, save_checkpoint
+from spairkit.config import Config, SPAIRConfig
+from spairkit.errors import InputError
+from spairkit.models import build, from_checkpoint, load
+from spairkit.runs import pretrained
+
+SMALL = SPAIRConfig(
+    backbone_channels=(4,), features=6, hidden=6, what=3, encoder_hidden=(5,), decoder_hidden=(5,)
+)
+
+
+def test_the_seed_decides_the_weights_and_leaves_torch_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    first, second, third = build(SMALL, 0), build(SMALL, 0), build(SMALL, 1)
+    assert torch.equal(torch.rand(2), expected)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert not torch.equal(first.edge, third.edge)
+
+
+def test_a_saved_model_detects_the_same(tmp_path: Path) -> None:
+    model = build(SMALL, 0)
+    path = save_checkpoint(
+        tmp_path,
+        step=3,
+        config=Config(model=SMALL),
+        model=model.state_dict(),
+        environment=environment(),
+    )
+    images = torch.rand(2, 3, 30, 40)
+    for source in (path, path / "model.safetensors"):
+        loaded = load(source)
+        assert not loaded.training
+        for ours, theirs in zip(loaded.detect(images, 0.0), model.detect(images, 0.0), strict=True):
+            assert torch.equal(ours.boxes, theirs.boxes)
+            assert torch.equal(ours.scores, theirs.scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"edge": None}, "edge is missing"),
+        ({"surplus": torch.zeros(2)}, "surplus is unknown"),
+        ({"edge": torch.zeros(2)}, r"edge is \(2,\) instead of \(9,\)"),
+        ({"edge": torch.zeros(9, dtype=torch.float64)}, "edge is torch.float64 instead of"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    tensors = build(SMALL, 0).state_dict() | change
+    path = save_checkpoint(
+        tmp_path,
+        step=0,
+        config=Config(model=SMALL),
+        model={name: tensor for name, tensor in tensors.items() if tensor is not None},
+        environment=environment(),
+    )
+    with pytest.raises(InputError, match=message):
+        from_checkpoint(load_checkpoint(path))
+
+
+def test_the_background_colour_travels_with_the_model(tmp_path: Path) -> None:
+    config = replace(SMALL, background="mode")
+    model = build(config, 0)
+    model.set_background(torch.tensor([0.25, 0.5, 0.75]))
+    path = save_checkpoint(
+        tmp_path,
+        step=0,
+        config=Config(model=config),
+        model=model.state_dict(),
+        environment=environment(),
+    )
+    assert load(path).background_colour.tolist() == [0.25, 0.5, 0.75]
+
+
+def test_the_packaged_model_finds_digits() -> None:
+    from spairkit.data.datasets import open_dataset
+    from spairkit.evaluation import evaluate
+
+    checkpoint = load_checkpoint(pretrained())
+    scenes = open_dataset(checkpoint.config.data, "test")
+    batches = (scenes.batch(torch.arange(i, i + 32)) for i in (0, 32))
+    figures = evaluate(spairkit.load(pretrained()), batches).overall
+    assert figures.ap > 0.7
+    assert figures.count_accuracy > 0.85
