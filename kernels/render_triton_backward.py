@@ -373,7 +373,7 @@ def render_backward_triton(
                 **tile,
             )
     if tile["BANDS"] == 1:
-        boxes_depth_presence = [t.squeeze(2) for t in (grad_boxes, grad_depth, grad_presence)]
+        merged = [part.squeeze(2) for part in (grad_boxes, grad_depth, grad_presence)]
     else:
-        boxes_depth_presence = [t.sum(2) for t in (grad_boxes, grad_depth, grad_presence)]
-    return grad_rgba, *boxes_depth_presence, grad_background
+        merged = [part.sum(2) for part in (grad_boxes, grad_depth, grad_presence)]
+    return grad_rgba, merged[0], merged[1], merged[2], grad_background

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from numba import njit
 
-_OPTIONS = {
+_OPTIONS: dict[str, Any] = {
     "nogil": True,
     "error_model": "numpy",  # a division by zero is inf, not an exception
     "fastmath": {"contract", "nsz", "arcp", "reassoc"},  # none that assumes away NaN or inf
@@ -24,14 +24,16 @@ _OPTIONS = {
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, compiled at its first call and kept on disk where there is a place to."""
     try:
-        return njit(function, cache=True, **_OPTIONS)
+        dispatcher: Callable[..., Any] = njit(function, cache=True, **_OPTIONS)
     except RuntimeError:  # no folder that Numba could write its cache to
-        return njit(function, **_OPTIONS)
+        dispatcher = njit(function, **_OPTIONS)
+    return dispatcher
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """A part of compiled functions; it is kept on disk with them."""
-    return njit(function, inline="always", **_OPTIONS)
+    dispatcher: Callable[..., Any] = njit(function, inline="always", **_OPTIONS)
+    return dispatcher
 
 
 def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:

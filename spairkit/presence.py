@@ -97,7 +97,8 @@ def presence_kl(
     _check(logits, samples, success)
     chosen = _chosen(backend, logits, success, relaxed)
     if chosen != "torch" and not relaxed:
-        return presence_kl_op(logits, samples, _as_tensor(success, samples), chosen)[0]
+        kl: Tensor = presence_kl_op(logits, samples, _as_tensor(success, samples), chosen)[0]
+        return kl
     if chosen == "torch":
         prior_logit = _prior_logit_torch(samples, success, relaxed)
     else:

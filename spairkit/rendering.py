@@ -74,7 +74,8 @@ def render(
     placed = boxes.to(dtype), depth.to(dtype), presence.to(dtype), background.to(dtype)
     chosen = chosen_backend(backend, rgba, "rgba")
     if chosen != "torch":
-        return render_op(rgba, *placed, importance_floor, chosen)[0]
+        image: Tensor = render_op(rgba, *placed, importance_floor, chosen)[0]
+        return image
     with torch.autocast(rgba.device.type, enabled=False):
         return _render_torch(rgba.to(dtype), *placed, importance_floor)
 

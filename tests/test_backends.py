@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 
@@ -60,12 +61,10 @@ def test_auto_is_decided_while_tracing(relaxed: bool) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    njit = threads.njit
-
     def njit_without_a_place(*args: Any, cache: bool = False, **kwargs: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function: no locator available for file")
-        return njit(*args, **kwargs)
+        return numba.njit(*args, **kwargs)
 
     monkeypatch.setattr(threads, "njit", njit_without_a_place)
     assert threads.compiled(threads._successor)(4) == 5

@@ -11,12 +11,13 @@ import torch
 from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
+from spairkit.backends import Backend
 from spairkit.presence import presence_kl, presence_prior
 
 SUCCESSES = [1e-6, 0.1, 0.5, 0.99, 0.9999]
 
 
-BACKENDS = ["torch", "cpu"]
+BACKENDS: list[Backend] = ["torch", "cpu"]
 
 
 def joint_by_enumeration(num_cells: int, success: float) -> dict[tuple[int, ...], float]:
@@ -82,7 +83,7 @@ def test_matches_enumeration(success: float, relaxed: bool) -> None:
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("num_cells", [1, 2, 9])
 def test_the_chain_sums_to_one_over_all_vectors(
-    num_cells: int, relaxed: bool, backend: str
+    num_cells: int, relaxed: bool, backend: Backend
 ) -> None:
     samples = torch.tensor(list(itertools.product((0.0, 1.0), repeat=num_cells)))
     prior = presence_prior(samples, 0.7, relaxed=relaxed, backend=backend).double()
@@ -93,7 +94,7 @@ def test_the_chain_sums_to_one_over_all_vectors(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("success", SUCCESSES)
 @pytest.mark.parametrize("num_cells", [1, 16, 100, 1024])
-def test_hard_prior_is_exact_to_float32(num_cells: int, success: float, backend: str) -> None:
+def test_hard_prior_is_exact_to_float32(num_cells: int, success: float, backend: Backend) -> None:
     samples = some_samples(4, num_cells)
     expected = prior_by_log_gamma(4, num_cells, success)
     prior = presence_prior(samples, success, backend=backend)
@@ -117,7 +118,7 @@ def kl_by_definition(logit: float, prior: float) -> float:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_kl_is_the_one_between_two_bernoullis(relaxed: bool, backend: str) -> None:
+def test_kl_is_the_one_between_two_bernoullis(relaxed: bool, backend: Backend) -> None:
     samples = some_samples(4, 7)
     if relaxed:
         samples = 0.1 + 0.8 * samples
@@ -149,7 +150,7 @@ def test_gradients_match_finite_differences(relaxed: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_extremes_stay_finite(relaxed: bool, backend: str) -> None:
+def test_extremes_stay_finite(relaxed: bool, backend: Backend) -> None:
     for success, num_cells in itertools.product((1e-6, 0.5, 1 - 1e-6), (2, 33)):
         samples = some_samples(4, num_cells).requires_grad_(relaxed)
         logits = torch.tensor([-1e3, -30.0, 30.0, 1e3])[:, None].repeat(1, num_cells)
@@ -167,7 +168,7 @@ def test_extremes_stay_finite(relaxed: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_a_tensor_of_success_is_the_same_as_a_number(relaxed: bool, backend: str) -> None:
+def test_a_tensor_of_success_is_the_same_as_a_number(relaxed: bool, backend: Backend) -> None:
     samples = some_samples(3, 12)
     logits = torch.zeros(3, 12)
     for success in (0.25, 0.987654321):
@@ -180,7 +181,7 @@ def test_a_tensor_of_success_is_the_same_as_a_number(relaxed: bool, backend: str
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_nan_in_is_nan_out(relaxed: bool, backend: str) -> None:
+def test_nan_in_is_nan_out(relaxed: bool, backend: Backend) -> None:
     samples = some_samples(3, 6)
     samples[1, 2] = math.nan
     logits = torch.zeros(3, 6)
@@ -195,7 +196,7 @@ def test_nan_in_is_nan_out(relaxed: bool, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_empty_batches(shape: tuple[int, int], relaxed: bool, backend: str) -> None:
+def test_empty_batches(shape: tuple[int, int], relaxed: bool, backend: Backend) -> None:
     empty = torch.zeros(shape, requires_grad=True)
     kl = presence_kl(empty, empty, 0.5, relaxed=relaxed, backend=backend)
     assert kl.shape == shape

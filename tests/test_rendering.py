@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spairkit.backends import Backend
 from spairkit.rendering import render
 
 Scene = dict[str, Any]
@@ -50,7 +51,7 @@ def render_by_loop(scene: Scene, floor: float = 0.0) -> Tensor:
     rgba, boxes, depth, presence, background = (scene[name].double() for name in scene)
     num_images, channels, height, width = background.shape
     texel_rows, texel_columns = rgba.shape[2:4]
-    image = background.clone()
+    image: Tensor = background.clone()
     for b in range(num_images):
         for row in range(height):
             for column in range(width):
@@ -138,7 +139,7 @@ def test_low_precision_appearance_is_computed_in_float32() -> None:
     assert scene["rgba"].grad.dtype == torch.bfloat16
 
 
-BACKENDS = ["torch", "cpu"]
+BACKENDS: list[Backend] = ["torch", "cpu"]
 
 
 def gradients(image: Tensor, scene: Scene, cotangent: Tensor) -> dict[str, Tensor]:
@@ -149,7 +150,7 @@ def gradients(image: Tensor, scene: Scene, cotangent: Tensor) -> dict[str, Tenso
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("floor", [0.0, 0.01])
-def test_absent_objects_leave_the_background_bit_for_bit(backend: str, floor: float) -> None:
+def test_absent_objects_leave_the_background_bit_for_bit(backend: Backend, floor: float) -> None:
     scene = make_scene(2, 6, dtype=torch.float32)
     scene["presence"].zero_()
     leaves = {name: tensor.requires_grad_() for name, tensor in scene.items()}
@@ -161,7 +162,7 @@ def test_absent_objects_leave_the_background_bit_for_bit(backend: str, floor: fl
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("presence", [1e-3, 1e-8])
-def test_gradients_stay_finite_at_small_presence(backend: str, presence: float) -> None:
+def test_gradients_stay_finite_at_small_presence(backend: Backend, presence: float) -> None:
     scene = make_scene(2, 8, dtype=torch.float32, seed=5)
     scene["presence"].fill_(presence)
     scene["depth"][:, ::2] += 25
@@ -179,7 +180,7 @@ def test_gradients_stay_finite_at_small_presence(backend: str, presence: float) 
     ids=["flat", "inverted", "point", "right of it", "left of it"],
 )
 def test_a_box_that_shows_nothing_gets_zero_gradients(
-    backend: str, box: tuple[int, ...], device: torch.device
+    backend: Backend, box: tuple[int, ...], device: torch.device
 ) -> None:
     scene = make_scene(1, 1, dtype=torch.float32)
     scene["boxes"] = torch.tensor([[box]], dtype=torch.float32)
@@ -193,7 +194,7 @@ def test_a_box_that_shows_nothing_gets_zero_gradients(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("num_images", "num_objects"), [(2, 0), (0, 3)])
-def test_nothing_to_draw(backend: str, num_images: int, num_objects: int) -> None:
+def test_nothing_to_draw(backend: Backend, num_images: int, num_objects: int) -> None:
     scene = make_scene(num_images, num_objects, dtype=torch.float32)
     leaves = {name: tensor.requires_grad_() for name, tensor in scene.items()}
     image = render(**leaves, backend=backend)
@@ -205,7 +206,7 @@ def test_nothing_to_draw(backend: str, num_images: int, num_objects: int) -> Non
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["rgba", "boxes", "depth", "presence", "background"])
-def test_nan_in_is_nan_out(backend: str, name: str) -> None:
+def test_nan_in_is_nan_out(backend: Backend, name: str) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     scene["boxes"][1, 1] = torch.tensor([2.0, 2.0, 9.0, 9.0])
     where = (1, 1, slice(4, 6), slice(4, 6)) if name == "background" else (1, 1)
@@ -217,7 +218,7 @@ def test_nan_in_is_nan_out(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30, -1e30])
-def test_wild_boxes_neither_hang_nor_crash(backend: str, value: float) -> None:
+def test_wild_boxes_neither_hang_nor_crash(backend: Backend, value: float) -> None:
     for corner in range(4):
         scene = make_scene(1, 2, dtype=torch.float32)
         scene["boxes"][0, 1, corner] = value
@@ -231,7 +232,7 @@ def test_wild_boxes_neither_hang_nor_crash(backend: str, value: float) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_objects=st.integers(2, 7), channels=st.integers(1, 4))
 def test_permuting_objects_changes_nothing(
-    backend: str, seed: int, num_objects: int, channels: int
+    backend: Backend, seed: int, num_objects: int, channels: int
 ) -> None:
     scene = make_scene(1, num_objects, channels=channels, seed=seed, dtype=torch.float32)
     order = torch.randperm(num_objects, generator=torch.Generator().manual_seed(seed))
@@ -247,7 +248,7 @@ def test_permuting_objects_changes_nothing(
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), dx=st.integers(-4, 4), dy=st.integers(-4, 4))
 def test_moving_by_whole_pixels_moves_the_picture(
-    backend: str, seed: int, dx: int, dy: int
+    backend: Backend, seed: int, dx: int, dy: int
 ) -> None:
     scene = make_scene(1, 3, image_size=(24, 24), seed=seed, dtype=torch.float32)
     # 1/64 px is exact in float32 at this size, so that the move is exact too
@@ -262,7 +263,7 @@ def test_moving_by_whole_pixels_moves_the_picture(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), floor=st.sampled_from([0.0, 0.01, 0.3]))
-def test_every_pixel_lies_between_the_colours(backend: str, seed: int, floor: float) -> None:
+def test_every_pixel_lies_between_the_colours(backend: Backend, seed: int, floor: float) -> None:
     scene = make_scene(1, 4, seed=seed, dtype=torch.float32)
     scene["rgba"][..., :3] = 0.3 + 0.2 * scene["rgba"][..., :3]
     scene["background"] = 0.4 + 0.3 * scene["background"]
@@ -272,7 +273,7 @@ def test_every_pixel_lies_between_the_colours(backend: str, seed: int, floor: fl
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_colour_for_the_background(backend: str) -> None:
+def test_one_colour_for_the_background(backend: Backend) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     colour = scene["background"][..., :1, :1].clone().requires_grad_()
     full = colour.expand(-1, -1, 13, 11)

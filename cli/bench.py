@@ -1,0 +1,123 @@
+"""`spairkit bench`: the operators beside what one would write in plain torch."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spairkit.cli.console import print_json, results, say
+from spairkit.cli.options import Device, DeviceOption, JsonOption
+from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from spairkit.benchmarks import Figure
+
+
+class OperatorName(StrEnum):
+    """What can be timed."""
+
+    RENDER = "render"
+    PRESENCE_KL = "presence_kl"
+
+
+def bench(
+    operator: Annotated[
+        list[OperatorName] | None, typer.Option("--operator", help="Only this one; repeatable.")
+    ] = None,
+    objects: Annotated[
+        list[int] | None,
+        typer.Option("--objects", help="16, 64, 144 or 576; repeatable. Default: all."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Also time torch.compile of the rivals. Default: only on a GPU.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="To spend on a figure, at least.")
+    ] = 1.0,
+    ledger: Annotated[
+        Path, typer.Option("--ledger", help="File that gets one more line of JSON.")
+    ] = Path("benchmarks.jsonl"),
+    json: JsonOption = False,
+) -> None:
+    """Check the operators, then time them beside grid_sample, the loop, and torch.compile."""
+    import torch
+
+    from spairkit.benchmarks import SIDES, append_to_ledger, cases, machine, run
+
+    unknown = set(objects or ()) - set(SIDES)
+    if unknown:
+        raise InputError(f"--objects must be 16, 64, 144 or 576, got {min(unknown)}")
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu")
+    on_gpu = torch.cuda.is_available() and device is not Device.CPU
+    where = torch.device("cuda" if on_gpu else "cpu")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = cases(
+        [name.value for name in operator or list(OperatorName)],
+        batch or ([32, 256, 1024] if on_gpu else [32]),
+        objects or list(SIDES),
+    )
+    about = machine(where)
+    figures = []
+    for figure in run(
+        chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
+    ):
+        figures.append(figure)
+        say(_line(figure))
+    append_to_ledger(ledger, about, figures)
+    if json:
+        from dataclasses import asdict
+
+        print_json({**about, "figures": [asdict(figure) for figure in figures]})
+    else:
+        _print_table(about, figures)
+
+
+def _line(figure: "Figure") -> str:
+    time = figure.note if figure.median_ms is None else f"{figure.median_ms:.3f} ms"
+    return f"{_case(figure)}: {figure.way} {time}"
+
+
+def _case(figure: "Figure") -> str:
+    passes = "forward + backward" if figure.backward else "forward"
+    share = f", {figure.share_on:.0%} on" if figure.operator == "presence_kl" else ""
+    return f"{figure.operator} {figure.batch}x{figure.objects}{share}, {passes}"
+
+
+def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
+    from rich.table import Table
+
+    table = Table("batch x objects", "way", "ms", "20-80 %", "times", "MiB", box=None)
+    case = ""
+    for figure in figures:
+        note = figure.note
+        if figure.bandwidth is not None:
+            note += f", {figure.bandwidth:.0%} of copy speed"
+        timed = figure.median_ms is not None
+        peak = figure.peak_bytes
+        table.add_row(
+            _case(figure) if _case(figure) != case else "",
+            figure.way + (f" ({note})" if note else ""),
+            f"{figure.median_ms:.3f}" if timed else "-",
+            f"{figure.p20_ms:.3f}-{figure.p80_ms:.3f}" if timed else "",
+            f"{figure.ratio:.1f}" if figure.ratio is not None else "",
+            "" if peak is None else f"{peak / 2**20:.1f}",
+        )
+        case = _case(figure)
+    console = results()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    console.print(table)

@@ -1,0 +1,126 @@
+"""Numba twin of the spatial transformer, float32: glimpses, and their gradient to the boxes.
+
+Row r of boxes and glimpses belongs to image r modulo B, so that the cells of a wave lie one after
+the other, each with all images. A coordinate beyond the image takes the border pixel and has no
+gradient; NaN counts as 0 here, since it must never become an address.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spairkit.kernels.threads import compiled, inlined, over_images
+
+_ONE = np.float32(1.0)
+_ZERO = np.float32(0.0)
+
+
+@inlined
+def _place(low, high, num_pixels, tap, fraction, inside):
+    """Taps and fractions of the points from `low` to `high` on one axis; 1 where not clamped."""
+    num_points = len(tap)
+    limit = np.float32(num_pixels - 1)
+    scale = limit / np.float32(num_pixels)
+    for p in range(num_points):
+        share = np.float32(p) / np.float32(num_points - 1)
+        position = (low + (high - low) * share) * scale
+        inside[p] = _ONE if position > _ZERO and position < limit else _ZERO
+        position = min(position, limit) if position > _ZERO else _ZERO
+        tap[p] = max(min(int(position), num_pixels - 2), 0)
+        fraction[p] = position - np.float32(tap[p])
+    return scale
+
+
+@compiled
+def _glimpses_forward(
+    start,
+    stop,
+    images,  # [B, C, H, W]
+    boxes,  # [n B, 4]
+    glimpses,  # [n B, C, P, P]
+):
+    num_images, num_channels, height, width = images.shape
+    size = glimpses.shape[2]
+    row, column = np.empty(size, np.int64), np.empty(size, np.int64)
+    row_fraction, column_fraction = np.empty(size, np.float32), np.empty(size, np.float32)
+    inside = np.empty(size, np.float32)
+    below, beside = min(1, height - 1), min(1, width - 1)
+    for r in range(start, stop):
+        _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, inside)
+        _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, inside)
+        for k in range(num_channels):
+            for y in range(size):
+                upper = images[r % num_images, k, row[y]]
+                lower = images[r % num_images, k, row[y] + below]
+                v = row_fraction[y]
+                for x in range(size):
+                    i, u = column[x], column_fraction[x]
+                    j = i + beside
+                    left = upper[i] + v * (lower[i] - upper[i])
+                    right = upper[j] + v * (lower[j] - upper[j])
+                    glimpses[r, k, y, x] = left + u * (right - left)
+
+
+@compiled
+def _glimpses_backward(
+    start,
+    stop,
+    grad_glimpses,  # [n B, C, P, P]
+    images,  # [B, C, H, W]
+    boxes,  # [n B, 4]
+    grad_boxes,  # [n B, 4]
+):
+    num_images, num_channels, height, width = images.shape
+    size = grad_glimpses.shape[2]
+    row, column = np.empty(size, np.int64), np.empty(size, np.int64)
+    row_fraction, column_fraction = np.empty(size, np.float32), np.empty(size, np.float32)
+    row_inside, column_inside = np.empty(size, np.float32), np.empty(size, np.float32)
+    grad_rows, grad_columns = np.empty(size, np.float32), np.empty(size, np.float32)
+    below, beside = min(1, height - 1), min(1, width - 1)
+    for r in range(start, stop):
+        y_scale = _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, row_inside)
+        x_scale = _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, column_inside)
+        grad_rows[:] = _ZERO
+        grad_columns[:] = _ZERO
+        for k in range(num_channels):
+            for y in range(size):
+                upper = images[r % num_images, k, row[y]]
+                lower = images[r % num_images, k, row[y] + below]
+                v = row_fraction[y]
+                grad_row = _ZERO
+                for x in range(size):
+                    i, u = column[x], column_fraction[x]
+                    j = i + beside
+                    g = grad_glimpses[r, k, y, x]
+                    left, right = lower[i] - upper[i], lower[j] - upper[j]
+                    grad_row += g * (left + u * (right - left))
+                    grad_columns[x] += g * (upper[j] - upper[i] + v * (right - left))
+                grad_rows[y] += grad_row
+        grad_boxes[r] = _ZERO
+        for p in range(size):
+            share = np.float32(p) / np.float32(size - 1)
+            grad_x = grad_columns[p] * column_inside[p] * x_scale
+            grad_y = grad_rows[p] * row_inside[p] * y_scale
+            grad_boxes[r, 0] += (_ONE - share) * grad_x
+            grad_boxes[r, 1] += (_ONE - share) * grad_y
+            grad_boxes[r, 2] += share * grad_x
+            grad_boxes[r, 3] += share * grad_y
+
+
+def glimpses_cpu(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """[B, C, H, W] and [n B, 4] -> [n B, C, size, size]."""
+    glimpses = torch.empty(boxes.shape[0], images.shape[1], size, size)
+    over_images(_glimpses_forward, boxes.shape[0], *_arrays(images, boxes, glimpses))
+    return glimpses
+
+
+def glimpses_backward_cpu(grad_glimpses: Tensor, images: Tensor, boxes: Tensor) -> Tensor:
+    """Gradient of the boxes, [n B, 4]."""
+    grad_boxes = torch.empty(boxes.shape)
+    arrays = _arrays(grad_glimpses, images, boxes, grad_boxes)
+    over_images(_glimpses_backward, boxes.shape[0], *arrays)
+    return grad_boxes
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.detach().contiguous().numpy() for tensor in tensors]

@@ -1,0 +1,51 @@
+"""Every kernel compiles, without a GPU: the defaults here, all for all GPUs by the gate's command.
+
+The interpreter that stands in for a GPU is laxer than the compiler, and says nothing of registers.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from spairkit.kernels.gate import Build, configurations
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_defaults_compile_without_spills() -> None:
+    # Triton chooses between compiler and interpreter when it is imported
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "spairkit.kernels.gate", "--representative"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) >= 8
+    assert all(line.startswith("ok") and "spills   0" in line for line in lines)
+
+
+def test_the_gate_lists_every_kernel() -> None:
+    listed = {configuration.kernel.__name__ for configuration in configurations()}
+    written = {
+        line.split("(")[0].removeprefix("def ")
+        for path in (ROOT / "kernels").glob("*_triton*.py")
+        for line in path.read_text().splitlines()
+        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+    }
+    assert listed == written
+
+
+def test_a_failure_or_a_spill_does_not_pass() -> None:
+    rows = configurations()
+    default = next(row for row in rows if row.is_default)
+    other = next(row for row in rows if not row.is_default)
+    assert Build().passes(default)
+    assert not Build(spills=1).passes(default)
+    assert Build(spills=8).passes(other)
+    assert not Build(spills=9).passes(other)
+    assert not Build(error="CompilationError").passes(other)
