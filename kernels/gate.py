@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spairkit.kernels import presence_triton, render_triton, render_triton_backward
-from spairkit.kernels.presence_op import walk_block
+from spairkit.kernels.walk import walk_block
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

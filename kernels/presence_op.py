@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from spairkit.kernels.walk import saved_shape
+
 
 @torch.library.custom_op("spairkit::presence_kl", mutates_args=())
 def presence_kl_op(
@@ -115,27 +117,3 @@ def _refuse(ctx, *_):
 
 count_posterior_op.register_autograd(_walk_gradients, setup_context=_save_walk)
 count_posterior_backward_op.register_autograd(_refuse)
-
-
-def walk_block(num_cells: int) -> tuple[int, int, int]:
-    """Counts (a power of two above n), cells a block and warps of the Triton walk.
-
-    The product of the first two over 32 times the third is at most 8: more spills registers.
-    """
-    if num_cells <= 31:
-        return 32, 8, 2
-    if num_cells <= 127:
-        return 128, 8, 4
-    if num_cells <= 255:
-        return 256, 8, 8
-    if num_cells <= 511:
-        return 512, 4, 8
-    if num_cells <= 1023:
-        return 1024, 2, 8
-    return 2048, 1, 8
-
-
-def saved_shape(num_images: int, num_cells: int) -> tuple[int, int, int]:
-    """Of what the Triton walk leaves for the way back: the log-weights before each block."""
-    num_counts, block, _ = walk_block(num_cells)
-    return num_images, (num_cells + block - 1) // block, num_counts

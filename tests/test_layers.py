@@ -11,7 +11,7 @@ FOLDERS = ("kernels", "spairkit", "spairkit/data", "spairkit/report", "cli")
 
 # a module may import from the rungs above its own, and from no other
 RUNGS: list[set[str]] = [
-    {"kernels.launch", "kernels.threads"},
+    {"kernels.launch", "kernels.threads", "kernels.walk"},
     {"kernels.glimpse_cpu", "kernels.presence_cpu", "kernels.render_cpu", "kernels.render_triton"},
     {"kernels.presence_triton", "kernels.render_triton_backward"},
     {"kernels.presence_op", "kernels.render_op"},
