@@ -17,6 +17,7 @@ import typer
 
 from spairkit import __version__
 from spairkit.cli import config, data
+from spairkit.cli.bench import bench
 from spairkit.cli.console import say
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
@@ -35,6 +36,7 @@ app.command()(report)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)
+app.command()(bench)
 
 
 class _Stopped(SystemExit):
