@@ -73,7 +73,11 @@ class Run:
         return sorted([(int(m[1]), path) for m, path in matches if m], reverse=True)
 
     def extend(self, steps: int) -> None:
-        """Lets the run go on to `steps` updates; the one thing that may change in a run."""
+        """Lets the run go on to `steps` updates; the one thing that may change in a run.
+
+        The line of the learning rate is drawn anew to the new end, so it may rise again where
+        the run goes on, and the bits are not those of a run that was begun with so many.
+        """
         train = dataclasses.replace(self.config.train, steps=steps)
         self.config = dataclasses.replace(self.config, train=train)
         durable.write_text(self.path / "config.toml", to_toml(self.config))
@@ -133,10 +137,9 @@ class Run:
             metrics=metrics,
             environment=environment,
         )
-        target = f"checkpoints/{path.name}"
-        durable.replace_link(self.path / "last", target)
+        durable.replace_link(self.path / "last", f"checkpoints/{path.name}")
         if is_best:
-            durable.replace_link(self.path / "best", target)
+            self.mark_best(step)
         past = [old for old_step, old in self.checkpoints if old_step <= step]
         kept = {old.name for old in past[:_KEEP]}
         if (self.path / "best").is_symlink():
@@ -145,6 +148,10 @@ class Run:
             if old.name not in kept:
                 durable.remove_folder(old)
         return path
+
+    def mark_best(self, step: int) -> None:
+        """Lets `best` point at the checkpoint of `step`, which there must be."""
+        durable.replace_link(self.path / "best", f"checkpoints/step-{step}")
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, with the optimiser; None where there is none yet.

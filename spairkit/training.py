@@ -30,7 +30,7 @@ _MAX_SKIPPED = 10  # updates in a row
 _PICTURED = 8  # images in the picture of a validation
 _MODE_IMAGES = 256  # whose commonest colour is the background "mode"
 _NEGLIGIBLE_NOISE = 1e-12
-_INIT, _SAMPLE, _GRADIENT, _VALIDATE = range(4)  # what a random stream is for
+_SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,27 @@ def fit(
         config: the run's.
         run: must be locked by the caller while this iterates.
         device: where model and scenes live.
-        stop: asked after every update; once it says yes a checkpoint is written and training
-            ends, to be resumed some other time.
+        stop: asked once after every update; when it says yes training ends with a checkpoint of
+            that update, to be resumed some other time.
 
     Yields:
         A `Step` for every update and a `Validation` every `validation_every` updates and at the
         end. Steps that were made before a resumption are not yielded again.
 
     Raises:
-        InputError: the data cannot be read, the folder cannot be written, or the losses were
-            not finite 10 updates in a row; the last good checkpoint is kept.
+        InputError: the data cannot be read, or has no boxes to select by; the folder cannot be
+            written; or the losses were not finite 10 updates in a row, and then the last good
+            checkpoint is kept.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     train = open_dataset(config.data, "train", device)
     validation = open_dataset(config.data, "validation", device)
+    if config.train.select == "ap" and not validation.has_truth:
+        raise InputError(
+            "train.select = 'ap' needs images whose boxes are known, and these have no "
+            "annotations.json; use 'elbo'"
+        )
     trainer = _Trainer(config, run, train, device)
     run.truncate_metrics(trainer.step)
     settings = config.train
@@ -109,9 +115,10 @@ def fit(
             yield result
             if settings.patience and step - trainer.best_step >= settings.patience:
                 return
+            if stop():
+                return
         elif stop():
             trainer.save(metrics={}, is_best=False)
-        if stop():
             return
 
 
@@ -182,8 +189,9 @@ class _Trainer:
         is_best = score > self.best
         if is_best:
             self.best, self.best_step = score, self.step
-        self.save(figures, is_best)
+        # a line without its checkpoint is cut off by resuming, a missing one would stay missing
         self.run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
+        self.save(figures, is_best)
         return Validation(self.step, figures, picture, is_best)
 
     @property
@@ -228,6 +236,8 @@ class _Trainer:
                 "checkpoint or train anew"
             ) from None
         self.step = checkpoint.step
+        if self.best_step == self.step:  # a kill may have come before the link
+            self.run.mark_best(self.step)
 
     def _elbo(self, dataset: Dataset) -> float:
         """Mean ELBO in nats under the final count prior, with the same noise every time."""

@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from spairkit import checkpoints, durable
 from spairkit.checkpoints import load_checkpoint
 from spairkit.config import Config, TrainConfig, from_dict, merge
 from spairkit.elbo import Losses
 from spairkit.errors import InputError
+from spairkit.images import write_png
 from spairkit.runs import Run
 from spairkit.spair import SPAIR
 from spairkit.training import (
@@ -110,6 +112,42 @@ def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, stops: tupl
     assert whole.metrics() == parts.metrics()
 
 
+def test_what_is_said_to_stop_is_saved(tmp_path: Path) -> None:
+    config = tiny()
+    run = Run.create(tmp_path / "run", config)
+    asked = iter(range(10**9))
+    with run.lock():
+        list(fit(config, run, CPU, lambda: next(asked) >= 1))
+    assert next(asked) == 2, "once after each update"
+    assert load_checkpoint(run.path / "last").step == 2
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "last", "best"])
+def test_a_kill_while_a_validation_is_saved_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = tiny()
+    whole = train(config, tmp_path / "whole")
+    place = (checkpoints, "save_checkpoint") if name == "checkpoints" else (durable, "replace_link")
+    write = getattr(*place)
+
+    def killed(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == name:
+            raise KeyboardInterrupt
+        return write(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut")
+    cut = train(config, tmp_path / "cut", 1)
+    if name != "checkpoints":
+        assert load_checkpoint(cut.path / "best").step == 4
+    train(config, cut.path)
+    assert_same_bits(whole, cut)
+    assert whole.metrics() == cut.metrics()
+
+
 def test_another_seed_gives_another_model(tmp_path: Path) -> None:
     runs = [train(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
     first, second = (weights(run)["edge"] for run in runs)
@@ -194,6 +232,54 @@ def test_selection_by_ap_and_patience(tmp_path: Path) -> None:
     scores = [r["ap_spair"] for r in validations]
     assert validations[-1]["step"] < 400
     assert load_checkpoint(run.path / "best").step == validations[scores.index(max(scores))]["step"]
+
+
+def test_selection_by_ap_needs_boxes(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_png(images / "0.png", torch.rand(3, 30, 30))
+    data = {"name": "folder", "path": str(images)}
+    config = from_dict(merge(TINY, {"data": data, "train": {"select": "ap"}}))
+    with pytest.raises(InputError, match=r"train\.select = 'ap' needs images whose boxes"):
+        train(config, tmp_path / "run")
+
+
+def gradients_of_first_update(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: float
+) -> Tensor:
+    """What Adam is given, all parameters in one row."""
+    given: list[Tensor] = []
+
+    def note(self: torch.optim.Adam) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        given.append(torch.cat([grad.flatten() for grad in grads]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", note)
+        config = tiny(steps=1, validation_every=2, training_wheels=0, **settings)
+        run = Run.create(folder, config)
+        with run.lock():
+            next(fit(config, run, CPU))
+    return given[0]
+
+
+def test_gradients_are_clipped_and_then_noisy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(name: str, **settings: float) -> Tensor:
+        return gradients_of_first_update(tmp_path / name, monkeypatch, **settings)
+
+    plain = gradients("plain", clip_norm=0.0, gradient_noise=0.0)
+    assert float(plain.norm()) > 0.1
+    clipped = gradients("clipped", clip_norm=0.1, gradient_noise=0.0)
+    torch.testing.assert_close(clipped, 0.1 * plain / plain.norm())
+    noise = gradients("noisy", clip_norm=0.1, gradient_noise=0.5) - clipped
+    assert float(noise.abs().max()) <= 2 * 0.5 + 1e-6, "truncated at two standard deviations"
+    assert float(noise.abs().max()) > 1.8 * 0.5
+    # the standard deviation of a standard normal between -2 and 2
+    assert float(noise.std()) == pytest.approx(0.5 * 0.8796, rel=0.03)
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.02)
 
 
 def test_mode_background_is_the_commonest_colour(tmp_path: Path) -> None:
