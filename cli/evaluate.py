@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SplitName(StrEnum):
-    """Images that no model was trained on."""
+    """Scenes that no model was trained on; of a folder, files held back or all of them."""
 
     VALIDATION = "validation"
     TEST = "test"

@@ -56,11 +56,14 @@ def train(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
     ] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Updates to make in all.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", help="Updates to make in all; the learning rate falls till then."),
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option("--minutes", min=0, help="Save and end after so long.")
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of weights, order and noise.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of weights and noise.")] = None,
     select: Annotated[
         Select | None, typer.Option("--select", help="What makes a checkpoint the best one.")
     ] = None,

@@ -27,7 +27,10 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0.0, le=1e9)]
 Real = Annotated[float, Field(ge=-1e3, le=1e3)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+# 1 / (1 + odds) differs from 0 and 1 in float32
+Odds = Annotated[float, Field(ge=1e-6, le=1e9)]
+# with a step of 30 bits and a purpose of two, no more than 64 bits
+Seed = Annotated[int, Field(ge=0, lt=2**30)]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -57,11 +60,11 @@ class DataConfig:
     background: Literal["black", "random"] = "black"
     """`random` draws one dark colour for each image."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Scenes (or crops) of the validation split."""
+    """Scenes of the validation split; a folder's are its own files."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Scenes of the test split."""
+    """Scenes of the test split, likewise."""
     seed: Seed = 0
-    """Of the scenes; the training seed is another."""
+    """Of the scenes and crops, and so of their order; `train.seed` is another."""
 
     def __post_init__(self) -> None:
         if self.min_objects > self.max_objects:
@@ -118,6 +121,7 @@ class SPAIRConfig:
     decoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 512)
     """Hidden layers of the object decoder."""
     activation: Literal["relu", "celu"] = "relu"
+    """Between the layers of every network but that of the background."""
 
     std_bias: Real = 0.0
     """Standard deviations are 2 sigmoid(raw) and raw starts here; -3 is .1."""
@@ -130,6 +134,7 @@ class SPAIRConfig:
     alpha_scale: Positive = 0.1
     """Alpha is sigmoid(alpha_scale * logit + alpha_bias)."""
     alpha_bias: Real = 5.0
+    """Alpha starts near sigmoid(alpha_bias), .993: opaque."""
     importance_floor: NonNegative = 0.0025
     """Least importance of a texel: the authors' .01, whose sigmoid(-z_depth) is times 4."""
 
@@ -143,9 +148,10 @@ class SPAIRConfig:
     size_prior_mean: Real = -2.1972
     """z_h, z_w ~ N(size_prior_mean, size_prior_std^2): a median side of 4.8 px."""
     size_prior_std: Positive = 0.5
-    odds_start: Positive = 1e6
+    """Of the logits, before they are squashed."""
+    odds_start: Odds = 1e6
     """s = 1 / (1 + odds): the prior on counts starts here, nearly flat ..."""
-    odds_end: Positive = 0.0125
+    odds_end: Odds = 0.0125
     """... and ends here: s = .98765."""
     odds_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 1000.0
     """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
@@ -181,10 +187,13 @@ class TrainConfig:
     """The loop (spec section 6)."""
 
     seed: Seed = 0
-    """Of initial weights, data order and sampling noise."""
+    """Of initial weights and noise; scenes and their order are those of `data.seed`."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
+    """Images in an update."""
     steps: Annotated[int, Field(ge=1, le=10**9)] = 300_000
+    """Updates in all."""
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
+    """Of Adam, at the first update."""
     learning_rate_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
     """Reached on a straight line at the last step."""
     clip_norm: NonNegative = 1.0
@@ -200,7 +209,8 @@ class TrainConfig:
     patience: Steps = 50_000
     """Stop after so many updates without a better validation; 0 never stops early."""
     select: Literal["elbo", "ap"] = "elbo"
-    """What `best` means: validation ELBO (no labels), or validation AP as in the paper."""
+    """What `best` means: the validation ELBO, which needs no labels, or AP by the paper's rule
+    (`ap_spair`), which the authors took."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
 
@@ -295,8 +305,10 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for key, value in layer.items():
             under = merged.get(key)
-            both = isinstance(under, dict) and isinstance(value, Mapping)
-            merged[key] = merge(under, value) if both and under is not None else value
+            if isinstance(under, dict) and isinstance(value, Mapping):
+                merged[key] = merge(under, value)
+            else:
+                merged[key] = value
     return merged
 
 
@@ -320,14 +332,14 @@ def differences(first: Config, second: Config) -> list[str]:
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise InputError(f"{source}: not TOML: {error}") from None
 
 
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return text
 
 

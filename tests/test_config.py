@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,6 @@ from spairkit.config import (
     from_toml,
     load_toml,
     merge,
-    to_dict,
     to_toml,
 )
 from spairkit.errors import InputError
@@ -34,20 +34,6 @@ def refusal(values: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-@pytest.mark.parametrize("name", presets.names())
-def test_presets_come_back_from_toml(name: str) -> None:
-    config = presets.resolve(name)
-    assert config.preset == name
-    assert from_toml(to_toml(config)) == config
-    assert from_dict(to_dict(config)) == config
-
-
-def test_the_default_preset_comes_first_and_an_unknown_one_lists_all() -> None:
-    assert presets.names()[0] == presets.DEFAULT
-    with pytest.raises(InputError, match="no preset 'slow'; there are: quick, paper"):
-        presets.resolve("slow")
 
 
 @settings(max_examples=50, derandomize=True, deadline=None)
@@ -146,6 +132,22 @@ def test_every_number_is_bounded() -> None:
 )
 def test_values_must_fit_each_other(data: dict[str, Any], message: str) -> None:
     assert f"data: {message}" in refusal({"data": data})
+
+
+@pytest.mark.parametrize("name", ["odds_start", "odds_end"])
+def test_no_odds_make_the_count_prior_certain(name: str) -> None:
+    for extreme in (1e-6, 1e9):
+        odds = getattr(from_dict({"model": {name: extreme}}).model, name)
+        assert 0 < float(np.float32(1 / (1 + odds))) < 1
+    for beyond in (1e-7, 1e10):
+        assert f"model.{name}" in refusal({"model": {name: beyond}})
+
+
+def test_numbers_with_thousands_of_digits_are_refused() -> None:
+    digits = "1" * 5000
+    assert "train.steps" in refusal(assignments([f"train.steps={digits}"]))
+    with pytest.raises(InputError, match="config: not TOML"):
+        from_toml(f"train.steps = {digits}")
 
 
 def test_strides_multiply_to_the_cell() -> None:
