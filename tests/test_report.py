@@ -63,7 +63,7 @@ def write_metrics(folder: Path, records: list[dict[str, Any]], rest: str = "") -
 def step(number: int) -> dict[str, Any]:
     terms = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres", "total")
     values = {name: 1000.0 / (number + 10) + i for i, name in enumerate(terms)}
-    return {"kind": "step", "step": number, "images_per_second": 900.0 + number % 7, **values}
+    return {"kind": "step", "step": number, **values}
 
 
 def validation(number: int) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def test_holds_figures_curves_pictures_and_config(tmp_path: Path) -> None:
     assert path == tmp_path / "digits-quick-1" / "report.html"
     page = read(path)
     assert page.open == []
-    assert page.count("svg") == 6  # loss, KL, boxes and counts, ELBO, speed, by number
+    assert page.count("svg") == 5  # loss, KL, boxes and counts, ELBO, by number
     for word in ("digits-quick-1", "0.713", "0.875", "-0.050", "1000 of 300000", "cell = 12"):
         assert word in page.text
     for protocol in metrics.PROTOCOLS.values():
         assert protocol in page.text
-    for title in ("reconstruction", "where", "count accuracy", "updates", "images per second"):
+    for title in ("reconstruction", "where", "count accuracy", "updates"):
         assert title in page.text
 
 
@@ -189,7 +189,7 @@ def test_passes_over_what_is_no_number(tmp_path: Path) -> None:
     records += [{"kind": "step", "step": 10**400, "total": 1.0}, {"kind": [], "step": 3}]
     write_metrics(folder, [*records, step(40)], rest='{"kind": "step", "st')
     page = read(write_report(folder))
-    assert page.count("svg") == 3
+    assert page.count("svg") == 2
 
 
 def test_validation_stands_in_for_test_figures(tmp_path: Path) -> None:

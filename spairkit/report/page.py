@@ -124,12 +124,6 @@ def _curves(
             True,
         ),
         ("Validation: ELBO", [line(validations, "elbo", "ELBO")], "nats per image", False),
-        (
-            "Speed of training",
-            [line(steps, "images_per_second", "speed")],
-            "images per second",
-            False,
-        ),
     ]
     drawn = [
         (title, chart(lines, x_label="updates", y_label=unit, share=share))
