@@ -65,6 +65,7 @@ def test_shared_products_are_the_first_layer_in_parts() -> None:
 def test_weights_start_as_glorot_uniform() -> None:
     torch.manual_seed(0)
     layer = mlp((300, 200), "relu")[0]
+    assert isinstance(layer, torch.nn.Linear)
     bound = math.sqrt(6 / 500)
     assert float(layer.weight.detach().abs().max()) <= bound
     assert float(layer.weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
