@@ -231,9 +231,9 @@ def _elbo(losses: dict[str, float]) -> str:
     terms = ", ".join(
         f"{name.removeprefix('kl_')} {value:.1f}"
         for name, value in losses.items()
-        if name != "total"
+        if name not in ("total", "elbo")
     )
-    return f"elbo {-losses['total']:.1f} = -({terms})"
+    return f"elbo {losses['elbo']:.1f} = -({terms})"
 
 
 def _listed(figures: dict[str, float]) -> str:

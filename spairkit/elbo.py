@@ -21,12 +21,17 @@ class Losses:
     """Weight of the where, what and depth terms in `total`; 1 makes it the negative ELBO."""
 
     @property
+    def elbo(self) -> Tensor:  # [B]
+        """The evidence lower bound with one sample: the higher, the better the model."""
+        return -(self.reconstruction + self.kl_where + self.kl_what + self.kl_depth + self.kl_pres)
+
+    @property
     def total(self) -> Tensor:  # [B]
         """What training minimises, averaged over the batch."""
         weighted = self.kl_where + self.kl_what + self.kl_depth
         return self.reconstruction + self.beta * weighted + self.kl_pres
 
     def means(self) -> dict[str, Tensor]:
-        """Name to batch mean (0-d, detached) of every term and of `total`."""
-        names = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres", "total")
+        """Name to batch mean (0-d, detached) of every term, of `total` and of `elbo`."""
+        names = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres", "total", "elbo")
         return {name: getattr(self, name).detach().mean() for name in names}

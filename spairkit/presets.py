@@ -28,10 +28,11 @@ def quick() -> dict[str, Any]:
             "importance_floor": 0.00025,
             "temperature": 0.5,
             "odds_start": 1.0,
-            "odds_end": 0.1,
+            "odds_end": 0.05,
             "odds_schedule": "log-linear",
             "likelihood_floor": 1e-6,
             "box_contrast": 0.1,
+            "beta": 2.0,
         },
         "train": {
             "steps": 2500,

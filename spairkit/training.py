@@ -245,7 +245,7 @@ class _Trainer:
         for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
             with torch.no_grad():
                 losses = self.model(batch.images, generator=self._generator(_VALIDATE, index))
-            total -= float(losses.total.sum())
+            total += float(losses.elbo.sum())
             images += len(batch.images)
         return total / images
 
