@@ -63,7 +63,7 @@ class Configuration:
     @property
     def is_representative(self) -> bool:
         """Whether a quick look takes it in."""
-        return self.is_default and "16" not in self.signature.get("rgba_ptr", "")
+        return self.is_default and "fp32" in self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,10 @@ def _types(kernel: Any, constants: dict[str, Any], **exceptions: str) -> dict[st
     }
 
 
-def _power(number: int) -> int:
-    return int(triton.next_power_of_2(number))
+def _of_one(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants where every number is 1: Triton compiles those in, which is other code."""
+    numbers = [name for name in kernel.arg_names if not name.endswith("_ptr") and name != "floor"]
+    return dict.fromkeys(numbers, 1) | constants
 
 
 def render_configurations() -> Iterator[Configuration]:
@@ -106,6 +108,7 @@ def render_configurations() -> Iterator[Configuration]:
         (14, 3, False, 64, "fp16"),
         (14, 3, False, 576, "fp32"),
         (14, 3, True, 576, "fp32"),
+        (14, 3, True, 1, "fp32"),
         (14, 1, False, 64, "fp32"),
         (14, 2, True, 64, "fp32"),
         (14, 4, True, 64, "fp32"),
@@ -117,93 +120,79 @@ def render_configurations() -> Iterator[Configuration]:
         (64, 3, True, 64, "fp32"),
         (64, 4, True, 64, "fp32"),
     ]
+    passes = [
+        ("forward", render_triton._render_forward_kernel, render_triton.forward_tile),
+        ("backward", render_triton_backward._render_backward_kernel, None),
+    ]
     for side, colours, has_floor, objects, dtype in rows:
-        common = {
-            "MAP_H": side,
-            "MAP_W": side,
-            "C": colours,
-            "CH": _power(colours + 1),
-            "HAS_FLOOR": has_floor,
-            # neighbouring pixels of an image: a stride of 1 is compiled in
-            "stride_x": 1,
-        }
-        constants = common | render_triton.forward_tile(objects)
-        warps = constants.pop("num_warps")
-        suffix = f"{side}x{side} C{colours} {dtype}{' floor' if has_floor else ''}"
-        default = side == 14 and colours == 3 and objects < 576
-        kernel = render_triton._render_forward_kernel
-        pointers = {"rgba_ptr": f"*{dtype}", "floor": "fp32"}
-        yield Configuration(
-            name=f"render forward {constants['TILE_H']}x{constants['TILE_W']} {suffix}",
-            kernel=kernel,
-            signature=_types(kernel, constants, **pointers),
-            constants=constants,
-            warps=warps,
-            is_default=default,
-        )
-        if objects == 576:
-            continue  # the backward pass is the same
-        constants = common | render_triton_backward.backward_tile(side, side) | {"stride_gx": 1}
-        warps = constants.pop("num_warps")
-        kernel = render_triton_backward._render_backward_kernel
-        pointers["grad_rgba_ptr"] = f"*{dtype}"
-        yield Configuration(
-            name=f"render backward {suffix}",
-            kernel=kernel,
-            signature=_types(kernel, constants, **pointers),
-            constants=constants,
-            warps=warps,
-            is_default=default,
-        )
-
-
-def presence_configurations() -> Iterator[Configuration]:
-    """The table, the lookup with the KL, and the walk over relaxed samples at every block size."""
-    odds = presence_triton._odds_kernel
-    constants: dict[str, Any] = {"BLOCK": presence_triton.ODDS_BLOCK}
-    doubles = {"odds_ptr": "*fp64", "success_ptr": "*fp64", "prior_logit_ptr": "*fp64"}
-    yield Configuration(
-        name="presence odds",
-        kernel=odds,
-        signature=_types(odds, constants, **doubles),
-        constants=constants,
-        warps=presence_triton.ODDS_WARPS,
-        is_default=True,
-    )
-    for num_cells, dtype in ((16, "fp32"), (144, "fp32"), (144, "bf16"), (1024, "fp32")):
-        kernel = presence_triton._presence_kl_kernel
-        constants = {"BLOCK": presence_triton.lookup_block(num_cells)}
-        types = doubles | {"logits_ptr": f"*{dtype}", "samples_ptr": f"*{dtype}"}
-        yield Configuration(
-            name=f"presence KL n={num_cells} {dtype}",
-            kernel=kernel,
-            signature=_types(kernel, constants, **types),
-            constants=constants,
-            warps=presence_triton.LOOKUP_WARPS,
-            is_default=True,
-        )
-    for num_cells in (1, 16, 64, 144, 400, 576, 1024):
-        counts, block, warps = walk_block(num_cells)
-        constants = {"COUNTS": counts, "BLOCK": block}
-        if num_cells == 1:
-            constants["num_cells"] = 1  # numbers equal to 1 are compiled in
-        types = {
-            "success_ptr": "*fp64",
-            "prior_logit_ptr": "*fp64",
-            "grad_logit_ptr": "*fp64",
-            "grad_log_failure_ptr": "*fp64",
-        }
-        for name, kernel in (
-            ("forward", presence_triton._count_posterior_kernel),
-            ("backward", presence_triton._count_posterior_backward_kernel),
-        ):
+        for name, kernel, forward_tile in passes:
+            if forward_tile:
+                tile = forward_tile(objects) | {"MAP_H": side, "MAP_W": side}
+            elif objects == 576:
+                continue  # the backward pass is the same for any number
+            else:
+                # neighbouring pixels of the gradient of an image: a stride of 1 is compiled in
+                tile = render_triton_backward.backward_tile(side, side) | {"stride_gx": 1}
+            warps = tile.pop("num_warps")
+            constants = tile | {
+                "C": colours,
+                "CH": int(triton.next_power_of_2(colours + 1)),
+                "HAS_FLOOR": has_floor,
+                "stride_x": 1,
+            }
+            if objects == 1:
+                constants = _of_one(kernel, constants)
+            types = {"rgba_ptr": f"*{dtype}", "grad_rgba_ptr": f"*{dtype}", "floor": "fp32"}
+            suffix = f"{side}x{side} C{colours} N{objects} {dtype}{' floor' if has_floor else ''}"
             yield Configuration(
-                name=f"presence walk {name} n={num_cells}",
+                name=f"render {name} {suffix}",
                 kernel=kernel,
                 signature=_types(kernel, constants, **types),
                 constants=constants,
                 warps=warps,
+                is_default=side == 14 and colours == 3 and objects == 64,
             )
+
+
+def presence_configurations() -> Iterator[Configuration]:
+    """The table, the lookup with the KL, and the walk over relaxed samples at every block size."""
+    types = {
+        "odds_ptr": "*fp64",
+        "success_ptr": "*fp64",
+        "prior_logit_ptr": "*fp64",
+        "grad_logit_ptr": "*fp64",
+        "grad_log_failure_ptr": "*fp64",
+    }
+    lookups = [(1, "fp32"), (16, "fp32"), (144, "fp32"), (144, "bf16"), (1024, "fp32")]
+    rows: list[tuple[str, Any, int, dict[str, Any], int, str]] = []
+    for num_cells in (1, 144):
+        constants = {"BLOCK": presence_triton.ODDS_BLOCK}
+        kernel = presence_triton._odds_kernel
+        rows.append(("odds", kernel, num_cells, constants, presence_triton.ODDS_WARPS, "fp32"))
+    for num_cells, dtype in lookups:
+        constants = {"BLOCK": presence_triton.lookup_block(num_cells)}
+        kernel = presence_triton._presence_kl_kernel
+        rows.append(("KL", kernel, num_cells, constants, presence_triton.LOOKUP_WARPS, dtype))
+    for num_cells in (1, 16, 64, 144, 400, 576, 1024):
+        counts, block, warps = walk_block(num_cells)
+        constants = {"COUNTS": counts, "BLOCK": block}
+        forward = presence_triton._count_posterior_kernel
+        backward = presence_triton._count_posterior_backward_kernel
+        rows.append(("walk forward", forward, num_cells, constants, warps, "fp32"))
+        rows.append(("walk backward", backward, num_cells, constants, warps, "fp32"))
+    for name, kernel, num_cells, constants, warps, dtype in rows:
+        if num_cells == 1:
+            constants = _of_one(kernel, constants)
+        samples = "*fp32" if "walk" in name else f"*{dtype}"
+        known = {**types, "logits_ptr": f"*{dtype}", "samples_ptr": samples}
+        yield Configuration(
+            name=f"presence {name} n{num_cells} {dtype}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **known),
+            constants=constants,
+            warps=warps,
+            is_default="walk" not in name,
+        )
 
 
 def configurations() -> list[Configuration]:

@@ -248,7 +248,7 @@ def _count_posterior_backward_kernel(
 
 def lookup_block(num_cells: int) -> int:
     """Cells that a program looks up at once."""
-    return min(1024, max(32, int(triton.next_power_of_2(num_cells))))
+    return min(256, max(32, int(triton.next_power_of_2(num_cells))))
 
 
 def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:

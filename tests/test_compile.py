@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from spairkit.kernels.gate import Build, configurations
 
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(900)
 def test_the_defaults_compile_without_spills() -> None:
     # Triton chooses between compiler and interpreter when it is imported
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

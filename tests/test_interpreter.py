@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["render", "presence"])
 def test_kernels_pass_in_the_interpreter(name: str) -> None:
     run = subprocess.run(
