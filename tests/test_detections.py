@@ -1,7 +1,8 @@
 """The forms in which detections leave the library."""
 
-import importlib.util
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,9 +45,18 @@ def test_json_holds_every_field(two: Detections) -> None:
     assert json.loads(json.dumps(NONE.to_json()))["boxes"] == []
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("supervision") is not None, reason="supervision is installed"
-)
-def test_supervision_is_asked_for_by_name(two: Detections) -> None:
+def test_supervision_gets_boxes_scores_and_one_class(
+    two: Detections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", SimpleNamespace(Detections=SimpleNamespace))
+    given = vars(two.to_supervision())
+    assert given.keys() == {"xyxy", "confidence", "class_id"}
+    assert given["xyxy"].tolist() == two.boxes.tolist()
+    assert given["confidence"].tolist() == [0.75, 0.5]
+    assert given["class_id"].tolist() == [0, 0]
+
+
+def test_supervision_is_asked_for_by_name(two: Detections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)  # as where it is not installed
     with pytest.raises(ImportError, match="supervision"):
         two.to_supervision()

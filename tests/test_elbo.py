@@ -1,0 +1,43 @@
+"""Which terms are weighted in what training minimises, and in what it reports."""
+
+import pytest
+import torch
+
+from spairkit.elbo import Losses
+
+TERMS = {
+    "reconstruction": [100.0, 300.0],
+    "kl_where": [1.0, 3.0],
+    "kl_what": [10.0, 30.0],
+    "kl_depth": [2.0, 6.0],
+    "kl_pres": [4.0, 8.0],
+}
+
+
+def losses(beta: float) -> Losses:
+    terms = {name: torch.tensor(values, requires_grad=True) for name, values in TERMS.items()}
+    return Losses(**terms, beta=beta)
+
+
+def test_beta_weighs_where_what_and_depth_alone() -> None:
+    assert losses(1.0).total.tolist() == [117.0, 347.0]
+    assert losses(3.0).total.tolist() == [143.0, 425.0]
+
+
+@pytest.mark.parametrize("beta", [1.0, 3.0])
+def test_the_elbo_is_unweighted(beta: float) -> None:
+    assert losses(beta).elbo.tolist() == [-117.0, -347.0]
+
+
+def test_means_name_every_term_and_hold_no_graph() -> None:
+    means = losses(3.0).means()
+    assert {name: float(value) for name, value in means.items()} == {
+        "reconstruction": 200.0,
+        "kl_where": 2.0,
+        "kl_what": 20.0,
+        "kl_depth": 4.0,
+        "kl_pres": 6.0,
+        "total": 284.0,
+        "elbo": -232.0,
+    }
+    assert not any(value.requires_grad for value in means.values())
