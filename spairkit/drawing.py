@@ -49,7 +49,6 @@ _OBJECT_SIDE = 84
 _MAX_LABELS = 200
 _OUTSIDE = 6  # of the places for a label, those around its box
 _MAX_HIDDEN = 0.4  # boxes or labels that a label may hide
-_CHECKS = 6
 
 
 def legible_scale(height: int, width: int) -> int:
@@ -95,8 +94,9 @@ def panel(
 ) -> Tensor:  # [3, H', W'] uint8
     """One picture of one image: itself, the boxes, the reconstruction and the objects found.
 
-    Objects stand on a chequered ground that shows through where they are transparent, the highest
-    score first, 24 at most. An image longer than 1,024 pixels is reduced to that.
+    Objects stand on the commonest colour of the image, which shows through where they are
+    transparent, the highest score first, 24 at most. An image longer than 1,024 pixels is reduced
+    to that.
 
     Args:
         image: [3, H, W] in [0, 1].
@@ -128,7 +128,8 @@ def panel(
             raise ValueError(
                 f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
             )
-        parts.append(_gallery(detections, appearances, parts[0].width))
+        ground = _commonest_colour(image)
+        parts.append(_gallery(detections, appearances, ground, parts[0].width))
     return _tensor(_framed(_below(parts)))
 
 
@@ -280,12 +281,19 @@ def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:
                     draw.line((u + arm * along, v, u, v, u, v + arm * down), fill=colour)
 
 
-def _gallery(detections: Detections, appearances: Tensor, width: int) -> Image.Image:
+def _gallery(
+    detections: Detections,
+    appearances: Tensor,  # [n, P, P, 4]
+    ground: npt.NDArray[np.float32],  # [3]
+    width: int,
+) -> Image.Image:
     """The objects in rows of at most `width` pixels."""
     title = "objects by score" if len(detections) else "no object to show"
     scores = detections.scores.detach().cpu()
     order = scores.argsort(descending=True, stable=True)[:MAX_OBJECTS].tolist()
-    cells = [_captioned(_object(appearances[i], _colour(i)), f"{scores[i]:.2f}") for i in order]
+    cells = [
+        _captioned(_object(appearances[i], ground, _colour(i)), f"{scores[i]:.2f}") for i in order
+    ]
     if len(detections) > MAX_OBJECTS:
         more = Image.new("RGB", (cells[0].width, cells[0].height), _PAPER)
         text = f"and {len(detections) - MAX_OBJECTS} more"
@@ -295,21 +303,31 @@ def _gallery(detections: Detections, appearances: Tensor, width: int) -> Image.I
     return _below([_line(title), *rows], gap=8)
 
 
-def _object(rgba: Tensor, colour: tuple[int, int, int]) -> Image.Image:
-    """An appearance map on chequered ground, framed."""
+def _object(
+    rgba: Tensor,  # [P, P, 4]
+    ground: npt.NDArray[np.float32],  # [3]
+    colour: tuple[int, int, int],
+) -> Image.Image:
+    """An appearance map on ground of one colour, framed."""
     scale = max(1, _OBJECT_SIDE // max(rgba.shape[:2]))
     values = rgba.detach().cpu().float().nan_to_num().clamp(0, 1).numpy()
     values = values.repeat(scale, axis=0).repeat(scale, axis=1)
     height, width = values.shape[:2]
-    check = max(1, max(height, width) // _CHECKS)
-    rows, columns = np.arange(height) // check, np.arange(width) // check
-    ground = np.where((rows[:, None] + columns) % 2, 0.42, 0.58)[..., None]
     alpha = values[..., 3:]
     blended = ground + alpha * (values[..., :3] - ground)
     tile = Image.fromarray((blended * 255).round().astype(np.uint8))
     framed = Image.new("RGB", (width + 6, height + 6), colour)
     framed.paste(tile, (3, 3))
     return framed
+
+
+def _commonest_colour(image: Tensor) -> npt.NDArray[np.float32]:  # [3, H, W] -> [3]
+    """In [0, 1]; of equally common ones the darkest in red, then in green, then in blue."""
+    levels = np.asarray(_picture(image, 1)).reshape(-1, 3).astype(np.int64)
+    codes = levels @ np.array([1 << 16, 1 << 8, 1])
+    values, counts = np.unique(codes, return_counts=True)
+    code = int(values[counts.argmax()])
+    return np.array([code >> 16, code >> 8 & 255, code & 255], dtype=np.float32) / 255
 
 
 def _scale(height: int, width: int, side: int, max_side: int) -> float:
