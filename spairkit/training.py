@@ -5,6 +5,7 @@ noise. A run that is killed and resumed therefore ends with the same bits as one
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,6 +237,17 @@ class _Trainer:
                 "checkpoint or train anew"
             ) from None
         self.step = checkpoint.step
+        here = environment()
+        changed = [
+            f"{name} was {before} and is {here.get(name)}"
+            for name, before in checkpoint.environment.items()
+            if before != here.get(name)
+        ]
+        if changed:
+            warnings.warn(
+                f"{self.run.path}: goes on, but not to the same bits: {', '.join(changed)}",
+                stacklevel=2,
+            )
         if self.best_step == self.step:  # a kill may have come before the link
             self.run.mark_best(self.step)
 

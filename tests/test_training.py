@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit import checkpoints, durable
+from spairkit import checkpoints, durable, training
 from spairkit.checkpoints import load_checkpoint
 from spairkit.config import Config, TrainConfig, from_dict, merge
 from spairkit.elbo import Losses
@@ -146,6 +146,16 @@ def test_a_kill_while_a_validation_is_saved_loses_nothing(
     train(config, cut.path)
     assert_same_bits(whole, cut)
     assert whole.metrics() == cut.metrics()
+
+
+def test_resuming_elsewhere_says_what_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny(), tmp_path / "run", 1)
+    elsewhere = checkpoints.environment() | {"threads": 64}
+    monkeypatch.setattr(training, "environment", lambda: elsewhere)
+    with pytest.warns(UserWarning, match="not to the same bits: threads was 1 and is 64"):
+        train(tiny(), tmp_path / "run", 1)
 
 
 def test_another_seed_gives_another_model(tmp_path: Path) -> None:
