@@ -284,7 +284,7 @@ def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:
 def _gallery(
     detections: Detections,
     appearances: Tensor,  # [n, P, P, 4]
-    ground: npt.NDArray[np.float32],  # [3]
+    ground: npt.NDArray[np.float64],  # [3]
     width: int,
 ) -> Image.Image:
     """The objects in rows of at most `width` pixels."""
@@ -305,7 +305,7 @@ def _gallery(
 
 def _object(
     rgba: Tensor,  # [P, P, 4]
-    ground: npt.NDArray[np.float32],  # [3]
+    ground: npt.NDArray[np.float64],  # [3]
     colour: tuple[int, int, int],
 ) -> Image.Image:
     """An appearance map on ground of one colour, framed."""
@@ -321,13 +321,13 @@ def _object(
     return framed
 
 
-def _commonest_colour(image: Tensor) -> npt.NDArray[np.float32]:  # [3, H, W] -> [3]
+def _commonest_colour(image: Tensor) -> npt.NDArray[np.float64]:  # [3, H, W] -> [3]
     """In [0, 1]; of equally common ones the darkest in red, then in green, then in blue."""
     levels = np.asarray(_picture(image, 1)).reshape(-1, 3).astype(np.int64)
     codes = levels @ np.array([1 << 16, 1 << 8, 1])
     values, counts = np.unique(codes, return_counts=True)
     code = int(values[counts.argmax()])
-    return np.array([code >> 16, code >> 8 & 255, code & 255], dtype=np.float32) / 255
+    return np.array([code >> 16, code >> 8 & 255, code & 255], dtype=np.float32) / np.float32(255)
 
 
 def _scale(height: int, width: int, side: int, max_side: int) -> float:
