@@ -17,6 +17,7 @@ from spairkit.cli.options import (
     DeviceOption,
     QuietOption,
     ThresholdOption,
+    check_output,
     choose_checkpoint,
     choose_device,
 )
@@ -56,19 +57,23 @@ def detect(
 ) -> None:
     """Find objects in images of any size. Boxes are pixels from the upper left corner.
 
-    Images are numbered 1, 2, 3 ... as they come, a folder's by name. Of a single folder with an
-    annotations.json they have the ids in there, so that COCO's tools can compare.
+    Images are numbered from 1 as they come, a folder's by name.
+
+    Those of a single folder with annotations.json have its ids, as COCO's tools expect.
     """
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such image or folder")
+    if out is not None:
+        check_output(out)
     from spairkit.models import load
 
+    images = _images(paths)
     chosen = choose_device(device)
     detector = load(choose_checkpoint(checkpoint), chosen)
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:
-        for name, number, image in _images(paths):
+        for name, number, image in images:
             found.append((name, number, detector.detect(image[None].to(chosen), threshold)[0]))
             show_done(len(found))
     text = _WRITERS[format_](found)
@@ -83,15 +88,19 @@ def detect(
 
 
 def _images(paths: list[Path]) -> "Iterator[tuple[str, int, Tensor]]":
-    """Name, id and pixels of each image."""
-    from spairkit.images import list_images, read_image
+    """Name, id and pixels of each image. What is no picture is refused before the first is read.
+
+    Raises:
+        InputError: a folder has no picture in it, a file is none, or annotations are wrong.
+    """
+    from spairkit.images import image_size, list_images, read_image
 
     if len(paths) == 1 and (paths[0] / "annotations.json").exists():
-        yield from _annotated(paths[0])
-        return
+        return _annotated(paths[0])
     files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
-    for number, file in enumerate(files, start=1):
-        yield str(file), number, read_image(file)
+    for file in files:
+        image_size(file)
+    return ((str(file), number, read_image(file)) for number, file in enumerate(files, start=1))
 
 
 def _annotated(folder: Path) -> "Iterator[tuple[str, int, Tensor]]":
@@ -99,8 +108,7 @@ def _annotated(folder: Path) -> "Iterator[tuple[str, int, Tensor]]":
     from spairkit.data.folder import ImageFolder
 
     images = ImageFolder(DataConfig(name="folder", path=str(folder)), "test")
-    for name, number, image, _ in images.images():
-        yield str(folder / name), number, image
+    return ((str(folder / name), number, image) for name, number, image, _ in images.images())
 
 
 def _coco(found: "list[tuple[str, int, Detections]]") -> str:

@@ -18,6 +18,7 @@ from spairkit.cli.options import (
     QuietOption,
     SetOption,
     ThresholdOption,
+    check_output,
     choose_checkpoint,
     choose_device,
     data_layer,
@@ -54,6 +55,8 @@ def evaluate(
     others = sorted({key for layer in over for key in layer if key != "data"})
     if others:
         raise InputError(f"--set {others[0]}: only data can be set here, as data.max_objects=5")
+    if out is not None:
+        check_output(out)
     from spairkit.checkpoints import load_checkpoint
     from spairkit.durable import write_text
     from spairkit.models import from_checkpoint

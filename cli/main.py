@@ -39,6 +39,10 @@ app.command()(doctor)
 app.command()(bench)
 
 
+# what Typer raises when words on the command line are wrong; it has no public name
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
 class _Stopped(SystemExit):
     """A signal to end came. Typer lets SystemExit pass."""
 
@@ -100,6 +104,9 @@ def _run(arguments: list[str] | None) -> int:
         if isinstance(error, InputError):
             say(f"spairkit: {error}")
             return 2
+        if isinstance(error, _UsageError):
+            _say_usage(error)
+            return 2
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
@@ -113,14 +120,23 @@ def _run(arguments: list[str] | None) -> int:
     return status
 
 
+def _say_usage(error: Exception) -> None:
+    """One line in place of Typer's box. Without a message, help has been printed already."""
+    message = " ".join(getattr(error, "format_message", error.__str__)().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "spairkit"
+    if message:
+        say(f"spairkit: {message[:1].lower()}{message[1:]}; see {command} --help")
+
+
 def _exit_status(arguments: list[str] | None) -> int:
     try:
-        app(arguments, prog_name="spairkit")
+        status = app(arguments, prog_name="spairkit", standalone_mode=False)
     except _Stopped:
         raise
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,5 +1,6 @@
 """Options that several commands share, and what their words mean."""
 
+import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -38,7 +39,9 @@ ConfigOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting, as train.batch_size=64."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="One setting, as data.max_objects=5; as often as needed."
+    ),
 ]
 DataOption = Annotated[
     str | None,
@@ -59,6 +62,20 @@ ThresholdOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        InputError: it is a folder, or its folder is missing or not writable.
+    """
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"--out {path}: nothing can be written in {path.parent}; name another")
 
 
 def choose_checkpoint(given: Path | None) -> Path:

@@ -12,6 +12,7 @@ from spairkit.cli.options import (
     DeviceOption,
     JsonOption,
     ThresholdOption,
+    check_output,
     choose_checkpoint,
     choose_device,
 )
@@ -31,23 +32,26 @@ def viz(
 ) -> None:
     """Draw boxes on an image, beside its reconstruction and the objects found."""
     outputs = _outputs(images, out)
+    for output in outputs:
+        check_output(output)
     from spairkit.drawing import panel
-    from spairkit.images import read_image, write_png
+    from spairkit.images import read_pixels, to_colour, write_png
     from spairkit.models import load
 
+    pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
     source = choose_checkpoint(checkpoint)
     chosen = choose_device(device)
     detector = load(source, chosen)
     drawn = []
-    for path, output in zip(images, outputs, strict=True):
-        image = read_image(path)
+    for path, pixels, output in zip(images, pictures, outputs, strict=True):
+        image = to_colour(pixels).contiguous()
         batch = image[None].to(chosen)
         found = detector.detect(batch, threshold)[0]
         objects = detector.appearance(batch, threshold)[0].cpu()
         write_png(output, panel(image, found, detector.reconstruct(batch)[0].cpu(), objects))
         if not json:
             plural = "object" if len(found) == 1 else "objects"
-            typer.echo(f"{path}: {len(found)} {plural} found by {source}; picture: {output}")
+            typer.echo(f"{path}: {len(found)} {plural} found; picture: {output}")
         drawn.append({"image": str(path), "picture": str(output), "count": len(found)})
     if json:
         print_json({"checkpoint": str(source), "pictures": drawn})

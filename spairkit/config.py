@@ -267,7 +267,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path}: no such config file")
+            raise InputError(f"{path}: no such config file; `spairkit config copy FILE` makes one")
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: larger than 1 MB, which no config is")
         text = path.read_text(encoding="utf-8-sig")

@@ -60,7 +60,7 @@ class Run:
         """
         source = path / "config.toml"
         if not source.is_file():
-            raise InputError(f"{path}: not a run: no config.toml in it")
+            raise InputError(f"{path}: not a run: no config.toml in it; name the folder of a run")
         return cls(path, from_dict(load_toml(source), str(source)))
 
     @property

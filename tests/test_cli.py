@@ -92,11 +92,13 @@ def test_module_runs_as_the_command() -> None:
 @pytest.mark.parametrize(
     "words", [["nonsense"], ["train", "--nonsense"], ["viz"], ["eval", "--threshold", "1"]]
 )
-def test_wrong_usage_ends_with_2(run: Runner, words: list[str]) -> None:
+def test_wrong_usage_is_one_line_and_2(run: Runner, words: list[str]) -> None:
     ended = run(*words)
     assert ended.status == 2
     assert ended.out == ""
-    assert "Usage: spairkit" in ended.err
+    assert ended.err.startswith("spairkit: ")
+    assert ended.err.endswith("--help\n")
+    assert ended.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,13 @@ def test_wrong_usage_ends_with_2(run: Runner, words: list[str]) -> None:
         (["viz", "a.png", "b.png", "--out", "c.png"], "--out names one picture"),
         (["viz", "a/x.png", "b/x.png"], "two of the images are called x; draw them apart"),
         (["viz", "file", "--out", "./file"], "file: is one of the images"),
+        (["viz", "file"], "file: not a picture that can be read"),
+        (["viz", "file", "--out", "a/b.png"], "--out a/b.png: there is no folder a; make it first"),
+        (["viz", "file", "--out", "."], "--out .: is a folder; name a file"),
+        (["eval", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
+        (["detect", "file", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
+        (["detect", "file"], "file: not a picture that can be read"),
+        (["detect", "."], ".: no pictures in this folder"),
         (["detect", "absent.png"], "absent.png: no such image or folder"),
         (["config", "copy", "file"], "file: exists already; name a new file"),
         (["data", "make", "file"], "file: exists already; name a new folder"),
@@ -130,7 +139,7 @@ def test_what_the_person_can_fix_is_one_line_and_2(
     ended = run(*words)
     assert ended.status == 2
     assert ended.out == ""
-    line = ended.err.splitlines()[-1]
+    (line,) = ended.err.splitlines()
     assert line.startswith("spairkit: ")
     assert message in line
     assert "Traceback" not in ended.err
