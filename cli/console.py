@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,11 @@ def results() -> "Console":
 
 
 def progress_bar(*, quiet: bool = False) -> "Progress":
-    """A bar on stderr, to be used as a context; nothing at all without a terminal."""
-    from rich.console import Console
+    """A bar on stderr, to be used as a context; nothing at all without a terminal.
+
+    Its note stands on lines of its own, so that it takes no room from the bar.
+    """
+    from rich.console import Console, RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -47,13 +50,18 @@ def progress_bar(*, quiet: bool = False) -> "Progress":
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 
-    return Progress(
+    class Noted(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
+
+    return Noted(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
         console=Console(file=sys.stderr, highlight=False, markup=False),
         transient=True,
         disable=quiet or not sys.stderr.isatty(),

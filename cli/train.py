@@ -65,7 +65,12 @@ def train(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of weights and noise.")] = None,
     select: Annotated[
-        Select | None, typer.Option("--select", help="What makes a checkpoint the best one.")
+        Select | None,
+        typer.Option(
+            "--select",
+            help="The best checkpoint has the highest validation ELBO (elbo, the default, without "
+            "labels) or AP by the paper's rule (ap, with them).",
+        ),
     ] = None,
     device: DeviceOption = Device.AUTO,
     json: JsonOption = False,
@@ -99,6 +104,8 @@ def train(
             return interrupts.number is not None or over_time
 
         say(f"training in {run.path} on {chosen.type}, {run.config.train.steps} steps")
+        if run.config.train.select == "ap":
+            say("the best checkpoint is that of the highest validation AP by the paper's rule")
         step, validation = _follow(fit(run.config, run, chosen, stop), run, quiet=quiet)
     go_on = f"spairkit train --resume {shlex.quote(str(run.path))}"
     if interrupts.number is not None:
@@ -127,7 +134,7 @@ def train(
         print_report(report)
     else:
         say("these images have no annotations.json, so there are no test figures")
-    _print_next(run, page)
+    _print_next(run, page, has_truth=report is not None)
 
 
 class _Interrupts:
@@ -196,9 +203,10 @@ def _follow(
     from spairkit.training import Step
 
     saved = run.checkpoints
-    step = first = saved[0][0] if saved else 0
+    step = saved[0][0] if saved else 0
     figures: dict[str, float] = {}
     losses, line_at = "", 0.0
+    rate_from = step, 0.0
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
 
@@ -215,13 +223,18 @@ def _follow(
             step = event.step
             if event.losses:
                 losses = _elbo(event.losses)
-            rate = (step - first) / max(event.seconds, 1e-9)
+            if not rate_from[1]:
+                # the first step compiles, and says nothing of those to come
+                rate_from = step, event.seconds
+                continue
+            rate = (step - rate_from[0]) / max(event.seconds - rate_from[1], 1e-9)
             bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
             if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
                 line_at = event.seconds
                 left = (event.steps - step) / max(rate, 1e-9)
                 print_line(
-                    f"step {step} of {event.steps}, {rate:.1f}/s, {_duration(left)} left  {losses}"
+                    f"step {step} of {event.steps}, {rate:.1f}/s, {_duration(left)} left"
+                    f"{'  ' if losses else ''}{losses}"
                 )
     return step, figures
 
@@ -246,16 +259,18 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def _print_next(run: "Run", page: Path) -> None:
+def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
     """Where the run is, and two commands that work as they stand."""
     path = shlex.quote(str(run.path))
     image = shlex.quote(str(_example(run)))
+    folder = shlex.quote(run.config.data.path)
+    second = "eval" if has_truth else f"detect {folder} --out found.json"
     results().print(
         f"run: {run.path}\n"
         f"report: {page}\n"
         "try next:\n"
         f"  spairkit viz {image} --checkpoint {path}\n"
-        f"  spairkit eval --checkpoint {path}",
+        f"  spairkit {second} --checkpoint {path}",
         soft_wrap=True,
     )
 

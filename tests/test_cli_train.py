@@ -308,9 +308,26 @@ def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
     assert ended.status == 0
     assert "no annotations.json, so there are no test figures" in ended.err
     assert f"spairkit viz {tmp_path / '0.png'} --checkpoint own" in ended.out
+    assert f"spairkit detect {tmp_path} --out found.json --checkpoint own" in ended.out
     ended = run("eval", "--checkpoint", "own")
     assert ended.status == 2
     assert "nothing to compare with: no annotations.json" in ended.err
+
+
+def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) -> None:
+    write_png(tmp_path / "good.png", torch.rand(3, 30, 31))
+    (tmp_path / "bad.png").write_text("no picture")
+    ended = run("viz", tmp_path / "good.png", tmp_path / "bad.png")
+    assert ended.status == 2
+    assert "bad.png: not a picture that can be read" in ended.err
+    assert not Path("good-spairkit.png").exists()
+
+
+def test_selecting_by_ap_is_said(run: Runner) -> None:
+    said = "the highest validation AP by the paper's rule"
+    words = ["train", "--config", "tiny.toml", "--steps", "1"]
+    assert said in run(*words, "--out", "by-ap", "--select", "ap").err
+    assert said not in run(*words, "--out", "by-elbo").err
 
 
 def test_report_is_written_again(run: Runner) -> None:
