@@ -187,10 +187,11 @@ def at_least(value, floor):
     return tl.where(value < floor, floor, value)  # NaN has to stay NaN
 
 
-def forward_tile(num_objects: int) -> dict[str, int]:
+def forward_tile(num_objects: int, num_colours: int) -> dict[str, int]:
     """Tiles of pixels, as constants of the kernel: small ones waste less, large ones cull less."""
     if num_objects < 576:
-        return {"TILE_H": 8, "TILE_W": 8, "num_warps": 1}
+        # four colours and alpha take eight channels, too many for two pixels a thread
+        return {"TILE_H": 8, "TILE_W": 8, "num_warps": 2 if num_colours == 4 else 1}
     return {"TILE_H": 16, "TILE_W": 16, "num_warps": 4}
 
 
@@ -204,7 +205,7 @@ def render_triton(
     change = torch.empty(background.shape, device=rgba.device)
     inverse = torch.empty(num_images, height, width, device=rgba.device)
     keep = torch.empty(num_images, height, width, device=rgba.device)
-    tile = forward_tile(num_objects)
+    tile = forward_tile(num_objects, num_colours)
     tiles_x = triton.cdiv(width, tile["TILE_W"])
     tiles = tiles_x * triton.cdiv(height, tile["TILE_H"])
     if tiles * num_images:
