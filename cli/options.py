@@ -128,9 +128,14 @@ def data_layer(word: str) -> dict[str, Any]:
         return {"data": {"name": word}}
     path = Path(word)
     if path.is_dir():
-        return {"data": {"name": "folder", "path": word}}
+        return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.is_file():
-        return {"data": {"name": "emnist" if "emnist" in path.name else "mnist", "path": word}}
+        return {
+            "data": {
+                "name": "emnist" if "emnist" in path.name else "mnist",
+                "path": str(path.resolve()),
+            }
+        }
     raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")
 
 

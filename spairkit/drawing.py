@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from spairkit.colours import commonest_colour
 from spairkit.detections import Detections, Truth
 
 COLOURS = (
@@ -128,7 +129,7 @@ def panel(
             raise ValueError(
                 f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
             )
-        ground = _commonest_colour(image)
+        ground = commonest_colour(image).double().numpy()
         parts.append(_gallery(detections, appearances, ground, parts[0].width))
     return _tensor(_framed(_below(parts)))
 
@@ -319,15 +320,6 @@ def _object(
     framed = Image.new("RGB", (width + 6, height + 6), colour)
     framed.paste(tile, (3, 3))
     return framed
-
-
-def _commonest_colour(image: Tensor) -> npt.NDArray[np.float64]:  # [3, H, W] -> [3]
-    """In [0, 1]; of equally common ones the darkest in red, then in green, then in blue."""
-    levels = np.asarray(_picture(image, 1)).reshape(-1, 3).astype(np.int64)
-    codes = levels @ np.array([1 << 16, 1 << 8, 1])
-    values, counts = np.unique(codes, return_counts=True)
-    code = int(values[counts.argmax()])
-    return np.array([code >> 16, code >> 8 & 255, code & 255], dtype=np.float32) / np.float32(255)
 
 
 def _scale(height: int, width: int, side: int, max_side: int) -> float:

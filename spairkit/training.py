@@ -8,12 +8,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spairkit.checkpoints import Checkpoint, environment
+from spairkit.colours import commonest_colour
 from spairkit.config import Config, TrainConfig
 from spairkit.data.datasets import Dataset, evaluation_batches, open_dataset
 from spairkit.densities import count_success
@@ -149,7 +151,7 @@ class _Trainer:
     def update(self) -> dict[str, Tensor] | None:
         """One step of Adam; None where loss or gradients were not finite and nothing was done."""
         settings, step = self.config.train, self.step
-        first = step * settings.batch_size
+        first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
         indices = torch.arange(first, first + settings.batch_size)
         images = self.train.batch(indices).images
         losses = self.model(
@@ -220,9 +222,8 @@ class _Trainer:
         try:
             self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
             for name, parameter in self.parameters.items():
-                # what never had a gradient has no moments: training wheels keep some from it
-                wheels = checkpoint.step <= self.config.train.training_wheels
-                if wheels and f"step:{name}" not in state:
+                # what never had a gradient has no moments, as after training wheels
+                if f"step:{name}" not in state:
                     continue
                 moments = {
                     key: state[f"{key}:{name}"].to(self.device)
@@ -287,8 +288,10 @@ class _Trainer:
             gradient.add_(noise, alpha=scale)
 
     def _generator(self, purpose: int, step: int) -> torch.Generator:
-        generator = torch.Generator(self.device)
-        return generator.manual_seed((self.config.train.seed << 32 | step) * 4 + purpose)
+        # mixed: of a seed the CPU's generator takes the low 32 bits alone
+        words = f"{self.config.train.seed} {purpose} {step}".encode()
+        seed = int.from_bytes(sha256(words).digest()[:8], "big")
+        return torch.Generator(self.device).manual_seed(seed)
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
@@ -301,12 +304,3 @@ def success_at(config: Config, step: int) -> float:
     """s of the count prior after `step` updates (section 2.1)."""
     c = config.model
     return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)
-
-
-def commonest_colour(images: Tensor) -> Tensor:  # [B, 3, H, W] -> [3]
-    """The 8-bit colour that most pixels have, in [0, 1] (section 4.4, mode "mode")."""
-    levels = (images * 255).round().long()
-    codes = (levels[:, 0] << 16) + (levels[:, 1] << 8) + levels[:, 2]
-    values, counts = codes.flatten().unique(return_counts=True)
-    code = values[counts.argmax()]
-    return torch.stack([code >> 16, (code >> 8) & 255, code & 255]) / 255
