@@ -1,6 +1,7 @@
 """What goes to the person: messages and progress on stderr, results on stdout."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+
+_TABLE_WIDTH = 80  # that of the figures by number of objects
 
 
 def say(message: str) -> None:
@@ -30,15 +34,16 @@ def print_json(value: Any) -> None:
 
 
 def results() -> "Console":
-    """Where tables go: stdout, wide enough for them when it is a file or a pipe."""
+    """Where tables go: stdout, never so narrow that rich would cut figures off."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 100
+    columns = shutil.get_terminal_size().columns
+    width = max(columns, _TABLE_WIDTH) if sys.stdout.isatty() else 100
     return Console(file=sys.stdout, width=width, highlight=False, markup=False)
 
 
 def progress_bar(*, quiet: bool = False) -> "Progress":
-    """A bar on stderr, to be used as a context; nothing at all without a terminal.
+    """A bar on stderr, to be used as a context; none without a terminal that can redraw a line.
 
     Its note stands on lines of its own, so that it takes no room from the bar.
     """
@@ -57,14 +62,15 @@ def progress_bar(*, quiet: bool = False) -> "Progress":
             yield self.make_tasks_table(self.tasks)
             yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
 
+    console = Console(file=sys.stderr, highlight=False, markup=False)
     return Noted(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(file=sys.stderr, highlight=False, markup=False),
+        console=console,
         transient=True,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=quiet or not sys.stderr.isatty() or console.is_dumb_terminal,
     )
 
 

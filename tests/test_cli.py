@@ -1,5 +1,6 @@
 """The command line without training: its border, its options, its settings."""
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 
 import spairkit
 from spairkit import config as config_module
+from spairkit.cli.console import progress_bar, results
 from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
 from spairkit.config import from_toml
@@ -195,6 +197,35 @@ def test_a_signal_ends_with_128_and_its_number(
     monkeypatch.setattr(config_module, "to_toml", lambda *_: os.kill(os.getpid(), number))
     assert run("config", "show") == Ended(128 + number, "", f"spairkit: stopped by {number.name}\n")
     assert signal.getsignal(number) is before
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_long_note_leaves_room_for_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_bar() as bar:
+        bar.add_task("training", total=9, completed=3, note="word " * 30)
+    shown = terminal.getvalue()
+    assert "training" in shown
+    assert "3/9" in shown
+    assert shown.count("word") % 30 == 0
+    monkeypatch.setenv("TERM", "dumb")
+    assert progress_bar().disable, "lines instead"
+
+
+def test_tables_are_wide_enough_for_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    for columns, width in ((40, 80), (120, 120)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert results().width == width
 
 
 def test_a_reader_that_leaves_early_sees_no_complaint() -> None:
