@@ -99,7 +99,7 @@ def run(
         chosen: what to time.
         device: where.
         compiled: also time torch.compile of the rivals (minutes on a CPU, and needs a compiler).
-        seconds: to spend on a figure, after the first three repeats.
+        seconds: to spend on a figure, if three repeats do not take longer.
 
     Raises:
         RuntimeError: an operator is wrong on this machine; no figure has been taken.
@@ -311,10 +311,10 @@ def _call(
 
 
 def _times(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Sorted seconds of at least three calls; the call has been made before."""
+    """Sorted seconds of calls: at least three if they are done in 20 s; one was made before."""
     times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 1000):
+    begin = time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds or len(times) < (3 if spent < 20 else 1):
         start = time.perf_counter()
         call()
         if device.type == "cuda":
