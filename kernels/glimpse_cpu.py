@@ -41,10 +41,10 @@ def _glimpses_forward(
 ):
     num_images, num_channels, height, width = images.shape
     size = glimpses.shape[2]
-    row, column = np.empty(size, np.int64), np.empty(size, np.int64)
+    row, column = np.empty(size, np.uint64), np.empty(size, np.uint64)
     row_fraction, column_fraction = np.empty(size, np.float32), np.empty(size, np.float32)
     inside = np.empty(size, np.float32)
-    below, beside = min(1, height - 1), min(1, width - 1)
+    below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
     for r in range(start, stop):
         _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, inside)
         _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, inside)
@@ -72,11 +72,11 @@ def _glimpses_backward(
 ):
     num_images, num_channels, height, width = images.shape
     size = grad_glimpses.shape[2]
-    row, column = np.empty(size, np.int64), np.empty(size, np.int64)
+    row, column = np.empty(size, np.uint64), np.empty(size, np.uint64)
     row_fraction, column_fraction = np.empty(size, np.float32), np.empty(size, np.float32)
     row_inside, column_inside = np.empty(size, np.float32), np.empty(size, np.float32)
     grad_rows, grad_columns = np.empty(size, np.float32), np.empty(size, np.float32)
-    below, beside = min(1, height - 1), min(1, width - 1)
+    below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
     for r in range(start, stop):
         y_scale = _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, row_inside)
         x_scale = _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, column_inside)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spairkit.backends import chosen_backend
+
 
 def extract_glimpses(
     images: Tensor,  # [B, C, H, W]
@@ -29,6 +31,48 @@ def extract_glimpses(
     grid = grid.reshape(batch, -1, size, 2)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
+
+
+def glimpse_rows(
+    images: Tensor,  # [B, C, H, W]
+    boxes: Tensor,  # [n B, 4] row r belongs to image r modulo B
+    size: int,
+) -> Tensor:  # [n B, C size size]
+    """The same for boxes that lie cell by cell, without gradients."""
+    if _compiled(images):
+        from spairkit.kernels.glimpse_cpu import glimpses_cpu
+
+        return glimpses_cpu(images, boxes, size).flatten(1)
+    by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
+    glimpses = extract_glimpses(images, by_image, size).transpose(0, 1)  # [n, B, ...]
+    return glimpses.flatten(2).flatten(0, 1)
+
+
+def box_gradient(
+    grad_glimpses: Tensor,  # [n B, C size size]
+    images: Tensor,
+    boxes: Tensor,  # [n B, 4]
+    size: int,
+) -> Tensor:  # [n B, 4]
+    """The gradient of the boxes of `glimpse_rows`."""
+    grad_glimpses = grad_glimpses.unflatten(1, (-1, size, size))
+    if _compiled(images):
+        from spairkit.kernels.glimpse_cpu import glimpses_backward_cpu
+
+        return glimpses_backward_cpu(grad_glimpses, images, boxes)
+    with torch.enable_grad():
+        by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
+        by_image = by_image.detach().requires_grad_()
+        glimpses = extract_glimpses(images.detach(), by_image, size)
+    grad = grad_glimpses.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
+    grad_boxes: Tensor = torch.autograd.grad(glimpses, by_image, grad)[0]
+    return grad_boxes.transpose(0, 1).flatten(0, 1)
+
+
+def _compiled(images: Tensor) -> bool:
+    if images.device.type != "cpu" or images.dtype != torch.float32:
+        return False
+    return chosen_backend("auto", images, "images") == "cpu"
 
 
 @lru_cache(maxsize=64)

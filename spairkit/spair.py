@@ -5,83 +5,33 @@ columns cells, A what dimensions, P the side of an object map. Inside the encode
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
 
-from dataclasses import dataclass, fields
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.boxes import xyxy_from_centre
+from spairkit.cell_loop import DEPTH_SCALE, encode_cells
 from spairkit.config import SPAIRConfig
 from spairkit.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
     concrete_sample,
-    logistic,
     normal_kl,
     squash,
 )
 from spairkit.detections import Detections
 from spairkit.elbo import Losses
 from spairkit.glimpses import extract_glimpses
+from spairkit.latents import BOX, Latents, Noise, join
 from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
 from spairkit.tight_boxes import tighten
 from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
-_BOX = 4  # y, x, h, w
-_DEPTH_SCALE = 4.0  # the authors' depth is 4 sigmoid(z), in object vectors and importance
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (section 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
-
-
-@dataclass(frozen=True, eq=False)
-class Noise:
-    """Random numbers for one pass over a batch, drawn before it."""
-
-    normal: Tensor  # [B, K, 4 + A + 1] standard normal: where, what, depth
-    logistic: Tensor  # [B, K] standard logistic: pres
-    background: Tensor  # [B, 3] standard normal
-
-    @classmethod
-    def draw(
-        cls, batch: int, cells: int, what: int, generator: torch.Generator | None, like: Tensor
-    ) -> "Noise":
-        """Fresh noise with the device and dtype of `like`."""
-        normal = like.new_empty(batch, cells, _BOX + what + 1).normal_(generator=generator)
-        uniform = like.new_empty(batch, cells).uniform_(generator=generator)
-        return cls(normal, logistic(uniform), like.new_empty(batch, 3).normal_(generator=generator))
-
-
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """The posterior of every cell and what was drawn from it; normals are before the sigmoid."""
-
-    where_mean: Tensor  # [B, K, 4] of z_y, z_x, z_h, z_w
-    where_std: Tensor  # [B, K, 4]
-    what_mean: Tensor  # [B, K, A]
-    what_std: Tensor  # [B, K, A]
-    what: Tensor  # [B, K, A] the sample
-    depth_mean: Tensor  # [B, K]
-    depth_std: Tensor  # [B, K]
-    depth: Tensor  # [B, K] the sample of z_depth; lower is nearer
-    presence_logit: Tensor  # [B, K] in [-10, 10]
-    presence: Tensor  # [B, K] relaxed in training, else 0 or 1
-    boxes: Tensor  # [B, K, 4] xyxy, pixels
-
-
-_NUMBERS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
-
-
-def _join(waves: list[Latents], places: Tensor) -> Latents:
-    """Waves of [n, B, ...] as one value in raster order: [B, K, ...], and [B, K] for numbers."""
-    joined = {}
-    for field in fields(Latents):
-        part = torch.cat([getattr(wave, field.name) for wave in waves])[places].transpose(0, 1)
-        joined[field.name] = part.squeeze(-1) if field.name in _NUMBERS else part
-    return Latents(**joined)
 
 
 class SPAIR(nn.Module):
@@ -99,7 +49,7 @@ class SPAIR(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.vector = _BOX + c.what + 2  # of one object: box, what, depth, presence
+        self.vector = BOX + c.what + 2  # of one object: box, what, depth, presence
         context = len(NEIGHBOURS) * self.vector if c.lateral else 0
         shared = c.features + context
         glimpse = 3 * c.object_size**2
@@ -107,20 +57,22 @@ class SPAIR(nn.Module):
             c.strides, c.backbone_channels, c.features, c.pointwise_kernel, c.activation
         )
         self.where_network = LateralNetwork(
-            shared, 0, c.hidden, 2 * _BOX + c.passthrough, c.activation
+            shared, 0, c.hidden, 2 * BOX + c.passthrough, c.activation
         )
         self.depth_network = LateralNetwork(
-            shared, c.passthrough + _BOX + c.what, c.hidden, 2 + c.passthrough, c.activation
+            shared, c.passthrough + BOX + c.what, c.hidden, 2 + c.passthrough, c.activation
         )
         self.presence_network = LateralNetwork(
-            shared, c.passthrough + _BOX + c.what + 1, c.hidden, 1, c.activation
+            shared, c.passthrough + BOX + c.what + 1, c.hidden, 1, c.activation
         )
         self.encoder = mlp((glimpse, *c.encoder_hidden, 2 * c.what), c.activation)
         self.decoder = mlp((c.what, *c.decoder_hidden, 4 * c.object_size**2), c.activation)
+        moments = self.encoder[-1]
+        assert isinstance(moments, nn.Linear)
         with torch.no_grad():
-            self.where_network.last.bias[2:_BOX] = c.size_bias
-            self.where_network.last.bias[_BOX : 2 * _BOX] = c.std_bias
-            self.encoder[-1].bias[c.what :] = c.std_bias
+            self.where_network.last.bias[2:BOX] = c.size_bias
+            self.where_network.last.bias[BOX : 2 * BOX] = c.std_bias
+            moments.bias[c.what :] = c.std_bias
             self.depth_network.last.bias[1] = c.std_bias
             self.presence_network.last.bias[:] = c.presence_bias
         if c.lateral:
@@ -247,25 +199,32 @@ class SPAIR(nn.Module):
         rows, columns = features.shape[-2:]
         front = wavefront(rows, columns, images.device)
         features = features.flatten(2).permute(2, 0, 1)[front.order]  # [K, B, F]
+        networks = (self.where_network, self.depth_network, self.presence_network)
+        weights = shared_weights(networks, 0, c.features)
+        bias = torch.cat([network.first.bias for network in networks])
+        products = F.linear(features, weights, bias)  # [K, B, 3 hidden]
+        edge = self._edge() if c.lateral else None
+        # the loop without records of autograd is for the one case that has to be fast
+        plain = images.requires_grad or torch.compiler.is_compiling()
+        if noise is not None and relaxed and torch.is_grad_enabled() and not plain:
+            return encode_cells(
+                images, products, noise, edge, networks, self.encoder, c, front, training_wheels
+            )
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
         corners = corners[:, None].to(images.dtype)  # [K, 1, 2] row and column of each cell
         if noise is not None:
             normal = noise.normal.transpose(0, 1)[front.order]  # [K, B, 4 + A + 1]
             jitter = noise.logistic.T[front.order, :, None]  # [K, B, 1]
 
-        networks = (self.where_network, self.depth_network, self.presence_network)
-        weights = shared_weights(networks, 0, c.features)
-        bias = torch.cat([network.first.bias for network in networks])
-        products = F.linear(features, weights, bias)  # [K, B, 3 hidden]
-        if c.lateral:
+        if edge is not None:
             context_weights = shared_weights(networks, c.features, networks[0].shared)
-            edge = self._edge(images.shape[0])
+            edge = edge.expand(1, images.shape[0], -1)
         vectors: list[Tensor] = []  # of the waves so far, [n, B, V]
         waves: list[Latents] = []  # cells first
         for wave in front.waves:
             cells = slice(wave.start, wave.stop)
             product = products[cells]
-            if c.lateral:
+            if edge is not None:
                 pool = torch.cat([edge, *vectors[-LOOKBACK:]])
                 context = pool[wave.neighbours].transpose(1, 2).flatten(2)  # [n, B, 4 V]
                 product = product + F.linear(context, context_weights)
@@ -275,7 +234,7 @@ class SPAIR(nn.Module):
             )
             vectors.append(vector)
             waves.append(latents)
-        return _join(waves, front.places)
+        return join(waves, front.places)
 
     def _encode_wave(
         self,
@@ -291,9 +250,9 @@ class SPAIR(nn.Module):
         where_product, depth_product, presence_product = products.chunk(3, dim=-1)
 
         outputs = self.where_network(where_product, None)
-        moments, passed = outputs.split([2 * _BOX, c.passthrough], dim=-1)
+        moments, passed = outputs.split([2 * BOX, c.passthrough], dim=-1)
         where_mean, where_std = self._moments(moments, training_wheels)
-        where = where_mean if noise is None else where_mean + where_std * noise[0][..., :_BOX]
+        where = where_mean if noise is None else where_mean + where_std * noise[0][..., :BOX]
         unit = squash(where)
         offset = unit[..., :2] * (c.centre_max - c.centre_min) + c.centre_min  # b~_y, b~_x
         centre = (corners + offset) * c.cell  # equations 2 and 3
@@ -303,14 +262,14 @@ class SPAIR(nn.Module):
         glimpses = extract_glimpses(images, boxes.transpose(0, 1), c.object_size)
         moments = self.encoder(glimpses.flatten(2)).transpose(0, 1)
         what_mean, what_std = self._moments(moments, training_wheels=False)
-        what = what_mean if noise is None else what_mean + what_std * noise[0][..., _BOX:-1]
+        what = what_mean if noise is None else what_mean + what_std * noise[0][..., BOX:-1]
 
         placed = torch.cat([offset, unit[..., 2:], what], dim=-1)
         outputs = self.depth_network(depth_product, torch.cat([passed, placed], dim=-1))
         moments, passed = outputs.split([2, c.passthrough], dim=-1)
         depth_mean, depth_std = self._moments(moments, training_wheels)
         depth = depth_mean if noise is None else depth_mean + depth_std * noise[0][..., -1:]
-        placed = torch.cat([placed, _DEPTH_SCALE * squash(-depth)], dim=-1)
+        placed = torch.cat([placed, DEPTH_SCALE * squash(-depth)], dim=-1)
 
         logit = self.presence_network(presence_product, torch.cat([passed, placed], dim=-1))
         logit = logit.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
@@ -337,10 +296,10 @@ class SPAIR(nn.Module):
         )
         return latents, torch.cat([placed, presence], dim=-1)
 
-    def _edge(self, batch: int) -> Tensor:  # [1, B, V]
+    def _edge(self) -> Tensor:  # [V]
         """The learned object beyond the rim; its box and presence lie in (0, 1)."""
-        box, rest, presence = self.edge.split([_BOX, self.vector - _BOX - 1, 1])
-        return torch.cat([box.sigmoid(), rest, presence.sigmoid()]).expand(1, batch, -1)
+        box, rest, presence = self.edge.split([BOX, self.vector - BOX - 1, 1])
+        return torch.cat([box.sigmoid(), rest, presence.sigmoid()])
 
     def _moments(self, outputs: Tensor, training_wheels: bool) -> tuple[Tensor, Tensor]:
         """Means and standard deviations, the two halves: std = 2 sigmoid(raw)."""

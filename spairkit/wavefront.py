@@ -35,6 +35,8 @@ class Wavefront:
     waves: tuple[Wave, ...]
     order: Tensor  # [K] int64, the raster index of each place in wave order
     places: Tensor  # [K] int64, the place in wave order of each raster index
+    neighbours: Tensor  # [K, 4] int64 places of NEIGHBOURS of each place; K is the edge
+    followers: Tensor  # [K, 4] int64 the way back: of which places is it NEIGHBOURS[d]; or K
 
 
 @lru_cache(maxsize=64)
@@ -52,6 +54,14 @@ def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
         neighbours = torch.tensor(near, dtype=torch.int64, device=device).reshape(-1, 4)
         waves.append(Wave(start, start + len(cells), neighbours))
         start += len(cells)
-    raster = [i * columns + j for cells in groups for i, j in cells]
-    order = torch.tensor(raster, dtype=torch.int64, device=device)
-    return Wavefront(tuple(waves), order, order.argsort())
+    cells = [cell for group in groups for cell in group]
+    place_of = {cell: place for place, cell in enumerate(cells)}
+    order, neighbours, followers = (
+        torch.tensor(table, dtype=torch.int64, device=device)
+        for table in (
+            [i * columns + j for i, j in cells],
+            [[place_of.get((i + y, j + x), start) for y, x in NEIGHBOURS] for i, j in cells],
+            [[place_of.get((i - y, j - x), start) for y, x in NEIGHBOURS] for i, j in cells],
+        )
+    )
+    return Wavefront(tuple(waves), order, order.argsort(), neighbours, followers)

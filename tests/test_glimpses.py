@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.glimpses import extract_glimpses
+from spairkit.glimpses import box_gradient, extract_glimpses, glimpse_rows
 
 
 def glimpse_by_loop(image: Tensor, box: list[float], size: int) -> Tensor:
@@ -51,3 +51,33 @@ def test_gradients_match_differences() -> None:
     images = torch.rand(1, 2, 7, 9, dtype=torch.float64)
     boxes = torch.tensor([[[1.37, 0.71, 6.13, 5.9]]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda b: extract_glimpses(images, b, 4), (boxes,))
+
+
+@pytest.mark.parametrize(("height", "width"), [(9, 14), (1, 1), (1, 7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "torch"])
+def test_rows_and_their_gradient_match_autograd(
+    dtype: torch.dtype, height: int, width: int
+) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(3, 2, height, width, dtype=dtype)
+    boxes = torch.rand(12, 4, dtype=dtype) * width - 3
+    boxes[:, 2:] = boxes[:, :2] + torch.rand(12, 2, dtype=dtype) * 12
+    exact = boxes.double().requires_grad_()
+    by_image = exact.unflatten(0, (4, 3)).transpose(0, 1)
+    expected = extract_glimpses(images.double(), by_image, 6).transpose(0, 1).reshape(12, -1)
+    actual = glimpse_rows(images, boxes, 6)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+    grad = torch.randn(actual.shape, dtype=dtype)
+    (slope,) = torch.autograd.grad(expected, exact, grad.double())
+    ours = box_gradient(grad, images, boxes, 6).double()
+    torch.testing.assert_close(ours, slope, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_boxes_that_are_no_numbers_read_inside_the_image() -> None:
+    images = torch.rand(1, 3, 8, 8)
+    boxes = torch.tensor([[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]])
+    glimpses = glimpse_rows(images, boxes, 4)
+    assert glimpses.shape == (2, 48)
+    assert bool(((glimpses >= 0) & (glimpses <= 1)).all())
+    assert box_gradient(torch.ones(2, 48), images, boxes, 4).shape == (2, 4)

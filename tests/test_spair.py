@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import fields, replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from spairkit.config import SPAIRConfig
+from spairkit.latents import Latents, Noise
 from spairkit.presence import presence_kl
-from spairkit.spair import SPAIR, Latents, Noise
+from spairkit.spair import SPAIR
 
 SMALL = SPAIRConfig(
     backbone_channels=(8,),
@@ -154,8 +156,13 @@ def test_losses_match_a_loop_over_cells(model: SPAIR) -> None:
         assert float(losses.reconstruction[b]) == pytest.approx(entropy, rel=1e-3)
     pres = presence_kl(latents.presence_logit, latents.presence, 0.3).sum(1)
     torch.testing.assert_close(losses.kl_pres, pres)
-    terms = losses.kl_where + losses.kl_what + losses.kl_depth + losses.kl_pres
-    torch.testing.assert_close(losses.total, losses.reconstruction + terms)
+    weighted = losses.kl_where + losses.kl_what + losses.kl_depth
+    rest = losses.reconstruction + losses.kl_pres
+    torch.testing.assert_close(losses.total, rest + weighted)
+    torch.testing.assert_close(losses.elbo, -losses.total)
+    heavier = replace(losses, beta=2.0)
+    torch.testing.assert_close(heavier.total, rest + 2 * weighted)
+    torch.testing.assert_close(heavier.elbo, losses.elbo)
 
 
 def test_training_wheels_hold_where_depth_and_pres(model: SPAIR) -> None:
@@ -182,7 +189,9 @@ def test_the_paper_model_is_finite(preset_size: int) -> None:
 
 
 @pytest.mark.parametrize("background", ["black", "solid", "mode", "mlp"])
-def test_backgrounds_fill_the_image_where_nothing_is(background: str) -> None:
+def test_backgrounds_fill_the_image_where_nothing_is(
+    background: Literal["black", "solid", "mode", "mlp"],
+) -> None:
     torch.manual_seed(0)
     model = SPAIR(replace(SMALL, background=background, presence_bias=-20.0))
     model.set_background(torch.tensor([0.2, 0.4, 0.6]))

@@ -25,3 +25,15 @@ def test_neighbours_are_where_the_wave_says(rows: int, columns: int, waves: int)
                 inside = 0 <= cell[0] < rows and 0 <= cell[1] < columns
                 assert pool[row] == (cell if inside else None)
         done.append(cells)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5), (1, 6), (6, 1)])
+def test_neighbours_and_followers_are_one_relation(rows: int, columns: int) -> None:
+    front = wavefront(rows, columns, torch.device("cpu"))
+    num_cells = rows * columns
+    cells = [divmod(k, columns) for k in front.order.tolist()]
+    for d, (di, dj) in enumerate(NEIGHBOURS):
+        for place, (i, j) in enumerate(cells):
+            near, after = int(front.neighbours[place, d]), int(front.followers[place, d])
+            for other, cell in ((near, (i + di, j + dj)), (after, (i - di, j - dj))):
+                assert (cells[other] == cell) if other < num_cells else (cell not in cells)

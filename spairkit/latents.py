@@ -1,0 +1,79 @@
+"""What the encoder draws from, what it draws, and the order that it packs them in."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from spairkit.densities import logistic
+
+BOX = 4
+"""Numbers of a box: y, x, h, w."""
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Random numbers for one pass over a batch, drawn before it."""
+
+    normal: Tensor  # [B, K, 4 + A + 1] standard normal: where, what, depth
+    logistic: Tensor  # [B, K] standard logistic: pres
+    background: Tensor  # [B, 3] standard normal
+
+    @classmethod
+    def draw(
+        cls, batch: int, cells: int, what: int, generator: torch.Generator | None, like: Tensor
+    ) -> "Noise":
+        """Fresh noise with the device and dtype of `like`."""
+        normal = like.new_empty(batch, cells, BOX + what + 1).normal_(generator=generator)
+        uniform = like.new_empty(batch, cells).uniform_(generator=generator)
+        return cls(normal, logistic(uniform), like.new_empty(batch, 3).normal_(generator=generator))
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """The posterior of every cell and what was drawn from it; normals are before the sigmoid."""
+
+    where_mean: Tensor  # [B, K, 4] of z_y, z_x, z_h, z_w
+    where_std: Tensor  # [B, K, 4]
+    what_mean: Tensor  # [B, K, A]
+    what_std: Tensor  # [B, K, A]
+    what: Tensor  # [B, K, A] the sample
+    depth_mean: Tensor  # [B, K]
+    depth_std: Tensor  # [B, K]
+    depth: Tensor  # [B, K] the sample of z_depth; lower is nearer
+    presence_logit: Tensor  # [B, K] in [-10, 10]
+    presence: Tensor  # [B, K] relaxed in training, else 0 or 1
+    boxes: Tensor  # [B, K, 4] xyxy, pixels
+
+
+_NUMBERS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
+
+
+def join(waves: list[Latents], places: Tensor) -> Latents:
+    """Waves of [n, B, ...] as one value in raster order: [B, K, ...], and [B, K] for numbers."""
+    joined = {}
+    for field in fields(Latents):
+        part = torch.cat([getattr(wave, field.name) for wave in waves])[places].transpose(0, 1)
+        joined[field.name] = part.squeeze(-1) if field.name in _NUMBERS else part
+    return Latents(**joined)
+
+
+def unpack(record: Tensor, what: int) -> Latents:
+    """Latents from [B, K, 3 (4 + A + 1) + 6]: means, stds and samples of where, what and depth
+    (Noise's order), then logit and sample of pres, and boxes."""
+    sizes = [BOX, what, 1] * 3 + [1, 1, BOX]
+    parts = record.split(sizes, dim=-1)
+    mean, std, sample, (logit, presence, boxes) = parts[:3], parts[3:6], parts[6:9], parts[9:]
+    return Latents(
+        where_mean=mean[0],
+        where_std=std[0],
+        what_mean=mean[1],
+        what_std=std[1],
+        what=sample[1],
+        depth_mean=mean[2].squeeze(-1),
+        depth_std=std[2].squeeze(-1),
+        depth=sample[2].squeeze(-1),
+        presence_logit=logit.squeeze(-1),
+        presence=presence.squeeze(-1),
+        boxes=boxes,
+    )

@@ -1,0 +1,155 @@
+"""The loop with the hand-written gradient against the readable one that autograd records."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.config import SPAIRConfig
+from spairkit.latents import Latents, Noise
+from spairkit.spair import SPAIR
+
+SMALL = SPAIRConfig(
+    backbone_channels=(8,),
+    features=7,
+    hidden=12,
+    passthrough=5,
+    what=6,
+    encoder_hidden=(11, 9),
+    decoder_hidden=(12,),
+    object_size=5,
+    temperature=0.7,
+)
+VARIANTS = {
+    "relu": SMALL,
+    "celu": replace(SMALL, activation="celu", encoder_hidden=(11,)),
+    "alone": replace(SMALL, lateral=False),
+    # logits beyond the clipping, where there is no gradient
+    "clipped": replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=9.8),
+}
+
+
+def build(config: SPAIRConfig) -> SPAIR:
+    torch.manual_seed(0)
+    model = SPAIR(config).double()
+    with torch.no_grad():
+        for network in (model.where_network, model.depth_network, model.presence_network):
+            network.last.weight.mul_(3)
+            for line in (network.first, network.second):
+                line.bias.normal_()
+    return model
+
+
+def latents_of(model: SPAIR, images: Tensor, noise: Noise, wheels: bool, readable: bool) -> Latents:
+    """Gradients to the images are what the readable loop alone can give."""
+    images = images.clone().requires_grad_() if readable else images
+    return model._encode(images, noise, training_wheels=wheels, relaxed=True)
+
+
+def score(latents: Latents) -> Tensor:
+    """A sum with its own weight for every number of the latents."""
+    generator = torch.Generator().manual_seed(3)
+    total = torch.zeros((), dtype=torch.float64)
+    for field in fields(Latents):
+        value = getattr(latents, field.name)
+        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        total = total + (weight * (value + value.square())).sum()
+    return total
+
+
+def gradients(model: SPAIR, total: Tensor) -> dict[str, Tensor]:
+    """Of the parameters that get one at all."""
+    model.zero_grad()
+    total.backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (36, 48), (13, 60), (60, 12)])
+@pytest.mark.parametrize("wheels", [False, True], ids=["free", "wheels"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equals_the_readable_loop(variant: str, wheels: bool, height: int, width: int) -> None:
+    model = build(VARIANTS[variant])
+    images = torch.rand(3, 3, height, width, dtype=torch.float64)
+    noise = model._draw(images, torch.Generator().manual_seed(1))
+    ours, theirs = (
+        latents_of(model, images, noise, wheels, readable) for readable in (False, True)
+    )
+    for field in fields(Latents):
+        actual, expected = getattr(ours, field.name), getattr(theirs, field.name)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+    if variant == "clipped":
+        assert bool((ours.presence_logit == 10).any() and (ours.where_std > 1.9999).any())
+    expected = gradients(model, score(theirs))
+    actual = gradients(model, score(ours))
+    # what gets no gradient has none, rather than zeros: optimisers tell them apart
+    assert set(actual) == set(expected)
+    assert len(actual) >= (4 if wheels else 20)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("variant", ["relu", "celu", "alone"])
+def test_float32_is_near_float64(variant: str) -> None:
+    model = build(VARIANTS[variant])
+    images = torch.rand(3, 3, 36, 48, dtype=torch.float64)
+    noise = model._draw(images, torch.Generator().manual_seed(1))
+    exact = latents_of(model, images, noise, wheels=False, readable=False)
+    slopes = gradients(model, score(exact))
+    model = model.float()
+    single = Noise(noise.normal.float(), noise.logistic.float(), noise.background.float())
+    for readable in (False, True):  # compiled glimpses, then those of torch
+        rough = latents_of(model, images.float(), single, wheels=False, readable=readable)
+        for field in fields(Latents):
+            value = getattr(rough, field.name)
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(
+                value.double(), getattr(exact, field.name), rtol=1e-4, atol=1e-4
+            )
+        for name, grad in gradients(model, score(rough)).items():
+            assert float((grad - slopes[name]).norm() / slopes[name].norm()) < 1e-3, name
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    model = build(VARIANTS["celu"]).float()
+    images = torch.rand(4, 3, 48, 48)
+    runs = []
+    for _ in range(2):
+        losses = model(images, generator=torch.Generator().manual_seed(2))
+        runs.append([losses.total, *gradients(model, losses.total.sum()).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_gradients_to_images_are_right_if_asked_for() -> None:
+    model = build(SMALL)
+    images = torch.rand(1, 3, 12, 24, dtype=torch.float64, requires_grad=True)
+    noise = model._draw(images.detach(), torch.Generator().manual_seed(1))
+
+    def whole(images: Tensor) -> Tensor:
+        return score(model._encode(images, noise, training_wheels=False, relaxed=True))
+
+    (grad,) = torch.autograd.grad(whole(images), images)
+    direction = torch.randn(images.shape, dtype=torch.float64)
+    step = 1e-6 * direction
+    with torch.no_grad():
+        slope = (whole(images + step) - whole(images - step)) / 2e-6
+    torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_second_derivatives() -> None:
+    model = build(SMALL)
+    images = torch.rand(1, 3, 24, 24, dtype=torch.float64)
+    noise = model._draw(images, None)
+    total = score(model._encode(images, noise, training_wheels=False, relaxed=True))
+    (grad,) = torch.autograd.grad(total, next(model.encoder.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_mixed_precision_outside_changes_the_features_only() -> None:
+    model = build(SMALL).float()
+    images = torch.rand(2, 3, 24, 24)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(images)
+    assert losses.total.dtype == torch.float32
+    assert all(bool(g.isfinite().all()) for g in gradients(model, losses.total.sum()).values())
