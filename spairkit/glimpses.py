@@ -80,6 +80,8 @@ def _constants(
     height: int, width: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """[4] from pixels to a range of 2; [size^2, 2] x, y of the points as shares of the box."""
-    scale = torch.tensor([2 / width, 2 / height] * 2, device=device, dtype=dtype)
-    steps = torch.linspace(0, 1, size, device=device, dtype=dtype)
-    return scale, torch.cartesian_prod(steps, steps).flip(-1)  # x runs fastest
+    # the cache outlives the mode: a tensor made in inference mode could not be trained with
+    with torch.inference_mode(False):
+        scale = torch.tensor([2 / width, 2 / height] * 2, device=device, dtype=dtype)
+        steps = torch.linspace(0, 1, size, device=device, dtype=dtype)
+        return scale, torch.cartesian_prod(steps, steps).flip(-1)  # x runs fastest

@@ -39,7 +39,7 @@ PROTOCOLS = {
         "as the SPAIR authors' code counts, for comparison with the paper's figures only: IoU > t "
         "for t = .1, .2 ... .9, 11 recall points, detections above the count threshold, not "
         "ranked, dropped once their image has no true box left, true boxes one pixel less high "
-        "and wide, mean over batches of 32"
+        "and wide, mean over batches of 32; of the means of the latents, which the authors sampled"
     ),
     "ap_coco": "COCO AP@[.5:.95]: 101 recall points, all areas, any number of detections",
     "ap50": "COCO AP at IoU .5",

@@ -34,6 +34,15 @@ _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever it
 _BACKGROUND_HIDDEN = (10, 10)
 
 
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
+
+
 class SPAIR(nn.Module):
     """Finds objects in images without labels.
 
@@ -104,7 +113,11 @@ class SPAIR(nn.Module):
 
         Returns:
             Losses, every term [B] in nats.
+
+        Raises:
+            ValueError: `images` has another shape or dtype.
         """
+        _check(images)
         latents, background = self._sample(images, training_wheels, generator)
         image = self._render(latents, background, images)
         return self._losses(images, latents, image, success)
@@ -123,6 +136,9 @@ class SPAIR(nn.Module):
 
         Returns:
             B `Detections`, on the CPU.
+
+        Raises:
+            ValueError: `images` has another shape or dtype, or holds what is not finite.
         """
         latents, background = self._infer(images, deterministic)
         boxes = latents.boxes
@@ -168,6 +184,9 @@ class SPAIR(nn.Module):
         return [(score > threshold, score) for score in latents.presence_logit.sigmoid()]
 
     def _infer(self, images: Tensor, deterministic: bool) -> tuple[Latents, Tensor]:
+        _check(images)
+        if not bool(images.isfinite().all()):
+            raise ValueError("images must be finite, got NaN or infinity among them")
         if not deterministic:
             noise = self._draw(images, None)
             latents = self._encode(images, noise, training_wheels=False, relaxed=False)

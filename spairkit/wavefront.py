@@ -40,6 +40,7 @@ class Wavefront:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the mode
 def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
     """The schedule for a grid; made once for each size."""
     groups = [

@@ -247,3 +247,28 @@ def test_the_same_generator_gives_the_same_losses(model: SPAIR) -> None:
     totals = [model(images, generator=torch.Generator().manual_seed(s)).total for s in (5, 5, 6)]
     assert torch.equal(totals[0], totals[1])
     assert not torch.equal(totals[0], totals[2])
+
+
+def test_detecting_in_inference_mode_leaves_training_whole() -> None:
+    torch.manual_seed(0)
+    model = SPAIR(SMALL)
+    images = torch.rand(2, 3, 31, 29)  # a size that no other test has cached
+    with torch.inference_mode():
+        model.detect(images)
+    model(images).total.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 24, 24), r"images must be \[B, 3, H, W\].* got \[3, 24, 24\]"),
+        (torch.rand(2, 1, 24, 24), r"got \[2, 1, 24, 24\]"),
+        (torch.rand(0, 3, 24, 24), r"got \[0, 3, 24, 24\]"),
+        (torch.zeros(1, 3, 24, 24, dtype=torch.uint8), "floating-point in .0, 1., got torch.uint8"),
+        (torch.full((1, 3, 24, 24), float("nan")), "must be finite"),
+    ],
+)
+def test_refuses_what_is_no_batch_of_images(model: SPAIR, images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.detect(images)
