@@ -8,7 +8,17 @@ from spairkit.errors import InputError
 
 
 def quick() -> dict[str, Any]:
-    """1 to 3 digits on 48 x 48 pixels, in a few minutes on a laptop's CPU."""
+    """1 to 3 digits on 48 x 48 pixels, in a few minutes on a laptop's CPU.
+
+    `spairkit train`: 3.6 minutes on one thread of a small two-core virtual machine (2026-11-22).
+    Test AP .797, .782, .791 and counts exactly right .944, .936, .937 for seeds 0, 1, 2.
+
+    Found by hand on the embedded digits. What mattered, in order: the gradient clipped to norm 1
+    at a learning rate of 1e-3 (2e-3, or no clipping, learns worse or not at all); boxes drawn
+    round what is seen (`box_contrast`: AP .61 -> .70 at 1,500 updates); KL terms that weigh
+    twice (fewer digits found twice: count .916 -> .956); 48 pixels rather than 32, where the
+    cells at the right and bottom see too little to be used.
+    """
     return {
         "data": {"max_objects": 3, "validation_images": 256},
         "model": {
