@@ -14,6 +14,7 @@ object vector (box, what, nearness, presence), S the passthrough features, h the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ class _CellLoop(torch.autograd.Function):
         twice = _by_wave(
             (2 * normal).split_with_sizes(columns, dim=1), sizes
         )  # std = 2 sigmoid(raw)
-        scale, shift, to_pixels = _box_constants(c, products)
+        scale, shift, to_pixels = _box_constants(c, products.device, products.dtype)
         first_bias = weights[16]  # of the encoder
         vectors = new(num_rows + plan.batch, samples.shape[1] + 1)  # the edge after all cells
         contexts = new(num_rows, context_weight.shape[1])
@@ -280,7 +281,7 @@ class _CellLoop(torch.autograd.Function):
             encoder.back(0)
             return (*(None,) * 7, *(None,) * 15, *_encoder_grads(encoder))
 
-        scale, _, to_pixels = _box_constants(c, samples)
+        scale, _, to_pixels = _box_constants(c, samples.device, samples.dtype)
         unit = squash(samples[:, :BOX])
         slope_placed = scale * unit * (1 - unit) * _inside(samples[:, :BOX])
         nearness = squash(-samples[:, -1:])
@@ -369,12 +370,19 @@ def _vector_rows(places: Tensor, batch: int) -> Tensor:
     return (places[:, None] * batch + images).flatten(0, 1)
 
 
-def _box_constants(config: SPAIRConfig, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of y, x, h, w: placed = scale * sigmoid + shift, and pixels for each unit of placed."""
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the mode
+def _box_constants(
+    config: SPAIRConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of y, x, h, w: placed = scale * sigmoid + shift, and pixels for each unit of placed.
+
+    Made once: a tensor from numbers in Python waits for the device.
+    """
     low, span = config.centre_min, config.centre_max - config.centre_min
-    scale = like.new_tensor([span, span, 1.0, 1.0])
-    shift = like.new_tensor([low, low, 0.0, 0.0])
-    return scale, shift, like.new_tensor([config.cell] * 2 + [config.anchor] * 2)
+    rows = ([span, span, 1.0, 1.0], [low, low, 0.0, 0.0], [config.cell] * 2 + [config.anchor] * 2)
+    scale, shift, to_pixels = (torch.tensor(row, device=device, dtype=dtype) for row in rows)
+    return scale, shift, to_pixels
 
 
 def _corners(images: Tensor, plan: _Plan, to_pixels: Tensor) -> Tensor:  # [R, 4]

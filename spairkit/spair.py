@@ -5,6 +5,8 @@ columns cells, A what dimensions, P the side of an object map. Inside the encode
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,17 @@ def _check(images: Tensor) -> None:
         )
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # the cache outlives the mode
+def _appearance_constants(
+    config: SPAIRConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Of colour and alpha: [4] scale and [4] bias of the decoder's logits."""
+    rows = [config.colour_scale] * 3 + [config.alpha_scale], [0.0, 0.0, 0.0, config.alpha_bias]
+    scale, bias = (torch.tensor(row, device=device, dtype=dtype) for row in rows)
+    return scale, bias
 
 
 class SPAIR(nn.Module):
@@ -331,8 +344,7 @@ class SPAIR(nn.Module):
         """Colour and alpha of object maps, in [0, 1] (section 4.1)."""
         c = self.config
         logits = self.decoder(what).unflatten(-1, (c.object_size, c.object_size, 4))
-        scale = logits.new_tensor([c.colour_scale] * 3 + [c.alpha_scale])
-        bias = logits.new_tensor([0.0, 0.0, 0.0, c.alpha_bias])
+        scale, bias = _appearance_constants(c, logits.device, logits.dtype)
         return squash(logits * scale + bias)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]

@@ -4,6 +4,7 @@ Everything random is a function of (seed, step): the data, the sampling noise, t
 noise. A run that is killed and resumed therefore ends with the same bits as one that is not.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from spairkit.config import Config, TrainConfig
 from spairkit.data.datasets import Dataset, evaluation_batches, open_dataset
 from spairkit.densities import count_success
 from spairkit.drawing import reconstruction_sheet
+from spairkit.elbo import Losses
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate
 from spairkit.images import write_png
@@ -29,10 +31,11 @@ from spairkit.runs import Run
 REPORT_EVERY = 20
 """Updates between two `Step`s that carry losses: reading them waits for the device."""
 
-_MAX_SKIPPED = 10  # updates in a row
+_MAX_SKIPPED = 10  # updates in a row, when they are counted
 _PICTURED = 8  # images in the picture of a validation
 _MODE_IMAGES = 256  # whose commonest colour is the background "mode"
 _NEGLIGIBLE_NOISE = 1e-12
+_WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
 
 
@@ -83,8 +86,8 @@ def fit(
 
     Raises:
         InputError: the data cannot be read, or has no boxes to select by; the folder cannot be
-            written; or the losses were not finite 10 updates in a row, and then the last good
-            checkpoint is kept.
+            written; or the losses were not finite in the last 10 updates or more, which is seen
+            when they are next reported or a validation is due: the last good checkpoint is kept.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -98,22 +101,24 @@ def fit(
     trainer = _Trainer(config, run, train, device)
     run.truncate_metrics(trainer.step)
     settings = config.train
-    started, skipped = time.perf_counter(), 0
+    started = time.perf_counter()
     while trainer.step < settings.steps:
         losses = trainer.update()
-        skipped = 0 if losses is not None else skipped + 1
-        if skipped == _MAX_SKIPPED:
-            raise InputError(
-                f"the losses were not finite {_MAX_SKIPPED} updates in a row, up to step "
-                f"{trainer.step}; the last good checkpoint is {run.path / 'last'}; try a lower "
-                "train.learning_rate"
-            )
         step, means = trainer.step, None
-        if losses is not None and step % REPORT_EVERY == 0:
-            means = {name: float(value) for name, value in losses.items()}
+        validates = step % settings.validation_every == 0 or step == settings.steps
+        reports = step % REPORT_EVERY == 0
+        # to read what is on the device waits for it, so this is not done after every update
+        skipped = int(trainer.skipped) if validates or reports else 0
+        if skipped >= _MAX_SKIPPED:
+            raise InputError(
+                f"the losses were not finite {skipped} updates in a row, up to step {step}; the "
+                f"last good checkpoint is {run.path / 'last'}; try a lower train.learning_rate"
+            )
+        if reports and not skipped:
+            means = {name: float(value) for name, value in losses.means().items()}
             run.log({"kind": "step", "step": step, **means})
         yield Step(step, settings.steps, means, time.perf_counter() - started)
-        if step % settings.validation_every == 0 or step == settings.steps:
+        if validates:
             result = trainer.validate(validation)
             yield result
             if settings.patience and step - trainer.best_step >= settings.patience:
@@ -133,6 +138,7 @@ class _Trainer:
         self.step = 0
         self.best = float("-inf")
         self.best_step = 0
+        self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
         checkpoint = run.latest()
         if checkpoint is None:
             self.model = build(config.model, config.train.seed).to(device)
@@ -148,13 +154,16 @@ class _Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
 
-    def update(self) -> dict[str, Tensor] | None:
-        """One step of Adam; None where loss or gradients were not finite and nothing was done."""
+    def update(self) -> Losses:
+        """One step of Adam, which leaves everything as it is where gradients are not finite.
+
+        Nothing here waits for the device: it is Adam's kernel that looks at `found_inf`.
+        """
         settings, step = self.config.train, self.step
         first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
         indices = torch.arange(first, first + settings.batch_size)
         images = self.train.batch(indices).images
-        losses = self.model(
+        losses: Losses = self.model(
             images,
             success=success_at(self.config, step),
             training_wheels=step < settings.training_wheels,
@@ -164,18 +173,18 @@ class _Trainer:
         losses.total.mean().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.step += 1
-        if not bool(norm.isfinite()):
-            return None
+        broken = (~norm.isfinite()).float()
+        self.skipped = (self.skipped + 1) * broken
         if settings.clip_norm:
             scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)
         self._add_noise(gradients, step)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(settings, step)
+        self.optimiser.found_inf = broken  # type: ignore[attr-defined]
         self.optimiser.step()
-        means: dict[str, Tensor] = losses.means()
-        return means
+        self.step += 1
+        return losses
 
     def validate(self, dataset: Dataset) -> Validation:
         """Figures and a picture of the validation split, and a checkpoint."""
@@ -281,11 +290,13 @@ class _Trainer:
         scale = settings.gradient_noise * 0.1 ** (step / settings.gradient_noise_decay)
         if scale < _NEGLIGIBLE_NOISE:
             return
-        generator = self._generator(_GRADIENT, step)
-        for gradient in gradients:
-            noise = torch.empty_like(gradient)
-            torch.nn.init.trunc_normal_(noise, generator=generator)
-            gradient.add_(noise, alpha=scale)
+        sizes = [gradient.numel() for gradient in gradients]
+        noise = gradients[0].new_empty(sum(sizes))
+        noise.uniform_(-_WITHIN, _WITHIN, generator=self._generator(_GRADIENT, step))
+        # the inverse of the distribution: to draw again what lies outside would wait for the device
+        parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
+        noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+        torch._foreach_add_(gradients, noises)
 
     def _generator(self, purpose: int, step: int) -> torch.Generator:
         # mixed: of a seed the CPU's generator takes the low 32 bits alone

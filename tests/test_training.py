@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spairkit import checkpoints, durable, training
+from spairkit import checkpoints, durable, presets, training
 from spairkit.checkpoints import load_checkpoint
 from spairkit.config import Config, TrainConfig, from_dict, merge
+from spairkit.data.datasets import open_dataset
+from spairkit.data.scenes import Batch
 from spairkit.elbo import Losses
 from spairkit.errors import InputError
 from spairkit.images import write_png
@@ -245,15 +248,96 @@ def test_a_step_that_is_not_finite_is_left_out(
     assert float(state["step:decoder.0.bias"]) == 6
 
 
+def test_an_update_that_is_not_finite_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it had not been made: neither weights nor moments nor the count of Adam's steps."""
+    break_losses(monkeypatch, {2, 3})
+    run = Run.create(tmp_path / "run", tiny())
+    states = []
+    with run.lock():
+        trainer = training._Trainer(
+            run.config, run, open_dataset(run.config.data, "train", CPU), CPU
+        )
+        for _ in range(5):
+            trainer.update()
+            trainer.save({}, is_best=False)
+            states.append((int(trainer.skipped), weights(run)))
+    assert [skipped for skipped, _ in states] == [0, 0, 1, 2, 0]
+    before, first, second, after = (state for _, state in states[1:])
+    for name, tensor in before.items():
+        assert torch.equal(first[name], tensor)
+        assert torch.equal(second[name], tensor)
+    assert not torch.equal(after["decoder.0.bias"], before["decoder.0.bias"])
+
+
 def test_ten_in_a_row_end_training_and_keep_the_last_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_losses(monkeypatch, set(range(5, 99)))
-    with pytest.raises(InputError, match="not finite 10 updates in a row, up to step 15"):
+    with pytest.raises(InputError, match="not finite 11 updates in a row, up to step 16"):
         train(tiny(steps=40), tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run" / "last")
-    assert checkpoint.step in (4, 8, 12)
+    assert checkpoint.step == 12
     assert all(bool(t.isfinite().all()) for t in checkpoint.model.values())
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: values and shapes that depend on data.
+
+    Tensors from numbers in Python (`lift_fresh`) too, which are copied to the device at once.
+    """
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.lift_fresh,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.unique_dim,
+        torch.ops.aten._unique2,
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in self.WAITING, f"{func} waits for the device"
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+class OneBatch:
+    """Data that is on the device already."""
+
+    has_truth = False
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def batch(self, indices: Tensor) -> Batch:
+        none = torch.zeros(len(indices), 0)
+        return Batch(self.images, none, none, none)
+
+
+@pytest.mark.parametrize("wheels", [True, False])
+@pytest.mark.parametrize("preset", presets.names())
+def test_an_update_never_waits_for_the_device(tmp_path: Path, preset: str, wheels: bool) -> None:
+    config = presets.resolve(
+        preset,
+        {"train": {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}},
+    )
+    run = Run.create(tmp_path / "run", config)
+    data: Any = OneBatch(torch.rand(2, 3, 48, 48))
+    trainer = training._Trainer(config, run, data, CPU)
+    trainer.update()  # makes what is made once
+    with NoWaiting():  # type: ignore[no-untyped-call]
+        trainer.update()
+        assert trainer.step == 2
+
+
+def test_the_guard_against_waiting_bites() -> None:
+    for wait in (bool, float, torch.nonzero, lambda x: x[x > 0], lambda x: x.new_tensor([1.0])):
+        with NoWaiting(), pytest.raises(AssertionError):  # type: ignore[no-untyped-call]
+            wait(torch.ones(1))
 
 
 def test_selection_by_ap_and_patience(tmp_path: Path) -> None:

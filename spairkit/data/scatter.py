@@ -46,7 +46,9 @@ def scatter(
     starts = torch.arange(length, device=draws.device).float()  # [M], of rows and columns alike
     spans = sides.float()[:, :, None, None]
     ends = starts + spans  # [B, N, 1, M]
-    inside = ends <= torch.tensor([[height], [width]], device=draws.device)  # [B, N, 2, M]
+    limits = torch.full((2, 1), height, device=draws.device)
+    limits[1] = width
+    inside = ends <= limits  # [B, N, 2, M]
     ragged = height != width or least_side != greatest_side
     low = torch.zeros(num_images, num_squares, 2, 1, device=draws.device)
     high = torch.zeros_like(low)

@@ -24,8 +24,9 @@ _BATCHES_AHEAD = 8
 _MAX_PIXELS_AHEAD = 1 << 20
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 # what a random word is for; the counter of a word is purpose + 16 (object + 256 attempt)
-_COUNT, _CLASS, _GLYPH, _SIDE, _PLACE = range(5)
-_COLOUR, _BACKGROUND = (5, 6, 7, 8), (9, 10, 11)
+_COUNT = 0
+_GLYPHS, _SQUARES = slice(1, 3), slice(3, 5)  # class and glyph; side and place
+_COLOURS, _BACKGROUNDS = slice(5, 9), slice(9, 12)
 _PURPOSES = 16
 _MOST_OBJECTS = 256
 _DARK = 64
@@ -92,6 +93,7 @@ class Scenes:
         self._load()
         self._key = seeded(config.seed, _SPLITS[split]).to(self.device)
         self._numbers = torch.arange(config.max_objects, device=self.device)
+        self._purposes = torch.arange(_PURPOSES, device=self.device)
         self._most_ahead = _MAX_PIXELS_AHEAD // (config.image_height * config.image_width)
         self._white = torch.tensor([255.0], device=self.device)
         self._ahead = 0, self._make(torch.arange(0))
@@ -146,7 +148,7 @@ class Scenes:
     def _make_exactly(self, keys: Tensor) -> Batch:  # [B]
         least, most = self.config.min_objects, self.config.max_objects
         counts = least + below(draws(keys, _COUNT), most - least + 1)
-        kind, glyph = self._draws(keys, _CLASS, _GLYPH).unbind(1)  # [B, N]
+        kind, glyph = self._draws(keys, _GLYPHS).unbind(1)  # [B, N]
         present = self._numbers < counts[:, None]  # [B, N]
         kinds = below(kind, len(self._class_sizes))
         glyphs = self._class_starts[kinds] + below(glyph, self._class_sizes[kinds])
@@ -207,10 +209,10 @@ class Scenes:
         self._class_starts = torch.from_numpy(starts).to(self.device)
         self._class_sizes = torch.from_numpy(sizes).to(self.device)
 
-    def _draws(self, keys: Tensor, *purposes: int, attempt: int = 0) -> Tensor:
+    def _draws(self, keys: Tensor, purposes: slice, attempt: int = 0) -> Tensor:
         """[B, purposes, N] integers in [0, 2^32): a word for every object and purpose."""
-        counters = torch.tensor(purposes, device=self.device)[:, None] + (
-            _PURPOSES * (self._numbers + _MOST_OBJECTS * attempt)
+        counters = self._purposes[purposes, None] + _PURPOSES * (
+            self._numbers + _MOST_OBJECTS * attempt
         )
         return draws(keys[:, None, None], counters)
 
@@ -229,7 +231,7 @@ class Scenes:
     def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
         height, width = self.config.image_height, self.config.image_width
-        side, place = self._draws(keys, _SIDE, _PLACE, attempt=attempt).unbind(1)  # [B, N]
+        side, place = self._draws(keys, _SQUARES, attempt).unbind(1)  # [B, N]
         sides = self._least_side + below(side, self._greatest_side - self._least_side + 1)
         step = max(_MAX_POSITIONS // max(height, width) ** 2, 1)
         parts = [
@@ -276,7 +278,7 @@ class Scenes:
         if self.config.background == "black":
             shape = (len(keys), num_channels, 1)
             return torch.zeros(shape, dtype=torch.int32, device=self.device)
-        counters = torch.tensor(_BACKGROUND, device=self.device)
+        counters = self._purposes[_BACKGROUNDS]
         return below(draws(keys[:, None], counters), _DARK).int()[..., None]
 
     def _colours(self, keys: Tensor, num_channels: int) -> Tensor:  # [B or 1, N or 1, C, 1] int32
@@ -284,7 +286,7 @@ class Scenes:
             shape = (1, 1, num_channels, 1)
             return torch.full(shape, 255, dtype=torch.int32, device=self.device)
         channels = torch.arange(num_channels, device=self.device)
-        words = self._draws(keys, *_COLOUR).transpose(1, 2)  # [B, N, 4]
+        words = self._draws(keys, _COLOURS).transpose(1, 2)  # [B, N, 4]
         brightest = below(words[..., 3:], num_channels)
         values = torch.where(channels == brightest, 255, below(words[..., :3], 256))
         return values.int()[..., None]
