@@ -183,6 +183,27 @@ class SPAIRConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class ConnCompConfig:
+    """Connected components (spec section 9): what differs from the background is an object.
+
+    `train.steps` is the number of thresholds that are tried, from .01 to 3 in equal steps.
+    """
+
+    kind: Literal["conncomp"] = "conncomp"
+    threshold: Literal["fit", "otsu"] | Annotated[float, Field(ge=0.0, le=3.0)] = "fit"
+    """Distance to the background, summed over the channels, from which a pixel is an object's:
+    fitted to known boxes as in the paper, by Otsu's rule, which needs none, or given."""
+    criterion: Literal["ap", "count_accuracy", "count_error"] = "ap"
+    """The figure on training images that the fitted threshold has to be best at."""
+    images: Annotated[int, Field(ge=1, le=10**5)] = 1000
+    """Training images that the threshold and the background are taken from."""
+    background: Literal["black", "mode", "median", "given"] = "black"
+    """Black, the commonest colour or the median of each channel, or `colour`."""
+    colour: tuple[Unit, Unit, Unit] = (0.0, 0.0, 0.0)
+    """Of the background "given": red, green, blue."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """The loop (spec section 6)."""
 

@@ -26,6 +26,10 @@ class Detections:
     scores: Tensor  # [n] in [0, 1], the probability of presence; they rank the boxes
     what: Tensor  # [n, A] appearance codes, A may be 0
     depth: Tensor  # [n] z_depth, lower is nearer
+    whole_pixels: bool = False
+    """Whether boxes are drawn as the true ones are, from the first to the last pixel of an object.
+    `ap_spair`, for which the true boxes end a pixel earlier, then takes the same pixel from these.
+    """
 
     def __len__(self) -> int:
         """The count."""

@@ -1,7 +1,7 @@
 """A detector's figures on a whole set of images, and on its images of 1, 2, 3 ... objects."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -136,9 +136,15 @@ def _figures(candidates: list[Detections], truth: list[Truth], threshold: float)
 
 def _boxes_alone(item: Detections) -> Detections:
     """Without appearance codes, which the figures do not need."""
-    return Detections(item.boxes, item.scores, torch.zeros(len(item), 0), item.depth)
+    return replace(item, what=torch.zeros(len(item), 0))
 
 
 def _above(item: Detections, threshold: float) -> Detections:
     kept = item.scores > threshold
-    return Detections(item.boxes[kept], item.scores[kept], item.what[kept], item.depth[kept])
+    return replace(
+        item,
+        boxes=item.boxes[kept],
+        scores=item.scores[kept],
+        what=item.what[kept],
+        depth=item.depth[kept],
+    )

@@ -50,6 +50,7 @@ PROTOCOLS = {
 }
 """What each figure means, in words that go beside it wherever it is reported."""
 
+_LAST_PIXEL = np.array([0.0, 0.0, 1.0, 1.0])  # from half-open boxes to the authors'
 _CHUNK_TRUTH = 1 << 16
 """True boxes, padding counted, that are matched at a time; 5 MB for each array of theirs."""
 
@@ -112,7 +113,9 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     - 11 recall points, 0, .1 ... 1;
     - the true boxes of the authors' data span from the first to the last pixel of a glyph, so one
       pixel is taken from the right and lower edges of the half-open boxes given. A perfect
-      detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention;
+      detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention:
+      where `whole_pixels` says that found boxes are drawn as the true ones are, as the authors'
+      ConnComp draws its own, they lose the same pixel;
     - AP is computed for batches of images in order, and averaged with their sizes as weights.
 
     A batch without detections, or without true boxes, has AP 0. (For no detection at all the
@@ -132,9 +135,11 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     _check_lengths(found, truth)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    found_boxes = [_boxes(item, "found") for item in found]
+    found_boxes = [
+        _boxes(item, "found") - (_LAST_PIXEL if item.whole_pixels else 0) for item in found
+    ]
     # of two true boxes that overlap a detection equally the authors take the first, COCO the last
-    true_boxes = [(_boxes(item, "truth") - (0, 0, 1, 1))[::-1] for item in truth]
+    true_boxes = [(_boxes(item, "truth") - _LAST_PIXEL)[::-1] for item in truth]
     above = np.nextafter(IOU_THRESHOLDS, 1.0)
     total = 0.0
     for start in range(0, len(found), batch_size):

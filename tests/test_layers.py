@@ -39,7 +39,7 @@ RUNGS: list[set[str]] = [
         "data.scatter",
         "data.glyphs",
     },
-    {"cell_loop"},
+    {"cell_loop", "conncomp"},
     {"spair", "benchmarks", "runs", "data.annotations", "data.scenes", "report.curves"},
     {"models", "evaluation", "data.folder", "report.page"},
     {"data.datasets"},

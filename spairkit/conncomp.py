@@ -1,0 +1,185 @@
+"""ConnComp: what differs from the background and hangs together is an object.
+
+The baseline of the paper (section 5.1, supplement D.3; spec section 9). It is the cheapest
+detector there is, and where objects do not touch none is better.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor, nn
+
+from spairkit.colours import commonest_colour
+from spairkit.config import ConnCompConfig
+from spairkit.detections import Detections
+
+Array = npt.NDArray[Any]
+
+# a pixel hangs together with its four neighbours, and with no other image of the batch
+_CROSS = np.zeros((3, 3, 3), dtype=bool)
+_CROSS[1] = ndimage.generate_binary_structure(2, 1)
+_OBJECT_SIDE = 21  # texels of an object's picture, as of the authors' glimpses
+_BINS = 256
+
+
+def _check(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
+    if not bool(images.isfinite().all()):
+        raise ValueError("images must be finite, got NaN or infinity among them")
+
+
+class ConnComp(nn.Module):
+    """Finds objects as connected components; a `Detector` with two numbers to fit.
+
+    Both stand in the state dict: `threshold` [] in [0, 3] and `background_colour` [3] in [0, 1].
+
+    Args:
+        config: a given threshold and a given colour hold at once; what is to be fitted starts as
+            the paper's first threshold, .01, and black.
+    """
+
+    threshold: Tensor
+    background_colour: Tensor
+
+    def __init__(self, config: ConnCompConfig) -> None:
+        super().__init__()
+        self.config = config
+        given = config.threshold if isinstance(config.threshold, float) else 0.01
+        colour = config.colour if config.background == "given" else (0.0, 0.0, 0.0)
+        self.register_buffer("threshold", torch.tensor(given))
+        self.register_buffer("background_colour", torch.tensor(colour))
+
+    @torch.no_grad()
+    def distance(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, H, W]
+        """|image - background| summed over the channels, in [0, 3].
+
+        Raises:
+            ValueError: `images` has another shape or dtype, or holds what is not finite.
+        """
+        _check(images)
+        return (images - self.background_colour[:, None, None]).abs().sum(1)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+    ) -> list[Detections]:
+        """A `Detections` for each image, its components in the order of their first pixels.
+
+        Boxes are half-open and hold the pixels of a component exactly; scores are 1, there are no
+        appearance codes, and depths are 0.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], any height and width.
+            threshold: of the score, which is 1, so without effect; that of the distance is
+                `self.threshold`.
+            deterministic: without effect: nothing is sampled.
+
+        Raises:
+            ValueError: as `distance`.
+        """
+        return find_components(self._foreground(images))
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H, W]
+        """The background with every component in its mean colour."""
+        labels, num = ndimage.label(self._foreground(images), _CROSS)
+        labels = torch.from_numpy(labels.astype(np.int64)).flatten()
+        pixels = images.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, 3)
+        sums = torch.zeros(num + 1, 3, dtype=torch.float64).index_add_(0, labels, pixels)
+        means = sums / labels.bincount(minlength=num + 1).clamp(min=1)[:, None]
+        means[0] = self.background_colour.cpu()
+        batch, _, height, width = images.shape
+        image = means[labels].view(batch, height, width, 3).permute(0, 3, 1, 2)
+        return image.clamp(0, 1).to(images).contiguous()
+
+    @torch.no_grad()
+    def appearance(self, images: Tensor, threshold: float = 0.5) -> list[Tensor]:
+        """Colour and alpha of each component of `detect(images)`: [n, 21, 21, 4], CPU.
+
+        The image inside the box, with alpha 1 on the component's own pixels, brought to one size.
+        """
+        foreground = self._foreground(images)
+        pictures = []
+        for image, mask in zip(images.detach().cpu().float(), foreground, strict=True):
+            labels, _ = ndimage.label(mask, _CROSS[1])
+            own = [torch.zeros(0, _OBJECT_SIDE, _OBJECT_SIDE, 4)]
+            for number, box in enumerate(ndimage.find_objects(labels), start=1):
+                alpha = torch.from_numpy(labels[box] == number).float()
+                cut = torch.cat([image[:, *box], alpha[None]])[None]
+                size = (_OBJECT_SIDE, _OBJECT_SIDE)
+                cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
+                own.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
+            pictures.append(torch.cat(own))
+        return pictures
+
+    @torch.no_grad()
+    def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
+        """Takes the background "mode" or "median" from images. No effect on the other ones."""
+        if self.config.background == "mode":
+            self.background_colour.copy_(commonest_colour(images))
+        elif self.config.background == "median":
+            # numpy's, which has no limit on their number
+            channels = images.detach().cpu().transpose(0, 1).flatten(1).numpy()
+            self.background_colour.copy_(torch.from_numpy(np.median(channels, axis=1)))
+
+    @torch.no_grad()
+    def set_threshold(self, threshold: float) -> None:
+        """Fixes the distance from which a pixel is an object's."""
+        self.threshold.fill_(threshold)
+
+    def _foreground(self, images: Tensor) -> Array:  # [B, H, W] bool
+        foreground: Array = (self.distance(images) >= self.threshold).cpu().numpy()
+        return foreground
+
+
+def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
+    """The 4-connected components of each image, in the order of their first pixels."""
+    labels, num = ndimage.label(foreground, _CROSS)
+    spans = [
+        (box[0].start, box[2].start, box[1].start, box[2].stop, box[1].stop)
+        for box in ndimage.find_objects(labels, num)
+    ]
+    table = np.array(spans, dtype=np.int64).reshape(-1, 5)
+    boxes = torch.from_numpy(table[:, 1:]).float()
+    counts = np.bincount(table[:, 0], minlength=len(foreground)).tolist()
+    return [
+        Detections(
+            boxes=own,
+            scores=torch.ones(len(own)),
+            what=torch.zeros(len(own), 0),
+            depth=torch.zeros(len(own)),
+            whole_pixels=True,
+        )
+        for own in boxes.split(counts)
+    ]
+
+
+def otsu(distance: Tensor) -> float:  # any shape, in [0, 3]
+    """The threshold that parts distances into the two groups with the most variance between them.
+
+    Otsu's rule (1979) on a histogram of 256 equal bins. It is ours, not the paper's: it looks at no
+    box, and takes a share of pixels for objects even where there is none. Where all distances are
+    equal it is above them.
+    """
+    values = distance.detach().cpu().double().flatten().numpy()
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return float(np.nextafter(np.float32(high), np.float32(4)))
+    counts, edges = np.histogram(values, _BINS, (low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = counts.sum() - below
+    moment = np.cumsum(counts * centres)
+    gap = moment[:-1] / below - (moment[-1] - moment[:-1]) / np.maximum(above, 1)
+    between = below * above * gap**2
+    # every edge inside a gap of the histogram is as good: the middle one
+    return float(edges[1:-1][between == between.max()].mean())
