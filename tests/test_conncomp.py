@@ -74,7 +74,7 @@ def authors_ap(found: list[list[Box]], true: list[list[Box]]) -> float:
         num_true = sum(len(boxes) for _, boxes in batch)
         for tenths in range(1, 10):
             hits = 0
-    XX precision after each detection
+            points: list[tuple[int, float]] = []  # hits and precision after each detection
             for boxes, truths in batch:
                 free = list(truths)
                 for box in boxes:
