@@ -13,6 +13,7 @@ import typer
 from spairkit.cli.console import counted, say
 from spairkit.cli.options import (
     CheckpointOption,
+    CountOption,
     Device,
     DeviceOption,
     QuietOption,
@@ -20,6 +21,7 @@ from spairkit.cli.options import (
     check_output,
     choose_checkpoint,
     choose_device,
+    told_counts,
 )
 from spairkit.errors import InputError
 
@@ -52,6 +54,7 @@ def detect(
         ),
     ] = Format.COCO,
     threshold: ThresholdOption = 0.5,
+    count: CountOption = None,
     device: DeviceOption = Device.AUTO,
     quiet: QuietOption = False,
 ) -> None:
@@ -71,10 +74,12 @@ def detect(
     images = _images(paths)
     chosen = choose_device(device)
     detector = load(choose_checkpoint(checkpoint), chosen)
+    counts = told_counts(count, detector.config)
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:
         for name, number, image in images:
-            found.append((name, number, detector.detect(image[None].to(chosen), threshold)[0]))
+            batch = image[None].to(chosen)
+            found.append((name, number, detector.detect(batch, threshold, counts=counts)[0]))
             show_done(len(found))
     text = _WRITERS[format_](found)
     if out is None:

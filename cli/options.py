@@ -13,6 +13,9 @@ from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+    from spairkit.config import ModelConfig
 
 
 class Device(StrEnum):
@@ -32,6 +35,10 @@ def _below_one(value: float) -> float:
 PresetOption = Annotated[
     str | None,
     typer.Option("--preset", help="Named settings to start from: quick (the default), paper."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="What to train: spair (the default), or its rivals air, dair."),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -53,6 +60,12 @@ CheckpointOption = Annotated[
         "--checkpoint",
         help="A run, a checkpoint or `last`; else the newest run under ./runs, "
         "else the model that ships with spairkit.",
+    ),
+]
+CountOption = Annotated[
+    int | None,
+    typer.Option(
+        "--count", min=0, max=256, help="The number of objects, for a model that is told it."
     ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="auto takes a GPU if there is one.")]
@@ -113,6 +126,21 @@ def choose_device(device: Device) -> "torch.device":
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; `spairkit doctor` says more")
     return torch.device(device.value)
+
+
+def told_counts(count: int | None, model: "ModelConfig") -> "Tensor | None":  # [1]
+    """What `--count` says to a model; one that needs it and gets none refuses by itself.
+
+    Raises:
+        InputError: the model finds out by itself.
+    """
+    import torch
+
+    if count is None:
+        return None
+    if not model.told:
+        raise InputError(f"--count {count}: this model counts by itself; leave it out")
+    return torch.tensor([count])
 
 
 def data_layer(word: str) -> dict[str, Any]:

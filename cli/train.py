@@ -20,6 +20,7 @@ from spairkit.cli.options import (
     Device,
     DeviceOption,
     JsonOption,
+    ModelOption,
     PresetOption,
     QuietOption,
     SetOption,
@@ -47,6 +48,7 @@ class Select(StrEnum):
 
 def train(
     preset: PresetOption = None,
+    model: ModelOption = None,
     data: DataOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
@@ -82,7 +84,7 @@ def train(
     """
     if resume and out:
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    over = layers(config, _options(data, steps, seed, select), set_)
+    over = layers(config, _options(model, data, steps, seed, select), set_)
     settings = _resumed(resume, preset, over) if resume else _new(preset, over)
     chosen = choose_device(device)
     from spairkit.data.datasets import open_dataset
@@ -162,12 +164,20 @@ class _Interrupts:
 
 
 def _options(
-    data: str | None, steps: int | None, seed: int | None, select: Select | None
+    model: str | None,
+    data: str | None,
+    steps: int | None,
+    seed: int | None,
+    select: Select | None,
 ) -> dict[str, Any]:
     """The config values that have an option of their own."""
     given = {"steps": steps, "seed": seed, "select": select.value if select else None}
     loop = {name: value for name, value in given.items() if value is not None}
-    return {**(data_layer(data) if data else {}), **({"train": loop} if loop else {})}
+    return {
+        **({"model": {"kind": model}} if model else {}),
+        **(data_layer(data) if data else {}),
+        **({"train": loop} if loop else {}),
+    }
 
 
 def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
@@ -182,10 +192,16 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     Raises:
         InputError: there is no run, or a setting is asked for that is not the run's.
     """
-    from spairkit.config import differences, from_dict, merge, to_dict
+    from spairkit.config import differences, from_dict, merge, model_kind, to_dict
     from spairkit.runs import Run
 
     config = Run.open(path).config
+    kind = model_kind(merge(*over))
+    if kind not in (None, config.model.kind):
+        raise InputError(
+            f"--resume {path}: its model is {config.model.kind}, not {kind}; leave --model out, or "
+            "begin a new run"
+        )
     asked = from_dict(merge(to_dict(config), *over, {"preset": preset} if preset else {}))
     changes = [line for line in differences(config, asked) if not line.startswith("train.steps:")]
     if changes:
@@ -264,12 +280,13 @@ def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
     path = shlex.quote(str(run.path))
     image = shlex.quote(str(_example(run)))
     folder = shlex.quote(run.config.data.path)
+    told = f" --count {run.config.data.max_objects}" if run.config.model.told else ""
     second = "eval" if has_truth else f"detect {folder} --out found.json"
     results().print(
         f"run: {run.path}\n"
         f"report: {page}\n"
         "try next:\n"
-        f"  spairkit viz {image} --checkpoint {path}\n"
+        f"  spairkit viz {image} --checkpoint {path}{told}\n"
         f"  spairkit {second} --checkpoint {path}",
         soft_wrap=True,
     )

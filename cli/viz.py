@@ -8,6 +8,7 @@ import typer
 from spairkit.cli.console import print_json
 from spairkit.cli.options import (
     CheckpointOption,
+    CountOption,
     Device,
     DeviceOption,
     JsonOption,
@@ -15,6 +16,7 @@ from spairkit.cli.options import (
     check_output,
     choose_checkpoint,
     choose_device,
+    told_counts,
 )
 from spairkit.errors import InputError
 
@@ -27,6 +29,7 @@ def viz(
         typer.Option("--out", help="The picture, else <image>-spairkit.png in this folder."),
     ] = None,
     threshold: ThresholdOption = 0.5,
+    count: CountOption = None,
     device: DeviceOption = Device.AUTO,
     json: JsonOption = False,
 ) -> None:
@@ -42,13 +45,15 @@ def viz(
     source = choose_checkpoint(checkpoint)
     chosen = choose_device(device)
     detector = load(source, chosen)
+    counts = told_counts(count, detector.config)
     drawn = []
     for path, pixels, output in zip(images, pictures, outputs, strict=True):
         image = to_colour(pixels).contiguous()
         batch = image[None].to(chosen)
-        found = detector.detect(batch, threshold)[0]
-        objects = detector.appearance(batch, threshold)[0].cpu()
-        write_png(output, panel(image, found, detector.reconstruct(batch)[0].cpu(), objects))
+        found = detector.detect(batch, threshold, counts=counts)[0]
+        objects = detector.appearance(batch, threshold, counts=counts)[0].cpu()
+        reconstruction = detector.reconstruct(batch, counts=counts)[0].cpu()
+        write_png(output, panel(image, found, reconstruction, objects))
         if not json:
             plural = "object" if len(found) == 1 else "objects"
             typer.echo(f"{path}: {len(found)} {plural} found; picture: {output}")

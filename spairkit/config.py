@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -172,6 +172,11 @@ class SPAIRConfig:
             )
 
     @property
+    def told(self) -> bool:
+        """Whether the model needs to know how many objects an image holds."""
+        return False
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """The prime factors of `cell`, ascending: 12 gives 2, 2, 3."""
         factors, rest = [], self.cell
@@ -201,6 +206,84 @@ class ConnCompConfig:
     """Black, the commonest colour or the median of each channel, or `colour`."""
     colour: tuple[Unit, Unit, Unit] = (0.0, 0.0, 0.0)
     """Of the background "given": red, green, blue."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class AIRConfig:
+    """The baselines AIR and DAIR (spec sections 7 and 8). Widths are numbers of units.
+
+    The networks take images of one size alone, that of `data`.
+    """
+
+    kind: Literal["air", "dair"] = "air"
+    """`air`: an LSTM that looks at the image. `dair`: a network without state that looks at the
+    difference between the image and the canvas so far."""
+    count: Literal["given", "inferred"] = "given"
+    """`given`: the true number of objects is told, in training and after, as in the paper."""
+    max_objects: Annotated[int, Field(ge=1, le=256)] = 3
+    """Steps, and so objects, at most; for a count that is inferred."""
+    presence: Literal["concrete", "exact"] = "concrete"
+    """How an inferred count trains. `concrete`: one relaxed draw a step, of which those after
+    the stop are cut off, as in the released code. `exact`: the expectation over all counts."""
+    object_size: Annotated[int, Field(ge=2, le=64)] = 14
+    """Side of a glimpse and of an object map, texels."""
+    grey: bool = False
+    """Whether step networks see the mean of the three channels, which is a third of the work."""
+    units: Width = 256
+    """Units of the LSTM; outputs of the network that DAIR has instead."""
+    difference_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 256, 256, 256)
+    """Hidden layers of that network, with ReLU between."""
+    output_hidden: Width = 128
+    """Hidden units, with ReLU, between that and the nine numbers of a step."""
+    what: Width = 50
+    """A, the dimensions of z_what."""
+    encoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (512, 256)
+    """Hidden layers of the glimpse encoder."""
+    decoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 512)
+    """Hidden layers of the object decoder."""
+    activation: Literal["softplus", "relu", "celu"] = "softplus"
+    """In the glimpse encoder and the object decoder."""
+    background: Literal["black"] = "black"
+    """The canvas that objects add their light to."""
+
+    std_bias: Real = 0.0
+    """Standard deviations are exp(raw) and raw starts here; -2.3 is .1."""
+    scale_bias: Real = 0.0
+    """Initial mean of the scale's logits; -.9 starts boxes at .29 of the image's sides."""
+    presence_bias: Real = 0.0
+    """Initial log-odds of one more object."""
+    colour_bias: Real = 0.0
+    """Colour is sigmoid(logit + colour_bias): objects start grey at 0, dark below."""
+    temperature: Positive = 1.0
+    """Of the Concrete relaxation of z_pres."""
+
+    scale_prior_mean: Real = -2.944
+    """Of the logits of width and height as shares of the image: .05. This and the next two are
+    the authors' for five digits; `presets` has those for other numbers."""
+    scale_prior_std: Positive = 0.75
+    """Likewise."""
+    shift_prior_std: Positive = 0.5
+    """Of the centre, N(0, shift_prior_std^2) before tanh."""
+    odds_start: Odds = 1e4
+    """The prior odds of one more object start here ..."""
+    odds_end: Odds = 1.001e-6
+    """... and end here: the authors' 1e-9, and the 1e-6 inside their logarithm."""
+    odds_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 3000.0
+    """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
+    odds_schedule: Literal["exponential", "log-linear"] = "exponential"
+
+    box_contrast: Unit = 0.0
+    """Boxes that are reported shrink to the texels that are lighter than this; 0 reports scale
+    and shift as they are, as the paper does."""
+    likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
+    """Added inside the logarithms of the reconstruction term."""
+    beta: Positive = 1.0
+    """Weight of the where and what KL terms."""
+
+    @property
+    def told(self) -> bool:
+        """Whether the model needs to know how many objects an image holds."""
+        return self.count == "given"
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -236,6 +319,10 @@ class TrainConfig:
     """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
 
 
+ModelConfig = SPAIRConfig | AIRConfig
+"""What a model can be; `kind` says which, and is "spair" where it is absent."""
+
+
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -243,11 +330,26 @@ class Config:
     preset: str = "paper"
     """The preset that this config was made from."""
     data: DataConfig = Field(default_factory=DataConfig)
-    model: SPAIRConfig = Field(default_factory=SPAIRConfig)
+    model: ModelConfig = Field(default_factory=SPAIRConfig, discriminator="kind")
     train: TrainConfig = Field(default_factory=TrainConfig)
 
 
 _ADAPTER = TypeAdapter(Config)
+
+
+def model_kinds() -> dict[str, Any]:
+    """The words that `model.kind` takes, and the class of each."""
+    return {
+        word: model
+        for model in get_args(ModelConfig)
+        for word in get_args(get_type_hints(model)["kind"])
+    }
+
+
+def model_kind(values: Mapping[str, Any]) -> str | None:
+    """The word for the model in nested values; None where there is none."""
+    model = values.get("model")
+    return str(model["kind"]) if isinstance(model, Mapping) and "kind" in model else None
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
@@ -256,6 +358,7 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
     Raises:
         InputError: every mistake at once: dotted key, what is allowed, what came.
     """
+    values = merge({"model": {"kind": SPAIRConfig.kind}}, values)
     try:
         return _ADAPTER.validate_json(json.dumps(values, allow_nan=True))
     except ValidationError as error:
@@ -342,7 +445,11 @@ def differences(first: Config, second: Config) -> list[str]:
             one, other = getattr(a, field.name), getattr(b, field.name)
             name = f"{path}{field.name}"
             if is_dataclass(one) and is_dataclass(other):
-                walk(one, other, f"{name}.")
+                kinds = [vars(value).get("kind") for value in (one, other)]
+                if type(one) is type(other):
+                    walk(one, other, f"{name}.")
+                else:
+                    found.append(f"{name}.kind: {kinds[0]!r} -> {kinds[1]!r}")
             elif one != other:
                 found.append(f"{name}: {one!r} -> {other!r}")
 
@@ -368,9 +475,17 @@ def _explain(error: ValidationError) -> str:
     """All mistakes on one line."""
     lines = []
     for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"]) or "config"
+        location = [str(part) for part in item["loc"]]
+        if item["type"] == "union_tag_invalid":
+            came = item["ctx"]["tag"]
+            lines.append(f"model.kind: there are {', '.join(model_kinds())} (got {came!r})")
+            continue
+        kind = ""
+        if location[:1] == ["model"] and len(location) > 1:
+            kind = location.pop(1)  # pydantic's word for the member of the union
+        key = ".".join(location) or "config"
         if item["type"] == "unexpected_keyword_argument":
-            lines.append(f"{key}: unknown key{_suggest(item['loc'])}")
+            lines.append(f"{key}: unknown key{_suggest(location, kind)}")
             continue
         reason = item["msg"].removeprefix("Value error, ")
         came = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
@@ -378,15 +493,12 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-def _suggest(location: tuple[int | str, ...]) -> str:
+def _suggest(location: list[str], kind: str) -> str:
+    """The key that was meant, perhaps; `kind` is the model's."""
     from difflib import get_close_matches
 
-    names: dict[str, list[str]] = {
-        "": [field.name for field in fields(Config)],
-        "data": [field.name for field in fields(DataConfig)],
-        "model": [field.name for field in fields(SPAIRConfig)],
-        "train": [field.name for field in fields(TrainConfig)],
-    }
-    table = ".".join(str(part) for part in location[:-1])
-    close = get_close_matches(str(location[-1]), names.get(table, []), n=1)
+    tables: dict[str, Any] = {"": Config, "data": DataConfig, "train": TrainConfig}
+    table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
+    names = [field.name for field in fields(table)] if table else []
+    close = get_close_matches(location[-1], names, n=1)
     return f", did you mean {close[0]}?" if close else ""

@@ -70,7 +70,12 @@ class ConnComp(nn.Module):
 
     @torch.no_grad()
     def detect(
-        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        deterministic: bool = True,
+        counts: Tensor | None = None,
     ) -> list[Detections]:
         """A `Detections` for each image, its components in the order of their first pixels.
 
@@ -89,7 +94,12 @@ class ConnComp(nn.Module):
         return find_components(self._foreground(images))
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H, W]
+    def reconstruct(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        *,
+        counts: Tensor | None = None,
+    ) -> Tensor:  # [B, 3, H, W]
         """The background with every component in its mean colour."""
         labels, num = ndimage.label(self._foreground(images), _CROSS)
         labels = torch.from_numpy(labels.astype(np.int64)).flatten()
@@ -102,7 +112,9 @@ class ConnComp(nn.Module):
         return image.clamp(0, 1).to(images).contiguous()
 
     @torch.no_grad()
-    def appearance(self, images: Tensor, threshold: float = 0.5) -> list[Tensor]:
+    def appearance(
+        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
+    ) -> list[Tensor]:
         """Colour and alpha of each component of `detect(images)`: [n, 21, 21, 4], CPU.
 
         The image inside the box, with alpha 1 on the component's own pixels, brought to one size.

@@ -1,4 +1,4 @@
-"""What every model offers once it is trained, whatever it is made of: the `Detector` protocol."""
+"""What every trained model offers, whatever it is made of, and the images that it takes."""
 
 from typing import Protocol
 
@@ -16,8 +16,9 @@ class Detector(Protocol):
         threshold: float = 0.5,
         *,
         deterministic: bool = True,
+        counts: Tensor | None = None,  # [B] int64
     ) -> list[Detections]:
-        """What is in each image, in raster order.
+        """What is in each image, in raster order or in the order of its finding.
 
         Args:
             images: [B, 3, H, W] in [0, 1], on the detector's device; any H and W from 1 pixel.
@@ -25,15 +26,45 @@ class Detector(Protocol):
                 gives the same objects and more: that is how candidates are ranked.
             deterministic: takes means and thresholds the probability of presence. False samples,
                 as the paper did, from torch's own generator; what is then present has score 1.
+            counts: how many objects there truly are, for a model that was told so in training
+                (AIR and DAIR with `count = "given"`), and needs it. Every other ignores them.
 
         Returns:
             One `Detections` per image, on the CPU.
+
+        Raises:
+            InputError: the model needs counts and got none, or takes images of another size.
         """
         ...
 
-    def reconstruct(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H, W]
+    def reconstruct(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        *,
+        counts: Tensor | None = None,  # [B]
+    ) -> Tensor:  # [B, 3, H, W]
         """The images as the detector explains them, in [0, 1], on the same device.
 
         A detector that has no idea of appearance gives its found objects in flat colours.
         """
         ...
+
+    def appearance(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        threshold: float = 0.5,
+        *,
+        counts: Tensor | None = None,  # [B]
+    ) -> list[Tensor]:
+        """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
+        ...
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError where `images` is no batch of images: [B, 3, H, W], floating-point."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")

@@ -2,20 +2,21 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Terms of the negative ELBO of each image, in nats; every term [B]."""
+    """Terms of the negative ELBO of each image, in nats; every term [B]. A model lacks some."""
 
     reconstruction: Tensor
     """-log p(image | latents), summed over pixels and three channels."""
     kl_where: Tensor
-    """z_y, z_x, z_h and z_w; like what and depth weighted by the presence of its cell."""
+    """Place and size; like what and depth weighted by the presence of the object."""
     kl_what: Tensor
-    kl_depth: Tensor
-    kl_pres: Tensor
+    kl_depth: Tensor | None = None
+    kl_pres: Tensor | None = None
     """z_pres under the count prior; in no way weighted."""
     beta: float = 1.0
     """Weight of the where, what and depth terms in `total`; 1 makes it the negative ELBO."""
@@ -23,15 +24,23 @@ class Losses:
     @property
     def elbo(self) -> Tensor:  # [B]
         """The evidence lower bound with one sample: the higher, the better the model."""
-        return -(self.reconstruction + self.kl_where + self.kl_what + self.kl_depth + self.kl_pres)
+        return -sum(self.terms().values(), start=torch.zeros_like(self.reconstruction))
 
     @property
     def total(self) -> Tensor:  # [B]
         """What training minimises, averaged over the batch."""
-        weighted = self.kl_where + self.kl_what + self.kl_depth
-        return self.reconstruction + self.beta * weighted + self.kl_pres
+        weighted = self.kl_where + self.kl_what
+        if self.kl_depth is not None:
+            weighted = weighted + self.kl_depth
+        total = self.reconstruction + self.beta * weighted
+        return total if self.kl_pres is None else total + self.kl_pres
+
+    def terms(self) -> dict[str, Tensor]:
+        """The terms that the model has, by name."""
+        names = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres")
+        return {name: term for name in names if (term := getattr(self, name)) is not None}
 
     def means(self) -> dict[str, Tensor]:
         """Name to batch mean (0-d, detached) of every term, of `total` and of `elbo`."""
-        names = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres", "total", "elbo")
-        return {name: getattr(self, name).detach().mean() for name in names}
+        every = {**self.terms(), "total": self.total, "elbo": self.elbo}
+        return {name: value.detach().mean() for name, value in every.items()}

@@ -97,7 +97,8 @@ def evaluate(
     candidates: list[Detections] = []
     truth: list[Truth] = []
     for batch in batches:
-        found = detector.detect(batch.images, min(CANDIDATE_THRESHOLD, threshold))
+        least = min(CANDIDATE_THRESHOLD, threshold)
+        found = detector.detect(batch.images, least, counts=batch.counts)
         candidates += [_boxes_alone(item) for item in found]
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
         if progress is not None:

@@ -6,27 +6,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spairkit.air import AIR
 from spairkit.checkpoints import Checkpoint, load_checkpoint
-from spairkit.config import SPAIRConfig
+from spairkit.config import AIRConfig, Config
 from spairkit.errors import InputError
 from spairkit.spair import SPAIR
 
+Model = SPAIR | AIR
+"""What the training loop trains: `forward` gives `Losses`, and the rest is a `Detector`."""
 
-def build(config: SPAIRConfig, seed: int) -> SPAIR:
-    """An untrained model, its weights a function of the seed; torch's own state stays as it is."""
+
+def build(config: Config) -> Model:
+    """An untrained model, its weights a function of `train.seed`; torch's state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SPAIR(config)
+        torch.manual_seed(config.train.seed)
+        return _new(config)
 
 
-def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> SPAIR:
+def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Model:
     """The model of a checkpoint, in evaluation mode.
 
     Raises:
         InputError: the tensors are not those of the model that its config describes.
     """
     with torch.device("meta"):
-        model = SPAIR(checkpoint.config.model)
+        model = _new(checkpoint.config)
     expected = model.state_dict()
     mistakes = _mismatches(expected, checkpoint.model)
     if mistakes:
@@ -39,13 +43,19 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") 
     return model.eval()
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> SPAIR:
+def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
     """The detector in a run folder, a checkpoint folder or its model file.
 
     Raises:
         InputError: nothing is there, or it is damaged, foreign or of another version.
     """
     return from_checkpoint(load_checkpoint(Path(path)), device)
+
+
+def _new(config: Config) -> Model:
+    if isinstance(config.model, AIRConfig):
+        return AIR(config.model, (config.data.image_height, config.data.image_width))
+    return SPAIR(config.model)
 
 
 def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

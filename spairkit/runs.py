@@ -42,7 +42,8 @@ class Run:
 
     @classmethod
     def create(cls, out: Path | None, config: Config) -> "Run":
-        """A new run in the folder `out`, or in the next free `runs/<data>-<preset>-N`.
+        """A new run in the folder `out`, or in the next free `runs/<data>-<preset>-N`; a model
+        that is not SPAIR stands in the name.
 
         Raises:
             InputError: `out` is taken, or cannot be written.
@@ -212,7 +213,8 @@ def pretrained() -> Path:
 
 
 def _next_folder(config: Config) -> Path:
-    stem = re.sub(r"[^\w-]+", "-", f"{config.data.name}-{config.preset}")
+    model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
+    stem = re.sub(r"[^\w-]+", "-", f"{config.data.name}-{config.preset}{model}")
     try:
         ROOT.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", p.name) for p in ROOT.iterdir()]

@@ -22,6 +22,7 @@ from spairkit.densities import (
     squash,
 )
 from spairkit.detections import Detections
+from spairkit.detector import check_images
 from spairkit.elbo import Losses
 from spairkit.glimpses import extract_glimpses
 from spairkit.latents import BOX, Latents, Noise, join
@@ -34,15 +35,6 @@ from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (section 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
-
-
-def _check(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
-        )
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
 
 
 @lru_cache(maxsize=64)
@@ -115,6 +107,7 @@ class SPAIR(nn.Module):
         success: float | Tensor | None = None,
         training_wheels: bool = False,
         generator: torch.Generator | None = None,
+        counts: Tensor | None = None,
     ) -> Losses:
         """The terms of the negative ELBO with one relaxed sample of the latents.
 
@@ -123,6 +116,7 @@ class SPAIR(nn.Module):
             success: s of the count prior, in (0, 1); None is the schedule's end.
             training_wheels: stop the gradients of where, depth and pres (section 2.2).
             generator: of the sampling noise; None is torch's own.
+            counts: not looked at, here and below: SPAIR is never told.
 
         Returns:
             Losses, every term [B] in nats.
@@ -130,14 +124,19 @@ class SPAIR(nn.Module):
         Raises:
             ValueError: `images` has another shape or dtype.
         """
-        _check(images)
+        check_images(images)
         latents, background = self._sample(images, training_wheels, generator)
         image = self._render(latents, background, images)
         return self._losses(images, latents, image, success)
 
     @torch.no_grad()
     def detect(
-        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        deterministic: bool = True,
+        counts: Tensor | None = None,
     ) -> list[Detections]:
         """Boxes for each image, in raster order of the cells.
 
@@ -169,13 +168,20 @@ class SPAIR(nn.Module):
         ]
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, H, W]
+    def reconstruct(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        *,
+        counts: Tensor | None = None,
+    ) -> Tensor:  # [B, 3, H, W]
         """The images as the model explains them: means, and the objects that it holds present."""
         latents, background = self._infer(images, deterministic=True)
         return self._render(latents, background, images).clamp(0, 1)
 
     @torch.no_grad()
-    def appearance(self, images: Tensor, threshold: float = 0.5) -> list[Tensor]:
+    def appearance(
+        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
+    ) -> list[Tensor]:
         """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
         latents, _ = self._infer(images, deterministic=True)
         maps = self._decode(latents.what)
@@ -197,7 +203,7 @@ class SPAIR(nn.Module):
         return [(score > threshold, score) for score in latents.presence_logit.sigmoid()]
 
     def _infer(self, images: Tensor, deterministic: bool) -> tuple[Latents, Tensor]:
-        _check(images)
+        check_images(images)
         if not bool(images.isfinite().all()):
             raise ValueError("images must be finite, got NaN or infinity among them")
         if not deterministic:

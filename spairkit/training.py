@@ -98,6 +98,11 @@ def fit(
             "train.select = 'ap' needs images whose boxes are known, and these have no "
             "annotations.json; use 'elbo'"
         )
+    if config.model.told and not (train.has_truth and validation.has_truth):
+        raise InputError(
+            "model.count = 'given' needs images whose number of objects is known, and these have "
+            "no annotations.json; use 'inferred'"
+        )
     trainer = _Trainer(config, run, train, device)
     run.truncate_metrics(trainer.step)
     settings = config.train
@@ -141,7 +146,7 @@ class _Trainer:
         self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
         checkpoint = run.latest()
         if checkpoint is None:
-            self.model = build(config.model, config.train.seed).to(device)
+            self.model = build(config).to(device)
             if config.model.background == "mode":
                 images = train.batch(torch.arange(_MODE_IMAGES)).images
                 self.model.set_background(commonest_colour(images))
@@ -162,12 +167,13 @@ class _Trainer:
         settings, step = self.config.train, self.step
         first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
         indices = torch.arange(first, first + settings.batch_size)
-        images = self.train.batch(indices).images
+        batch = self.train.batch(indices)
         losses: Losses = self.model(
-            images,
+            batch.images,
             success=success_at(self.config, step),
             training_wheels=step < settings.training_wheels,
             generator=self._generator(_SAMPLE, step),
+            counts=batch.counts,
         )
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.mean().backward()
@@ -266,7 +272,11 @@ class _Trainer:
         total, images = 0.0, 0
         for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
             with torch.no_grad():
-                losses = self.model(batch.images, generator=self._generator(_VALIDATE, index))
+                losses = self.model(
+                    batch.images,
+                    generator=self._generator(_VALIDATE, index),
+                    counts=batch.counts,
+                )
             total += float(losses.elbo.sum())
             images += len(batch.images)
         return total / images
@@ -275,8 +285,8 @@ class _Trainer:
         batch = next(iter(evaluation_batches(dataset, _PICTURED)))
         sheet = reconstruction_sheet(
             batch.images.cpu(),
-            self.model.reconstruct(batch.images).cpu(),
-            self.model.detect(batch.images),
+            self.model.reconstruct(batch.images, counts=batch.counts).cpu(),
+            self.model.detect(batch.images, counts=batch.counts),
             batch.truth() if dataset.has_truth else None,
         )
         path = self.run.path / "pictures" / f"step-{self.step}.png"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from spairkit import presets
 from spairkit.config import (
+    AIRConfig,
     Config,
     DataConfig,
     SPAIRConfig,
@@ -23,6 +24,7 @@ from spairkit.config import (
     from_toml,
     load_toml,
     merge,
+    model_kinds,
     to_toml,
 )
 from spairkit.errors import InputError
@@ -111,13 +113,16 @@ def test_every_number_is_bounded() -> None:
                 found.append(((*path, field.name), value))
         return found
 
-    everything = numbers(Config(), ())
-    assert len(everything) > 40
+    everything = numbers(Config(), ()) + numbers(AIRConfig(), ("model",))
+    assert len(everything) > 60
     for path, value in everything:
+        air = path[0] == "model" and hasattr(AIRConfig(), path[1])
         for extreme in (10**30, -(10**30)):
             nested: Any = float(extreme) if isinstance(value, float) else extreme
             for name in reversed(path):
                 nested = {name: nested}
+            if air:
+                nested["model"]["kind"] = "air"
             assert ".".join(path) in refusal(nested)
 
 
@@ -187,6 +192,31 @@ def test_the_later_layer_wins_key_by_key() -> None:
     )
 
 
+def test_the_kind_chooses_the_model() -> None:
+    assert isinstance(from_dict({"model": {"cell": 8}}).model, SPAIRConfig), "where it is absent"
+    assert {kind: type(from_dict({"model": {"kind": kind}}).model) for kind in model_kinds()} == {
+        "spair": SPAIRConfig,
+        "air": AIRConfig,
+        "dair": AIRConfig,
+    }
+    for kind in model_kinds():
+        config = from_dict({"model": {"kind": kind}})
+        assert from_toml(to_toml(config)) == config
+    wrong: Any
+    for wrong in ("airy", 3, None, []):
+        message = refusal({"model": {"kind": wrong}})
+        assert f"model.kind: there are spair, air, dair (got '{wrong}')" in message
+    message = refusal({"model": {"kind": "air", "whats": 3, "cell": 4}})
+    assert "model.whats: unknown key, did you mean what?; model.cell: unknown key" in message
+    assert "model: input should be an object (got 3)" in refusal({"model": 3})
+
+
+def test_a_model_of_another_kind_is_one_difference() -> None:
+    assert differences(Config(), Config(model=AIRConfig(kind="dair"))) == [
+        "model.kind: 'spair' -> 'dair'"
+    ]
+
+
 def test_differences_name_what_differs() -> None:
     first = Config()
     assert differences(first, Config()) == []
@@ -254,5 +284,7 @@ def test_mutated_files_are_configs_or_refused(tmp_path: Path) -> None:
 def test_toml_holds_every_field() -> None:
     tables = tomllib.loads(to_toml(Config()))
     assert tables.keys() == {"preset", "data", "model", "train"}
+    air = tomllib.loads(to_toml(Config(model=AIRConfig())))["model"]
+    assert air.keys() == {field.name for field in fields(AIRConfig)}
     for name, kind in (("data", DataConfig), ("model", SPAIRConfig), ("train", TrainConfig)):
         assert tables[name].keys() == {field.name for field in fields(kind)}

@@ -41,3 +41,11 @@ def test_means_name_every_term_and_hold_no_graph() -> None:
         "elbo": -232.0,
     }
     assert not any(value.requires_grad for value in means.values())
+
+
+def test_a_model_may_lack_terms() -> None:
+    names = ("reconstruction", "kl_where", "kl_what")
+    few = Losses(**{name: torch.tensor(TERMS[name]) for name in names}, beta=1.0)
+    assert few.total.tolist() == [111.0, 333.0]
+    assert few.elbo.tolist() == [-111.0, -333.0]
+    assert list(few.means()) == ["reconstruction", "kl_where", "kl_what", "total", "elbo"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spairkit import metrics
-from spairkit.config import DataConfig, SPAIRConfig
+from spairkit.config import Config, DataConfig
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
@@ -26,7 +26,12 @@ class Oracle:
         self.thresholds: list[float] = []
 
     def detect(
-        self, images: Tensor, threshold: float = 0.5, *, deterministic: bool = True
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        deterministic: bool = True,
+        counts: Tensor | None = None,
     ) -> list[Detections]:
         self.thresholds.append(threshold)
         found = []
@@ -36,8 +41,13 @@ class Oracle:
             found.append(Detections(item.boxes[on], item.scores[on], item.what[on], item.depth[on]))
         return found
 
-    def reconstruct(self, images: Tensor) -> Tensor:
+    def reconstruct(self, images: Tensor, *, counts: Tensor | None = None) -> Tensor:
         return images
+
+    def appearance(
+        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
+    ) -> list[Tensor]:
+        raise AssertionError("not for figures")
 
 
 def numbered_images(first: int, num: int) -> Tensor:
@@ -172,7 +182,7 @@ def test_refuses_nothing_and_nonsense() -> None:
 
 def test_spair_is_a_detector() -> None:
     scenes = Scenes(DataConfig(max_objects=3), "test")
-    detector: Detector = build(SPAIRConfig(), seed=0).eval()
+    detector: Detector = build(Config()).eval()
     report = evaluate(detector, [scenes.batch(torch.arange(4)), scenes.batch(torch.arange(4, 6))])
     assert report.overall.images == 6
     assert set(report.by_objects) <= {1, 2, 3}

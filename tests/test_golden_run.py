@@ -8,7 +8,7 @@ them all: it says so in its commit, with these figures anew.
 import pytest
 import torch
 
-from spairkit.config import DataConfig, SPAIRConfig
+from spairkit.config import Config, DataConfig, SPAIRConfig
 from spairkit.data.scenes import Scenes
 from spairkit.densities import count_success
 from spairkit.models import build
@@ -50,7 +50,7 @@ def losses_of_a_run() -> list[float]:
         background="solid",
     )
     scenes = Scenes(DataConfig(image_height=40, image_width=52, max_objects=4), "train")
-    model = build(config, seed=0).double()
+    model = build(Config(model=config)).double()
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     totals = []
     for step in range(20):

@@ -29,6 +29,7 @@ RUNGS: list[set[str]] = [
     },
     {"backends", "config", "detector", "drawing", "durable", "metrics", "data.hashing"},
     {
+        "affine",
         "glimpses",
         "latents",
         "presence",
@@ -40,7 +41,7 @@ RUNGS: list[set[str]] = [
         "data.glyphs",
     },
     {"cell_loop", "conncomp"},
-    {"spair", "benchmarks", "runs", "data.annotations", "data.scenes", "report.curves"},
+    {"air", "spair", "benchmarks", "runs", "data.annotations", "data.scenes", "report.curves"},
     {"models", "evaluation", "data.folder", "report.page"},
     {"data.datasets"},
     {"training"},

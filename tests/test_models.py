@@ -8,21 +8,28 @@ import torch
 
 import spairkit
 from spairkit.checkpoints import environment, load_checkpoint, save_checkpoint
-from spairkit.config import Config, SPAIRConfig
+from spairkit.config import Config, SPAIRConfig, TrainConfig
 from spairkit.errors import InputError
 from spairkit.models import build, from_checkpoint, load
 from spairkit.runs import pretrained
+from spairkit.spair import SPAIR
 
 SMALL = SPAIRConfig(
     backbone_channels=(4,), features=6, hidden=6, what=3, encoder_hidden=(5,), decoder_hidden=(5,)
 )
 
 
+def spair(config: SPAIRConfig, seed: int = 0) -> SPAIR:
+    model = build(Config(model=config, train=TrainConfig(seed=seed)))
+    assert isinstance(model, SPAIR)
+    return model
+
+
 def test_the_seed_decides_the_weights_and_leaves_torch_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    first, second, third = build(SMALL, 0), build(SMALL, 0), build(SMALL, 1)
+    first, second, third = spair(SMALL), spair(SMALL), spair(SMALL, 1)
     assert torch.equal(torch.rand(2), expected)
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
@@ -30,7 +37,7 @@ def test_the_seed_decides_the_weights_and_leaves_torch_alone() -> None:
 
 
 def test_a_saved_model_detects_the_same(tmp_path: Path) -> None:
-    model = build(SMALL, 0)
+    model = spair(SMALL)
     path = save_checkpoint(
         tmp_path,
         step=3,
@@ -59,7 +66,7 @@ def test_a_saved_model_detects_the_same(tmp_path: Path) -> None:
 def test_tensors_that_do_not_fit_are_named(
     tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
 ) -> None:
-    tensors = build(SMALL, 0).state_dict() | change
+    tensors = spair(SMALL).state_dict() | change
     path = save_checkpoint(
         tmp_path,
         step=0,
@@ -73,7 +80,7 @@ def test_tensors_that_do_not_fit_are_named(
 
 def test_the_background_colour_travels_with_the_model(tmp_path: Path) -> None:
     config = replace(SMALL, background="mode")
-    model = build(config, 0)
+    model = spair(config)
     model.set_background(torch.tensor([0.25, 0.5, 0.75]))
     path = save_checkpoint(
         tmp_path,
@@ -82,7 +89,9 @@ def test_the_background_colour_travels_with_the_model(tmp_path: Path) -> None:
         model=model.state_dict(),
         environment=environment(),
     )
-    assert load(path).background_colour.tolist() == [0.25, 0.5, 0.75]
+    loaded = load(path)
+    assert isinstance(loaded, SPAIR)
+    assert loaded.background_colour.tolist() == [0.25, 0.5, 0.75]
 
 
 def test_the_packaged_model_finds_digits() -> None:

@@ -2,15 +2,17 @@
 
 import pytest
 
-from spairkit.config import Config, from_toml, to_toml
+from spairkit.config import AIRConfig, Config, from_dict, from_toml, to_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.presets import DEFAULT, names, resolve
 
 
+@pytest.mark.parametrize("kind", ["spair", "air", "dair"])
 @pytest.mark.parametrize("name", names())
-def test_every_preset_is_a_config_that_survives_toml(name: str) -> None:
-    config = resolve(name)
+def test_every_preset_is_a_config_that_survives_toml(name: str, kind: str) -> None:
+    config = resolve(name, {"model": {"kind": kind}})
     assert config.preset == name
+    assert config.model.kind == kind
     assert from_toml(to_toml(config)) == config
 
 
@@ -26,6 +28,48 @@ def test_later_layers_win_and_leave_the_rest() -> None:
     config = resolve("quick", {"train": {"steps": 7, "seed": 1}}, {"train": {"steps": 9}})
     assert (config.train.steps, config.train.seed) == (9, 1)
     assert config.model == resolve("quick").model
+
+
+def test_the_last_layer_with_a_kind_chooses_the_recipe() -> None:
+    config = resolve("quick", {"model": {"kind": "air"}}, {"train": {"steps": 7}})
+    assert config.model.kind == "air"
+    assert resolve("quick", to_dict(config)) == config, "a file that was copied from it"
+    assert resolve("quick", {"model": {"kind": "air"}}, {"model": {"kind": "spair"}}) == resolve(
+        "quick"
+    )
+
+
+def test_the_paper_preset_of_air_is_its_defaults() -> None:
+    for kind in ("air", "dair"):
+        model = resolve("paper", {"model": {"kind": kind}}).model
+        assert model == from_dict({"model": {"kind": kind, "max_objects": 9}}).model
+
+
+@pytest.mark.parametrize(
+    ("kind", "objects", "prior"),
+    [
+        ("air", 1, (-2.944, 0.25, 2.0)),
+        ("air", 3, (-1.386, 0.75, 0.5)),
+        ("dair", 9, (-0.405, 0.25, 2.0)),
+        ("air", 2, (-2.944, 0.75, 0.5)),
+    ],
+)
+def test_the_paper_has_priors_for_a_fixed_number_of_objects(
+    kind: str, objects: int, prior: tuple[float, float, float]
+) -> None:
+    data = {"min_objects": objects, "max_objects": objects}
+    model = resolve("paper", {"model": {"kind": kind}, "data": data}).model
+    assert isinstance(model, AIRConfig)
+    assert (model.scale_prior_mean, model.scale_prior_std, model.shift_prior_std) == prior
+    over = {"kind": kind, "scale_prior_std": 0.5}
+    model = resolve("paper", {"model": over, "data": data}).model
+    assert isinstance(model, AIRConfig)
+    assert model.scale_prior_std == 0.5, "what the user says lies on top"
+
+
+def test_an_unknown_kind_names_those_there_are() -> None:
+    with pytest.raises(InputError, match=r"model\.kind: there are spair, air, dair \(got 'yolo'\)"):
+        resolve("quick", {"model": {"kind": "yolo"}})
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:

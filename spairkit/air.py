@@ -1,0 +1,410 @@
+"""AIR and DAIR, the baselines (spec sections 7 and 8): objects one after the other.
+
+A recurrent network looks at the whole image, or one without state at what the canvas still lacks,
+and says at every step where the next object is and whether there is one. B images, T steps, A
+what dimensions, P the side of an object map.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spairkit.affine import cut, place
+from spairkit.config import AIRConfig
+from spairkit.densities import (
+    LOGIT_LIMIT,
+    bernoulli_cross_entropy,
+    logistic,
+    normal_kl,
+    squash,
+)
+from spairkit.detections import Detections
+from spairkit.detector import check_images
+from spairkit.elbo import Losses
+from spairkit.errors import InputError
+from spairkit.networks import linear, mlp
+from spairkit.tight_boxes import tighten
+
+_WHERE = 4  # scale w, h and shift x, y
+_STOP = 0.99  # of the absences so far, summed
+_MAX_STEPS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class _Noise:
+    """Random numbers for one pass over a batch, drawn before it."""
+
+    normal: Tensor  # [B, T, 4 + A] standard normal: where, what
+    logistic: Tensor  # [B, T] standard logistic: pres
+
+
+@dataclass(frozen=True, eq=False)
+class _Objects:
+    """What each step found; normals are before they are squashed."""
+
+    where_mean: Tensor  # [B, T, 4]
+    where_std: Tensor  # [B, T, 4]
+    scale: Tensor  # [B, T, 2] w, h in (0, 1)
+    shift: Tensor  # [B, T, 2] x, y in (-1, 1)
+    what_mean: Tensor  # [B, T, A]
+    what_std: Tensor  # [B, T, A]
+    what: Tensor  # [B, T, A] the sample
+    maps: Tensor  # [B, T, 3, P, P] colour in (0, 1)
+    placed: Tensor  # [B, T, 3, H, W] the map in its box, zero beyond
+    logit: Tensor  # [B, T] of presence, where all objects before are present
+
+
+class AIR(nn.Module):
+    """Finds objects one by one: AIR with the Concrete distribution, or DAIR.
+
+    Args:
+        config: the hyper-parameters, whose `kind` is "air" or "dair".
+        size: height and width of the images, pixels; the networks take no other.
+
+    Source: supplement D.1 and the released code; spec sections 7 and 8.
+    """
+
+    def __init__(self, config: AIRConfig, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.config = config
+        self.size = size
+        c = config
+        pixels = (1 if c.grey else 3) * size[0] * size[1]
+        glimpse = 3 * c.object_size**2
+        self.look: nn.Module
+        if c.kind == "air":
+            self.look = linear(pixels, 4 * c.units)
+            self.recur = linear(c.units, 4 * c.units)
+        else:
+            self.look = mlp((pixels, *c.difference_hidden, c.units), "relu")
+        self.output = mlp((c.units, c.output_hidden, 2 * _WHERE + 1), "relu")
+        self.encoder = mlp((glimpse, *c.encoder_hidden, 2 * c.what), c.activation)
+        self.decoder = mlp((c.what, *c.decoder_hidden, glimpse), c.activation)
+        numbers, moments, colours = self.output[-1], self.encoder[-1], self.decoder[-1]
+        assert isinstance(numbers, nn.Linear)
+        assert isinstance(moments, nn.Linear)
+        assert isinstance(colours, nn.Linear)
+        with torch.no_grad():
+            numbers.bias[:2] = c.scale_bias
+            numbers.bias[_WHERE : 2 * _WHERE] = c.std_bias
+            numbers.bias[-1] = c.presence_bias
+            moments.bias[c.what :] = c.std_bias
+            colours.bias[:] = c.colour_bias
+
+    def forward(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        *,
+        success: float | None = None,
+        training_wheels: bool = False,
+        generator: torch.Generator | None = None,
+        counts: Tensor | None = None,  # [B] int64
+    ) -> Losses:
+        """The terms of the negative ELBO with one sample of the latents.
+
+        Args:
+            images: of the model's size.
+            success: 1 / (1 + prior odds of one more object), in (0, 1); None is the schedule's
+                end.
+            training_wheels: stop the gradients of where and pres.
+            generator: of the sampling noise; None is torch's own.
+            counts: the true numbers of objects, if the model is told them.
+
+        Returns:
+            Losses, every term [B] in nats; no `kl_pres` where counts are given.
+
+        Raises:
+            ValueError: `images` has another shape or dtype.
+            InputError: `images` has another size, or a model that is told gets no counts.
+        """
+        steps = self._steps(images, counts)
+        noise = self._draw(images, steps, generator)
+        objects = self._find(images, steps, noise, counts, training_wheels)
+        if success is None:
+            success = 1 / (1 + self.config.odds_end)
+        if self.config.told:
+            alive = self._weights(objects.logit, noise, counts)
+            return self._losses(images, _sum(alive, objects.placed), objects, alive, None)
+        prior = objects.logit.new_tensor((1 - success) / success).log()
+        if self.config.presence == "exact":
+            return self._expected(images, objects, prior)
+        drawn = self._relaxed(objects.logit, noise)
+        alive = _before_stop(drawn.sigmoid()).to(drawn.dtype)
+        asked = torch.cat([torch.ones_like(alive[:, :1]), alive[:, :-1]], dim=1)
+        temperature = self.config.temperature
+        posterior = _concrete_log_density(drawn, objects.logit, temperature)
+        kl = posterior - _concrete_log_density(drawn, prior, temperature)
+        canvas = _sum(alive * drawn.sigmoid(), objects.placed)
+        return self._losses(images, canvas, objects, alive, (asked * kl).sum(1))
+
+    @torch.no_grad()
+    def detect(
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        deterministic: bool = True,
+        counts: Tensor | None = None,
+    ) -> list[Detections]:
+        """Boxes for each image in the order of the steps; see `Detector.detect`.
+
+        The score of an object is the probability that it and all before it are present; of a
+        given count, 1. Depth is 0: light is added, nothing hides anything.
+
+        Raises:
+            ValueError: `images` has another shape or dtype, or holds what is not finite.
+            InputError: `images` has another size, or a model that is told gets no counts.
+        """
+        objects, scores = self._infer(images, deterministic, counts)
+        sides = scores.new_tensor([self.size[1], self.size[0]])
+        low = (objects.shift + 1) / 2 * sides - objects.scale * sides / 2
+        boxes = torch.cat([low, low + objects.scale * sides], dim=-1)
+        if self.config.box_contrast:
+            background = images.new_zeros(len(images), 3, 1, 1)
+            boxes = tighten(boxes, _opaque(objects.maps), background, self.config.box_contrast)
+        return [
+            Detections(
+                boxes=boxes[b, on].float().cpu(),
+                scores=scores[b, on].float().cpu(),
+                what=objects.what[b, on].float().cpu(),
+                depth=torch.zeros(int(on.sum())),
+            )
+            for b, on in enumerate(scores > threshold)
+        ]
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        *,
+        counts: Tensor | None = None,
+    ) -> Tensor:  # [B, 3, H, W]
+        """The images as the model explains them: means, and the objects that it holds present."""
+        objects, scores = self._infer(images, True, counts)
+        return _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
+
+    @torch.no_grad()
+    def appearance(
+        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
+    ) -> list[Tensor]:
+        """Colour and alpha, which is 1, of each object of `detect`: [n, P, P, 4], CPU."""
+        objects, scores = self._infer(images, True, counts)
+        maps = _opaque(objects.maps)
+        return [maps[b, on].float().cpu() for b, on in enumerate(scores > threshold)]
+
+    def set_background(self, colour: Tensor) -> None:
+        """No effect: the canvas is black."""
+
+    def _steps(self, images: Tensor, counts: Tensor | None) -> int:
+        """How many steps to make; at least one. Refuses what the networks cannot take."""
+        check_images(images)
+        name = self.config.kind.upper()
+        height, width = images.shape[-2:]
+        if (height, width) != self.size:
+            raise InputError(
+                f"{name} was trained on images of {self.size[0]}x{self.size[1]} px and takes no "
+                f"other, got {height}x{width} px; cut them, or train SPAIR, which takes any"
+            )
+        if not self.config.told:
+            return self.config.max_objects
+        if counts is None:
+            raise InputError(
+                f"this {name} is told how many objects each image holds (model.count = 'given'): "
+                "say --count N, or train one with --set model.count=inferred"
+            )
+        if len(counts) and int(counts.max()) > _MAX_STEPS:
+            raise InputError(f"{name} takes counts up to {_MAX_STEPS}, got {int(counts.max())}")
+        return max(int(counts.max()), 1)
+
+    def _draw(self, images: Tensor, steps: int, generator: torch.Generator | None) -> _Noise:
+        batch, what = len(images), self.config.what
+        normal = images.new_empty(batch, steps, _WHERE + what).normal_(generator=generator)
+        uniform = images.new_empty(batch, steps).uniform_(generator=generator)
+        return _Noise(normal, logistic(uniform))
+
+    def _infer(
+        self, images: Tensor, deterministic: bool, counts: Tensor | None
+    ) -> tuple[_Objects, Tensor]:
+        """The objects, and the probability [B, T] that each is present."""
+        steps = self._steps(images, counts)
+        if not bool(images.isfinite().all()):
+            raise ValueError("images must be finite, got NaN or infinity among them")
+        noise = None if deterministic else self._draw(images, steps, None)
+        objects = self._find(images, steps, noise, counts, hard=True)
+        if deterministic and not self.config.told:
+            return objects, objects.logit.sigmoid().cumprod(1)
+        return objects, self._weights(objects.logit, noise, counts, hard=True)
+
+    def _find(
+        self,
+        images: Tensor,
+        steps: int,
+        noise: _Noise | None,
+        counts: Tensor | None,
+        training_wheels: bool = False,
+        hard: bool = False,
+    ) -> _Objects:
+        """All steps. No noise means the means."""
+        normal = None if noise is None else noise.normal
+        if self.config.kind == "air":
+            states = self._recurrent(images, steps)
+            return self._look_closer(images, states, normal, training_wheels)
+        found: list[_Objects] = []
+        canvas = torch.zeros_like(images)
+        for t in range(steps):
+            state = self.look(self._seen(images - canvas))[:, None]
+            drawn = None if normal is None else normal[:, t : t + 1]
+            found.append(self._look_closer(images, state, drawn, training_wheels))
+            logits = torch.cat([item.logit for item in found], dim=1)
+            weight = self._weights(logits, noise, counts, hard)[:, -1:]
+            canvas = canvas + _sum(weight, found[-1].placed)
+        return _Objects(
+            **{
+                field.name: torch.cat([getattr(item, field.name) for item in found], dim=1)
+                for field in fields(_Objects)
+            }
+        )
+
+    def _seen(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, pixels]
+        return (images.mean(1) if self.config.grey else images).flatten(1)
+
+    def _recurrent(self, images: Tensor, steps: int) -> Tensor:  # [B, T, units]
+        """Outputs of the LSTM, whose input is the same at every step."""
+        product = self.look(self._seen(images))
+        output = cell = images.new_zeros(len(images), self.config.units)
+        outputs = []
+        for _ in range(steps):
+            enter, new, forget, leave = (product + self.recur(output)).chunk(4, dim=1)
+            # forgetting starts low: the bias of 1
+            cell = cell * (forget + 1).sigmoid() + enter.sigmoid() * new.tanh()
+            output = cell.tanh() * leave.sigmoid()
+            outputs.append(output)
+        return torch.stack(outputs, dim=1)
+
+    def _look_closer(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        states: Tensor,  # [B, n, units]
+        normal: Tensor | None,  # [B, n, 4 + A]
+        training_wheels: bool,
+    ) -> _Objects:
+        """Where and what of n steps that do not depend on each other."""
+        c = self.config
+        numbers = self.output(states)
+        if training_wheels:
+            numbers = numbers.detach()
+        where_mean, raw, logit = numbers.split([_WHERE, _WHERE, 1], dim=-1)
+        where_std = _std(raw)
+        where = where_mean if normal is None else where_mean + where_std * normal[..., :_WHERE]
+        scale = squash(where[..., :2])
+        shift = where[..., 2:].clamp(-LOGIT_LIMIT, LOGIT_LIMIT).tanh()
+        glimpses = cut(images, scale, shift, c.object_size)  # from the image, not the difference
+        what_mean, raw = self.encoder(glimpses.flatten(2)).chunk(2, dim=-1)
+        what_std = _std(raw)
+        what = what_mean if normal is None else what_mean + what_std * normal[..., _WHERE:]
+        maps = squash(self.decoder(what)).unflatten(-1, (3, c.object_size, c.object_size))
+        return _Objects(
+            where_mean=where_mean,
+            where_std=where_std,
+            scale=scale,
+            shift=shift,
+            what_mean=what_mean,
+            what_std=what_std,
+            what=what,
+            maps=maps,
+            placed=place(maps, scale, shift, *self.size),
+            logit=logit.squeeze(-1).clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+        )
+
+    def _relaxed(self, logits: Tensor, noise: _Noise) -> Tensor:
+        """Draws from the Concrete distribution before their sigmoid, [B, t]."""
+        return (logits + noise.logistic[:, : logits.shape[1]]) / self.config.temperature
+
+    def _weights(
+        self, logits: Tensor, noise: _Noise | None, counts: Tensor | None, hard: bool = False
+    ) -> Tensor:  # [B, t]
+        """How much of each object so far is on the canvas."""
+        if self.config.told:
+            assert counts is not None
+            steps = torch.arange(logits.shape[1], device=logits.device)
+            return (steps < counts.to(logits.device)[:, None]).to(logits.dtype)
+        if noise is None or (self.config.presence == "exact" and not hard):
+            return torch.ones_like(logits)  # what follows is of use only where this is present
+        drawn = self._relaxed(logits, noise).sigmoid()
+        if hard:
+            drawn = drawn.round()
+        return drawn * _before_stop(drawn)
+
+    def _expected(self, images: Tensor, objects: _Objects, prior: Tensor) -> Losses:
+        """The terms in expectation over the count, whose posterior is a product of T numbers."""
+        floor = self.config.likelihood_floor
+        reached = F.logsigmoid(objects.logit).cumsum(1).exp()  # [B, T] at least so many
+        none = torch.ones_like(reached[:, :1])
+        counts = torch.cat([none, reached], 1) - F.pad(reached, (0, 1))  # [B, T + 1] exactly
+        canvases = [torch.zeros_like(images), *objects.placed.cumsum(1).unbind(1)]
+        errors = [bernoulli_cross_entropy(canvas, images, floor) for canvas in canvases]
+        # of a Bernoulli choice of log-odds l: p (l - prior) + log(1 - p) - log(1 - prior's p)
+        kl = objects.logit.sigmoid() * (objects.logit - prior)
+        kl = kl + F.softplus(prior) - F.softplus(objects.logit)
+        asked = torch.cat([none, reached[:, :-1]], dim=1)
+        where, what = self._kl(objects)
+        return Losses(
+            reconstruction=(counts * torch.stack(errors, dim=1)).sum(1),
+            kl_where=(reached * where).sum(1),
+            kl_what=(reached * what).sum(1),
+            kl_pres=(asked * kl).sum(1),
+            beta=self.config.beta,
+        )
+
+    def _losses(
+        self,
+        images: Tensor,
+        canvas: Tensor,
+        objects: _Objects,
+        alive: Tensor,  # [B, T] 0 or 1
+        kl_pres: Tensor | None,
+    ) -> Losses:
+        where, what = self._kl(objects)
+        return Losses(
+            reconstruction=bernoulli_cross_entropy(canvas, images, self.config.likelihood_floor),
+            kl_where=(alive * where).sum(1),
+            kl_what=(alive * what).sum(1),
+            kl_pres=kl_pres,
+            beta=self.config.beta,
+        )
+
+    def _kl(self, objects: _Objects) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
+        c = self.config
+        mean, std = objects.where_mean, objects.where_std
+        where = normal_kl(mean[..., :2], std[..., :2], c.scale_prior_mean, c.scale_prior_std)
+        shift = normal_kl(mean[..., 2:], std[..., 2:], 0.0, c.shift_prior_std)
+        what = normal_kl(objects.what_mean, objects.what_std, 0.0, 1.0)
+        return where.sum(-1) + shift.sum(-1), what.sum(-1)
+
+
+def _std(raw: Tensor) -> Tensor:
+    return raw.clamp(-LOGIT_LIMIT, LOGIT_LIMIT).exp()
+
+
+def _sum(weights: Tensor, placed: Tensor) -> Tensor:  # [B, T], [B, T, 3, H, W] -> [B, 3, H, W]
+    """The canvas: light is added."""
+    return (weights[..., None, None, None] * placed).sum(1)
+
+
+def _before_stop(presence: Tensor) -> Tensor:  # [B, T] -> [B, T] bool
+    """Which steps come before the sum of absences reaches the stop (section 7)."""
+    return (1 - presence).cumsum(1) < _STOP
+
+
+def _concrete_log_density(drawn: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """Of the sigmoid's argument of a Concrete draw, elementwise."""
+    distance = logits - temperature * drawn
+    log_temperature = torch.as_tensor(temperature).log()
+    return log_temperature + distance - 2 * F.softplus(distance)
+
+
+def _opaque(maps: Tensor) -> Tensor:  # [B, T, 3, P, P] -> [B, T, P, P, 4]
+    colour = maps.movedim(2, -1)
+    return torch.cat([colour, torch.ones_like(colour[..., :1])], dim=-1)
