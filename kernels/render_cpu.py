@@ -74,9 +74,8 @@ def _copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
 def _interpolate_row(ringed, index, fraction, row):
     """Row `index + fraction` of the map, all texels and channels."""
     for c in range(row.shape[0]):
-        for k in range(row.shape[1]):
-            upper = ringed[index, c, k]
-            row[c, k] = upper + fraction * (ringed[index + _NEXT, c, k] - upper)
+        upper = ringed[index, c]
+        row[c] = upper + fraction * (ringed[index + _NEXT, c] - upper)
 
 
 @compiled
@@ -101,6 +100,8 @@ def _render_forward(
     cover, alpha, importance = num_colours, num_colours + 1, num_colours + 2
     ringed = np.zeros((map_height + 2, map_width + 2, num_colours + 3), np.float32)
     row = np.empty((map_width + 2, num_colours + 3), np.float32)
+    flat_ringed = ringed.reshape(map_height + 2, -1)
+    flat_row = row.reshape(-1)
     row_index, row_fraction = np.empty(height, np.uint64), np.empty(height, np.float32)
     column_index, column_fraction = np.empty(width, np.uint64), np.empty(width, np.float32)
     row_share, column_share = np.empty(height, np.float32), np.empty(width, np.float32)
@@ -123,7 +124,7 @@ def _render_forward(
             nearness = _ONE / (_ONE + np.exp(depth[b, n]))
             _copy_with_ring(rgba[b, n], presence[b, n], nearness, floor, channels, ringed)
             for y in range(top, bottom):
-                _interpolate_row(ringed, row_index[y], row_fraction[y], row)
+                _interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
                 for x in range(left, right):
                     i, f = column_index[x], column_fraction[x]
                     e, j = _ONE - f, i + _NEXT
@@ -175,7 +176,11 @@ def _render_backward(
     ringed = np.zeros((map_height + 2, map_width + 2, num_colours + 3), np.float32)
     grad_ringed = np.empty((map_height + 2, map_width + 2, num_colours + 3), np.float32)
     row = np.empty((map_width + 2, num_colours + 3), np.float32)
+    flat_ringed = ringed.reshape(map_height + 2, -1)
+    flat_row = row.reshape(-1)
     grad_row = np.empty((map_width + 2, num_colours + 3), np.float32)
+    flat_grad_row = grad_row.reshape(-1)
+    flat_grad_ringed = grad_ringed.reshape(map_height + 2, -1)
     row_index, row_fraction = np.empty(height, np.uint64), np.empty(height, np.float32)
     column_index, column_fraction = np.empty(width, np.uint64), np.empty(width, np.float32)
     row_share, column_share = np.empty(height, np.float32), np.empty(width, np.float32)
@@ -215,7 +220,7 @@ def _render_backward(
             grad_ringed[:] = _ZERO
             grad_x1, grad_x2, grad_y1, grad_y2 = _ZERO, _ZERO, _ZERO, _ZERO
             for y in range(top, bottom):
-                _interpolate_row(ringed, row_index[y], row_fraction[y], row)
+                _interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
                 grad_row[:] = _ZERO
                 for x in range(left, right):
                     i, f = column_index[x], column_fraction[x]
@@ -247,12 +252,11 @@ def _render_backward(
                 i, f = row_index[y], row_fraction[y]
                 j = i + _NEXT
                 slope = _ZERO
-                for c in range(map_width + 2):
-                    for k in range(num_colours + 3):
-                        g = grad_row[c, k]
-                        slope += g * (ringed[j, c, k] - ringed[i, c, k])
-                        grad_ringed[i, c, k] += (_ONE - f) * g
-                        grad_ringed[j, c, k] += f * g
+                for c in range(len(flat_row)):
+                    g = flat_grad_row[c]
+                    slope += g * (flat_ringed[j, c] - flat_ringed[i, c])
+                    flat_grad_ringed[i, c] += (_ONE - f) * g
+                    flat_grad_ringed[j, c] += f * g
                 grad_y1 -= slope * (_ONE - row_share[y])
                 grad_y2 -= slope * row_share[y]
             grad_boxes[b, n, 0], grad_boxes[b, n, 2] = grad_x1 * x_scale, grad_x2 * x_scale
