@@ -158,8 +158,8 @@ class SPAIRConfig:
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Unit = 0.0
-    """Boxes that are reported shrink to the texels that stand out from the background by more
-    than this; 0 reports z_where's own boxes, as the paper does."""
+    """Boxes that are reported are drawn, in whole pixels, round what stands out from the background
+    by more than this; 0 reports z_where's own boxes, as the paper does."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
     """Added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0

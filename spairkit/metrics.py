@@ -39,7 +39,8 @@ PROTOCOLS = {
         "as the SPAIR authors' code counts, for comparison with the paper's figures only: IoU > t "
         "for t = .1, .2 ... .9, 11 recall points, detections above the count threshold, not "
         "ranked, dropped once their image has no true box left, true boxes one pixel less high "
-        "and wide, mean over batches of 32; of the means of the latents, which the authors sampled"
+        "and wide, as are found ones that are drawn in whole pixels like them, mean over batches "
+        "of 32; of the means of the latents, which the authors sampled"
     ),
     "ap_coco": "COCO AP@[.5:.95]: 101 recall points, all areas, any number of detections",
     "ap50": "COCO AP at IoU .5",
@@ -114,8 +115,9 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     - the true boxes of the authors' data span from the first to the last pixel of a glyph, so one
       pixel is taken from the right and lower edges of the half-open boxes given. A perfect
       detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention:
-      where `whole_pixels` says that found boxes are drawn as the true ones are, as the authors'
-      ConnComp draws its own, they lose the same pixel;
+      where `whole_pixels` says that found boxes are drawn as the true ones are, they lose the
+      same pixel, as those of the authors' ConnComp do. Their SPAIR's boxes, z_where's own, did not:
+      for those set `model.box_contrast` to 0;
     - AP is computed for batches of images in order, and averaged with their sizes as weights.
 
     A batch without detections, or without true boxes, has AP 0. (For no detection at all the

@@ -41,7 +41,7 @@ def quick() -> dict[str, Any]:
             "odds_end": 0.05,
             "odds_schedule": "log-linear",
             "likelihood_floor": 1e-6,
-            "box_contrast": 0.1,
+            "box_contrast": 0.05,
             "beta": 2.0,
         },
         "train": {

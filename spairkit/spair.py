@@ -163,6 +163,7 @@ class SPAIR(nn.Module):
                 scores=score[on].float().cpu(),
                 what=latents.what[b, on].float().cpu(),
                 depth=latents.depth[b, on].float().cpu(),
+                whole_pixels=self.config.box_contrast > 0,
             )
             for b, (on, score) in enumerate(self._chosen(latents, threshold, deterministic))
         ]
