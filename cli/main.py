@@ -23,6 +23,7 @@ from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
 from spairkit.cli.report import report
+from spairkit.cli.sweep import sweep
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError
@@ -33,6 +34,7 @@ app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
 app.command()(report)
+app.command()(sweep)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)

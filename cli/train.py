@@ -1,19 +1,17 @@
 """`spairkit train`: from images to a run with figures, and what to try next."""
 
-import os
 import shlex
-import signal
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
 from spairkit.cli.figures import measure, print_report
+from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     ConfigOption,
     DataOption,
@@ -97,7 +95,7 @@ def train(
     open_dataset(settings.data, "train")  # what is wrong with it shows before a run is made
     run = Run.open(resume) if resume else Run.create(out, settings)
     began = time.monotonic()
-    with run.lock(), _Interrupts() as interrupts:
+    with run.lock(), Interrupts() as interrupts:
         if settings.train.steps != run.config.train.steps:
             run.extend(settings.train.steps)
 
@@ -137,30 +135,6 @@ def train(
     else:
         say("these images have no annotations.json, so there are no test figures")
     _print_next(run, page, has_truth=report is not None)
-
-
-class _Interrupts:
-    """Notes the first signal to end and lets the second one end at once, as a context."""
-
-    number: int | None = None
-
-    def __enter__(self) -> Self:
-        self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            self._before[number](number, frame)
-        self.number = number
-        # print could be in the middle of printing
-        os.write(2, b"\nsaving; once more leaves at once\n")
 
 
 def _options(

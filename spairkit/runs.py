@@ -48,7 +48,9 @@ class Run:
         Raises:
             InputError: `out` is taken, or cannot be written.
         """
-        path = _next_folder(config) if out is None else _empty_folder(out)
+        model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
+        stem = f"{config.data.name}-{config.preset}{model}"
+        path = next_folder(stem) if out is None else _empty_folder(out)
         durable.write_text(path / "config.toml", to_toml(config))
         return cls(path, config)
 
@@ -212,9 +214,13 @@ def pretrained() -> Path:
     return Path(__file__).parent / "pretrained" / "quick"
 
 
-def _next_folder(config: Config) -> Path:
-    model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
-    stem = re.sub(r"[^\w-]+", "-", f"{config.data.name}-{config.preset}{model}")
+def next_folder(stem: str) -> Path:
+    """Makes the next free folder `runs/<stem>-N`.
+
+    Raises:
+        InputError: the system refuses.
+    """
+    stem = re.sub(r"[^\w-]+", "-", stem)
     try:
         ROOT.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", p.name) for p in ROOT.iterdir()]

@@ -22,7 +22,7 @@ from spairkit.data.datasets import Dataset, evaluation_batches, open_dataset
 from spairkit.densities import count_success
 from spairkit.drawing import reconstruction_sheet
 from spairkit.elbo import Losses
-from spairkit.errors import InputError
+from spairkit.errors import DivergedError, InputError
 from spairkit.evaluation import evaluate
 from spairkit.images import write_png
 from spairkit.models import build, from_checkpoint
@@ -85,9 +85,10 @@ def fit(
         end. Steps that were made before a resumption are not yielded again.
 
     Raises:
-        InputError: the data cannot be read, or has no boxes to select by; the folder cannot be
-            written; or the losses were not finite in the last 10 updates or more, which is seen
-            when they are next reported or a validation is due: the last good checkpoint is kept.
+        InputError: the data cannot be read, or has no boxes to select by; or the folder cannot be
+            written.
+        DivergedError: the losses were not finite in the last 10 updates or more, which is seen
+            when they are next reported or a validation is due; the last good checkpoint is kept.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -115,7 +116,7 @@ def fit(
         # to read what is on the device waits for it, so this is not done after every update
         skipped = int(trainer.skipped) if validates or reports else 0
         if skipped >= _MAX_SKIPPED:
-            raise InputError(
+            raise DivergedError(
                 f"the losses were not finite {skipped} updates in a row, up to step {step}; the "
                 f"last good checkpoint is {run.path / 'last'}; try a lower train.learning_rate"
             )
@@ -203,7 +204,7 @@ class _Trainer:
             figures |= {name: getattr(overall, name) for name in names}
         picture = self._draw(dataset)
         self.model.train()
-        score = figures[self.criterion]
+        score = figures[criterion(self.config.train)]
         is_best = score > self.best
         if is_best:
             self.best, self.best_step = score, self.step
@@ -211,11 +212,6 @@ class _Trainer:
         self.run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
         self.save(figures, is_best)
         return Validation(self.step, figures, picture, is_best)
-
-    @property
-    def criterion(self) -> str:
-        """The figure that decides which checkpoint is best: higher is better."""
-        return "elbo" if self.config.train.select == "elbo" else "ap_spair"
 
     def save(self, metrics: dict[str, float], is_best: bool) -> None:
         """Writes a checkpoint of this step."""
@@ -313,6 +309,11 @@ class _Trainer:
         words = f"{self.config.train.seed} {purpose} {step}".encode()
         seed = int.from_bytes(sha256(words).digest()[:8], "big")
         return torch.Generator(self.device).manual_seed(seed)
+
+
+def criterion(settings: TrainConfig) -> str:
+    """The validation figure that decides which checkpoint is best: higher is better."""
+    return "elbo" if settings.select == "elbo" else "ap_spair"
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SLOW_PACKAGES = ("torch", "triton", "numba", "numpy", "scipy", "PIL", "matplotlib", "pydantic")
+SLOW_PACKAGES = (
+    *("torch", "triton", "numba", "numpy", "scipy", "PIL", "matplotlib", "pydantic"),
+    "optuna",
+)
 MAX_WHEEL_BYTES = 4_000_000
 
 

@@ -16,7 +16,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 MAX_POINTS = 300
 """Of a line; longer ones are averaged in equal stretches."""
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "spairkit",
     "font.family": "sans-serif",
@@ -28,6 +28,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+"""Of every chart, as matplotlib's settings."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def chart(
     drawn = [item for item in lines if item.x]
     if not drawn:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         figure.patch.set_alpha(0.0)
         axes = figure.add_subplot()

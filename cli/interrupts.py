@@ -1,0 +1,30 @@
+"""Ctrl-C and SIGTERM while something runs that first has to be saved."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any, Self
+
+
+class Interrupts:
+    """Notes the first signal to end and lets the second one end at once, as a context."""
+
+    number: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            self._before[number](number, frame)
+        self.number = number
+        # print could be in the middle of printing
+        os.write(2, b"\nsaving; once more leaves at once\n")

@@ -1,0 +1,77 @@
+"""The picture of a sweep: the figure of every trial against each setting, as a PNG."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spairkit.report.curves import COLOURS, STYLE, is_plottable
+
+_COLUMNS = 3
+_MAX_TICKS = 12
+_MAX_LABEL = 16  # characters
+
+
+def trials_chart(
+    values: Sequence[Mapping[str, Any]],
+    figures: Sequence[float],
+    name: str,
+    log: frozenset[str] = frozenset(),
+) -> bytes | None:
+    """One panel for each setting, a dot for each trial, the best of them in another colour.
+
+    Args:
+        values: the settings of each trial, all with the same keys.
+        figures: of each trial; the highest is the best.
+        name: of the figure.
+        log: settings whose axis is logarithmic.
+
+    Returns:
+        A PNG; None where there is nothing to draw.
+    """
+    trials = [(v, f) for v, f in zip(values, figures, strict=True) if is_plottable(f)]
+    if not trials or not trials[0][0]:
+        return None
+    keys = list(trials[0][0])
+    columns = min(_COLUMNS, len(keys))
+    rows = math.ceil(len(keys) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * columns, 2.8 * rows), dpi=150, layout="constrained")
+        for place, key in enumerate(keys):
+            axes = figure.add_subplot(rows, columns, place + 1)
+            _draw(axes, [v[key] for v, _ in trials], [f for _, f in trials])
+            if key in log:
+                axes.set_xscale("log")
+            axes.grid(axis="y", color="#e8eaee", lw=0.8)
+            axes.set_axisbelow(True)
+            axes.set_xlabel(key)
+            if place % columns == 0:
+                axes.set_ylabel(name)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes: Axes, settings: list[Any], figures: list[float]) -> None:
+    choices = sorted(set(map(_label, settings)))
+    if all(is_plottable(value) and not isinstance(value, bool) for value in settings):
+        x = settings
+        ticks = sorted(set(settings))
+        if len(ticks) <= _MAX_TICKS // 2:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    else:
+        x = [choices.index(_label(value)) for value in settings]
+        if len(choices) <= _MAX_TICKS:
+            axes.set_xticks(range(len(choices)), choices)
+    best = figures.index(max(figures))
+    axes.plot(x, figures, "o", color=COLOURS[0], ms=5, alpha=0.6, mew=0)
+    axes.plot(x[best], figures[best], "o", color=COLOURS[1], ms=7, mew=0)
+
+
+def _label(value: Any) -> str:
+    # a dollar sign would begin a formula
+    return str(value).replace("$", r"\$")[:_MAX_LABEL]
