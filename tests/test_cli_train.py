@@ -336,3 +336,72 @@ def test_report_is_written_again(run: Runner) -> None:
     ended = run("report", "runs/digits-quick-1")
     assert ended == Ended(0, f"{page}\n", "")
     assert page.is_file()
+
+
+AIR = """\
+[data]
+image_height = 24
+image_width = 24
+min_objects = 0
+max_objects = 2
+validation_images = 6
+test_images = 10
+
+[model]
+units = 8
+output_hidden = 8
+difference_hidden = [8]
+what = 4
+encoder_hidden = [8]
+decoder_hidden = [8]
+
+[train]
+batch_size = 4
+steps = 4
+validation_every = 2
+threads = 1
+"""
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("air", "quick"), ("dair", "paper")])
+def test_air_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None:
+    """The quick preset infers the count, and the paper's is told it; images may be empty."""
+    Path("air.toml").write_text(AIR)
+    options = ("--config", "air.toml", "--preset", preset, "--model", kind)
+    ended = run("train", *options, "--json", "--quiet")
+    assert ended.status == 0
+    trained = json.loads(ended.out)
+    folder = f"digits-{preset}-{kind}-1"
+    assert trained["run"] == f"runs/{folder}"
+    assert {"0", "1", "2"} == trained["test"]["by_objects"].keys()
+    evaluated = run("eval", "--checkpoint", trained["run"], "--json", "--quiet")
+    assert json.loads(evaluated.out)["overall"] == trained["test"]["overall"]
+    assert run("report", trained["run"]).status == 0
+    out = f"{folder}-again"
+    commands = [
+        line
+        for line in run("train", *options, "--out", out, "--quiet").out.splitlines()
+        if line.startswith("  spairkit ")
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        assert run(*shlex.split(command)[1:]).status == 0, command
+    image = f"{out}/example.png"
+    for command in ("viz", "detect"):
+        plain = run(command, image, "--checkpoint", out)
+        counted = run(command, image, "--checkpoint", out, "--count", 2)
+        if preset == "paper":
+            assert plain.status == 2
+            assert "this DAIR is told how many objects" in plain.err
+            assert counted.status == 0
+        else:
+            assert plain.status == 0
+            assert counted.status == 2
+            assert "--count 2: this model counts by itself; leave it out" in counted.err
+
+
+def test_another_model_does_not_go_on_with_a_run(run: Runner) -> None:
+    ended = run("train", "--resume", "runs/digits-quick-1", "--model", "air")
+    assert ended.status == 2
+    assert "its model is spair, not air; leave --model out" in ended.err
+    assert run("train", "--model", "airy").err.strip().endswith("(got 'airy')")

@@ -124,6 +124,53 @@ def test_what_is_said_to_stop_is_saved(tmp_path: Path) -> None:
     assert load_checkpoint(run.path / "last").step == 2
 
 
+AIR: dict[str, Any] = {
+    "data": {**TINY["data"], "min_objects": 0},
+    "model": {
+        "units": 8,
+        "difference_hidden": [8],
+        "output_hidden": 8,
+        "what": 4,
+        "encoder_hidden": [8],
+        "decoder_hidden": [8],
+        "object_size": 6,
+    },
+    "train": TINY["train"],
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"kind": "air"},
+        {"kind": "dair"},
+        {"kind": "air", "count": "inferred", "max_objects": 2},
+        {"kind": "dair", "count": "inferred", "presence": "exact", "max_objects": 2},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+def test_air_resumes_to_the_same_bits(tmp_path: Path, model: dict[str, Any]) -> None:
+    config = from_dict(merge(AIR, {"model": model}))
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", 3)
+    parts = train(config, tmp_path / "parts")
+    assert_same_bits(whole, parts)
+    assert whole.metrics() == parts.metrics()
+    validation = next(r for r in whole.metrics() if r["kind"] == "validation")
+    if "count" not in model:
+        assert validation["count_accuracy"] == 1.0, "it was told"
+
+
+def test_a_model_that_is_told_counts_needs_them(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    write_png(images / "0.png", torch.rand(3, 30, 30))
+    data = {"name": "folder", "path": str(images)}
+    config = from_dict(merge(AIR, {"data": data, "model": {"kind": "air"}}))
+    with pytest.raises(InputError, match=r"model\.count = 'given' needs images whose number"):
+        train(config, tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "last", "best"])
 def test_a_kill_while_a_validation_is_saved_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
