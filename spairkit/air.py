@@ -159,17 +159,24 @@ class AIR(nn.Module):
         """
         objects, scores = self._infer(images, deterministic, counts)
         sides = scores.new_tensor([self.size[1], self.size[0]])
-        low = (objects.shift + 1) / 2 * sides - objects.scale * sides / 2
-        boxes = torch.cat([low, low + objects.scale * sides], dim=-1)
-        if self.config.box_contrast:
-            background = images.new_zeros(len(images), 3, 1, 1)
-            boxes = tighten(boxes, _opaque(objects.maps), background, self.config.box_contrast)
+        contrast, texels = self.config.box_contrast, self.config.object_size
+        if contrast:
+            # where the map is drawn: first and last texels are centred on the box's own edges
+            centre = (objects.shift + 1) / 2 * (sides - 1) + 0.5
+            size = objects.scale * (sides - 1) * texels / (texels - 1)
+        else:
+            centre, size = (objects.shift + 1) / 2 * sides, objects.scale * sides
+        boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+        if contrast:
+            black = images.new_zeros(len(images), 3, 1, 1)
+            boxes = tighten(boxes, _opaque(objects.maps), black, contrast)
         return [
             Detections(
                 boxes=boxes[b, on].float().cpu(),
                 scores=scores[b, on].float().cpu(),
                 what=objects.what[b, on].float().cpu(),
                 depth=torch.zeros(int(on.sum())),
+                whole_pixels=contrast > 0,
             )
             for b, on in enumerate(scores > threshold)
         ]

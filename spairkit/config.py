@@ -273,7 +273,7 @@ class AIRConfig:
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Unit = 0.0
-    """Boxes that are reported shrink to the texels that are lighter than this; 0 reports scale
+    """Boxes that are reported hold, in whole pixels, what is lighter than this; 0 reports scale
     and shift as they are, as the paper does."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
     """Added inside the logarithms of the reconstruction term."""
