@@ -38,7 +38,9 @@ PresetOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="What to train: spair (the default), or its rivals air, dair."),
+    typer.Option(
+        "--model", help="What to train: spair (the default), or its rivals air, dair, conncomp."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

@@ -85,14 +85,14 @@ def train(
     over = layers(config, _options(model, data, steps, seed, select), set_)
     settings = _resumed(resume, preset, over) if resume else _new(preset, over)
     chosen = choose_device(device)
-    from spairkit.data.datasets import open_dataset
+    from spairkit.data.datasets import open_splits
     from spairkit.durable import write_text
     from spairkit.models import load
     from spairkit.report.page import write_report
     from spairkit.runs import Run
     from spairkit.training import fit
 
-    open_dataset(settings.data, "train")  # what is wrong with it shows before a run is made
+    open_splits(settings)  # what is wrong with it shows before a run is made
     run = Run.open(resume) if resume else Run.create(out, settings)
     began = time.monotonic()
     with run.lock(), Interrupts() as interrupts:
@@ -104,7 +104,9 @@ def train(
             return interrupts.number is not None or over_time
 
         say(f"training in {run.path} on {chosen.type}, {run.config.train.steps} steps")
-        if run.config.train.select == "ap":
+        if run.config.model.kind == "conncomp":
+            say("connected components have no weights: the steps are thresholds that are tried")
+        elif run.config.train.select == "ap":
             say("the best checkpoint is that of the highest validation AP by the paper's rule")
         step, validation = _follow(fit(run.config, run, chosen, stop), run, quiet=quiet)
     go_on = f"spairkit train --resume {shlex.quote(str(run.path))}"

@@ -207,6 +207,11 @@ class ConnCompConfig:
     colour: tuple[Unit, Unit, Unit] = (0.0, 0.0, 0.0)
     """Of the background "given": red, green, blue."""
 
+    @property
+    def told(self) -> bool:
+        """Whether the model needs to know how many objects an image holds."""
+        return False
+
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AIRConfig:
@@ -319,7 +324,7 @@ class TrainConfig:
     """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
 
 
-ModelConfig = SPAIRConfig | AIRConfig
+ModelConfig = SPAIRConfig | AIRConfig | ConnCompConfig
 """What a model can be; `kind` says which, and is "spair" where it is absent."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spairkit.colours import commonest_colour
 from spairkit.config import ConnCompConfig
 from spairkit.detections import Detections
+from spairkit.detector import check_images
 
 Array = npt.NDArray[Any]
 
@@ -24,17 +25,6 @@ _CROSS = np.zeros((3, 3, 3), dtype=bool)
 _CROSS[1] = ndimage.generate_binary_structure(2, 1)
 _OBJECT_SIDE = 21  # texels of an object's picture, as of the authors' glimpses
 _BINS = 256
-
-
-def _check(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
-        )
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
-    if not bool(images.isfinite().all()):
-        raise ValueError("images must be finite, got NaN or infinity among them")
 
 
 class ConnComp(nn.Module):
@@ -65,7 +55,9 @@ class ConnComp(nn.Module):
         Raises:
             ValueError: `images` has another shape or dtype, or holds what is not finite.
         """
-        _check(images)
+        check_images(images)
+        if not bool(images.isfinite().all()):
+            raise ValueError("images must be finite, got NaN or infinity among them")
         return (images - self.background_colour[:, None, None]).abs().sum(1)
 
     @torch.no_grad()

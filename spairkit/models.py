@@ -8,12 +8,13 @@ from torch import Tensor
 
 from spairkit.air import AIR
 from spairkit.checkpoints import Checkpoint, load_checkpoint
-from spairkit.config import AIRConfig, Config
+from spairkit.config import AIRConfig, Config, ConnCompConfig
+from spairkit.conncomp import ConnComp
 from spairkit.errors import InputError
 from spairkit.spair import SPAIR
 
-Model = SPAIR | AIR
-"""What the training loop trains: `forward` gives `Losses`, and the rest is a `Detector`."""
+Model = SPAIR | AIR | ConnComp
+"""Each is a `Detector`; the first two are trained, and the third one's threshold is fitted."""
 
 
 def build(config: Config) -> Model:
@@ -55,6 +56,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
 def _new(config: Config) -> Model:
     if isinstance(config.model, AIRConfig):
         return AIR(config.model, (config.data.image_height, config.data.image_width))
+    if isinstance(config.model, ConnCompConfig):
+        return ConnComp(config.model)
     return SPAIR(config.model)
 
 

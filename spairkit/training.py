@@ -8,61 +8,34 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spairkit.checkpoints import Checkpoint, environment
 from spairkit.colours import commonest_colour
-from spairkit.config import Config, TrainConfig
-from spairkit.data.datasets import Dataset, evaluation_batches, open_dataset
+from spairkit.config import Config, ConnCompConfig, TrainConfig
+from spairkit.conncomp import ConnComp
+from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
 from spairkit.densities import count_success
-from spairkit.drawing import reconstruction_sheet
 from spairkit.elbo import Losses
 from spairkit.errors import DivergedError, InputError
-from spairkit.evaluation import evaluate
-from spairkit.images import write_png
 from spairkit.models import build, from_checkpoint
 from spairkit.runs import Run
+from spairkit.threshold_search import fit_threshold
+from spairkit.validation import Step as Step
+from spairkit.validation import Validation as Validation
+from spairkit.validation import box_figures, draw
 
 REPORT_EVERY = 20
 """Updates between two `Step`s that carry losses: reading them waits for the device."""
 
 _MAX_SKIPPED = 10  # updates in a row, when they are counted
-_PICTURED = 8  # images in the picture of a validation
 _MODE_IMAGES = 256  # whose commonest colour is the background "mode"
 _NEGLIGIBLE_NOISE = 1e-12
 _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
-
-
-@dataclass(frozen=True)
-class Step:
-    """An update was made."""
-
-    step: int
-    """How many have been made, from 1."""
-    steps: int
-    """How many there will be, unless something ends training earlier."""
-    losses: dict[str, float] | None
-    """Means over the batch in nats, every REPORT_EVERY updates: see `Losses.means`."""
-    seconds: float
-    """Since the first update of this process, validations included."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The model was tried on the validation split and saved."""
-
-    step: int
-    figures: dict[str, float]
-    """`elbo` in nats; `ap`, `ap_spair`, `count_accuracy`, `count_error` where boxes are known."""
-    picture: Path
-    """Images, their reconstructions and the boxes found."""
-    is_best: bool
 
 
 def fit(
@@ -72,6 +45,8 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step | Validation]:
     """Trains in the folder of `run`, from its last checkpoint where it has one.
+
+    ConnComp has no losses: `threshold_search.fit_threshold` fits it, by the same rules.
 
     Args:
         config: the run's.
@@ -92,18 +67,10 @@ def fit(
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    train = open_dataset(config.data, "train", device)
-    validation = open_dataset(config.data, "validation", device)
-    if config.train.select == "ap" and not validation.has_truth:
-        raise InputError(
-            "train.select = 'ap' needs images whose boxes are known, and these have no "
-            "annotations.json; use 'elbo'"
-        )
-    if config.model.told and not (train.has_truth and validation.has_truth):
-        raise InputError(
-            "model.count = 'given' needs images whose number of objects is known, and these have "
-            "no annotations.json; use 'inferred'"
-        )
+    if isinstance(config.model, ConnCompConfig):
+        yield from fit_threshold(config, run, device, stop)
+        return
+    train, validation = open_splits(config, device)
     trainer = _Trainer(config, run, train, device)
     run.truncate_metrics(trainer.step)
     settings = config.train
@@ -146,13 +113,14 @@ class _Trainer:
         self.best_step = 0
         self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
         checkpoint = run.latest()
-        if checkpoint is None:
-            self.model = build(config).to(device)
-            if config.model.background == "mode":
-                images = train.batch(torch.arange(_MODE_IMAGES)).images
-                self.model.set_background(commonest_colour(images))
-        else:
-            self.model = from_checkpoint(checkpoint, device).train()
+        model = (
+            build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
+        )
+        assert not isinstance(model, ConnComp)
+        self.model = model.train()
+        if checkpoint is None and config.model.background == "mode":
+            images = train.batch(torch.arange(_MODE_IMAGES)).images
+            self.model.set_background(commonest_colour(images))
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.Adam(
             self.parameters.values(), lr=config.train.learning_rate, fused=True
@@ -198,11 +166,8 @@ class _Trainer:
         self.model.eval()
         figures = {"elbo": self._elbo(dataset)}
         if dataset.has_truth:
-            batches = evaluation_batches(dataset, self.config.train.batch_size)
-            overall = evaluate(self.model, batches).overall
-            names = ("ap", "ap_spair", "count_accuracy", "count_error")
-            figures |= {name: getattr(overall, name) for name in names}
-        picture = self._draw(dataset)
+            figures |= box_figures(self.model, dataset, self.config.train.batch_size)
+        picture = draw(self.model, dataset, self.run, self.step)
         self.model.train()
         score = figures[criterion(self.config.train)]
         is_best = score > self.best
@@ -277,19 +242,6 @@ class _Trainer:
             images += len(batch.images)
         return total / images
 
-    def _draw(self, dataset: Dataset) -> Path:
-        batch = next(iter(evaluation_batches(dataset, _PICTURED)))
-        sheet = reconstruction_sheet(
-            batch.images.cpu(),
-            self.model.reconstruct(batch.images, counts=batch.counts).cpu(),
-            self.model.detect(batch.images, counts=batch.counts),
-            batch.truth() if dataset.has_truth else None,
-        )
-        path = self.run.path / "pictures" / f"step-{self.step}.png"
-        path.parent.mkdir(exist_ok=True)
-        write_png(path, sheet)
-        return path
-
     def _add_noise(self, gradients: list[Tensor], step: int) -> None:
         """Truncated normal noise that dies away (section 2.2)."""
         settings = self.config.train
@@ -325,4 +277,5 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
 def success_at(config: Config, step: int) -> float:
     """s of the count prior after `step` updates (section 2.1)."""
     c = config.model
+    assert not isinstance(c, ConnCompConfig)
     return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)

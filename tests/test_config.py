@@ -15,6 +15,7 @@ from spairkit import presets
 from spairkit.config import (
     AIRConfig,
     Config,
+    ConnCompConfig,
     DataConfig,
     SPAIRConfig,
     TrainConfig,
@@ -198,6 +199,7 @@ def test_the_kind_chooses_the_model() -> None:
         "spair": SPAIRConfig,
         "air": AIRConfig,
         "dair": AIRConfig,
+        "conncomp": ConnCompConfig,
     }
     for kind in model_kinds():
         config = from_dict({"model": {"kind": kind}})
@@ -205,7 +207,7 @@ def test_the_kind_chooses_the_model() -> None:
     wrong: Any
     for wrong in ("airy", 3, None, []):
         message = refusal({"model": {"kind": wrong}})
-        assert f"model.kind: there are spair, air, dair (got '{wrong}')" in message
+        assert f"model.kind: there are spair, air, dair, conncomp (got '{wrong}')" in message
     message = refusal({"model": {"kind": "air", "whats": 3, "cell": 4}})
     assert "model.whats: unknown key, did you mean what?; model.cell: unknown key" in message
     assert "model: input should be an object (got 3)" in refusal({"model": 3})

@@ -45,6 +45,8 @@ RUNGS: list[set[str]] = [
     {"air", "spair", "benchmarks", "runs", "data.annotations", "data.scenes", "report.curves"},
     {"models", "evaluation", "data.folder", "report.page", "report.trials"},
     {"data.datasets"},
+    {"validation"},
+    {"threshold_search"},
     {"training"},
     {"sweeps"},
     {"cli.console", "cli.interrupts"},

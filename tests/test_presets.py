@@ -7,7 +7,7 @@ from spairkit.errors import InputError
 from spairkit.presets import DEFAULT, names, resolve
 
 
-@pytest.mark.parametrize("kind", ["spair", "air", "dair"])
+@pytest.mark.parametrize("kind", ["spair", "air", "dair", "conncomp"])
 @pytest.mark.parametrize("name", names())
 def test_every_preset_is_a_config_that_survives_toml(name: str, kind: str) -> None:
     config = resolve(name, {"model": {"kind": kind}})
@@ -68,7 +68,9 @@ def test_the_paper_has_priors_for_a_fixed_number_of_objects(
 
 
 def test_an_unknown_kind_names_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"model\.kind: there are spair, air, dair \(got 'yolo'\)"):
+    with pytest.raises(
+        InputError, match=r"model\.kind: there are spair, air, dair, conncomp \(got 'yolo'\)"
+    ):
         resolve("quick", {"model": {"kind": "yolo"}})
 
 

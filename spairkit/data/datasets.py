@@ -5,10 +5,11 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from spairkit.config import DataConfig
+from spairkit.config import Config, ConnCompConfig, DataConfig
 from spairkit.data.folder import ImageFolder, stacked
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
+from spairkit.errors import InputError
 
 Dataset = Scenes | ImageFolder
 
@@ -28,6 +29,34 @@ def open_dataset(config: DataConfig, split: Split, device: torch.device | str = 
     """
     kind = ImageFolder if config.name == "folder" else Scenes
     return kind(config, split, device)
+
+
+def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dataset, Dataset]:
+    """The images that a run trains on, and those that it is validated on.
+
+    Raises:
+        InputError: as `open_dataset`; or the run needs boxes that nobody knows.
+    """
+    train, validation = (open_dataset(config.data, s, device) for s in ("train", "validation"))
+    model = config.model
+    if isinstance(model, ConnCompConfig):
+        if model.threshold == "fit" and not train.has_truth:
+            raise InputError(
+                "model.threshold = 'fit' needs images whose boxes are known, and these have no "
+                "annotations.json; give the threshold, as --set model.threshold=0.3, or let "
+                "Otsu's rule choose it, which is not the paper's: --set model.threshold=otsu"
+            )
+    elif config.train.select == "ap" and not validation.has_truth:
+        raise InputError(
+            "train.select = 'ap' needs images whose boxes are known, and these have no "
+            "annotations.json; use 'elbo'"
+        )
+    if model.told and not (train.has_truth and validation.has_truth):
+        raise InputError(
+            "model.count = 'given' needs images whose number of objects is known, and these have "
+            "no annotations.json; use 'inferred'"
+        )
+    return train, validation
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -129,7 +129,18 @@ def _curves(
         (title, chart(lines, x_label="updates", y_label=unit, share=share))
         for title, lines, unit, share in charts
     ]
+    drawn.append(("Threshold search", _search(steps)))
     return [Curve(title, svg) for title, svg in drawn if svg is not None]
+
+
+def _search(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """ConnComp's criterion over the thresholds tried."""
+    lines = []
+    for key in ("ap", "count_accuracy", "count_error"):
+        points = [(record.get("threshold"), record.get(key)) for record in steps]
+        known = [(x, y) for x, y in points if is_plottable(x) and is_plottable(y)]
+        lines.append(Line(_FIGURES[key], [x for x, _ in known], [y for _, y in known]))
+    return chart(lines, x_label="threshold", y_label="on training images")
 
 
 def _test_curve(test: Mapping[str, Any] | None) -> Curve | None:

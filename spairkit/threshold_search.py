@@ -1,0 +1,145 @@
+"""The fit of ConnComp: thresholds tried in turn on the same training images (spec section 9)."""
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from spairkit.checkpoints import environment
+from spairkit.config import Config, ConnCompConfig
+from spairkit.conncomp import ConnComp, find_components, otsu
+from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
+from spairkit.data.folder import ImageFolder
+from spairkit.data.scenes import Batch
+from spairkit.detections import Detections, Truth
+from spairkit.metrics import average_precision, count_accuracy, count_error
+from spairkit.runs import Run
+from spairkit.validation import Step, Validation, box_figures, draw
+
+LOWEST, HIGHEST = 0.01, 3.0
+"""The ends of the grid, as in the authors' code."""
+
+_MAX_PIXELS = 1 << 24  # of the training images together
+_BATCH_SIZE = 32
+
+
+def fit_threshold(
+    config: Config,
+    run: Run,
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Step | Validation]:
+    """Fits ConnComp in the folder of `run`, from where its last checkpoint got to.
+
+    Takes the first `model.images` training images, or as many as have 16 million pixels: scenes, or
+    the whole files whose boxes are known. From them comes the background, where it is to be
+    found, and on them each of `train.steps` thresholds is tried. The best one is kept, the lowest
+    of equals. Where the threshold is given, or Otsu's, there is nothing to try.
+
+    Arguments and what is yielded are those of `spairkit.training.fit`; there is one validation, at
+    the end, and its figures have the threshold among them.
+
+    Raises:
+        InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be
+            written.
+    """
+    settings = config.model
+    if not isinstance(settings, ConnCompConfig):
+        raise ValueError(f"config.model must be a ConnCompConfig, got {type(settings).__name__}")
+    train, validation = open_splits(config, device)
+    started = time.perf_counter()
+    batches = _training_batches(train, settings.images, config.train.seed)
+    model = ConnComp(settings).to(device)
+    pixels = torch.cat([batch.images.transpose(0, 1).flatten(1) for batch in batches], dim=1)
+    model.fit_background(pixels[None, :, None])
+    distances = [model.distance(batch.images).cpu() for batch in batches]
+    truth = [item for batch in batches for item in batch.truth()]
+    grid = np.linspace(LOWEST, HIGHEST, config.train.steps)
+    scores = _resumed(run, grid)
+    steps = len(grid)
+    if len(scores) == steps:
+        return
+    run.truncate_metrics(len(scores))
+
+    def save(figures: dict[str, float], step: int, *, is_best: bool) -> None:
+        state = {"thresholds": torch.from_numpy(grid[:step]), "scores": torch.tensor(scores)}
+        run.save(
+            step=step,
+            model=model.state_dict(),
+            optimiser={name: value.double() for name, value in state.items()},
+            metrics=figures,
+            environment=environment(),
+            is_best=is_best,
+        )
+
+    if settings.threshold == "fit":
+        while len(scores) < steps:
+            threshold = float(grid[len(scores)])
+            found = [
+                item
+                for distance in distances
+                for item in find_components((distance >= threshold).numpy())
+            ]
+            scores.append(_score(settings.criterion, found, truth))
+            model.set_threshold(float(grid[int(np.argmax(scores))]))
+            step = len(scores)
+            record = {"threshold": threshold, settings.criterion: abs(scores[-1])}
+            run.log({"kind": "step", "step": step, **record})
+            yield Step(step, steps, None, time.perf_counter() - started)
+            if step < steps and stop():
+                save({}, step, is_best=False)
+                return
+    elif settings.threshold == "otsu":
+        model.set_threshold(otsu(torch.cat([distance.flatten() for distance in distances])))
+    if settings.threshold != "fit":
+        scores = [0.0] * steps
+        yield Step(steps, steps, None, time.perf_counter() - started)
+    figures = {"threshold": float(model.threshold)}
+    if validation.has_truth:
+        figures |= box_figures(model, validation, _BATCH_SIZE)
+    picture = draw(model, validation, run, steps)
+    run.log({"kind": "validation", "step": steps, **figures, "is_best": True})
+    save(figures, steps, is_best=True)
+    yield Validation(steps, figures, picture, is_best=True)
+
+
+def _training_batches(dataset: Dataset, images: int, seed: int) -> list[Batch]:
+    """At least one, with no more images than are wanted, and pixels than are allowed."""
+    if isinstance(dataset, ImageFolder):
+        source = evaluation_batches(dataset, 1)
+    else:
+        first = seed << 32  # the scenes that training of this seed begins with
+        area = dataset.config.image_height * dataset.config.image_width
+        size = max(min(_BATCH_SIZE, _MAX_PIXELS // area), 1)
+        source = (
+            dataset.batch(torch.arange(first + i, first + min(i + size, images)))
+            for i in range(0, images, size)
+        )
+    batches: list[Batch] = []
+    num_pixels = 0
+    for batch in islice(source, images):
+        num_pixels += batch.images[:, 0].numel()
+        if batches and num_pixels > _MAX_PIXELS:
+            break
+        batches.append(batch)
+    return batches
+
+
+def _resumed(run: Run, grid: npt.NDArray[np.float64]) -> list[float]:
+    """The scores of the thresholds tried before, as far as they are those of this grid."""
+    checkpoint = run.latest()
+    state = (checkpoint.optimiser if checkpoint else None) or {}
+    tried, scores = (state.get(name, torch.zeros(0)).tolist() for name in ("thresholds", "scores"))
+    same = len(tried) == len(scores) and tried == grid[: len(tried)].tolist()
+    return scores if same else []
+
+
+def _score(criterion: str, found: list[Detections], truth: list[Truth]) -> float:
+    """The higher the better."""
+    if criterion == "ap":
+        return average_precision(found, truth)
+    counts = [len(item) for item in found], [len(item) for item in truth]
+    return count_accuracy(*counts) if criterion == "count_accuracy" else -count_error(*counts)

@@ -1,0 +1,189 @@
+"""The fit of ConnComp beside a plain search, interrupted, and from images without boxes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spairkit.cli.main import main
+from spairkit.config import Config, from_dict
+from spairkit.conncomp import ConnComp
+from spairkit.data.datasets import open_dataset
+from spairkit.errors import InputError
+from spairkit.images import write_png
+from spairkit.metrics import average_precision, count_error
+from spairkit.models import load
+from spairkit.runs import Run
+from spairkit.training import Step, Validation, fit
+
+CPU = torch.device("cpu")
+DATA = {"image_height": 30, "image_width": 32, "max_objects": 3, "validation_images": 6}
+
+
+def config(**model: Any) -> Config:
+    model = {"kind": "conncomp", "images": 40, **model}
+    return from_dict({"data": DATA, "model": model, "train": {"steps": 12, "seed": 3}})
+
+
+def fitted(folder: Path, settings: Config) -> tuple[Run, list[Step | Validation]]:
+    run = Run.create(folder, settings)
+    with run.lock():
+        return run, list(fit(settings, run, CPU))
+
+
+@pytest.mark.parametrize("criterion", ["ap", "count_error"])
+def test_finds_what_a_plain_search_finds(tmp_path: Path, criterion: str) -> None:
+    settings = config(criterion=criterion)
+    run, events = fitted(tmp_path / "run", settings)
+    batch = open_dataset(settings.data, "train").batch(torch.arange(3 << 32, (3 << 32) + 40))
+    scores = []
+    for k in range(12):
+        model = ConnComp(from_dict({"model": {"kind": "conncomp"}}).model)  # type: ignore[arg-type]
+        model.set_threshold(0.01 + k * 2.99 / 11)
+        found, truth = model.detect(batch.images), batch.truth()
+        if criterion == "ap":
+            scores.append(average_precision(found, truth))
+        else:
+            counts = [len(item) for item in found], [len(item) for item in truth]
+            scores.append(-count_error(*counts))
+    best = scores.index(max(scores))
+    assert max(scores) > min(scores)
+    loaded = load(run.path)
+    assert isinstance(loaded, ConnComp)
+    assert float(loaded.threshold) == pytest.approx(0.01 + best * 2.99 / 11)
+    records = run.metrics()
+    tried = [record for record in records if record["kind"] == "step"]
+    assert [record[criterion] for record in tried] == pytest.approx(np.abs(scores).tolist())
+    assert [event.step for event in events] == [*range(1, 13), 12]
+    last = events[-1]
+    assert isinstance(last, Validation)
+    assert last.is_best
+    assert last.figures.keys() == {
+        "threshold",
+        "ap",
+        "ap_spair",
+        "count_accuracy",
+        "count_error",
+    }
+    assert last.figures["threshold"] == pytest.approx(float(loaded.threshold))
+    assert last.picture.is_file()
+    with run.lock():
+        assert list(fit(settings, run, CPU)) == []
+
+
+def test_an_interrupted_search_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    settings = config()
+    whole, _ = fitted(tmp_path / "whole", settings)
+    cut = Run.create(tmp_path / "cut", settings)
+    for steps in (1, 5, 12):
+        with cut.lock():
+            asked = iter(range(100))
+            stop = lambda: next(asked) + 1 == {1: 1, 5: 4, 12: 99}[steps]  # noqa: B023, E731
+            list(fit(settings, cut, CPU, stop))
+        assert cut.checkpoints[0][0] == steps
+    for name in ("metrics.jsonl", "best/model.safetensors", "last/optimiser.safetensors"):
+        assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_other_thresholds_are_searched_anew(tmp_path: Path) -> None:
+    run, _ = fitted(tmp_path / "run", config())
+    run.extend(7)
+    with run.lock():
+        events = list(fit(run.config, run, CPU))
+    assert [event.step for event in events] == [*range(1, 8), 7]
+
+
+def test_a_threshold_that_is_given_is_kept(tmp_path: Path) -> None:
+    run, events = fitted(tmp_path / "run", config(threshold=0.25))
+    assert [event.step for event in events] == [12, 12]
+    model = load(run.path)
+    assert isinstance(model, ConnComp)
+    assert model.threshold == 0.25
+
+
+@pytest.fixture
+def unlabelled(tmp_path: Path) -> Path:
+    """Three images of grey squares on blue."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        image = torch.tensor([0.0, 0.2, 0.4])[:, None, None].repeat(1, 20 + index, 30)
+        image[:, 3:9, 4:9] = 0.6
+        image[:, 12:17, 20:28] = 0.8
+        write_png(folder / f"{index}.png", image)
+    return folder
+
+
+def folder_config(folder: Path, **model: Any) -> Config:
+    data = {"name": "folder", "path": str(folder), "image_height": 16, "image_width": 16}
+    model = {"kind": "conncomp", **model}
+    return from_dict({"data": data, "model": model, "train": {"steps": 5}})
+
+
+def test_boxes_are_needed_to_fit_but_not_to_use_a_threshold(
+    tmp_path: Path, unlabelled: Path
+) -> None:
+    run = Run.create(tmp_path / "run", folder_config(unlabelled))
+    with run.lock(), pytest.raises(InputError, match=r"model\.threshold=0\.3, or let Otsu's"):
+        list(fit(run.config, run, CPU))
+    for name, background in (("a", "mode"), ("b", "median")):
+        settings = folder_config(unlabelled, threshold="otsu", background=background)
+        run, events = fitted(tmp_path / name, settings)
+        assert isinstance(events[-1], Validation)
+        assert events[-1].figures.keys() == {"threshold"}
+        model = load(run.path)
+        assert isinstance(model, ConnComp)
+        torch.testing.assert_close(model.background_colour, torch.tensor([0.0, 0.2, 0.4]))
+        image = torch.zeros(1, 3, 9, 9) + model.background_colour[:, None, None]
+        image[..., 2:4, 5] = 0.7
+        assert model.detect(image)[0].boxes.tolist() == [[5, 2, 6, 4]]
+
+
+def test_files_whose_boxes_nobody_knows_are_left_out(tmp_path: Path, unlabelled: Path) -> None:
+    boxes = [[4, 3, 5, 6], [20, 12, 8, 5]]
+    content = {
+        "images": [{"id": 1, "file_name": "1.png"}],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)
+        ],
+    }
+    (unlabelled / "annotations.json").write_text(json.dumps(content))
+    settings = folder_config(unlabelled, background="mode")
+    run, _ = fitted(tmp_path / "run", settings)
+    tried = [record["ap"] for record in run.metrics() if record["kind"] == "step"]
+    assert max(tried) == 1.0
+
+
+def test_the_commands_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*words])
+        printed = capsys.readouterr()
+        assert ended.value.code == 0, printed.err
+        return printed.out
+
+    small = [f"data.{name}={value}" for name, value in DATA.items()]
+    words = ["data.test_images=9", "model.images=20", "train.steps=5", *small]
+    over = [word for pair in zip(["--set"] * len(words), words, strict=True) for word in pair]
+    trained = json.loads(run("train", "--model", "conncomp", "--json", *over))
+    assert trained["run"] == "runs/digits-quick-conncomp-1"
+    assert trained["step"] == 5
+    evaluated = json.loads(run("eval", "--checkpoint", trained["run"], "--json"))
+    assert evaluated["overall"] == trained["test"]["overall"]
+    image = Path(trained["run"], "example.png")
+    run("data", "make", "scenes", "--count", "2", *over[:2])
+    drawn = json.loads(run("viz", str(next(Path("scenes").glob("*.png"))), "--json"))
+    found = json.loads(run("detect", drawn["pictures"][0]["image"]))
+    assert drawn["pictures"][0]["count"] == len(found)
+    assert not image.exists()  # made for the person, and not with --json
+    page = Path(run("report", trained["run"]).strip()).read_text()
+    assert "Threshold search" in page
+    assert "CONNCOMP on digits" in page
