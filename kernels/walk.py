@@ -15,7 +15,7 @@ def walk_block(num_cells: int) -> tuple[int, int, int]:
     if num_cells <= 511:
         return 512, 4, 8
     if num_cells <= 1023:
-        return 1024, 2, 8
+        return 1024, 2, 16
     return 2048, 1, 8
 
 
