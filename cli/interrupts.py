@@ -11,6 +11,9 @@ class Interrupts:
 
     number: int | None = None
 
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -26,5 +29,6 @@ class Interrupts:
         if self.number is not None:
             self._before[number](number, frame)
         self.number = number
-        # print could be in the middle of printing
-        os.write(2, b"\nsaving; once more leaves at once\n")
+        if not self.quiet:
+            # print could be in the middle of printing
+            os.write(2, b"\nsaving; once more leaves at once\n")

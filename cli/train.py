@@ -2,7 +2,9 @@
 
 import shlex
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +32,10 @@ from spairkit.cli.options import (
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from spairkit.config import Config
+    from spairkit.distributed import World
     from spairkit.runs import Run
     from spairkit.training import Step, Validation
 
@@ -78,41 +83,54 @@ def train(
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
-    Ctrl-C saves and ends; --resume goes on from there, to the bit.
+    Ctrl-C saves and ends; --resume goes on from there, to the bit. Several processes share each
+    batch under torchrun --nproc-per-node=N -m spairkit train ...
     """
     if resume and out:
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    over = layers(config, _options(model, data, steps, seed, select), set_)
-    settings = _resumed(resume, preset, over) if resume else _new(preset, over)
-    chosen = choose_device(device)
+    from spairkit.config import from_toml, to_toml
     from spairkit.data.datasets import open_splits
+    from spairkit.distributed import joined
     from spairkit.durable import write_text
     from spairkit.models import load
     from spairkit.report.page import write_report
     from spairkit.runs import Run
-    from spairkit.training import fit
+    from spairkit.training import check, fit
 
-    open_splits(settings)  # what is wrong with it shows before a run is made
-    run = Run.open(resume) if resume else Run.create(out, settings)
-    began = time.monotonic()
-    with run.lock(), Interrupts() as interrupts:
-        if settings.train.steps != run.config.train.steps:
-            run.extend(settings.train.steps)
+    run, shared = None, b""
+    ending = 0  # the same in all processes: the number of a signal, or 1 when the time is over
+    with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
+        if world.rank == 0:
+            over = layers(config, _options(model, data, steps, seed, select), set_)
+            settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+            check(settings, world.size)
+            open_splits(settings)  # what is wrong with it shows before a run is made
+            run = Run.open(resume) if resume else Run.create(out, settings)
+            stack.enter_context(run.lock())
+            if settings.train.steps != run.config.train.steps:
+                run.extend(settings.train.steps)
+            shared = to_toml(run.config).encode()
+        began = time.monotonic()
+        interrupts = stack.enter_context(Interrupts(quiet=run is None))
 
         def stop() -> bool:
             over_time = minutes is not None and time.monotonic() - began >= minutes * 60
-            return interrupts.number is not None or over_time
+            nonlocal ending
+            ending = world.greatest(interrupts.number or int(over_time))
+            return ending > 0
 
-        say(f"training in {run.path} on {chosen.type}, {run.config.train.steps} steps")
-        if run.config.model.kind == "conncomp":
-            say("connected components have no weights: the steps are thresholds that are tried")
-        elif run.config.train.select == "ap":
-            say("the best checkpoint is that of the highest validation AP by the paper's rule")
-        step, validation = _follow(fit(run.config, run, chosen, stop), run, quiet=quiet)
+        events = fit(from_toml(world.from_first(shared).decode()), run, chosen, stop, world)
+        if run:
+            _announce(run, chosen, world)
+            step, validation = _follow(events, run, quiet=quiet)
+        else:
+            deque(events, maxlen=0)
+    if not run:
+        raise typer.Exit(128 + ending if ending > 1 else 0)
     go_on = f"spairkit train --resume {shlex.quote(str(run.path))}"
-    if interrupts.number is not None:
+    if ending > 1:
         say(f"stopped after step {step}, saved; go on with: {go_on}")
-        raise typer.Exit(128 + interrupts.number)
+        raise typer.Exit(128 + ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; go on with: {go_on}")
 
@@ -137,6 +155,15 @@ def train(
     else:
         say("these images have no annotations.json, so there are no test figures")
     _print_next(run, page, has_truth=report is not None)
+
+
+def _announce(run: "Run", device: "torch.device", world: "World") -> None:
+    processes = f" by {world.size} processes" if world.size > 1 else ""
+    say(f"training in {run.path} on {device.type}{processes}, {run.config.train.steps} steps")
+    if run.config.model.kind == "conncomp":
+        say("connected components have no weights: the steps are thresholds that are tried")
+    elif run.config.train.select == "ap":
+        say("the best checkpoint is that of the highest validation AP by the paper's rule")
 
 
 def _options(

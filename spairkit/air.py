@@ -25,6 +25,7 @@ from spairkit.detector import check_images
 from spairkit.elbo import Losses
 from spairkit.errors import InputError
 from spairkit.networks import linear, mlp
+from spairkit.sampling import Source, normal, uniform
 from spairkit.tight_boxes import tighten
 
 _WHERE = 4  # scale w, h and shift x, y
@@ -99,7 +100,7 @@ class AIR(nn.Module):
         *,
         success: float | None = None,
         training_wheels: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
         counts: Tensor | None = None,  # [B] int64
     ) -> Losses:
         """The terms of the negative ELBO with one sample of the latents.
@@ -109,7 +110,7 @@ class AIR(nn.Module):
             success: 1 / (1 + prior odds of one more object), in (0, 1); None is the schedule's
                 end.
             training_wheels: stop the gradients of where and pres.
-            generator: of the sampling noise; None is torch's own.
+            generator: of the sampling noise, of a part of a batch too; None is torch's own.
             counts: the true numbers of objects, if the model is told them.
 
         Returns:
@@ -127,7 +128,7 @@ class AIR(nn.Module):
         if self.config.told:
             alive = self._weights(objects.logit, noise, counts)
             return self._losses(images, _sum(alive, objects.placed), objects, alive, None)
-        prior = objects.logit.new_tensor((1 - success) / success).log()
+        prior = objects.logit.new_full((), (1 - success) / success).log()
         if self.config.presence == "exact":
             return self._expected(images, objects, prior)
         drawn = self._relaxed(objects.logit, noise)
@@ -225,11 +226,15 @@ class AIR(nn.Module):
             raise InputError(f"{name} takes counts up to {_MAX_STEPS}, got {int(counts.max())}")
         return max(int(counts.max()), 1)
 
-    def _draw(self, images: Tensor, steps: int, generator: torch.Generator | None) -> _Noise:
-        batch, what = len(images), self.config.what
-        normal = images.new_empty(batch, steps, _WHERE + what).normal_(generator=generator)
-        uniform = images.new_empty(batch, steps).uniform_(generator=generator)
-        return _Noise(normal, logistic(uniform))
+    def _draw(self, images: Tensor, steps: int, generator: Source) -> _Noise:
+        batch, numbers = len(images), _WHERE + self.config.what
+        if self.config.told:
+            # step by step, so that what an image gets is not for the others' counts to decide
+            drawn = [normal(generator, images, batch, numbers) for _ in range(steps)]
+            placed = torch.stack(drawn, dim=1)
+        else:
+            placed = normal(generator, images, batch, steps, numbers)
+        return _Noise(placed, logistic(uniform(generator, images, batch, steps)))
 
     def _infer(
         self, images: Tensor, deterministic: bool, counts: Tensor | None

@@ -74,6 +74,10 @@ def encode_cells(
         weights += [network.first.weight[:, network.shared :]]
         weights += [network.second.weight, network.second.bias]
         weights += [network.last.weight, network.last.bias]
+    if training_wheels:
+        # so that autograd too knows who gets no gradient
+        weights = [weight.detach() for weight in weights]
+        products, edge = products.detach(), None if edge is None else edge.detach()
     for line in lines:
         weights += [line.weight, line.bias]
     plan = _Plan(config, front, training_wheels, images.shape[0])

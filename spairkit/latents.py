@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spairkit.densities import logistic
+from spairkit.sampling import Source, normal, uniform
 
 BOX = 4
 """Numbers of a box: y, x, h, w."""
@@ -20,13 +21,11 @@ class Noise:
     background: Tensor  # [B, 3] standard normal
 
     @classmethod
-    def draw(
-        cls, batch: int, cells: int, what: int, generator: torch.Generator | None, like: Tensor
-    ) -> "Noise":
+    def draw(cls, batch: int, cells: int, what: int, source: Source, like: Tensor) -> "Noise":
         """Fresh noise with the device and dtype of `like`."""
-        normal = like.new_empty(batch, cells, BOX + what + 1).normal_(generator=generator)
-        uniform = like.new_empty(batch, cells).uniform_(generator=generator)
-        return cls(normal, logistic(uniform), like.new_empty(batch, 3).normal_(generator=generator))
+        placed = normal(source, like, batch, cells, BOX + what + 1)
+        jitter = logistic(uniform(source, like, batch, cells))
+        return cls(placed, jitter, normal(source, like, batch, 3))
 
 
 @dataclass(frozen=True, eq=False)

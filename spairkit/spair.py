@@ -29,6 +29,7 @@ from spairkit.latents import BOX, Latents, Noise, join
 from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
+from spairkit.sampling import Source
 from spairkit.tight_boxes import tighten
 from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
@@ -106,7 +107,7 @@ class SPAIR(nn.Module):
         *,
         success: float | Tensor | None = None,
         training_wheels: bool = False,
-        generator: torch.Generator | None = None,
+        generator: Source = None,
         counts: Tensor | None = None,
     ) -> Losses:
         """The terms of the negative ELBO with one relaxed sample of the latents.
@@ -115,7 +116,7 @@ class SPAIR(nn.Module):
             images: any height and width.
             success: s of the count prior, in (0, 1); None is the schedule's end.
             training_wheels: stop the gradients of where, depth and pres (section 2.2).
-            generator: of the sampling noise; None is torch's own.
+            generator: of the sampling noise, of a part of a batch too; None is torch's own.
             counts: not looked at, here and below: SPAIR is never told.
 
         Returns:
@@ -215,13 +216,13 @@ class SPAIR(nn.Module):
         return latents, self._background(images, None)
 
     def _sample(
-        self, images: Tensor, training_wheels: bool, generator: torch.Generator | None
+        self, images: Tensor, training_wheels: bool, generator: Source
     ) -> tuple[Latents, Tensor]:
         noise = self._draw(images, generator)
         latents = self._encode(images, noise, training_wheels, relaxed=True)
         return latents, self._background(images, noise)
 
-    def _draw(self, images: Tensor, generator: torch.Generator | None) -> Noise:
+    def _draw(self, images: Tensor, generator: Source) -> Noise:
         rows, columns = self.grid(images.shape[-2], images.shape[-1])
         return Noise.draw(images.shape[0], rows * columns, self.config.what, generator, images)
 

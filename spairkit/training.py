@@ -1,7 +1,8 @@
 """The training loop: `fit` yields what happens, and prints nothing.
 
 Everything random is a function of (seed, step): the data, the sampling noise, the gradient
-noise. A run that is killed and resumed therefore ends with the same bits as one that is not.
+noise. A run that is killed and resumed therefore ends with the same bits as one that is not, and
+processes that share a batch get the images and the noise that one alone would give its rows.
 """
 
 import math
@@ -10,19 +11,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 
+import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spairkit.checkpoints import Checkpoint, environment
+from spairkit.checkpoints import Checkpoint, Scalar, environment
 from spairkit.colours import commonest_colour
 from spairkit.config import Config, ConnCompConfig, TrainConfig
 from spairkit.conncomp import ConnComp
 from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
 from spairkit.densities import count_success
+from spairkit.distributed import World
 from spairkit.elbo import Losses
 from spairkit.errors import DivergedError, InputError
 from spairkit.models import build, from_checkpoint
 from spairkit.runs import Run
+from spairkit.sampling import Part, Source
 from spairkit.threshold_search import fit_threshold
 from spairkit.validation import Step as Step
 from spairkit.validation import Validation as Validation
@@ -38,11 +42,28 @@ _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviat
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
 
 
+def check(config: Config, processes: int) -> None:
+    """Refuses settings that cannot be trained with here, before anything is made.
+
+    Raises:
+        InputError: the batch cannot be shared out evenly among so many processes, or there is
+            nothing to share.
+    """
+    if processes > 1 and isinstance(config.model, ConnCompConfig):
+        raise InputError("connected components are fitted by one process; leave out torchrun")
+    if config.train.batch_size % processes:
+        raise InputError(
+            f"train.batch_size ({config.train.batch_size}) must be a multiple of the number of "
+            f"processes ({processes}): it is that of all of them together"
+        )
+
+
 def fit(
     config: Config,
-    run: Run,
+    run: Run | None,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    world: World | None = None,
 ) -> Iterator[Step | Validation]:
     """Trains in the folder of `run`, from its last checkpoint where it has one.
 
@@ -50,29 +71,36 @@ def fit(
 
     Args:
         config: the run's.
-        run: must be locked by the caller while this iterates.
+        run: must be locked by the caller while this iterates. None in all processes but the
+            first, which alone reads and writes it, and validates.
         device: where model and scenes live.
         stop: asked once after every update; when it says yes training ends with a checkpoint of
-            that update, to be resumed some other time.
+            that update, to be resumed some other time. All processes must be told the same.
+        world: the processes that share each batch; None is this one alone.
 
     Yields:
-        A `Step` for every update and a `Validation` every `validation_every` updates and at the
-        end. Steps that were made before a resumption are not yielded again.
+        A `Step` for every update and, where there is a run, a `Validation` every
+        `validation_every` updates and at the end. Steps that were made before a resumption are
+        not yielded again.
 
     Raises:
-        InputError: the data cannot be read, or has no boxes to select by; or the folder cannot be
-            written.
+        InputError: what `check` says; the data cannot be read, or has no boxes to select by; the
+            folder cannot be written; or another process has ended.
         DivergedError: the losses were not finite in the last 10 updates or more, which is seen
             when they are next reported or a validation is due; the last good checkpoint is kept.
     """
+    world = world or World()
+    check(config, world.size)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if isinstance(config.model, ConnCompConfig):
+        assert run
         yield from fit_threshold(config, run, device, stop)
         return
     train, validation = open_splits(config, device)
-    trainer = _Trainer(config, run, train, device)
-    run.truncate_metrics(trainer.step)
+    trainer = _Trainer(config, run, train, device, world)
+    if run:
+        run.truncate_metrics(trainer.step)
     settings = config.train
     started = time.perf_counter()
     while trainer.step < settings.steps:
@@ -83,17 +111,20 @@ def fit(
         # to read what is on the device waits for it, so this is not done after every update
         skipped = int(trainer.skipped) if validates or reports else 0
         if skipped >= _MAX_SKIPPED:
+            kept = f"the last good checkpoint is {run.path / 'last'}; " if run else ""
             raise DivergedError(
-                f"the losses were not finite {skipped} updates in a row, up to step {step}; the "
-                f"last good checkpoint is {run.path / 'last'}; try a lower train.learning_rate"
+                f"the losses were not finite {skipped} updates in a row, up to step {step}; "
+                f"{kept}try a lower train.learning_rate"
             )
         if reports and not skipped:
-            means = {name: float(value) for name, value in losses.means().items()}
-            run.log({"kind": "step", "step": step, **means})
+            means = trainer.means(losses)
+            if run:
+                run.log({"kind": "step", "step": step, **means})
         yield Step(step, settings.steps, means, time.perf_counter() - started)
         if validates:
             result = trainer.validate(validation)
-            yield result
+            if result:
+                yield result
             if settings.patience and step - trainer.best_step >= settings.patience:
                 return
             if stop():
@@ -106,13 +137,21 @@ def fit(
 class _Trainer:
     """A model, its optimiser and how far they are."""
 
-    def __init__(self, config: Config, run: Run, train: Dataset, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: Run | None,
+        train: Dataset,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
         self.config, self.run, self.train, self.device = config, run, train, device
+        self.world = world or World()
         self.step = 0
         self.best = float("-inf")
         self.best_step = 0
         self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
-        checkpoint = run.latest()
+        checkpoint = run.latest() if run else None
         model = (
             build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
         )
@@ -125,8 +164,16 @@ class _Trainer:
         self.optimiser = torch.optim.Adam(
             self.parameters.values(), lr=config.train.learning_rate, fused=True
         )
-        if checkpoint is not None:
-            self._resume(checkpoint)
+        if run and checkpoint:
+            self._resume(run, checkpoint)
+        if self.world.size > 1:
+            state = self._state() | {"updates": torch.tensor(self.step)}
+            data = self.world.from_first(safetensors.torch.save(state))
+            shared = safetensors.torch.load(data)
+            self._restore(shared)
+            self.step = int(shared["updates"])
+        self.replica: nn.Module = self.model
+        self.wheels: bool | None = None  # whether they are on in `replica`
 
     def update(self) -> Losses:
         """One step of Adam, which leaves everything as it is where gradients are not finite.
@@ -134,14 +181,22 @@ class _Trainer:
         Nothing here waits for the device: it is Adam's kernel that looks at `found_inf`.
         """
         settings, step = self.config.train, self.step
+        rows = settings.batch_size // self.world.size
         first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
-        indices = torch.arange(first, first + settings.batch_size)
-        batch = self.train.batch(indices)
-        losses: Losses = self.model(
+        first += self.world.rank * rows
+        batch = self.train.batch(torch.arange(first, first + rows))
+        generator = self._generator(_SAMPLE, step)
+        noise: Source = generator
+        if self.world.size > 1:
+            noise = Part(generator, self.world.rank, self.world.size)
+        wheels = step < settings.training_wheels
+        if wheels is not self.wheels:
+            self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
+        losses: Losses = self.replica(
             batch.images,
             success=success_at(self.config, step),
-            training_wheels=step < settings.training_wheels,
-            generator=self._generator(_SAMPLE, step),
+            training_wheels=wheels,
+            generator=noise,
             counts=batch.counts,
         )
         self.optimiser.zero_grad(set_to_none=True)
@@ -161,60 +216,82 @@ class _Trainer:
         self.step += 1
         return losses
 
-    def validate(self, dataset: Dataset) -> Validation:
-        """Figures and a picture of the validation split, and a checkpoint."""
+    def means(self, losses: Losses) -> dict[str, float]:
+        """Over the whole batch; reading them waits for the device."""
+        means = losses.means()
+        values = self.world.mean(torch.stack(list(means.values())))
+        return dict(zip(means, values.tolist(), strict=True))
+
+    def validate(self, dataset: Dataset) -> Validation | None:
+        """Figures and a picture of the validation split, and a checkpoint, where there is a run."""
+        result = self._validate(self.run, dataset) if self.run else None
+        self.best_step = self.world.greatest(self.best_step)  # that of the first
+        return result
+
+    def _validate(self, run: Run, dataset: Dataset) -> Validation:
         self.model.eval()
         figures = {"elbo": self._elbo(dataset)}
         if dataset.has_truth:
             figures |= box_figures(self.model, dataset, self.config.train.batch_size)
-        picture = draw(self.model, dataset, self.run, self.step)
+        picture = draw(self.model, dataset, run, self.step)
         self.model.train()
         score = figures[criterion(self.config.train)]
         is_best = score > self.best
         if is_best:
             self.best, self.best_step = score, self.step
         # a line without its checkpoint is cut off by resuming, a missing one would stay missing
-        self.run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
+        run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
         self.save(figures, is_best)
         return Validation(self.step, figures, picture, is_best)
 
     def save(self, metrics: dict[str, float], is_best: bool) -> None:
-        """Writes a checkpoint of this step."""
+        """Writes a checkpoint of this step, where there is a run."""
+        if self.run:
+            self.run.save(
+                step=self.step,
+                model=self.model.state_dict(),
+                optimiser=self._state(),
+                metrics=metrics,
+                environment=self._environment(),
+                is_best=is_best,
+            )
+
+    def _state(self) -> dict[str, Tensor]:
+        """Of Adam, and the best validation so far."""
         state = {"best": torch.tensor([self.best, self.best_step], dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state[parameter].items():
                 state[f"{key}:{name}"] = value
-        self.run.save(
-            step=self.step,
-            model=self.model.state_dict(),
-            optimiser=state,
-            metrics=metrics,
-            environment=environment(),
-            is_best=is_best,
-        )
+        return state
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
-        state = dict(checkpoint.optimiser or {})
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what `_state` gave. Raises KeyError or IndexError where it does not fit."""
+        self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
+        for name, parameter in self.parameters.items():
+            # what never had a gradient has no moments, as after training wheels
+            if f"step:{name}" not in state:
+                continue
+            moments = {
+                key: state[f"{key}:{name}"].to(self.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            if moments["exp_avg"].shape != parameter.shape:
+                raise KeyError(name)
+            self.optimiser.state[parameter] = moments
+
+    def _environment(self) -> dict[str, Scalar]:
+        return environment() | {"processes": self.world.size}
+
+    def _resume(self, run: Run, checkpoint: Checkpoint) -> None:
         try:
-            self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
-            for name, parameter in self.parameters.items():
-                # what never had a gradient has no moments, as after training wheels
-                if f"step:{name}" not in state:
-                    continue
-                moments = {
-                    key: state[f"{key}:{name}"].to(self.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-                if moments["exp_avg"].shape != parameter.shape:
-                    raise KeyError(name)
-                self.optimiser.state[parameter] = moments
+            self._restore(checkpoint.optimiser or {})
         except (KeyError, IndexError):
             raise InputError(
                 f"{checkpoint.path}: its optimiser does not fit its model; resume from another "
                 "checkpoint or train anew"
             ) from None
         self.step = checkpoint.step
-        here = environment()
+        here = self._environment()
         changed = [
             f"{name} was {before} and is {here.get(name)}"
             for name, before in checkpoint.environment.items()
@@ -222,11 +299,11 @@ class _Trainer:
         ]
         if changed:
             warnings.warn(
-                f"{self.run.path}: goes on, but not to the same bits: {', '.join(changed)}",
+                f"{run.path}: goes on, but not to the same bits: {', '.join(changed)}",
                 stacklevel=2,
             )
         if self.best_step == self.step:  # a kill may have come before the link
-            self.run.mark_best(self.step)
+            run.mark_best(self.step)
 
     def _elbo(self, dataset: Dataset) -> float:
         """Mean ELBO in nats under the final count prior, with the same noise every time."""

@@ -366,14 +366,14 @@ class OneBatch:
 
 
 @pytest.mark.parametrize("wheels", [True, False])
-@pytest.mark.parametrize("preset", presets.names())
-def test_an_update_never_waits_for_the_device(tmp_path: Path, preset: str, wheels: bool) -> None:
-    config = presets.resolve(
-        preset,
-        {"train": {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}},
-    )
+@pytest.mark.parametrize("recipe", ["quick spair", "quick air", "quick dair", "paper spair"])
+def test_an_update_never_waits_for_the_device(tmp_path: Path, recipe: str, wheels: bool) -> None:
+    """The presets, but for AIR that is told counts: they decide how many steps it makes."""
+    preset, kind = recipe.split()
+    loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
+    config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
     run = Run.create(tmp_path / "run", config)
-    data: Any = OneBatch(torch.rand(2, 3, 48, 48))
+    data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
     trainer = training._Trainer(config, run, data, CPU)
     trainer.update()  # makes what is made once
     with NoWaiting():  # type: ignore[no-untyped-call]

@@ -1,0 +1,197 @@
+"""Two processes that share each batch against one alone, and how such a job ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spairkit.checkpoints import load_checkpoint
+from spairkit.cli.main import main
+from spairkit.config import from_dict
+from spairkit.distributed import World
+from spairkit.elbo import Losses
+from spairkit.errors import InputError
+from spairkit.models import build
+from spairkit.runs import Run
+from spairkit.sampling import Part, Source, normal, uniform
+from spairkit.training import check
+
+TINY = """\
+[data]
+image_height = 24
+image_width = 28
+max_objects = 2
+validation_images = 6
+test_images = 4
+
+[model]
+backbone_channels = [4]
+features = 8
+hidden = 8
+passthrough = 4
+what = 4
+encoder_hidden = [8]
+decoder_hidden = [8]
+background = "mlp"
+
+[train]
+batch_size = 4
+steps = 20
+validation_every = 10
+training_wheels = 6
+gradient_noise = 0.01
+learning_rate = 1e-3
+threads = 1
+"""
+FAR = ["--steps", "1000000", "--set", "train.validation_every=10", "--quiet"]
+
+
+def job(*words: object) -> subprocess.Popen[str]:
+    """`spairkit train` by two processes of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "spairkit", "train", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    while not ready():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+
+
+def step_of(run: Path) -> int:
+    return int(os.readlink(run / "last").rpartition("-")[2]) if (run / "last").is_symlink() else 0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+def test_parts_are_the_rows_of_the_whole(draw: Callable[..., torch.Tensor]) -> None:
+    like = torch.zeros(1)
+    whole = draw(torch.Generator().manual_seed(5), like, 6, 3, 2)
+    parts = [draw(Part(torch.Generator().manual_seed(5), i, 3), like, 2, 3, 2) for i in range(3)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "spair", "background": "mlp"},
+        {"kind": "air", "count": "inferred", "presence": "concrete"},
+        {"kind": "dair", "count": "inferred", "presence": "exact"},
+        {"kind": "dair", "count": "given"},
+    ],
+)
+def test_parts_of_a_batch_have_the_losses_of_the_whole(kind: dict[str, Any]) -> None:
+    small = {"what": 3, "encoder_hidden": [5], "decoder_hidden": [5], "object_size": 5}
+    data = {"image_height": 24, "image_width": 24}
+    model = build(from_dict({"data": data, "model": small | kind}))
+    images, counts = torch.rand(4, 3, 24, 24), torch.tensor([1, 0, 1, 3])
+
+    def losses(rows: slice, source: Source) -> torch.Tensor:
+        found: Losses = model(images[rows], counts=counts[rows], generator=source)
+        return found.total.detach()
+
+    seeded = torch.Generator().manual_seed
+    whole = losses(slice(0, 4), seeded(2))
+    parts = [losses(slice(2 * i, 2 * i + 2), Part(seeded(2), i, 2)) for i in range(2)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_one_alone_agrees_with_itself() -> None:
+    alone = World()
+    assert alone.greatest(7) == 7
+    assert alone.from_first(b"abc") == b"abc"
+    assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+    config = from_dict({"train": {"batch_size": 6}})
+    check(config, 3)
+    with pytest.raises(InputError, match=r"train\.batch_size \(6\) must be a multiple of .* \(4\)"):
+        check(config, 4)
+    alone = from_dict({"model": {"kind": "conncomp"}})
+    check(alone, 1)
+    with pytest.raises(InputError, match="fitted by one process"):
+        check(alone, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one(tmp_path: Path, config: Path) -> None:
+    with job("--config", config, "--out", tmp_path / "two") as process:
+        printed, said = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    assert printed.count("run: ") == 1, "one process speaks"
+    assert said.count("training in ") == 1
+    assert "by 2 processes" in said
+    assert "arning" not in said
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(config), "--out", str(tmp_path / "one"), "--quiet"])
+    assert ended.value.code == 0
+
+    one, two = (Run.open(tmp_path / name) for name in ("one", "two"))
+    assert [record["kind"] for record in one.metrics()] == ["validation", "step", "validation"]
+    for ours, theirs in zip(one.metrics(), two.metrics(), strict=True):
+        assert ours.pop("kind") == theirs.pop("kind")
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+    alone, shared = (load_checkpoint(r.path / "last", with_optimiser=True) for r in (one, two))
+    assert (alone.environment["processes"], shared.environment["processes"]) == (1, 2)
+    torch.testing.assert_close(shared.model, alone.model, rtol=1e-3, atol=1e-5)
+    assert alone.optimiser is not None
+    assert shared.optimiser is not None
+    assert shared.optimiser.keys() == alone.optimiser.keys()
+    steps = {k: float(v) for k, v in alone.optimiser.items() if k.startswith("step:")}
+    assert set(steps.values()) == {14.0, 20.0}, "with and without training wheels"
+    assert steps == {k: float(shared.optimiser[k]) for k in steps}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("default:.*not to the same bits")
+def test_a_job_that_is_killed_or_stopped_goes_on(
+    tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with job("--config", config, "--out", run, *FAR) as process:
+        wait(process, lambda: step_of(run) > 0)
+        first = re.match(r"process (\d+) on", (run / ".owner").read_text())
+        assert first is not None
+        os.kill(int(first[1]), signal.SIGKILL)
+        process.communicate(timeout=280)  # the other one does not wait for ever
+    assert process.returncode != 0
+    killed = step_of(run)
+
+    with job("--resume", run) as process:
+        wait(process, lambda: step_of(run) > killed)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=280)
+    stopped = step_of(run)
+    assert f"stopped after step {stopped}, saved" in said
+    assert said.count("saving; once more leaves at once") == 1
+    assert "spairkit: " not in said
+
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--resume", str(run), "--minutes", "0", "--quiet"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().err
+    assert "not to the same bits: processes was 2 and is 1" in said
+    assert f"ended after step {stopped + 1} of 1000000" in said
