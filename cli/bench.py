@@ -1,4 +1,4 @@
-"""`spairkit bench`: the operators beside what one would write in plain torch."""
+"""`spairkit bench`: the operators, or all of training, beside plain torch."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spairkit.cli.bench_train import bench_train, time_to_ap
 from spairkit.cli.console import print_json, results, say
-from spairkit.cli.options import Device, DeviceOption, JsonOption
+from spairkit.cli.options import Device, DeviceOption, JsonOption, LedgerOption, ThreadsOption
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.benchmarks import Figure
+    from spairkit.benchmarks.operators import Figure
+
+
+app = typer.Typer(invoke_without_command=True)
+app.command("train")(bench_train)
+app.command("time-to-ap")(time_to_ap)
 
 
 class OperatorName(StrEnum):
@@ -21,7 +27,9 @@ class OperatorName(StrEnum):
     PRESENCE_KL = "presence_kl"
 
 
+@app.callback()
 def bench(
+    context: typer.Context,
     operator: Annotated[
         list[OperatorName] | None, typer.Option("--operator", help="Only this one; repeatable.")
     ] = None,
@@ -34,9 +42,7 @@ def bench(
         typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
     ] = None,
     device: DeviceOption = Device.AUTO,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")
-    ] = None,
+    threads: ThreadsOption = None,
     compiled: Annotated[
         bool | None,
         typer.Option(
@@ -47,15 +53,19 @@ def bench(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.0, help="To spend on a figure, at least.")
     ] = 1.0,
-    ledger: Annotated[
-        Path, typer.Option("--ledger", help="File that gets one more line of JSON.")
-    ] = Path("benchmarks.jsonl"),
+    ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
 ) -> None:
-    """Check the operators, then time them beside grid_sample, the loop, and torch.compile."""
+    """Check the operators, then time them beside grid_sample, the loop, and torch.compile.
+
+    `bench train` and `bench time-to-ap` time training.
+    """
+    if context.invoked_subcommand is not None:
+        return
     import torch
 
-    from spairkit.benchmarks import SIDES, append_to_ledger, cases, machine, run
+    from spairkit.benchmarks.operators import SIDES, cases, run
+    from spairkit.benchmarks.timing import append_to_ledger, machine
 
     unknown = set(objects or ()) - set(SIDES)
     if unknown:

@@ -16,8 +16,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from spairkit import __version__
-from spairkit.cli import config, data
-from spairkit.cli.bench import bench
+from spairkit.cli import bench, config, data
 from spairkit.cli.console import say
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
@@ -38,7 +37,7 @@ app.command()(sweep)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)
-app.command()(bench)
+app.add_typer(bench.app, name="bench")
 
 
 # what Typer raises when words on the command line are wrong; it has no public name

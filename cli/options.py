@@ -75,6 +75,12 @@ ThresholdOption = Annotated[
     float,
     typer.Option("--threshold", callback=_below_one, help="Score above which an object counts."),
 ]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")
+]
+LedgerOption = Annotated[
+    Path, typer.Option("--ledger", help="File that gets one more line of JSON.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
 

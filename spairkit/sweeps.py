@@ -348,16 +348,14 @@ class Sweep:
                     if isinstance(event, Step) and (done or event.step % REPORT_EVERY == 0):
                         report(Progress(number, event.step, event.steps))
                 records = run.metrics()
-                figures = [r[self.figure] for r in records if r.get("kind") == "validation"]
+                figures = [r.get(self.figure) for r in records if r.get("kind") == "validation"]
                 saved = run.checkpoints
             except DivergedError as error:
                 self._give_up(trial, str(error), report)
                 raise
-            patience = config.train.patience
             steps = saved[0][0] if saved else 0
             best = max((figure for figure in figures if figure is not None), default=None)
-            ended = steps == config.train.steps or (patience and not stop())
-            if not ended:
+            if stop() and steps < config.train.steps:
                 report(Ended(number, None))
                 raise _Stopped
             trial.set_user_attr("steps", steps)

@@ -5,28 +5,19 @@ Every figure is a ratio taken in one run on one machine: the operator, the plain
 checks run first, and nothing is timed when they fail.
 """
 
-import ctypes
-import datetime
-import gc
-import json
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spairkit.backends import chosen_backend
-from spairkit.errors import InputError
+from spairkit.benchmarks.plain import COPIES, presence_kl_by_loop, render_by_grid_sample
+from spairkit.benchmarks.timing import free_bytes, peak_bytes, times_of
 from spairkit.presence import presence_kl
-from spairkit.rendering import MIN_IMPORTANCE, render
+from spairkit.rendering import render
 
 Operator = Literal["render", "presence_kl"]
 Function = Callable[..., Tensor]
@@ -35,7 +26,6 @@ SIDES = {16: 48, 64: 96, 144: 144, 576: 288}
 """Side of the image in pixels for each number of objects."""
 
 _OBJECT_SIDE = 14  # texels, as in the paper
-_COPIES = 40  # planes of [B, N, H, W] that grid_sample and its gradients hold at their peak
 _UNROLLED = 64  # cells up to which torch.compile gets through the loop in sensible time
 
 
@@ -117,8 +107,8 @@ def run(
                     yield Figure(**labels, median_ms=None, note=reason)
                     continue
                 call = _call(function, inputs, count, backward)
-                peak = _peak_bytes(call, device)
-                times = _times(call, device, seconds)
+                peak = peak_bytes(call, device)
+                times = times_of(call, device, seconds)
                 median = statistics.median(times)
                 ours = median if ours is None else ours
                 moved = _bytes(case, backward) / median if copied and way == "spairkit" else None
@@ -151,82 +141,6 @@ def check(operator: Operator, device: torch.device) -> None:
             error = float((actual.double() - expected).norm() / (expected.norm() + 1e-12))
             if not error < 1e-3:
                 raise RuntimeError(f"{operator}: {way} is off by {error:.1e}, so nothing is timed")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def append_to_ledger(path: Path, machine: dict[str, Any], figures: list[Figure]) -> None:
-    """Adds one line of JSON: the machine, and all figures.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    line = json.dumps({**machine, "figures": [asdict(figure) for figure in figures]})
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot add to the ledger ({error.strerror}); name another with --ledger"
-        ) from error
-
-
-def render_by_grid_sample(
-    rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor, background: Tensor
-) -> Tensor:
-    """The renderer as one writes it in plain torch: every object on a full image, then sums."""
-    num_images, num_objects, map_height, map_width, channels = rgba.shape
-    height, width = background.shape[2:]
-    alpha = rgba[..., -1:] * presence[..., None, None, None]
-    importance = alpha * torch.sigmoid(-depth)[..., None, None, None]
-    maps = torch.cat([rgba[..., :-1], torch.ones_like(alpha), alpha, importance], -1)
-    maps = maps.view(-1, map_height, map_width, channels + 2).permute(0, 3, 1, 2)
-    x1, y1, x2, y2 = boxes.view(-1, 4).unbind(-1)
-    zero = torch.zeros_like(x1)
-    across = torch.stack([width / (x2 - x1), zero, (width - x1 - x2) / (x2 - x1)], -1)
-    down = torch.stack([zero, height / (y2 - y1), (height - y1 - y2) / (y2 - y1)], -1)
-    places = torch.stack([across, down], 1)
-    grid = F.affine_grid(places, [len(places), 1, height, width], align_corners=False)
-    drawn = F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False)
-    drawn = drawn.view(num_images, num_objects, channels + 2, height, width)
-    colour, cover, alpha, importance = drawn.split([channels - 1, 1, 1, 1], 2)
-    change = (importance * alpha * (colour - cover * background[:, None])).sum(1)
-    total = importance.sum(1)
-    touched = total > MIN_IMPORTANCE
-    return background + torch.where(touched, change / torch.where(touched, total, 1.0), 0.0)
-
-
-def presence_kl_by_loop(logits: Tensor, samples: Tensor, success: Tensor) -> Tensor:
-    """The KL as one writes it in plain torch: equations (B1) and (B2), a cell at a time."""
-    num_images, num_cells = samples.shape
-    counts = torch.arange(num_cells + 1, dtype=logits.dtype, device=logits.device)
-    belief = (counts * torch.log1p(-success)).to(logits.dtype).expand(num_images, -1)
-    present = (samples > 0.5).to(logits.dtype)
-    before = torch.zeros_like(present[:, :1])
-    log_odds = []
-    for k in range(num_cells):
-        on = ((counts - before) / (num_cells - k)).clamp(0, 1)
-        weight = belief.softmax(1)
-        log_odds.append((weight * on).sum(1).log() - (weight * (1 - on)).sum(1).log())
-        here = present[:, k, None]
-        belief = belief + (here * on + (1 - here) * (1 - on)).log()
-        before = before + here
-    prior = torch.stack(log_odds, 1)
-    on = torch.sigmoid(logits)
-    return (
-        on * (F.logsigmoid(logits) - F.logsigmoid(prior))
-        + (1 - on) * (F.logsigmoid(-logits) - F.logsigmoid(-prior))
-    )  # fmt: skip
 
 
 _OURS: dict[Operator, Function] = {"render": render, "presence_kl": presence_kl}
@@ -283,8 +197,8 @@ def _ways(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[st
     name, rival = _RIVAL_NAMES[case.operator], _RIVALS[case.operator]
     reason = ""
     if case.operator == "render":
-        needed = 4 * _COPIES * case.batch * case.objects * SIDES[case.objects] ** 2
-        if needed > 0.7 * _free_bytes(device):
+        needed = 4 * COPIES * case.batch * case.objects * SIDES[case.objects] ** 2
+        if needed > 0.7 * free_bytes(device):
             reason = f"needs about {needed / 2**30:.0f} GiB"
     yield name, rival, reason
     if compiled:
@@ -310,25 +224,12 @@ def _call(
     return both
 
 
-def _times(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Sorted seconds of calls: at least three if they are done in 20 s; one was made before."""
-    times: list[float] = []
-    begin = time.perf_counter()
-    while (spent := time.perf_counter() - begin) < seconds or len(times) < (3 if spent < 20 else 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times)
-
-
 def _copy_bandwidth(device: torch.device, seconds: float) -> float:
     """Bytes a second, read and written, of a plain copy."""
     source = torch.empty(2**28, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    times = _times(lambda: target.copy_(source), device, seconds)
+    times = times_of(lambda: target.copy_(source), device, seconds)
     return 2 * source.numel() * source.element_size() / statistics.median(times)
 
 
@@ -341,55 +242,3 @@ def _bytes(case: Case, backward: bool) -> int:
     maps = case.batch * case.objects * (_OBJECT_SIDE**2 * 4 + 6)
     forward = 4 * (maps + pixels * (3 + 3 + 3 + 2))
     return forward + (4 * (2 * maps + pixels * (3 + 3 + 3 + 2 + 3)) if backward else 0)
-
-
-def _peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
-    """How far memory rises in one call, after one that has loaded and compiled what it needs."""
-    call()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    if sys.platform != "linux":
-        return None
-    # give back what the allocator holds, and start the record of the largest size anew
-    ctypes.CDLL(None).malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    call()
-    return max(0, _status_bytes("VmHWM") - before)
-
-
-def _status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"the system's record of this process has no {key}")
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if sys.platform == "linux":
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    if hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8 * 2**30
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spairkit import benchmarks
-from spairkit.benchmarks import Case, Figure, append_to_ledger, cases, check, run
-from spairkit.cli.bench import bench
+from spairkit.benchmarks import operators as benchmarks
+from spairkit.benchmarks.operators import Case, Figure, cases, check, run
+from spairkit.benchmarks.timing import append_to_ledger
+from spairkit.cli.bench import app
 from spairkit.errors import InputError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_every_case_gets_all_its_figures() -> None:
 def test_a_rival_that_does_not_fit_is_left_out_with_its_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(benchmarks, "_free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(benchmarks, "free_bytes", lambda device: 2**20)
     chosen = [Case(operator="render", batch=1, objects=16)]
     figures = list(run(chosen, CPU, compiled=False, seconds=0))
     left_out = [figure for figure in figures if figure.way == "grid_sample"]
@@ -81,8 +81,6 @@ def test_the_ledger_grows_by_a_line(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(bench)
     ledger = tmp_path / "ledger.jsonl"
     words = ["--operator", "presence_kl", "--objects", "16", "--batch", "2", "--seconds", "0"]
     words += ["--device", "cpu", "--ledger", str(ledger)]

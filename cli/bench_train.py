@@ -1,0 +1,261 @@
+"""`spairkit bench train` and `bench time-to-ap`: training, beside plain torch and the paper."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spairkit.cli.console import print_json, progress_bar, results, say
+from spairkit.cli.options import (
+    ConfigOption,
+    DataOption,
+    Device,
+    DeviceOption,
+    JsonOption,
+    LedgerOption,
+    PresetOption,
+    QuietOption,
+    SetOption,
+    ThreadsOption,
+    choose_device,
+    choose_preset,
+    data_layer,
+    layers,
+)
+
+if TYPE_CHECKING:
+    from spairkit.benchmarks.steps import Figure
+    from spairkit.benchmarks.targets import Attempt
+
+
+def bench_train(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("--preset", help="Repeatable. Default: quick and paper."),
+    ] = None,
+    set_: SetOption = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
+    ] = None,
+    cells: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--cells", min=1, max=64, help="Along each side of an image; repeatable. Default: 4."
+        ),
+    ] = None,
+    device: DeviceOption = Device.AUTO,
+    threads: ThreadsOption = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.0, help="To spend on a case, at least.")
+    ] = 10.0,
+    ledger: LedgerOption = Path("benchmarks.jsonl"),
+    json: JsonOption = False,
+) -> None:
+    """Time SPAIR's update and its parts beside the plain version of the same, checked first."""
+    import torch
+
+    from spairkit.benchmarks.steps import Case, run
+    from spairkit.benchmarks.timing import append_to_ledger, machine
+    from spairkit.config import assignments
+    from spairkit.presets import DEFAULT, resolve
+
+    chosen = choose_device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    over = assignments(set_ or [])
+    configs = [resolve(name, over) for name in preset or (DEFAULT, "paper")]
+    batches = batch or ([32, 256, 1024] if chosen.type == "cuda" else [32])
+    cases = [
+        Case(config=config, batch=size, cells=side)
+        for config in configs
+        for size in batches
+        for side in cells or [4]
+    ]
+    about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
+    figures = []
+    for figure in run(cases, chosen, seconds):
+        figures.append(figure)
+        say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
+    append_to_ledger(ledger, about, figures)
+    if json:
+        from dataclasses import asdict
+
+        print_json({**about, "figures": [asdict(figure) for figure in figures]})
+    else:
+        _print_figures(about, figures)
+
+
+def time_to_ap(
+    preset: PresetOption = None,
+    data: DataOption = None,
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    ap: Annotated[
+        float | None,
+        typer.Option(
+            "--ap",
+            min=0.0,
+            max=1.0,
+            help="By the paper's rule (ap_spair). Default: the paper's for data.max_objects.",
+        ),
+    ] = None,
+    count_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            "--count-accuracy", min=0.0, max=1.0, help="Share of images counted right. Default: any"
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--every", min=1, help="Updates between validations. Default: the preset's."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings: seeds 0, 1, ...")] = 3,
+    device: DeviceOption = Device.AUTO,
+    threads: ThreadsOption = None,
+    ledger: LedgerOption = Path("benchmarks.jsonl"),
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Minutes until training first reaches an AP, over seeds; a training that never does fails."""
+    from spairkit.benchmarks.targets import attempts, paper_target
+    from spairkit.benchmarks.timing import append_to_ledger, machine
+    from spairkit.presets import resolve
+
+    chosen = choose_device(device)
+    options: dict[str, Any] = data_layer(data) if data else {}
+    loop = {"validation_every": every, "threads": threads}
+    options["train"] = {name: value for name, value in loop.items() if value is not None}
+    over = layers(config, options, set_)
+    settings = resolve(choose_preset(preset, over), *over)
+    targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
+    if count_accuracy is not None:
+        targets["count_accuracy"] = count_accuracy
+    found = []
+    with progress_bar(quiet=quiet) as bar:
+        tasks: dict[int, Any] = {}
+
+        def show(seed: int, step: int, validation: Any) -> None:
+            if seed not in tasks:
+                tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
+            bar.update(tasks[seed], completed=step)
+            if validation and not quiet:
+                shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
+                bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+
+        for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
+            found.append(attempt)
+            bar.remove_task(tasks.pop(attempt.seed))
+    about = {
+        "benchmark": "time-to-ap",
+        **machine(chosen),
+        "preset": settings.preset,
+        "data": settings.data.name,
+        "set": set_ or [],
+        "validation_every": settings.train.validation_every,
+        "validation_images": settings.data.validation_images,
+        "success_rate": sum(attempt.all is not None for attempt in found) / len(found),
+    }
+    append_to_ledger(ledger, about, found)
+    if json:
+        from dataclasses import asdict
+
+        print_json({**about, "figures": [asdict(attempt) for attempt in found]})
+    else:
+        _print_attempts(about, targets, found)
+
+
+def _case(figure: "Figure") -> str:
+    return f"{figure.preset}, {figure.batch} images of {figure.cells} cells"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} ms"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
+    from rich.table import Table
+
+    from spairkit.benchmarks.steps import PARTS
+
+    console = results()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
+    whole = Table(
+        *("way", "ms", "20-80 %", "CPU ms", "updates/s", "images/s", "us/cell", "times", "MiB"),
+        box=None,
+    )
+    parts = Table("share of parts, %", *PARTS, box=None)
+    lines = []
+    case = ""
+    for figure in figures:
+        if _case(figure) != case:
+            case = _case(figure)
+            whole.add_row(case)
+            parts.add_row(case)
+        if figure.step_ms is None:
+            whole.add_row(f"  {figure.way} ({figure.note})")
+            continue
+        whole.add_row(
+            f"  {figure.way}",
+            f"{figure.step_ms:.1f}",
+            f"{figure.p20_ms:.1f}-{figure.p80_ms:.1f}",
+            f"{figure.cpu_ms:.1f}",
+            f"{figure.updates_per_second:.1f}",
+            f"{figure.images_per_second:.0f}",
+            f"{figure.cell_us:.1f}",
+            _times(figure.ratio),
+            "" if figure.peak_bytes is None else f"{figure.peak_bytes / 2**20:.0f}",
+        )
+        total = sum(figure.parts_ms.values()) or 1.0
+        parts.add_row(
+            f"  {figure.way}", *(f"{100 * figure.parts_ms[name] / total:.0f}" for name in PARTS)
+        )
+        if figure.way == "spairkit":
+            lines.append(
+                f"{case}: the step takes {_times(figure.times_backbone)} times as long as the "
+                f"backbone's own forward and backward ({figure.backbone_ms:.1f} ms); of CPU time, "
+                f"{_times(figure.times_backbone_cpu)} times"
+            )
+        else:
+            lines.append(
+                f"{case}: everything but the backbone takes the plain version "
+                f"{_times(figure.rest_ratio)} times as long; of CPU time, "
+                f"{_times(figure.rest_ratio_cpu)} times"
+            )
+    console.print(whole)
+    console.print(parts)
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _print_attempts(
+    about: dict[str, Any], targets: dict[str, float], found: "list[Attempt]"
+) -> None:
+    from statistics import median
+
+    from rich.table import Table
+
+    table = Table("seed", "all", *targets, "step", "CPU min", *(f"best {n}" for n in targets))
+    table.box = None
+    for attempt in found:
+        every = attempt.all
+        table.add_row(
+            str(attempt.seed),
+            f"{every.minutes:.1f} min" if every else "never",
+            *(f"{at.minutes:.1f} min" if at else "never" for at in attempt.first.values()),
+            str(every.step if every else attempt.steps),
+            f"{every.cpu_minutes if every else attempt.cpu_minutes:.1f}",
+            *(f"{attempt.best[name]:.3f}" for name in targets),
+        )
+    console = results()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
+    wanted = ", ".join(f"{name} {value:g}" for name, value in targets.items())
+    console.print(f"until validation first reaches {wanted}:", soft_wrap=True)
+    console.print(table)
+    times = [attempt.all.minutes for attempt in found if attempt.all]
+    middle = f", in {median(times):.1f} minutes (median)" if times else ""
+    console.print(f"reached by {len(times)} of {len(found)} seeds{middle}")

@@ -1,0 +1,1 @@
+"""Speed and memory, beside what a good torch user would write."""

@@ -1,0 +1,350 @@
+"""Updates of SPAIR's training beside the plain version of the same step, in one run.
+
+The steps are those of `training`, at the weights that training begins with and without training
+wheels; the plain version has another model in it (`plain`) and torch's ordinary Adam. Both are
+checked against each other first, and nothing is timed when they differ.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spairkit.benchmarks.plain import COPIES, PlainAdam, PlainSPAIR
+from spairkit.benchmarks.timing import free_bytes, peak_bytes
+from spairkit.config import Config, SPAIRConfig
+from spairkit.data.datasets import open_dataset
+from spairkit.errors import InputError
+from spairkit.models import build
+from spairkit.runs import Run
+from spairkit.spair import SPAIR
+from spairkit.training import _Trainer
+
+Way = Literal["spairkit", "plain"]
+
+PARTS = {
+    "data": "scenes of a batch",
+    "noise": "noise for all samples, background",
+    "backbone": "features of all cells, forward",
+    "cells": "where, what, depth and pres of all cells, forward",
+    "decoder": "object maps, forward",
+    "render": "the image, forward",
+    "kl": "all KL terms and the likelihood, forward",
+    "backward": "gradients of all of these",
+    "optimiser": "clipping, gradient noise, Adam",
+}
+"""Parts of an update, and what each of them is."""
+
+_TOLERANCE = 1e-3
+_MIN_ROUNDS, _PATIENCE_SECONDS = 3, 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A config's update at one size."""
+
+    config: Config
+    batch: int
+    cells: int
+    """Along each side of a square image."""
+
+    def sized(self) -> Config:
+        """The config at this size.
+
+        Raises:
+            InputError: its model is not SPAIR.
+        """
+        model = self.config.model
+        if not isinstance(model, SPAIRConfig):
+            raise InputError(f"only the updates of spair are timed, not of {model.kind}")
+        side = self.cells * model.cell
+        data = replace(self.config.data, image_height=side, image_width=side)
+        train = replace(self.config.train, batch_size=self.batch, training_wheels=0)
+        return replace(self.config, data=data, train=train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What an update takes; medians in milliseconds, of wall time unless it says CPU time."""
+
+    preset: str
+    batch: int
+    cells: int
+    """In an image."""
+    way: Way
+    note: str = ""
+    """Why there are no figures, if there are none."""
+    repeats: int = 0
+    step_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    cpu_ms: float | None = None
+    """CPU time of all threads."""
+    backbone_ms: float | None = None
+    """The backbone's own forward and backward, measured in turn with the steps."""
+    backbone_cpu_ms: float | None = None
+    updates_per_second: float | None = None
+    images_per_second: float | None = None
+    cell_us: float | None = None
+    """Microseconds for a cell of an image."""
+    times_backbone: float | None = None
+    """The step over the backbone's own forward and backward ..."""
+    times_backbone_cpu: float | None = None
+    """... and the same of CPU time."""
+    ratio: float | None = None
+    """Times slower than spairkit."""
+    rest_ratio: float | None = None
+    """Likewise of everything but the backbone's own forward and backward ..."""
+    rest_ratio_cpu: float | None = None
+    """... and the same of CPU time."""
+    peak_bytes: int | None = None
+    """Memory above what was there before; None where the system does not tell."""
+    parts_ms: dict[str, float] = field(default_factory=dict)
+    """By name in `PARTS`; the device is waited for after each, so they may sum to more."""
+
+
+def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Figure]:
+    """Checks every case, then yields two figures for each: ours, and the plain version's.
+
+    Args:
+        cases: what to time.
+        device: where.
+        seconds: to spend on a case, at least; three rounds, if they take no longer than a minute.
+
+    Raises:
+        InputError: a config is not SPAIR's, or its data cannot be read.
+        RuntimeError: the plain version computes something else; no figure has been taken.
+    """
+    for case in cases:
+        check(case, device)
+    for case in cases:
+        yield from _figures(case, device, seconds)
+
+
+def check(case: Case, device: torch.device) -> None:
+    """Compares losses and gradients of both versions on two images.
+
+    Raises:
+        RuntimeError: they differ; the message says where and by how much.
+    """
+    config = replace(case, batch=2).sized()
+    images = open_dataset(config.data, "train", device).batch(torch.arange(2)).images
+    model = _model(config, device)
+    found = _losses_and_gradients(model, images)
+    wanted = _losses_and_gradients(_plain(model), images)
+    for name, expected in wanted.items():
+        error = float((found[name] - expected).norm() / (expected.norm() + 1e-12))
+        if not error < _TOLERANCE:
+            raise RuntimeError(
+                f"{config.preset}: the plain step is off by {error:.1e} in {name}, so nothing is "
+                "timed"
+            )
+
+
+def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figure]:
+    config = case.sized()
+    assert isinstance(config.model, SPAIRConfig)
+    number = case.cells**2
+    labels: dict[str, Any] = {"preset": config.preset, "batch": case.batch, "cells": number}
+    ours = _trainer(config, device)
+    trainers: dict[Way, _Trainer] = {"spairkit": ours}
+    side = config.data.image_height
+    needed = 4 * COPIES * case.batch * number * side**2
+    if needed < 0.7 * free_bytes(device):
+        trainers["plain"] = _trainer(config, device)
+        _make_plain(trainers["plain"])
+    images = ours.train.batch(torch.arange(case.batch)).images
+    calls: dict[str, Callable[[], object]] = {"backbone": _backbone_call(ours.model, images)}
+    calls |= {way: trainer.update for way, trainer in trainers.items()}
+    peaks = {way: peak_bytes(calls[way], device) for way in trainers}  # and a warm-up
+    calls["backbone"]()
+    wall, cpu, repeats = _medians(calls, device, seconds)
+    rest, rest_cpu = ({w: t[w][1] - t["backbone"][1] for w in trainers} for t in (wall, cpu))
+    for way, trainer in trainers.items():
+        low, step, high = wall[way]
+        yield Figure(
+            **labels,
+            way=way,
+            repeats=repeats,
+            step_ms=step,
+            p20_ms=low,
+            p80_ms=high,
+            cpu_ms=cpu[way][1],
+            backbone_ms=wall["backbone"][1],
+            backbone_cpu_ms=cpu["backbone"][1],
+            updates_per_second=1e3 / step,
+            images_per_second=1e3 * case.batch / step,
+            cell_us=1e3 * step / (case.batch * number),
+            times_backbone=step / wall["backbone"][1],
+            times_backbone_cpu=_ratio(cpu[way][1], cpu["backbone"][1]),
+            ratio=step / wall["spairkit"][1],
+            rest_ratio=_ratio(rest[way], rest["spairkit"]),
+            rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
+            peak_bytes=peaks[way],
+            parts_ms=_parts(trainer, device, repeats),
+        )
+    if "plain" not in trainers:
+        yield Figure(**labels, way="plain", note=f"needs about {needed / 2**30:.0f} GiB")
+
+
+def _model(config: Config, device: torch.device) -> SPAIR:
+    model = build(config).to(device)
+    assert isinstance(model, SPAIR)
+    return model
+
+
+def _plain(model: Any) -> PlainSPAIR:
+    """The plain version with weights of its own, equal to those of `model`."""
+    plain = PlainSPAIR(model.config)
+    plain.load_state_dict(model.state_dict())
+    return plain.to(next(model.parameters()).device)
+
+
+def _trainer(config: Config, device: torch.device) -> _Trainer:
+    with tempfile.TemporaryDirectory() as folder:  # which updates do not write to
+        run = Run.create(Path(folder) / "run", config)
+        return _Trainer(config, run, open_dataset(config.data, "train", device), device)
+
+
+def _make_plain(trainer: _Trainer) -> None:
+    """Puts the plain version into a trainer that has made no update yet."""
+    trainer.model = _plain(trainer.model)
+    trainer.parameters = dict(trainer.model.named_parameters())
+    rate = trainer.config.train.learning_rate
+    trainer.optimiser = PlainAdam(trainer.parameters.values(), lr=rate)
+
+
+def _losses_and_gradients(model: SPAIR, images: Tensor) -> dict[str, Tensor]:
+    noise = torch.Generator(images.device).manual_seed(0)
+    losses = model(images, success=0.9, generator=noise)
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(losses.total.mean(), list(parameters.values()))
+    terms = {name: term.detach() for name, term in losses.terms().items()}
+    return {**terms, **dict(zip(parameters, grads, strict=True))}
+
+
+def _backbone_call(model: Any, images: Tensor) -> Callable[[], object]:
+    parameters = list(model.backbone.parameters())
+
+    def call() -> object:
+        features = model.backbone(images)
+        return torch.autograd.grad(features, parameters, torch.ones_like(features))
+
+    return call
+
+
+def _medians(
+    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
+    """20th, 50th and 80th percentile of wall and of CPU time, ms; the calls take turns."""
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    begin, rounds = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < seconds or (
+        rounds < (_MIN_ROUNDS if spent < _PATIENCE_SECONDS else 1)
+    ):
+        for name, call in calls.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            call()
+            _wait_for(device)
+            cpu[name].append(1e3 * (time.process_time() - start_cpu))
+            wall[name].append(1e3 * (time.perf_counter() - start))
+        rounds += 1
+    return _percentiles(wall), _percentiles(cpu), rounds
+
+
+def _percentiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {
+        name: [sorted(t)[len(t) // 5], statistics.median(t), sorted(t)[len(t) * 4 // 5]]
+        for name, t in times.items()
+    }
+
+
+def _ratio(time: float, other: float) -> float | None:
+    """None where a difference of times is lost in their noise, or a clock is too coarse."""
+    return time / other if other > 0 else None
+
+
+def _parts(trainer: _Trainer, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each part of an update."""
+    model = trainer.model
+    watched = [
+        (trainer.train, "batch", "data"),
+        (model, "forward", "noise"),
+        (model.backbone, "forward", "backbone"),
+        (model, "_encode", "cells"),
+        (model, "_decode", "decoder"),
+        (model, "_render", "render"),
+        (model, "_losses", "kl"),
+        (Tensor, "backward", "backward"),
+    ]
+    times: dict[str, list[float]] = {name: [] for name in PARTS}
+    for _ in range(repeats):
+        watch = _Stopwatch(device)
+        with ExitStack() as stack:
+            for owner, attribute, name in watched:
+                stack.enter_context(watch.watching(owner, attribute, name))
+            with watch.part("optimiser"):
+                trainer.update()
+        for name in PARTS:
+            times[name].append(1e3 * watch.seconds.get(name, 0.0))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class _Stopwatch:
+    """Seconds of parts within parts: those of an inner one are not the outer one's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._open: list[str] = []
+        self._last = 0.0
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._mark()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._mark()
+            self._open.pop()
+
+    @contextmanager
+    def watching(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
+        """While it lasts, calls of the owner's method count as the part `name`."""
+        original = getattr(owner, attribute)
+        own = attribute in vars(owner)
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            with self.part(name):
+                return original(*arguments, **keywords)
+
+        setattr(owner, attribute, watched)
+        try:
+            yield
+        finally:
+            if own:
+                setattr(owner, attribute, original)
+            else:
+                delattr(owner, attribute)
+
+    def _mark(self) -> None:
+        _wait_for(self._device)
+        now = time.perf_counter()
+        if self._open:
+            name = self._open[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,135 @@
+"""How long training takes until its validation figures first reach given ones, over seeds."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from spairkit.config import Config, DataConfig
+from spairkit.data.datasets import open_dataset
+from spairkit.errors import DivergedError, InputError
+from spairkit.runs import Run
+from spairkit.training import Validation, fit
+
+PAPER_AP = {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
+"""AP by the paper's rule that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reached:
+    """When a figure was first seen to be reached; a time includes the validations before it."""
+
+    step: int
+    minutes: float
+    cpu_minutes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One training."""
+
+    seed: int
+    targets: dict[str, float]
+    first: dict[str, Reached | None]
+    """For each target when it was first reached, and None where it never was."""
+    all: Reached | None
+    """When all were reached at one validation: there training ends."""
+    best: dict[str, float]
+    """The highest figure of any validation, for each target."""
+    steps: int
+    minutes: float
+    """In all."""
+    cpu_minutes: float
+
+
+def paper_target(data: DataConfig) -> float:
+    """The paper's AP for as many digits as the data have at most.
+
+    Raises:
+        InputError: the paper has none for that number.
+    """
+    if data.max_objects not in PAPER_AP:
+        raise InputError(
+            f"the paper has no AP for {data.max_objects} objects, but for "
+            f"{', '.join(map(str, PAPER_AP))}; give --ap"
+        )
+    return PAPER_AP[data.max_objects]
+
+
+def attempts(
+    config: Config,
+    targets: Mapping[str, float],
+    seeds: list[int],
+    device: torch.device,
+    report: Callable[[int, int, Validation | None], None] = lambda *_: None,
+) -> Iterator[Attempt]:
+    """One training for each seed, in a temporary folder, until all targets are reached.
+
+    Args:
+        config: ends a training that does not reach them.
+        targets: figures of validations and what they must be at least.
+        seeds: `train.seed` of each.
+        device: where.
+        report: is told seed and step, and of validations.
+
+    Raises:
+        InputError: the data cannot be read or say nothing of boxes.
+    """
+    if not open_dataset(config.data, "validation").has_truth:
+        raise InputError("only data whose boxes are known have such figures")
+    for seed in seeds:
+        yield _attempt(
+            replace(config, train=replace(config.train, seed=seed)), targets, device, report
+        )
+
+
+def _attempt(
+    config: Config,
+    targets: Mapping[str, float],
+    device: torch.device,
+    report: Callable[[int, int, Validation | None], None],
+) -> Attempt:
+    seed, step = config.train.seed, 0
+    first: dict[str, Reached | None] = dict.fromkeys(targets)
+    best = dict.fromkeys(targets, 0.0)
+    every: list[Reached] = []
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+
+    def now() -> Reached:
+        return Reached(
+            step=step,
+            minutes=(time.perf_counter() - begin) / 60,
+            cpu_minutes=(time.process_time() - begin_cpu) / 60,
+        )
+
+    with tempfile.TemporaryDirectory(prefix="spairkit-") as folder:
+        run = Run.create(Path(folder) / "run", config)
+        try:
+            with run.lock():
+                for event in fit(config, run, device, stop=lambda: bool(every)):
+                    step = event.step
+                    validation = event if isinstance(event, Validation) else None
+                    if validation:
+                        figures = {name: validation.figures[name] for name in targets}
+                        best = {name: max(best[name], figures[name]) for name in targets}
+                        reached = {name for name in targets if figures[name] >= targets[name]}
+                        first |= {name: now() for name in reached if first[name] is None}
+                        if len(reached) == len(targets):
+                            every.append(now())
+                    report(seed, step, validation)
+        except DivergedError:
+            pass  # a failure like any other
+    end = now()
+    return Attempt(
+        seed=seed,
+        targets=dict(targets),
+        first=first,
+        all=every[0] if every else None,
+        best=best,
+        steps=step,
+        minutes=end.minutes,
+        cpu_minutes=end.cpu_minutes,
+    )
