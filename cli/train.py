@@ -103,7 +103,7 @@ def train(
         if world.rank == 0:
             over = layers(config, _options(model, data, steps, seed, select), set_)
             settings = _resumed(resume, preset, over) if resume else _new(preset, over)
-            check(settings, world.size)
+            check(settings, chosen, world.size)
             open_splits(settings)  # what is wrong with it shows before a run is made
             run = Run.open(resume) if resume else Run.create(out, settings)
             stack.enter_context(run.lock())

@@ -323,6 +323,11 @@ class TrainConfig:
     select: Literal["elbo", "ap"] = "elbo"
     """What `best` means: the validation ELBO, which needs no labels, or AP by the paper's rule
     (`ap_spair`), which the authors took."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Of products and convolutions. `tf32`, for NVIDIA GPUs alone, keeps 10 bits behind the point.
+    `bf16` computes SPAIR's backbone and decoder, and all networks of AIR and DAIR, in bfloat16 (7
+    bits); weights, Adam, losses, the operators and SPAIR's cells from one to the next stay float32,
+    as do validation and whatever uses the model afterwards."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
 

@@ -351,7 +351,8 @@ class SPAIR(nn.Module):
     def _decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
         """Colour and alpha of object maps, in [0, 1] (section 4.1)."""
         c = self.config
-        logits = self.decoder(what).unflatten(-1, (c.object_size, c.object_size, 4))
+        logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
+        logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
         scale, bias = _appearance_constants(c, logits.device, logits.dtype)
         return squash(logits * scale + bias)
 

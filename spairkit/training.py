@@ -42,13 +42,18 @@ _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviat
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
 
 
-def check(config: Config, processes: int) -> None:
+def check(config: Config, device: torch.device, processes: int) -> None:
     """Refuses settings that cannot be trained with here, before anything is made.
 
     Raises:
         InputError: the batch cannot be shared out evenly among so many processes, or there is
-            nothing to share.
+            nothing to share; or the device does not have the precision.
     """
+    if config.train.precision == "tf32" and device.type != "cuda":
+        raise InputError(
+            "train.precision = 'tf32' is for NVIDIA GPUs, and this would train on "
+            f"{device.type}; use 'float32' or 'bf16'"
+        )
     if processes > 1 and isinstance(config.model, ConnCompConfig):
         raise InputError("connected components are fitted by one process; leave out torchrun")
     if config.train.batch_size % processes:
@@ -90,13 +95,18 @@ def fit(
             when they are next reported or a validation is due; the last good checkpoint is kept.
     """
     world = world or World()
-    check(config, world.size)
+    check(config, device, world.size)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if isinstance(config.model, ConnCompConfig):
         assert run
         yield from fit_threshold(config, run, device, stop)
         return
+    if device.type == "cuda":
+        # torch's own choice is tf32 for convolutions alone
+        precision = "tf32" if config.train.precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
     train, validation = open_splits(config, device)
     trainer = _Trainer(config, run, train, device, world)
     if run:
@@ -192,13 +202,15 @@ class _Trainer:
         wheels = step < settings.training_wheels
         if wheels is not self.wheels:
             self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
-        losses: Losses = self.replica(
-            batch.images,
-            success=success_at(self.config, step),
-            training_wheels=wheels,
-            generator=noise,
-            counts=batch.counts,
-        )
+        bf16 = settings.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            losses: Losses = self.replica(
+                batch.images,
+                success=success_at(self.config, step),
+                training_wheels=wheels,
+                generator=noise,
+                counts=batch.counts,
+            )
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.mean().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]

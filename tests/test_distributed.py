@@ -24,6 +24,7 @@ from spairkit.runs import Run
 from spairkit.sampling import Part, Source, normal, uniform
 from spairkit.training import check
 
+CPU = torch.device("cpu")
 TINY = """\
 [data]
 image_height = 24
@@ -125,13 +126,13 @@ def test_one_alone_agrees_with_itself() -> None:
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     config = from_dict({"train": {"batch_size": 6}})
-    check(config, 3)
+    check(config, CPU, 3)
     with pytest.raises(InputError, match=r"train\.batch_size \(6\) must be a multiple of .* \(4\)"):
-        check(config, 4)
+        check(config, CPU, 4)
     alone = from_dict({"model": {"kind": "conncomp"}})
-    check(alone, 1)
+    check(alone, CPU, 1)
     with pytest.raises(InputError, match="fitted by one process"):
-        check(alone, 2)
+        check(alone, CPU, 2)
 
 
 @pytest.mark.slow

@@ -387,6 +387,29 @@ def test_the_guard_against_waiting_bites() -> None:
             wait(torch.ones(1))
 
 
+@pytest.mark.parametrize("kind", ["spair", "air"])
+def test_bf16_trains_to_nearly_the_same_losses(tmp_path: Path, kind: str) -> None:
+    shared = {key: TINY["model"][key] for key in ("what", "encoder_hidden", "decoder_hidden")}
+    model = TINY["model"] if kind == "spair" else {"kind": "air", "count": "inferred", **shared}
+    means = {}
+    for precision in ("float32", "bf16"):
+        loop = TINY["train"] | {"steps": 20, "validation_every": 20, "precision": precision}
+        config = from_dict({"data": TINY["data"], "model": model, "train": loop})
+        run = train(config, tmp_path / precision)
+        state = load_checkpoint(run.path / "last").model
+        assert {value.dtype for value in state.values()} == {torch.float32}
+        [means[precision]] = [record for record in run.metrics() if record["kind"] == "step"]
+        assert Run.open(run.path).config.train.precision == precision
+    exact, rough = means["float32"], means["bf16"]
+    assert rough["elbo"] != exact["elbo"]
+    assert rough["elbo"] == pytest.approx(exact["elbo"], rel=0.02)
+
+
+def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.precision = 'tf32' is for NVIDIA GPUs"):
+        train(tiny(precision="tf32"), tmp_path / "run")
+
+
 def test_selection_by_ap_and_patience(tmp_path: Path) -> None:
     config = tiny(steps=400, validation_every=2, patience=4, select="ap", learning_rate=1e-6)
     run = train(config, tmp_path / "run")
