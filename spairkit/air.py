@@ -16,6 +16,7 @@ from spairkit.config import AIRConfig
 from spairkit.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
+    limited,
     logistic,
     normal_kl,
     squash,
@@ -327,7 +328,7 @@ class AIR(nn.Module):
             what=what,
             maps=maps,
             placed=place(maps, scale, shift, *self.size),
-            logit=logit.squeeze(-1).clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+            logit=limited(logit.squeeze(-1), c.presence_limit),
         )
 
     def _relaxed(self, logits: Tensor, noise: _Noise) -> Tensor:
@@ -351,15 +352,14 @@ class AIR(nn.Module):
 
     def _expected(self, images: Tensor, objects: _Objects, prior: Tensor) -> Losses:
         """The terms in expectation over the count, whose posterior is a product of T numbers."""
-        floor = self.config.likelihood_floor
-        reached = F.logsigmoid(objects.logit).cumsum(1).exp()  # [B, T] at least so many
+        floor, logit = self.config.likelihood_floor, objects.logit
+        reached = F.logsigmoid(logit).cumsum(1).exp()  # [B, T] at least so many
         none = torch.ones_like(reached[:, :1])
         counts = torch.cat([none, reached], 1) - F.pad(reached, (0, 1))  # [B, T + 1] exactly
         canvases = [torch.zeros_like(images), *objects.placed.cumsum(1).unbind(1)]
         errors = [bernoulli_cross_entropy(canvas, images, floor) for canvas in canvases]
         # of a Bernoulli choice of log-odds l: p (l - prior) + log(1 - p) - log(1 - prior's p)
-        kl = objects.logit.sigmoid() * (objects.logit - prior)
-        kl = kl + F.softplus(prior) - F.softplus(objects.logit)
+        kl = logit.sigmoid() * (logit - prior) + F.softplus(prior) - F.softplus(logit)
         asked = torch.cat([none, reached[:, :-1]], dim=1)
         where, what = self._kl(objects)
         return Losses(

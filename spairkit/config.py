@@ -260,6 +260,9 @@ class AIRConfig:
     """Initial mean of the scale's logits; -.9 starts boxes at .29 of the image's sides."""
     presence_bias: Real = 0.0
     """Initial log-odds of one more object."""
+    presence_limit: Annotated[float, Field(gt=0.0, le=10.0)] = 10.0
+    """Log-odds of one more object are clipped to this, both ways. Of `exact`, a lower one keeps
+    the gradients of later steps alive, and makes the first objects do without the later ones."""
     colour_bias: Real = 0.0
     """Colour is sigmoid(logit + colour_bias): objects start grey at 0, dark below."""
     temperature: Positive = 1.0

@@ -1,6 +1,7 @@
 """Samples and Kullback-Leibler divergences of the continuous latents (spec sections 3.3, 5)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,26 @@ LOGIT_LIMIT = 10.0
 def squash(logits: Tensor) -> Tensor:
     """sigmoid of the clipped logits, in (4.5e-5, 1 - 4.5e-5); any shape."""
     return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+
+
+class _Limited(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.limit = limit
+        return logits.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        (grad,) = grads
+        return grad * ((logits.abs() <= ctx.limit) | (grad * logits > 0)), None
+
+
+def limited(logits: Tensor, limit: float) -> Tensor:
+    """`logits` clipped to +-limit; beyond it, gradients that lead back inside still pass."""
+    clipped: Tensor = _Limited.apply(logits, limit)  # type: ignore[no-untyped-call]
+    return clipped
 
 
 def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:

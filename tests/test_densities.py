@@ -9,6 +9,7 @@ from spairkit.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
     count_success,
+    limited,
     logistic,
     normal_kl,
     squash,
@@ -70,3 +71,11 @@ def test_the_log_linear_schedule_goes_straight_and_stays() -> None:
 def test_squash_keeps_away_from_0_and_1() -> None:
     values = squash(torch.tensor([-1e4, 0.0, 1e4]))
     torch.testing.assert_close(values, torch.tensor([4.54e-5, 0.5, 1 - 4.54e-5]), rtol=0, atol=1e-7)
+
+
+def test_limited_logits_can_come_back() -> None:
+    logits = torch.tensor([-9.0, -2.0, 1.0, 9.0], requires_grad=True)
+    assert limited(logits, 3.0).tolist() == [-3.0, -2.0, 1.0, 3.0]
+    for sign, passed in ((1.0, [0.0, 1.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, -1.0, 0.0])):
+        (gradient,) = torch.autograd.grad(sign * limited(logits, 3.0).sum(), logits)
+        assert gradient.tolist() == passed, "descent leads inwards, or it is inside"
