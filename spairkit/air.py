@@ -227,15 +227,12 @@ class AIR(nn.Module):
             raise InputError(f"{name} takes counts up to {_MAX_STEPS}, got {int(counts.max())}")
         return max(int(counts.max()), 1)
 
-    def _draw(self, images: Tensor, steps: int, generator: Source) -> _Noise:
-        batch, numbers = len(images), _WHERE + self.config.what
-        if self.config.told:
-            # step by step, so that what an image gets is not for the others' counts to decide
-            drawn = [normal(generator, images, batch, numbers) for _ in range(steps)]
-            placed = torch.stack(drawn, dim=1)
-        else:
-            placed = normal(generator, images, batch, steps, numbers)
-        return _Noise(placed, logistic(uniform(generator, images, batch, steps)))
+    def _draw(self, images: Tensor, steps: int, source: Source) -> _Noise:
+        # for as many steps as there can be: what an image gets does not depend on its batch
+        batch, most = len(images), max(steps, self.config.max_objects)
+        placed = normal(source, images, batch, most, _WHERE + self.config.what)
+        jitter = logistic(uniform(source, images, batch, most))
+        return _Noise(placed[:, :steps], jitter[:, :steps])
 
     def _infer(
         self, images: Tensor, deterministic: bool, counts: Tensor | None

@@ -229,7 +229,7 @@ class AIRConfig:
     count: Literal["given", "inferred"] = "given"
     """`given`: the true number of objects is told, in training and after, as in the paper."""
     max_objects: Annotated[int, Field(ge=1, le=256)] = 3
-    """Steps, and so objects, at most; for a count that is inferred."""
+    """Steps, and so objects, at most; given counts may be higher."""
     presence: Literal["concrete", "exact"] = "concrete"
     """How an inferred count trains. `concrete`: one relaxed draw a step, of which those after
     the stop are cut off, as in the released code. `exact`: the expectation over all counts."""

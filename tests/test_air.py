@@ -15,6 +15,7 @@ from spairkit.air import AIR, _before_stop, _concrete_log_density, _Noise, _Obje
 from spairkit.config import AIRConfig
 from spairkit.elbo import Losses
 from spairkit.errors import InputError
+from spairkit.sampling import Part
 
 SMALL = AIRConfig(
     units=10,
@@ -186,6 +187,19 @@ def test_relaxed_losses_equal_a_loop_that_stops(kind: str) -> None:
         assert float(losses.kl_what[b]) == pytest.approx(what, rel=1e-9)
         assert float(losses.kl_pres[b]) == pytest.approx(pres, rel=1e-9)
     assert stopped_at, "some image must stop, or this tests nothing"
+
+
+@pytest.mark.parametrize("config", [SMALL, EXACT])
+@torch.no_grad()
+def test_parts_of_a_batch_get_what_the_whole_would(config: AIRConfig) -> None:
+    model = build(config)
+    told = config.count == "given"
+    whole = run(model, COUNTS if told else None).total
+    for index in range(3):
+        rows = slice(index, index + 1)
+        counts = COUNTS[rows] if told else None
+        part = model(images()[rows], generator=Part(generator(), index, 3), counts=counts)
+        torch.testing.assert_close(part.total, whole[rows])
 
 
 def test_the_stop_rule() -> None:
