@@ -176,6 +176,29 @@ def test_is_a_pure_function_of_the_index(case: str) -> None:
         )
 
 
+@pytest.mark.parametrize("stride", [4, 12])
+def test_batches_are_made_several_at_a_time(monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
+    """One after the other, or every third one, as a process that shares batches takes them."""
+    scenes = Scenes(DataConfig(**SMALL), "train")
+    whole = Scenes(DataConfig(**SMALL), "train").batch(torch.arange(1000, 1300))
+    made: list[int] = []
+    make = Scenes._make
+
+    def noted(self: Scenes, indices: Tensor) -> Batch:
+        made.append(len(indices))
+        return make(self, indices)
+
+    monkeypatch.setattr(Scenes, "_make", noted)
+    for turn in range(24):
+        start = turn * stride + 8
+        part = scenes.batch(torch.arange(1000 + start, 1004 + start))
+        run = slice(start, start + 4)
+        assert_equal(
+            part, Batch(whole.images[run], whole.boxes[run], whole.labels[run], whole.counts[run])
+        )
+    assert made == [32] * (3 if stride == 4 else 4)
+
+
 def test_lower_precision_around_it_changes_nothing() -> None:
     scenes = Scenes(DataConfig(min_objects=9), "train")
     indices = torch.arange(0, 64, 2)

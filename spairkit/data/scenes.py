@@ -22,6 +22,7 @@ _MAX_POSITIONS = 1 << 20
 # scenes made before they are asked for
 _BATCHES_AHEAD = 8
 _MAX_PIXELS_AHEAD = 1 << 20
+_MOST_STRIDE = 1 << 16
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 # what a random word is for; the counter of a word is purpose + 16 (object + 256 attempt)
 _COUNT = 0
@@ -96,7 +97,8 @@ class Scenes:
         self._purposes = torch.arange(_PURPOSES, device=self.device)
         self._most_ahead = _MAX_PIXELS_AHEAD // (config.image_height * config.image_width)
         self._white = torch.tensor([255.0], device=self.device)
-        self._ahead = 0, self._make(torch.arange(0))
+        self._last = 1 << 62  # where the run of the last call began
+        self._ahead = 0, 1, self._make(torch.arange(0))
 
     def __len__(self) -> int:
         """Scenes in the validation or test split. Raises TypeError for train, which has no end."""
@@ -108,8 +110,10 @@ class Scenes:
     def batch(self, indices: Tensor) -> Batch:
         """The scenes of these indices ([B] int64, none negative), on the dataset's device.
 
-        A run of consecutive indices is made together with the scenes that follow it, which the
-        next calls take from memory: a small batch is mostly the price of its many operations.
+        A run of consecutive indices is made together with those that the next calls will want,
+        which take them from memory: a small batch is mostly the price of its many operations.
+        What they will want is told by the last call: the indices that follow, or as many after a
+        gap, where several processes share the batches.
 
         Raises:
             ValueError: the indices are not a row of int64.
@@ -119,18 +123,23 @@ class Scenes:
             raise ValueError(
                 f"indices must be int64 [B], got {indices.dtype} {list(indices.shape)}"
             )
-        ahead = min(_BATCHES_AHEAD * len(indices), self._most_ahead)
+        size = len(indices)
+        turns = min(_BATCHES_AHEAD, self._most_ahead // max(size, 1))
         # on a device the values are not known here without waiting for it
-        if indices.device.type != "cpu" or ahead <= len(indices):
+        if indices.device.type != "cpu" or not size or turns < 2:
             return self._make(indices)
         first = int(indices[0])
-        if not torch.equal(indices, torch.arange(first, first + len(indices))):
+        if not torch.equal(indices, torch.arange(first, first + size)):
             return self._make(indices)
-        start, made = self._ahead
-        if not start <= first <= start + len(made.counts) - len(indices):
-            start, made = first, self._make(torch.arange(first, first + ahead))
-            self._ahead = start, made
-        run = slice(first - start, first - start + len(indices))
+        stride, self._last = first - self._last, first
+        start, every, made = self._ahead
+        turn, rest = divmod(first - start, every)
+        if rest or len(made.counts) != turns * size or not 0 <= turn < turns:
+            turn, every = 0, stride if size <= stride <= _MOST_STRIDE else size
+            starts = first + every * torch.arange(turns)[:, None]
+            made = self._make((starts + torch.arange(size)).flatten())
+            self._ahead = first, every, made
+        run = slice(turn * size, (turn + 1) * size)
         # copies, so that a caller may write into its batch
         return Batch(
             made.images[run].clone(),
