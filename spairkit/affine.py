@@ -26,10 +26,12 @@ def cut(
     along = scale[..., None] * steps + shift[..., None]  # [B, n, 2, size]
     columns = _tents(along[:, :, 0], images.shape[-1])  # [B, n, size, W]
     rows = _tents(along[:, :, 1], images.shape[-2])  # [B, n, size, H]
-    # all boxes of an image in one product: no copy of the image for each
-    narrow = images.flatten(1, 2) @ columns.flatten(1, 2).mT  # [B, C H, n size]
-    narrow = narrow.unflatten(2, (-1, size)).unflatten(1, images.shape[1:3])  # [B, C, H, n, size]
-    cut_out: Tensor = rows[:, :, None] @ narrow.permute(0, 3, 1, 2, 4)
+    # pixels keep their precision where the networks around are in bfloat16
+    with torch.autocast(images.device.type, enabled=False):
+        # all boxes of an image in one product: no copy of the image for each
+        narrow = images.flatten(1, 2) @ columns.flatten(1, 2).mT  # [B, C H, n size]
+        narrow = narrow.unflatten(2, (-1, size)).unflatten(1, images.shape[1:3])
+        cut_out: Tensor = rows[:, :, None] @ narrow.permute(0, 3, 1, 2, 4)
     return cut_out
 
 
@@ -51,7 +53,8 @@ def place(
     size = maps.shape[-1]
     columns = _tents((x - shift[..., :1]) / scale[..., :1], size)  # [B, n, width, P]
     rows = _tents((y - shift[..., 1:]) / scale[..., 1:], size)  # [B, n, height, P]
-    return rows[:, :, None] @ (maps @ columns.mT[:, :, None])
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows[:, :, None] @ (maps @ columns.mT[:, :, None])
 
 
 def _tents(along: Tensor, samples: int) -> Tensor:  # [...] -> [..., samples]

@@ -302,7 +302,7 @@ class AIR(nn.Module):
     ) -> _Objects:
         """Where and what of n steps that do not depend on each other."""
         c = self.config
-        numbers = self.output(states)
+        numbers = self.output(states).to(images.dtype)  # from bfloat16, under autocast
         if training_wheels:
             numbers = numbers.detach()
         where_mean, raw, logit = numbers.split([_WHERE, _WHERE, 1], dim=-1)
@@ -311,10 +311,12 @@ class AIR(nn.Module):
         scale = squash(where[..., :2])
         shift = where[..., 2:].clamp(-LOGIT_LIMIT, LOGIT_LIMIT).tanh()
         glimpses = cut(images, scale, shift, c.object_size)  # from the image, not the difference
-        what_mean, raw = self.encoder(glimpses.flatten(2)).chunk(2, dim=-1)
+        moments = self.encoder(glimpses.flatten(2)).to(images.dtype)
+        what_mean, raw = moments.chunk(2, dim=-1)
         what_std = _std(raw)
         what = what_mean if normal is None else what_mean + what_std * normal[..., _WHERE:]
-        maps = squash(self.decoder(what)).unflatten(-1, (3, c.object_size, c.object_size))
+        maps = squash(self.decoder(what).to(images.dtype))
+        maps = maps.unflatten(-1, (3, c.object_size, c.object_size))
         return _Objects(
             where_mean=where_mean,
             where_std=where_std,

@@ -369,6 +369,20 @@ def test_refuses_what_it_cannot_take() -> None:
         counting.reconstruct(images() * float("nan"))
 
 
+@pytest.mark.parametrize("kind", ["air", "dair"])
+def test_networks_may_be_in_bfloat16_and_pixels_are_not(kind: str) -> None:
+    model = build(EXACT, kind=kind).float()
+    seen = images().float()
+    exact = model(seen, generator=generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(seen, generator=generator())
+    for name, term in exact.terms().items():
+        assert rough.terms()[name].dtype == torch.float32
+        torch.testing.assert_close(rough.terms()[name], term, rtol=0.05, atol=0.1)
+    rough.total.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_grey_steps_see_the_mean_of_the_channels() -> None:
     model = build(EXACT, grey=True)
     turned = images()[:, [1, 2, 0]]

@@ -169,6 +169,12 @@ def test_a_model_that_is_told_counts_needs_them(tmp_path: Path) -> None:
     config = from_dict(merge(AIR, {"data": data, "model": {"kind": "air"}}))
     with pytest.raises(InputError, match=r"model\.count = 'given' needs images whose number"):
         train(config, tmp_path / "run")
+    counting = {"kind": "air", "count": "inferred"}
+    config = from_dict(merge(AIR, {"data": data, "model": counting}))
+    with pytest.raises(InputError, match=r"AIR takes images of one size, here 24x24 px, .* 30x30"):
+        train(config, tmp_path / "run 2")
+    whole = {**data, "image_height": 30, "image_width": 30}
+    train(from_dict(merge(AIR, {"data": whole, "model": counting})), tmp_path / "run 3", 1)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "last", "best"])

@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import torch
 
-from spairkit.config import Config, ConnCompConfig, DataConfig
+from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig
 from spairkit.data.folder import ImageFolder, stacked
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
@@ -35,7 +35,8 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
     """The images that a run trains on, and those that it is validated on.
 
     Raises:
-        InputError: as `open_dataset`; or the run needs boxes that nobody knows.
+        InputError: as `open_dataset`; or the run needs boxes that nobody knows, or images of one
+            size.
     """
     train, validation = (open_dataset(config.data, s, device) for s in ("train", "validation"))
     model = config.model
@@ -56,6 +57,16 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
             "model.count = 'given' needs images whose number of objects is known, and these have "
             "no annotations.json; use 'inferred'"
         )
+    if isinstance(model, AIRConfig):
+        wanted = config.data.image_height, config.data.image_width
+        folders = [item for item in (train, validation) if isinstance(item, ImageFolder)]
+        others = sorted({size for folder in folders for size in folder.sizes} - {wanted})
+        if others:
+            raise InputError(
+                f"{model.kind.upper()} takes images of one size, here {wanted[0]}x{wanted[1]} px, "
+                f"and there is one of {others[0][0]}x{others[0][1]} px; say their size with "
+                "data.image_height and data.image_width, or train SPAIR, which takes any"
+            )
     return train, validation
 
 

@@ -70,6 +70,7 @@ class ImageFolder:
         self._names = _of_split(names, split)
         self.has_truth = not annotated.keys().isdisjoint(self._names)
         self._sizes = [image_size(self._folder / name) for name in self._names]
+        self.sizes = set(self._sizes)  # height and width, of whole images
         for name, size in zip(self._names, self._sizes, strict=True):
             if name in annotated:
                 _refuse_misfits(annotations, name, size, annotated[name])
