@@ -73,6 +73,7 @@ def bench_train(
         for side in cells or [4]
     ]
     about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
+    say(f"checking and timing {len(cases)} cases on {chosen.type}")
     figures = []
     for figure in run(cases, chosen, seconds):
         figures.append(figure)
@@ -166,7 +167,7 @@ def time_to_ap(
 
 
 def _case(figure: "Figure") -> str:
-    return f"{figure.preset}, {figure.batch} images of {figure.cells} cells"
+    return f"{figure.preset} {figure.batch}x{figure.cells}"
 
 
 def _ms(value: float | None) -> str:
@@ -185,7 +186,17 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
     console = results()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     whole = Table(
-        *("way", "ms", "20-80 %", "CPU ms", "updates/s", "images/s", "us/cell", "times", "MiB"),
+        *(
+            "batch x cells",
+            "ms",
+            "20-80 %",
+            "CPU ms",
+            "updates/s",
+            "images/s",
+            "us/cell",
+            "times",
+            "MiB",
+        ),
         box=None,
     )
     parts = Table("share of parts, %", *PARTS, box=None)
@@ -239,14 +250,16 @@ def _print_attempts(
 
     from rich.table import Table
 
-    table = Table("seed", "all", *targets, "step", "CPU min", *(f"best {n}" for n in targets))
+    # of one target alone the first time is that of all
+    single = list(targets) if len(targets) > 1 else []
+    table = Table("seed", "all", *single, "step", "CPU min", *(f"best {n}" for n in targets))
     table.box = None
     for attempt in found:
         every = attempt.all
         table.add_row(
             str(attempt.seed),
             f"{every.minutes:.1f} min" if every else "never",
-            *(f"{at.minutes:.1f} min" if at else "never" for at in attempt.first.values()),
+            *(f"{at.minutes:.1f} min" if at else "never" for at in map(attempt.first.get, single)),
             str(every.step if every else attempt.steps),
             f"{every.cpu_minutes if every else attempt.cpu_minutes:.1f}",
             *(f"{attempt.best[name]:.3f}" for name in targets),

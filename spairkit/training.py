@@ -102,13 +102,9 @@ def fit(
         assert run
         yield from fit_threshold(config, run, device, stop)
         return
-    if device.type == "cuda":
-        # torch's own choice is tf32 for convolutions alone
-        precision = "tf32" if config.train.precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    set_precision(config.train, device)
     train, validation = open_splits(config, device)
-    trainer = _Trainer(config, run, train, device, world)
+    trainer = Trainer(config, run, train, device, world)
     if run:
         run.truncate_metrics(trainer.step)
     settings = config.train
@@ -144,8 +140,25 @@ def fit(
             return
 
 
-class _Trainer:
-    """A model, its optimiser and how far they are."""
+def set_precision(settings: TrainConfig, device: torch.device) -> None:
+    """Lets this process compute in float32 on a GPU as `train.precision` says."""
+    if device.type == "cuda":
+        # torch's own choice is tf32 for convolutions alone
+        precision = "tf32" if settings.precision == "tf32" else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+
+
+class Trainer:
+    """A model, its optimiser and how far they are.
+
+    Args:
+        config: of the run; not ConnComp's.
+        run: where it writes, and goes on from its last checkpoint; None writes nothing.
+        train: the images of updates.
+        device: where.
+        world: the processes that share each batch; None is this one alone.
+    """
 
     def __init__(
         self,

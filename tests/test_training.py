@@ -309,7 +309,7 @@ def test_an_update_that_is_not_finite_changes_nothing(
     run = Run.create(tmp_path / "run", tiny())
     states = []
     with run.lock():
-        trainer = training._Trainer(
+        trainer = training.Trainer(
             run.config, run, open_dataset(run.config.data, "train", CPU), CPU
         )
         for _ in range(5):
@@ -380,7 +380,7 @@ def test_an_update_never_waits_for_the_device(tmp_path: Path, recipe: str, wheel
     config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
     run = Run.create(tmp_path / "run", config)
     data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
-    trainer = training._Trainer(config, run, data, CPU)
+    trainer = training.Trainer(config, run, data, CPU)
     trainer.update()  # makes what is made once
     with NoWaiting():  # type: ignore[no-untyped-call]
         trainer.update()

@@ -6,12 +6,10 @@ checked against each other first, and nothing is timed when they differ.
 """
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +21,8 @@ from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import open_dataset
 from spairkit.errors import InputError
 from spairkit.models import build
-from spairkit.runs import Run
 from spairkit.spair import SPAIR
-from spairkit.training import _Trainer
+from spairkit.training import Trainer, set_precision
 
 Way = Literal["spairkit", "plain"]
 
@@ -123,8 +120,10 @@ def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Fig
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
     for case in cases:
+        set_precision(case.config.train, device)
         check(case, device)
     for case in cases:
+        set_precision(case.config.train, device)
         yield from _figures(case, device, seconds)
 
 
@@ -154,7 +153,7 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
     number = case.cells**2
     labels: dict[str, Any] = {"preset": config.preset, "batch": case.batch, "cells": number}
     ours = _trainer(config, device)
-    trainers: dict[Way, _Trainer] = {"spairkit": ours}
+    trainers: dict[Way, Trainer] = {"spairkit": ours}
     side = config.data.image_height
     needed = 4 * COPIES * case.batch * number * side**2
     if needed < 0.7 * free_bytes(device):
@@ -207,13 +206,11 @@ def _plain(model: Any) -> PlainSPAIR:
     return plain.to(next(model.parameters()).device)
 
 
-def _trainer(config: Config, device: torch.device) -> _Trainer:
-    with tempfile.TemporaryDirectory() as folder:  # which updates do not write to
-        run = Run.create(Path(folder) / "run", config)
-        return _Trainer(config, run, open_dataset(config.data, "train", device), device)
+def _trainer(config: Config, device: torch.device) -> Trainer:
+    return Trainer(config, None, open_dataset(config.data, "train", device), device)
 
 
-def _make_plain(trainer: _Trainer) -> None:
+def _make_plain(trainer: Trainer) -> None:
     """Puts the plain version into a trainer that has made no update yet."""
     trainer.model = _plain(trainer.model)
     trainer.parameters = dict(trainer.model.named_parameters())
@@ -272,7 +269,7 @@ def _ratio(time: float, other: float) -> float | None:
     return time / other if other > 0 else None
 
 
-def _parts(trainer: _Trainer, device: torch.device, repeats: int) -> dict[str, float]:
+def _parts(trainer: Trainer, device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds of each part of an update."""
     model = trainer.model
     watched = [
