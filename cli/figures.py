@@ -34,7 +34,7 @@ def measure(
     quiet: bool = False,
 ) -> "Report | None":
     """The detector's figures on a split; None where nobody knows what is in the images."""
-    from spairkit.data.datasets import evaluation_batches, open_dataset
+    from spairkit.data.datasets import described, evaluation_batches, open_dataset
     from spairkit.evaluation import evaluate
 
     dataset = open_dataset(data, split, device)
@@ -43,9 +43,7 @@ def measure(
     total = None if data.name == "folder" else len(dataset)
     batches = evaluation_batches(dataset, _BATCH_SIZE)
     with counted(f"{split} images", total, quiet=quiet) as show_done:
-        return evaluate(
-            detector, batches, threshold, show_done, measured_on=_described(data, split)
-        )
+        return evaluate(detector, batches, threshold, show_done, measured_on=described(data, split))
 
 
 def print_report(report: "Report") -> None:
@@ -73,15 +71,3 @@ def _cells(figures: "Figures") -> list[str]:
     values = figures.to_json()
     shown = [values[name] for name in _COLUMNS.values()]
     return [str(figures.images), *("-" if value is None else f"{value:.3f}" for value in shown)]
-
-
-def _described(data: "DataConfig", split: str) -> str:
-    if data.name == "folder":
-        return f"{split} images of {data.path}"
-    glyphs = "UCI optical digits" if data.name == "digits" else f"{data.name}, {data.path}"
-    images = data.test_images if split == "test" else data.validation_images
-    return (
-        f"{split} split: {images} scenes of {data.image_height} × {data.image_width} px, "
-        f"{data.min_objects} to {data.max_objects} glyphs of {data.glyph_size} px ({glyphs}), "
-        f"seed {data.seed}"
-    )

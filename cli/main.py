@@ -17,6 +17,7 @@ import typer
 
 from spairkit import __version__
 from spairkit.cli import bench, config, data
+from spairkit.cli.compare import compare
 from spairkit.cli.console import say
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
@@ -32,6 +33,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
+app.command()(compare)
 app.command()(report)
 app.command()(sweep)
 app.add_typer(data.app, name="data")

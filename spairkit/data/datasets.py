@@ -31,6 +31,20 @@ def open_dataset(config: DataConfig, split: Split, device: torch.device | str = 
     return kind(config, split, device)
 
 
+def described(data: DataConfig, split: str) -> str:
+    """The images of a split in words, for `Report.measured_on`."""
+    if data.name == "folder":
+        return f"{split} images of {data.path}"
+    glyphs = "UCI optical digits" if data.name == "digits" else f"{data.name}, {data.path}"
+    images = data.test_images if split == "test" else data.validation_images
+    least, most = data.min_objects, data.max_objects
+    number = f"{least} to {most} glyphs" if least != most else f"{most} glyph{'s' * (most != 1)}"
+    return (
+        f"{split} split: {images} scenes of {data.image_height} × {data.image_width} px, "
+        f"{number} of {data.glyph_size} px ({glyphs}), seed {data.seed}"
+    )
+
+
 def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dataset, Dataset]:
     """The images that a run trains on, and those that it is validated on.
 

@@ -1,0 +1,1 @@
+"""The paper's experiments, each at a stated scale, beside the figures that it published."""
