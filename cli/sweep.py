@@ -46,8 +46,8 @@ def sweep(
         Path | None,
         typer.Option(
             "--space",
-            help="TOML file: key = [choices], or key = {low = A, high = B, log = true}. Default: "
-            "the priors on position and size.",
+            help="TOML file: for each key a list of choices, or {low = A, high = B, log = true}. "
+            "Default: the priors on position and size.",
         ),
     ] = None,
     trials: Annotated[
