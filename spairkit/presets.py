@@ -74,13 +74,13 @@ def quick_air() -> dict[str, Any]:
 
     `spairkit train --model air`; the figures of five seeds are in BENCHMARKS.md.
 
-    What mattered, on single runs. The expectation over all counts in place of Concrete draws, and
-    log-odds of presence clipped to 4: an object may then be missing with a chance of 1 in 55, so
-    that the first one learns to explain a digit alone. Without the clip two objects share a single
-    digit for the first 1,500 updates or more, as nothing is left of the gradient that would switch
-    the second one off; clipped to 3, counts are right sooner and boxes looser. A prior of sizes
-    that is narrow and a little larger than a digit, so that no box takes two. A prior on the count
-    that is strict from the start: annealed from lax to strict, the sharing lasts longer.
+    What mattered, on single runs. The loss is the expectation over all counts, in place of Concrete
+    draws, and log-odds of presence are clipped to 4: every object may then be missing with a chance
+    of 1 in 56, so that the first one learns to explain a digit alone. Without the clip two objects
+    share a single digit for 1,000 to 2,000 updates, some runs longer, as hardly any gradient is
+    left to switch the second one off; with it counts are right after 750 to 1,000. Clipped to 3
+    they are right sooner, and boxes fit worse. The prior of sizes is narrow and a little larger
+    than a digit, so that no box takes two.
     """
     return {
         "data": {
