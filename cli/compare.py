@@ -246,7 +246,7 @@ def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
     rows = tabulated(settings, folder)
     values = {"comparison": str(folder), **summary(settings, rows)}
     text = _written(settings, rows)
-    note = f"{settings.seeds} seeds, 95 % intervals; {settings.budget}"
+    note = f"{_seeds(settings)}; {settings.budget}"
     write_bytes(folder / "figure.png", draw_comparison(rows, note))
     write_text(folder / "results.json", f"{as_json(values)}\n")
     write_text(folder / "table.txt", text)
@@ -254,6 +254,11 @@ def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
         print_json(values)
     else:
         typer.echo(f"{text}\nthe same in {folder}: table.txt, figure.png, results.json, runs/")
+
+
+def _seeds(settings: "Settings") -> str:
+    many = f"{settings.seeds} seeds, means and 95 % t-intervals"
+    return many if settings.seeds > 1 else "one seed"
 
 
 def _written(settings: "Settings", rows: "list[Row]") -> str:
@@ -268,8 +273,7 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
     with console.capture() as captured:
         others = ", and so on" if len(rows) > 1 else ""
         console.print(
-            f"{rows[0].measured_on}{others}\n"
-            f"budget: {settings.budget}; {settings.seeds} seeds, means and 95 % t-intervals",
+            f"{rows[0].measured_on}{others}\nbudget: {settings.budget}; {_seeds(settings)}",
             soft_wrap=True,
         )
         for name, title in _TITLES.items():

@@ -25,10 +25,9 @@ from pydantic.dataclasses import dataclass as checked
 
 from spairkit import durable
 from spairkit.config import Config, ConnCompConfig, differences, merge, to_dict
-from spairkit.data.datasets import described, evaluation_batches, open_dataset
+from spairkit.data.datasets import described, evaluation_batches, open_dataset, open_splits
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate
-from spairkit.images import image_size, list_images
 from spairkit.models import load
 from spairkit.presets import resolve
 from spairkit.runs import Run
@@ -210,14 +209,14 @@ def begin(folder: Path, settings: Settings) -> None:
             )
         return
     for number in settings.objects or (None,):
-        for model in settings.models:
-            config = config_of(settings, Task(model, number, 0))
-            if config.data.name == "folder" and model in TOLD:
-                _refuse_sizes(config)
-        if not open_dataset(config.data, "test").has_truth:
+        configs = [config_of(settings, Task(model, number, 0)) for model in settings.models]
+        data = configs[0].data
+        if not open_dataset(data, "test").has_truth:
             raise InputError(
-                f"{config.data.path}: nothing to compare with: no annotations.json (COCO) in it"
+                f"{data.path}: nothing to compare with: no annotations.json (COCO) in it"
             )
+        for config in configs if data.name == "folder" else ():
+            open_splits(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -406,14 +405,3 @@ def _read(path: Path) -> Any:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not JSON; remove it") from None
-
-
-def _refuse_sizes(config: Config) -> None:
-    height, width = config.data.image_height, config.data.image_width
-    sizes = {image_size(path) for path in list_images(Path(config.data.path))}
-    if sizes != {(height, width)}:
-        raise InputError(
-            f"{config.model.kind} takes images of {height}x{width} pixels alone "
-            f"(data.image_height, data.image_width), and {config.data.path} has others; leave it "
-            "out, as --models spair,conncomp"
-        )

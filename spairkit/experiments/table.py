@@ -92,14 +92,15 @@ def advice(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{MODELS[model]} is the choice where {span} of the objects' boxes overlap another one"
             + (
-                "; it needs no training, and suits a plain background and things that do not touch"
+                "; it costs a search for a threshold, on a plain background, of things that do "
+                "not touch"
                 if model == "conncomp"
                 else ""
             )
         )
     lines.append(
-        "the rules: the highest mean AP wins; where 95 % intervals overlap the winner's, the "
-        "model that is fitted soonest"
+        "the rules: the highest mean AP is chosen; of those whose 95 % intervals overlap its own, "
+        "ConnComp, or else the model that is trained soonest"
     )
     if any(model in TOLD for row in rows for model in row.cells):
         lines.append(
