@@ -52,7 +52,11 @@ gradient_noise = 0.01
 learning_rate = 1e-3
 threads = 1
 """
-FAR = ["--steps", "1000000", "--set", "train.validation_every=10", "--quiet"]
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+FAR = ["--device", "cpu", "--steps", "1000000", "--set", "train.validation_every=10", "--quiet"]
 
 
 def job(*words: object) -> subprocess.Popen[str]:
@@ -137,8 +141,10 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_train_as_one(tmp_path: Path, config: Path) -> None:
-    with job("--config", config, "--out", tmp_path / "two") as process:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_two_processes_train_as_one(tmp_path: Path, config: Path, device: str) -> None:
+    words = ["--config", str(config), "--device", device]
+    with job(*words, "--out", tmp_path / "two") as process:
         printed, said = process.communicate(timeout=280)
     assert process.returncode == 0, said
     assert printed.count("run: ") == 1, "one process speaks"
@@ -146,7 +152,7 @@ def test_two_processes_train_as_one(tmp_path: Path, config: Path) -> None:
     assert "by 2 processes" in said
     assert "arning" not in said
     with pytest.raises(SystemExit) as ended:
-        main(["train", "--config", str(config), "--out", str(tmp_path / "one"), "--quiet"])
+        main(["train", *words, "--out", str(tmp_path / "one"), "--quiet"])
     assert ended.value.code == 0
 
     one, two = (Run.open(tmp_path / name) for name in ("one", "two"))
@@ -181,7 +187,7 @@ def test_a_job_that_is_killed_or_stopped_goes_on(
     assert process.returncode != 0
     killed = step_of(run)
 
-    with job("--resume", run) as process:
+    with job("--resume", run, "--device", "cpu") as process:
         wait(process, lambda: step_of(run) > killed)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=280)
@@ -191,7 +197,7 @@ def test_a_job_that_is_killed_or_stopped_goes_on(
     assert "spairkit: " not in said
 
     with pytest.raises(SystemExit) as ended:
-        main(["train", "--resume", str(run), "--minutes", "0", "--quiet"])
+        main(["train", "--resume", str(run), "--device", "cpu", "--minutes", "0", "--quiet"])
     assert ended.value.code == 0
     said = capsys.readouterr().err
     assert "not to the same bits: processes was 2 and is 1" in said

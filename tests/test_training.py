@@ -34,6 +34,10 @@ from spairkit.training import (
 )
 
 CPU = torch.device("cpu")
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 TINY: dict[str, Any] = {
     "data": {"image_height": 24, "image_width": 24, "max_objects": 2, "validation_images": 6},
     "model": {
@@ -61,7 +65,9 @@ def tiny(**train: Any) -> Config:
     return from_dict(merge(TINY, {"train": train}))
 
 
-def train(config: Config, folder: Path, steps: int | None = None) -> Run:
+def train(
+    config: Config, folder: Path, steps: int | None = None, device: torch.device = CPU
+) -> Run:
     """Trains in `folder`, or goes on there; stops after `steps` updates of this process."""
     run = Run.open(folder) if folder.exists() else Run.create(folder, config)
     made = 0
@@ -70,7 +76,7 @@ def train(config: Config, folder: Path, steps: int | None = None) -> Run:
         return steps is not None and made >= steps
 
     with run.lock():
-        for event in fit(config, run, CPU, stop):
+        for event in fit(config, run, device, stop):
             made += isinstance(event, Step)
     return run
 
@@ -394,21 +400,25 @@ def test_the_guard_against_waiting_bites() -> None:
 
 
 @pytest.mark.parametrize("kind", ["spair", "air"])
-def test_bf16_trains_to_nearly_the_same_losses(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("low", ["bf16", pytest.param("tf32", marks=GPU)])
+def test_low_precision_trains_to_nearly_the_same_losses(
+    tmp_path: Path, device: torch.device, kind: str, low: str
+) -> None:
     shared = {key: TINY["model"][key] for key in ("what", "encoder_hidden", "decoder_hidden")}
     model = TINY["model"] if kind == "spair" else {"kind": "air", "count": "inferred", **shared}
     means = {}
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", low):
         loop = TINY["train"] | {"steps": 20, "validation_every": 20, "precision": precision}
+        loop["learning_rate"] = 1e-4  # at a high one, rounding decides where training goes
         config = from_dict({"data": TINY["data"], "model": model, "train": loop})
-        run = train(config, tmp_path / precision)
+        run = train(config, tmp_path / precision, device=device)
         state = load_checkpoint(run.path / "last").model
         assert {value.dtype for value in state.values()} == {torch.float32}
         [means[precision]] = [record for record in run.metrics() if record["kind"] == "step"]
         assert Run.open(run.path).config.train.precision == precision
-    exact, rough = means["float32"], means["bf16"]
+    exact, rough = means["float32"], means[low]
     assert rough["elbo"] != exact["elbo"]
-    assert rough["elbo"] == pytest.approx(exact["elbo"], rel=0.02)
+    assert rough["elbo"] == pytest.approx(exact["elbo"], rel=0.05)
 
 
 def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
