@@ -10,39 +10,31 @@ def tighten(
     background: Tensor,  # [B, 3, 1, 1] in [0, 1]
     contrast: float,
 ) -> Tensor:  # [B, K, 4] xyxy, whole pixels
-    """Each box drawn anew round the part of its object that can be seen.
+    """Each box cut down to the rows and columns of its map that can be seen.
 
-    A texel's contrast is alpha * |colour - background|, the largest over the channels; between
-    the centres of texels it is interpolated, and beyond the map it is 0. On each axis the object
-    begins where this first exceeds `contrast` in some row (or column) and ends where it last does.
-    Edges go to the nearest pixel's edge, and are at least a pixel apart. An object of which
-    nothing is seen keeps its box, brought to whole pixels.
-
-    z_where's own boxes are a pixel or two wider than their objects, or cut them short: nothing in
-    the loss holds them close.
+    A texel is seen if alpha * |colour - background| exceeds `contrast` in some channel. Edges go
+    to the nearest edge of a pixel, and are at least a pixel apart. An object of which nothing is
+    seen keeps its box, brought to whole pixels. z_where's own boxes are a pixel or two wider than
+    their objects all round, or cut them short: nothing in the loss holds them close.
     """
     colour, alpha = maps[..., :3], maps[..., 3]
     difference = (colour - background.flatten(1)[:, None, None, None]).abs().amax(-1)
-    visible = alpha * difference  # [B, K, P, P]
-    down, across = visible.amax(-1), visible.amax(-2)  # [B, K, P]
+    seen = alpha * difference > contrast  # [B, K, P, P]
+    y1, y2 = _span(seen.any(-1))
+    x1, x2 = _span(seen.any(-2))
+    first, last = torch.stack([x1, y1], dim=-1), torch.stack([x2, y2], dim=-1)
     low, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
-    first = torch.stack([_begin(across, contrast), _begin(down, contrast)], dim=-1)
-    last = 1 - torch.stack(
-        [_begin(across.flip(-1), contrast), _begin(down.flip(-1), contrast)], dim=-1
-    )
-    seen = (visible > contrast).flatten(2).any(-1, keepdim=True)
-    first, last = torch.where(seen, first, 0), torch.where(seen, last, 1)
     start, stop = (low + size * first).round(), (low + size * last).round()
     return torch.cat([start, torch.maximum(stop, start + 1)], dim=-1)
 
 
-def _begin(profile: Tensor, contrast: float) -> Tensor:  # [..., P] -> [...]
-    """Where contrast is first exceeded, as a share of the map's side. Texel r is at r + 1/2."""
-    side = profile.shape[-1]
-    texels = torch.arange(side, device=profile.device)
-    index = torch.where(profile > contrast, texels, side - 1).amin(-1, keepdim=True)
-    here = profile.gather(-1, index)
-    before = profile.gather(-1, (index - 1).clamp(min=0)) * (index > 0)
-    centre = index + 0.5
-    back = ((here - contrast) / (here - before)).clamp(0, 1)  # 0 / 0 only where nothing is seen
-    return ((centre - back) / side).squeeze(-1)
+def _span(seen: Tensor) -> tuple[Tensor, Tensor]:  # [..., P] bool -> [...], [...]
+    """Where the first seen texel starts and the last one ends, as shares of the map's side.
+
+    All of the side where none is seen.
+    """
+    places = torch.arange(seen.shape[-1], device=seen.device)
+    any_seen = seen.any(-1, keepdim=True)
+    first = torch.where(seen | ~any_seen, places, seen.shape[-1]).amin(-1)
+    last = torch.where(seen | ~any_seen, places + 1, 0).amax(-1)
+    return first / seen.shape[-1], last / seen.shape[-1]
