@@ -80,7 +80,8 @@ def quick_air() -> dict[str, Any]:
     share a single digit for 1,000 to 2,000 updates, some runs longer, as hardly any gradient is
     left to switch the second one off; with it counts are right after 750 to 1,000. Clipped to 3
     they are right sooner, and boxes fit worse. The prior of sizes is narrow and a little larger
-    than a digit, so that no box takes two.
+    than a digit, so that no box takes two. That does not hold boxes back where the count is given
+    and greater than one: there the prior is of smaller ones.
     """
     return {
         "data": {
@@ -216,4 +217,7 @@ def _fitted_to_data(config: Config) -> dict[str, Any]:
     if config.preset == "paper" and least == most and most in PRIORS[config.model.kind]:
         names = ("scale_prior_mean", "scale_prior_std", "shift_prior_std")
         model |= dict(zip(names, PRIORS[config.model.kind][most], strict=True))
+    elif config.preset == "quick" and config.model.told and most > 1:
+        # a steady pull to small boxes, where nothing else keeps one from taking several digits
+        model |= {"scale_prior_mean": -1.7, "scale_prior_std": 0.25}
     return {"model": model}

@@ -67,6 +67,19 @@ def test_the_paper_has_priors_for_a_fixed_number_of_objects(
     assert model.scale_prior_std == 0.5, "what the user says lies on top"
 
 
+def test_quick_draws_boxes_together_where_several_objects_are_given() -> None:
+    def prior(**data: int) -> float:
+        model = resolve("quick", {"model": {"kind": "air", "count": "given"}, "data": data}).model
+        assert isinstance(model, AIRConfig)
+        return model.scale_prior_mean
+
+    assert prior(min_objects=1, max_objects=1) == -0.7
+    assert prior(min_objects=3, max_objects=3) == -1.7
+    counting = resolve("quick", {"model": {"kind": "air"}, "data": {"max_objects": 5}}).model
+    assert isinstance(counting, AIRConfig)
+    assert (counting.scale_prior_mean, counting.max_objects) == (-0.7, 5)
+
+
 def test_an_unknown_kind_names_those_there_are() -> None:
     with pytest.raises(
         InputError, match=r"model\.kind: there are spair, air, dair, conncomp \(got 'yolo'\)"
