@@ -173,7 +173,7 @@ def count_posterior_cpu(samples: Tensor, success: Tensor) -> Tensor:
         _count_posterior,
         len(samples),
         _array(samples),
-        math.log1p(-float(success)),
+        _log_failure(success),
         prior_logit.numpy(),
     )
     return prior_logit
@@ -190,11 +190,17 @@ def count_posterior_backward_cpu(
         len(samples),
         grad_logit.double().contiguous().numpy(),
         _array(samples),
-        math.log1p(-float(success)),
+        _log_failure(success),
         grad_samples.numpy(),
         grad_log_failure.numpy(),
     )
     return grad_samples, grad_log_failure
+
+
+def _log_failure(success: Tensor) -> float:
+    """log(1 - s); NaN where s is no probability, which a compiled caller cannot have checked."""
+    s = float(success)
+    return math.log1p(-s) if 0.0 < s < 1.0 else math.nan
 
 
 def _array(tensor: Tensor) -> np.ndarray:

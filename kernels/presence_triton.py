@@ -100,13 +100,16 @@ def _presence_kl_kernel(
 def _shares(counts, before, num_open):
     """[BLOCK, COUNTS] chances that a cell is on, and off, if the total is `counts`; and if between.
 
-    `before` is float64: whole and broken part apart, float32 loses nothing near either end.
+    `before` is float64. What is left is taken in whole numbers and a part below 1 that is small
+    when the chance is: float32 then loses nothing near either end.
     """
     whole = tl.floor(before)
     broken = (before - whole).to(tl.float32)[:, None]
+    rest = (1.0 - (before - whole)).to(tl.float32)[:, None]
     left = counts[None, :] - whole.to(tl.float32)[:, None]
     cells = tl.maximum(num_open, 1).to(tl.float32)[:, None]
-    on, off = (left - broken) / cells, ((cells - left) + broken) / cells
+    on = tl.where(left > 0, (left - 1) + rest, left - broken) / cells
+    off = tl.where(left > cells, ((cells - left) + 1) - rest, (cells - left) + broken) / cells
     between = (on >= 0) & (off >= 0)
     on = tl.where(on < 0, 0.0, tl.where(off < 0, 1.0, on))
     off = tl.where(off < 0, 0.0, tl.where(on == 0, 1.0, off))

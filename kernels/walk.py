@@ -1,5 +1,8 @@
 """How Triton's walk over relaxed samples is cut into blocks; needs no Triton to say."""
 
+MAX_CELLS = 1024
+"""Of one image, for Triton: with more, odds of the table overflow and counts do not fit a walk."""
+
 
 def walk_block(num_cells: int) -> tuple[int, int, int]:
     """Counts (a power of two above n), cells a block and warps of the Triton walk.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
 from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
+from spairkit.kernels.walk import MAX_CELLS
 
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 
@@ -38,10 +39,13 @@ def presence_prior(
     Args:
         samples: [B, n] z_pres as sampled, in raster order.
         success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
-            objects. A 0-d tensor on the device of `samples` is read without waiting for it.
+            objects. A 0-d tensor on the device of `samples` is read without waiting for it, so on
+            a GPU and in a compiled function nobody checks its value: outside (0, 1) gives NaN.
+            Make it float64: float32 knows 1 - .9999 to three digits only.
         relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
             they are, in [0, 1], with gradients.
-        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto".
+        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
+            cells), or "auto".
 
     Returns:
         [B, n], p(z_k = 1 | z_<k), the dtype of `samples` (at least float32). `success` gets a
@@ -76,13 +80,16 @@ def presence_kl(
     The exact KL between two Bernoullis, posterior probability sigmoid(logits) as given.
 
     Args:
-        logits: [B, n] posterior log-odds of z_pres.
+        logits: [B, n] posterior log-odds of z_pres, finite.
         samples: [B, n] z_pres as sampled, in raster order.
         success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
-            objects. A 0-d tensor on the device of `samples` is read without waiting for it.
+            objects. A 0-d tensor on the device of `samples` is read without waiting for it, so on
+            a GPU and in a compiled function nobody checks its value: outside (0, 1) gives NaN.
+            Make it float64: float32 knows 1 - .9999 to three digits only.
         relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
             they are, in [0, 1], with gradients.
-        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto".
+        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
+            cells), or "auto".
 
     Returns:
         [B, n] nats, the dtype of `logits` (at least float32). NaN from the first sample that is
@@ -117,7 +124,15 @@ def _chosen(
                 "use backend='torch'"
             )
         backend = "torch" if backend == "auto" else backend
-    return chosen_backend(backend, logits, "logits")
+    chosen = chosen_backend(backend, logits, "logits")
+    if chosen == "triton" and logits.shape[1] > MAX_CELLS:
+        if backend == "triton":
+            raise ValueError(
+                f"samples must hold at most {MAX_CELLS} cells on backend 'triton', "
+                f"got {logits.shape[1]}: use backend='torch'"
+            )
+        return "torch"
+    return chosen
 
 
 def _as_tensor(success: float | Tensor, samples: Tensor) -> Tensor:

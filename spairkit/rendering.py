@@ -16,6 +16,8 @@ MIN_SIDE = 1e-6
 MIN_IMPORTANCE = 1e-30
 """Where the summed importance is not above this, float32 cannot divide by it: no object there."""
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 def render(
     rgba: Tensor,  # [B, N, h, w, C + 1]
@@ -40,7 +42,8 @@ def render(
 
     and exactly the background where the sum of gamma' is 0 (up to 1e-30). All presences 0 give
     the background bit for bit. Every tensor gets its gradient; where nothing contributes it is 0.
-    NaN in any input gives NaN, a coordinate that is not finite NaN in its whole image.
+    NaN in an object gives NaN at the pixels that it covers, or a little beyond; a coordinate that
+    is not finite gives NaN in its whole image.
 
     Args:
         rgba: [B, N, h, w, C + 1] in [0, 1], alpha last; float32, float16 or bfloat16 with float32
@@ -111,6 +114,12 @@ def _check(
             f"background must be [{num_images}, {channels - 1}, H, W] to go with rgba, "
             f"got shape {tuple(background.shape)}"
         )
+    if size is not None and not (
+        isinstance(size, tuple)
+        and len(size) == 2
+        and all(isinstance(n, int | torch.SymInt) and n > 0 for n in size)
+    ):
+        raise ValueError(f"size must be two whole numbers above 0, (H, W), got {size!r}")
     if size is not None and background.shape[2:] not in ((1, 1), tuple(size)):
         raise ValueError(
             f"size is for a background of [B, C, 1, 1], got size {tuple(size)} "
@@ -127,6 +136,8 @@ def _check(
             raise ValueError(
                 f"{name} must be on the device of rgba, {rgba.device}, got {tensor.device}"
             )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must have 16, 32 or 64 bits, got {tensor.dtype}")
         if tensor.dtype == torch.float64 and rgba.dtype != torch.float64:
             raise ValueError(f"{name} is float64, so rgba must be too, got {rgba.dtype}")
     if not 0.0 <= importance_floor < float("inf"):

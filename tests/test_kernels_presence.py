@@ -93,6 +93,44 @@ def test_relaxed_prior_holds_with_many_objects(
     torch.testing.assert_close(prior.double(), exact, rtol=1e-5, atol=0)
 
 
+def test_relaxed_gradients_hold_near_the_ends(kernel: Backend, kernel_device: torch.device) -> None:
+    # what is left of a count is then a small difference of numbers near 1
+    logits, samples = make_inputs(1, 400, relaxed=False, device=kernel_device)
+    samples = 0.02 + 0.96 * samples
+    exact = values_and_gradients(
+        logits.double(), samples.double(), 0.9999, relaxed=True, backend="torch"
+    )
+    found = values_and_gradients(logits, samples, 0.9999, relaxed=True, backend=kernel)
+    for actual, expected in zip(found, exact, strict=True):
+        assert (actual.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_autocast_changes_nothing(
+    relaxed: bool, kernel: Backend, kernel_device: torch.device
+) -> None:
+    logits, samples = make_inputs(2, 9, relaxed=relaxed, device=kernel_device)
+    expected = values_and_gradients(logits, samples, 0.9, relaxed=relaxed, backend=kernel)
+    with torch.autocast(kernel_device.type, torch.bfloat16):
+        found = values_and_gradients(logits, samples, 0.9, relaxed=relaxed, backend=kernel)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_more_cells_than_triton_takes(
+    relaxed: bool, kernel: Backend, kernel_device: torch.device
+) -> None:
+    samples = torch.zeros(1, 1025, device=kernel_device)
+    if kernel == "triton":
+        with pytest.raises(ValueError, match="at most 1024 cells on backend 'triton', got 1025"):
+            presence_kl(samples, samples, 0.5, relaxed=relaxed, backend=kernel)
+    if kernel == "cpu" or not relaxed:  # torch walks 1,025 cells one by one
+        kl = presence_kl(samples, samples, 0.5, relaxed=relaxed)
+        exact = presence_kl(samples.double(), samples.double(), 0.5, backend="torch")
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("relaxed", [False, True])
 def test_hard_samples_in_any_dtype(
     relaxed: bool, kernel: Backend, kernel_device: torch.device

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
@@ -89,6 +91,27 @@ def test_the_chain_sums_to_one_over_all_vectors(
     prior = presence_prior(samples, 0.7, relaxed=relaxed, backend=backend).double()
     total = torch.where(samples > 0.5, prior, 1 - prior).prod(1).sum()
     assert abs(float(total) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10**6),
+    num_cells=st.integers(2, 30),
+    success=st.floats(1e-6, 0.9999),
+    relaxed=st.booleans(),
+)
+def test_the_order_of_what_came_before_does_not_matter(
+    backend: Backend, seed: int, num_cells: int, success: float, relaxed: bool
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    samples = (torch.rand(3, num_cells, generator=random) < 0.5).float()
+    order = torch.cat(
+        [torch.randperm(num_cells - 1, generator=random), torch.tensor([num_cells - 1])]
+    )
+    last = presence_prior(samples, success, relaxed=relaxed, backend=backend)[:, -1]
+    shuffled = presence_prior(samples[:, order], success, relaxed=relaxed, backend=backend)[:, -1]
+    torch.testing.assert_close(shuffled, last, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

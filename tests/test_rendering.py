@@ -300,6 +300,13 @@ def test_one_colour_for_the_background(backend: Backend) -> None:
         ({"depth": torch.ones(2, 3).double()}, "depth is float64, so rgba must be too"),
         ({"boxes": torch.rand(2, 3, 4, device="meta")}, "boxes must be on the device of rgba, cpu"),
         ({"size": (4, 4)}, r"size is for a background of \[B, C, 1, 1\]"),
+        ({"size": (-1, -1)}, r"size must be two whole numbers above 0, \(H, W\), got \(-1, -1\)"),
+        ({"size": (4,)}, r"size must be two whole numbers above 0, \(H, W\), got \(4,\)"),
+        ({"size": (2.5, 4)}, "size must be two whole numbers above 0"),
+        (
+            {"rgba": torch.rand(2, 3, 5, 4, 4).to(torch.float8_e4m3fn)},
+            "rgba must have 16, 32 or 64",
+        ),
         ({"importance_floor": -0.1}, "importance_floor must be 0 or positive, got -0.1"),
         ({"importance_floor": math.nan}, "importance_floor must be 0 or positive, got nan"),
         ({"backend": "numba"}, "backend must be one of auto, torch, cpu, triton, got 'numba'"),
