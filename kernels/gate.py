@@ -196,7 +196,10 @@ def configurations() -> list[Configuration]:
 
 
 def build(configuration: Configuration, target: GPUTarget) -> Build:
-    """Compiles for `target`, assuming of the arguments what a launch finds to be so."""
+    """Compiles for `target`: pointers are aligned, and of other numbers nothing is assumed.
+
+    A launch may know more, as strides that are multiples of 16, and then build faster code.
+    """
     names = configuration.kernel.arg_names
     types = configuration.signature
     signature = {name: types.get(name, "constexpr") for name in names}

@@ -1,5 +1,7 @@
 """Triton twin of the renderer, backward: one launch, no atomics, the same bits every time.
 
+Maps of more than 32 texels a side are cut into bands, and three small sums over the bands follow.
+
 A program is one object: it gathers over the pixels of its box and hands them back to the texels as
 two small products with the weights of the taps, Wy^T G Wx. Further programs scale the gradient of
 the background. The formulas are those of `spairkit.kernels.render_cpu`.
