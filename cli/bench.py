@@ -25,6 +25,7 @@ class OperatorName(StrEnum):
 
     RENDER = "render"
     PRESENCE_KL = "presence_kl"
+    PRESENCE_KL_RELAXED = "presence_kl_relaxed"
 
 
 @app.callback()
@@ -65,7 +66,7 @@ def bench(
     import torch
 
     from spairkit.benchmarks.operators import SIDES, cases, run
-    from spairkit.benchmarks.timing import append_to_ledger, machine
+    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
 
     unknown = set(objects or ()) - set(SIDES)
     if unknown:
@@ -74,6 +75,7 @@ def bench(
         raise InputError("--device cuda: this machine has no usable GPU; use --device cpu")
     on_gpu = torch.cuda.is_available() and device is not Device.CPU
     where = torch.device("cuda" if on_gpu else "cpu")
+    check_ledger(ledger)
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = cases(
@@ -82,13 +84,24 @@ def bench(
         objects or list(SIDES),
     )
     about = machine(where)
-    figures = []
-    for figure in run(
-        chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
-    ):
-        figures.append(figure)
-        say(_line(figure))
-    append_to_ledger(ledger, about, figures)
+    say(f"checking and timing {len(chosen)} cases on {where.type}")
+    figures: list[Figure] = []
+    partial = {"partial": True}
+    try:
+        for figure in run(
+            chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
+        ):
+            figures.append(figure)
+            say(_line(figure))
+        partial = {}
+    finally:
+        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
+        if figures:
+            _print(about | partial, figures, json=json)
+            append_to_ledger(ledger, about | partial, figures)
+
+
+def _print(about: dict[str, object], figures: "list[Figure]", *, json: bool) -> None:
     if json:
         from dataclasses import asdict
 
@@ -104,7 +117,7 @@ def _line(figure: "Figure") -> str:
 
 def _case(figure: "Figure") -> str:
     passes = "forward + backward" if figure.backward else "forward"
-    share = f", {figure.share_on:.0%} on" if figure.operator == "presence_kl" else ""
+    share = "" if figure.operator == "render" else f", {figure.share_on:.0%} on"
     return f"{figure.operator} {figure.batch}x{figure.objects}{share}, {passes}"
 
 
@@ -115,8 +128,11 @@ def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
     case = ""
     for figure in figures:
         note = figure.note
-        if figure.bandwidth is not None:
-            note += f", {figure.bandwidth:.0%} of copy speed"
+        if figure.bytes_per_second and figure.copy_bytes_per_second:
+            note += (
+                f", {figure.bytes_per_second / 1e9:.1f} GB/s, {figure.bandwidth:.0%} of a copy's "
+                f"{figure.copy_bytes_per_second / 1e9:.1f}"
+            )
         timed = figure.median_ms is not None
         peak = figure.peak_bytes
         table.add_row(
@@ -129,5 +145,5 @@ def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
         )
         case = _case(figure)
     console = results()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     console.print(table)

@@ -1,10 +1,11 @@
 """Speed and memory of the operators, beside what a good torch user would write.
 
 Every figure is a ratio taken in one run on one machine: the operator, the plain version in torch
-(grid_sample over all objects; a loop over the cells), and torch.compile of that. The operator's own
-checks run first, and nothing is timed when they fail.
+(grid_sample over all objects; a loop over the cells), and torch.compile of that. Each operator is
+checked first with as many objects as will be timed, and nothing is timed when it is wrong.
 """
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,7 +20,9 @@ from spairkit.benchmarks.timing import free_bytes, peak_bytes, times_of
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
 
-Operator = Literal["render", "presence_kl"]
+Operator = Literal["render", "presence_kl", "presence_kl_relaxed"]
+"""The KL of hard samples looks the prior up in a table; that of relaxed ones walks the cells."""
+
 Function = Callable[..., Tensor]
 
 SIDES = {16: 48, 64: 96, 144: 144, 576: 288}
@@ -27,6 +30,19 @@ SIDES = {16: 48, 64: 96, 144: 144, 576: 288}
 
 _OBJECT_SIDE = 14  # texels, as in the paper
 _UNROLLED = 64  # cells up to which torch.compile gets through the loop in sensible time
+
+# what the tests allow against float64: of the image, at worst; of a KL, by its norm
+_VALUE_BARS: dict[Operator, float] = {
+    "render": 2e-5,
+    "presence_kl": 1e-6,
+    "presence_kl_relaxed": 1e-4,
+}
+_GRADIENT_BAR = 1e-4  # of the norm ...
+_GRADIENT_FLOOR = 0.1  # ... and this: of few objects the gradients of depth all but cancel
+_RIVAL_BAR = 1e-3  # of the norm: float32 loses more the plain way, 5e-5 in the loop of 576 cells
+# pixels: float64 in torch takes a minute for 576 objects at their own size; and at this one no
+# pixel lies on a kink between texels, where gradients of boxes jump with the last bit of float32
+_CHECKED_SIDE = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +77,22 @@ class Figure:
     """Times slower than spairkit."""
     peak_bytes: int | None = None
     """Memory above what was there before; None where the system does not tell."""
+    bytes_per_second: float | None = None
+    """Bytes of inputs and outputs over the time (GPU only) ..."""
+    copy_bytes_per_second: float | None = None
+    """... the same of a plain copy, measured in this run ..."""
     bandwidth: float | None = None
-    """Bytes of inputs and outputs over the time, as a share of a plain copy's (GPU only)."""
+    """... and the first as a share of the second."""
     note: str = ""
 
 
 def cases(operators: list[Operator], batches: list[int], objects: list[int]) -> list[Case]:
-    """Every operator at every size; the KL with few cells on and with most."""
+    """Every operator at every size; the KLs with few cells on and with most."""
     found = []
     for operator in operators:
         for batch in batches:
             for number in objects:
-                shares = (0.1, 0.9) if operator == "presence_kl" else (0.1,)
+                shares = (0.1,) if operator == "render" else (0.1, 0.9)
                 found += [
                     Case(operator=operator, batch=batch, objects=number, share_on=share)
                     for share in shares
@@ -88,17 +108,18 @@ def run(
     Args:
         chosen: what to time.
         device: where.
-        compiled: also time torch.compile of the rivals (minutes on a CPU, and needs a compiler).
+        compiled: also time torch.compile of the rivals (minutes on a CPU, and needs a compiler);
+            one that it cannot compile whole gets no figure but a note.
         seconds: to spend on a figure, if three repeats do not take longer.
 
     Raises:
         RuntimeError: an operator is wrong on this machine; no figure has been taken.
     """
-    for operator in {case.operator for case in chosen}:
-        check(operator, device)
+    for operator, objects in dict.fromkeys((case.operator, case.objects) for case in chosen):
+        check(operator, objects, device)
     copied = _copy_bandwidth(device, seconds) if device.type == "cuda" else None
     for case in chosen:
-        inputs, count = _inputs(case, device)
+        inputs, count = _inputs(case, device, SIDES[case.objects])
         for backward in (False, True):
             ours: float | None = None
             for way, function, reason in _ways(case, device, compiled):
@@ -107,7 +128,15 @@ def run(
                     yield Figure(**labels, median_ms=None, note=reason)
                     continue
                 call = _call(function, inputs, count, backward)
-                peak = peak_bytes(call, device)
+                try:
+                    peak = peak_bytes(call, device)
+                except Exception as error:
+                    # whatever a compiler raises, the other ways are still worth timing
+                    if not way.startswith("compiled "):
+                        raise
+                    reason = f"not compiled: {type(error).__name__}: {str(error).splitlines()[0]}"
+                    yield Figure(**labels, median_ms=None, note=reason)
+                    continue
                 times = times_of(call, device, seconds)
                 median = statistics.median(times)
                 ours = median if ours is None else ours
@@ -120,38 +149,63 @@ def run(
                     repeats=len(times),
                     ratio=median / ours,
                     peak_bytes=peak,
+                    bytes_per_second=moved,
+                    copy_bytes_per_second=copied if moved else None,
                     bandwidth=moved / copied if moved and copied else None,
                     note=chosen_backend("auto", inputs[0], "input") if way == "spairkit" else "",
                 )
 
 
-def check(operator: Operator, device: torch.device) -> None:
+def check(operator: Operator, objects: int, device: torch.device) -> None:
     """Compares operator and rival, values and gradients, with float64 in torch.
+
+    The operator at the bars that its tests have, on two images of so many objects: the kernels
+    take other tiles for more of them.
 
     Raises:
         RuntimeError: one of them is off; the message says which and by how much.
     """
-    case = Case(operator=operator, batch=2, objects=16, share_on=0.5)
-    inputs, count = _inputs(case, device)
+    case = Case(operator=operator, batch=2, objects=objects, share_on=0.5)
+    inputs, count = _inputs(case, device, _CHECKED_SIDE)
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
-    for way, function in (("spairkit", _OURS[operator]), ("the rival", _RIVALS[operator])):
+    ours, rival = _OURS[operator], _RIVALS[operator]
+    wanted = _values_and_gradients(ours, exact, count)
+    for way, function in (("spairkit", ours), ("the rival", rival)):
         found = _values_and_gradients(function, inputs, count)
-        wanted = _values_and_gradients(_OURS[operator], exact, count)
-        for actual, expected in zip(found, wanted, strict=True):
-            error = float((actual.double() - expected).norm() / (expected.norm() + 1e-12))
-            if not error < 1e-3:
-                raise RuntimeError(f"{operator}: {way} is off by {error:.1e}, so nothing is timed")
+        for i, (actual, expected) in enumerate(zip(found, wanted, strict=True)):
+            off, norm = actual.double() - expected, expected.norm()
+            if way == "the rival":
+                error, bar = off.norm() / norm, _RIVAL_BAR
+            elif i > 0:
+                error, bar = off.norm() / (norm + _GRADIENT_FLOOR), _GRADIENT_BAR
+            else:
+                error = off.abs().max() if operator == "render" else off.norm() / norm
+                bar = _VALUE_BARS[operator]
+            if not error <= bar:
+                raise RuntimeError(
+                    f"{operator} of {objects}: {way} is off by {float(error):.1e}, more than "
+                    f"{bar:.0e}, so nothing is timed"
+                )
 
 
-_OURS: dict[Operator, Function] = {"render": render, "presence_kl": presence_kl}
+_OURS: dict[Operator, Function] = {
+    "render": render,
+    "presence_kl": presence_kl,
+    "presence_kl_relaxed": functools.partial(presence_kl, relaxed=True),
+}
 _RIVALS: dict[Operator, Function] = {
     "render": render_by_grid_sample,
     "presence_kl": presence_kl_by_loop,
+    "presence_kl_relaxed": functools.partial(presence_kl_by_loop, relaxed=True),
 }
-_RIVAL_NAMES: dict[Operator, str] = {"render": "grid_sample", "presence_kl": "loop"}
+_RIVAL_NAMES: dict[Operator, str] = {
+    "render": "grid_sample",
+    "presence_kl": "loop",
+    "presence_kl_relaxed": "loop",
+}
 
 
-def _inputs(case: Case, device: torch.device) -> tuple[list[Tensor], int]:
+def _inputs(case: Case, device: torch.device, side: int) -> tuple[list[Tensor], int]:
     """Arguments of the operator, and how many of them, from the first, want gradients."""
     random = torch.Generator().manual_seed(0)
 
@@ -159,12 +213,18 @@ def _inputs(case: Case, device: torch.device) -> tuple[list[Tensor], int]:
         return torch.rand(*shape, generator=random)
 
     batch, objects = case.batch, case.objects
-    if case.operator == "presence_kl":
+    if case.operator != "render":
         logits = 4 * uniform(batch, objects) - 2
-        samples = (uniform(batch, objects) < case.share_on).float()
-        tensors, count = [logits, samples, torch.tensor(0.98, dtype=torch.double)], 1
+        chance = uniform(batch, objects)
+        success = torch.tensor(0.98, dtype=torch.double)
+        if case.operator == "presence_kl":
+            tensors, count = [logits, (chance < case.share_on).float(), success], 1
+        else:
+            # binary Concrete of temperature 1, short of 0 and 1
+            noise = torch.logit(0.001 + 0.998 * chance)
+            odds = torch.logit(torch.tensor(case.share_on))
+            tensors, count = [logits, torch.sigmoid(odds + noise), success], 2
     else:
-        side = SIDES[objects]
         # a grid of objects, shaken by a few pixels, of 12 to 20 pixels: as a trained model has it
         steps = int(objects**0.5)
         cell = side / steps
@@ -202,9 +262,12 @@ def _ways(case: Case, device: torch.device, compiled: bool) -> Iterator[tuple[st
             reason = f"needs about {needed / 2**30:.0f} GiB"
     yield name, rival, reason
     if compiled:
-        if case.operator == "presence_kl" and case.objects > _UNROLLED:
+        if case.operator != "render" and case.objects > _UNROLLED:
             reason = f"would unroll {case.objects} steps"
-        yield f"compiled {name}", torch.compile(rival, dynamic=False), reason
+        # dynamo gives a function up, and runs it as it is, after eight sizes or at a graph break:
+        # hence forget the last case, and with fullgraph raise
+        torch._dynamo.reset()
+        yield f"compiled {name}", torch.compile(rival, dynamic=False, fullgraph=True), reason
 
 
 def _call(
@@ -235,9 +298,10 @@ def _copy_bandwidth(device: torch.device, seconds: float) -> float:
 
 def _bytes(case: Case, backward: bool) -> int:
     """Of every input read once and every output written once, by each pass."""
-    if case.operator == "presence_kl":
+    if case.operator != "render":
         cell = 4 + 4 + 4 + 8
-        return case.batch * case.objects * (cell + (20 if backward else 0))
+        back = 20 if case.operator == "presence_kl" else 28
+        return case.batch * case.objects * (cell + (back if backward else 0))
     pixels = case.batch * SIDES[case.objects] ** 2
     maps = case.batch * case.objects * (_OBJECT_SIDE**2 * 4 + 6)
     forward = 4 * (maps + pixels * (3 + 3 + 3 + 2))

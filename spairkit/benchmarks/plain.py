@@ -132,18 +132,27 @@ def render_by_grid_sample(
     return background + torch.where(touched, change / torch.where(touched, total, 1.0), 0.0)
 
 
-def presence_kl_by_loop(logits: Tensor, samples: Tensor, success: Tensor) -> Tensor:
-    """The KL as one writes it in plain torch: equations (B1) and (B2), a cell at a time."""
+def presence_kl_by_loop(
+    logits: Tensor, samples: Tensor, success: Tensor, *, relaxed: bool = False
+) -> Tensor:
+    """The KL as one writes it in plain torch: equations (B1) and (B2), a cell at a time.
+
+    Relaxed samples it takes as they are, with gradients; of a chance below 1e-30 it reads 1e-30,
+    as the operator does.
+    """
     num_images, num_cells = samples.shape
     counts = torch.arange(num_cells + 1, dtype=logits.dtype, device=logits.device)
     belief = (counts * torch.log1p(-success)).to(logits.dtype).expand(num_images, -1)
-    present = (samples > 0.5).to(logits.dtype)
+    present = (samples if relaxed else samples > 0.5).to(logits.dtype)
     before = torch.zeros_like(present[:, :1])
     log_odds = []
     for k in range(num_cells):
         on = ((counts - before) / (num_cells - k)).clamp(0, 1)
         weight = belief.softmax(1)
-        log_odds.append((weight * on).sum(1).log() - (weight * (1 - on)).sum(1).log())
+        chance, rest = (weight * on).sum(1), (weight * (1 - on)).sum(1)
+        if relaxed:
+            chance, rest = chance.clamp(min=1e-30), rest.clamp(min=1e-30)
+        log_odds.append(chance.log() - rest.log())
         here = present[:, k, None]
         belief = belief + (here * on + (1 - here) * (1 - on)).log()
         before = before + here

@@ -1,5 +1,6 @@
 """How long calls take and how much memory they need, and what a figure depends on besides them."""
 
+import contextlib
 import ctypes
 import datetime
 import gc
@@ -10,24 +11,44 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spairkit import __version__
 from spairkit.errors import InputError
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """What a figure depends on besides the code, and its version; no key for what is not here."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "spairkit": __version__,
         "torch": torch.__version__,
+        **_versions("triton", "numba"),
+        **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
     }
+
+
+def check_ledger(path: Path) -> None:
+    """Refuses a ledger that could not be written, before what it is to hold is measured.
+
+    Raises:
+        InputError: the file cannot be opened to add to it.
+    """
+    new = not path.exists()
+    try:
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise _not_added(path, error) from error
 
 
 def append_to_ledger(path: Path, machine: dict[str, Any], figures: Sequence[Any]) -> None:
@@ -41,9 +62,7 @@ def append_to_ledger(path: Path, machine: dict[str, Any], figures: Sequence[Any]
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot add to the ledger ({error.strerror}); name another with --ledger"
-        ) from error
+        raise _not_added(path, error) from error
 
 
 def times_of(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
@@ -93,6 +112,20 @@ def free_bytes(device: torch.device) -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8 * 2**30
+
+
+def _not_added(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot add to the ledger ({error.strerror}); name another with --ledger"
+    )
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _status_bytes(key: str) -> int:
