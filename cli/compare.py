@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 _LINE_EVERY_SECONDS = 30
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
-    "ap_spair": "AP by the paper's rule; in brackets what the paper published, on EMNIST digits",
-    "count_accuracy": "share of images counted right; AIR and DAIR are told the count",
+    "ap_spair": "AP by the paper's rule",
+    "count_accuracy": "share of images counted right",
     "seconds": "seconds of training, and updates; for ConnComp, thresholds",
 }
 
@@ -90,7 +90,8 @@ def compare(
 
     folder, settings = _begin(out, asked)
     tasks = len(settings.tasks())
-    say(f"comparing in {folder} on {chosen.type}: {tasks} runs, {settings.budget}")
+    runs = "1 run" if tasks == 1 else f"{tasks} runs"
+    say(f"comparing in {folder} on {chosen.type}: {runs}, {settings.budget}")
     with Interrupts() as interrupts, _helpers(folder, workers - 1, device, interrupts):
         _follow(settings, folder, chosen, lambda: interrupts.number is not None, quiet=quiet)
     go_on = f"spairkit compare --out {shlex.quote(str(folder))}"
@@ -198,7 +199,7 @@ def _follow(
     quiet: bool,
 ) -> None:
     """Shows what happens while the runs are made."""
-    from spairkit.experiments.compare import Finished, Started
+    from spairkit.experiments.compare import Finished, Probing, Started
     from spairkit.experiments.compare import compare as run_all
     from spairkit.training import Step
 
@@ -215,7 +216,9 @@ def _follow(
 
         began = False
         for event in run_all(settings, folder, device, stop):
-            if isinstance(event, Started):
+            if isinstance(event, Probing):
+                print_line(f"{event.task.name}: measuring the speed")
+            elif isinstance(event, Started):
                 name, began, line_at = event.task.name, True, 0.0
                 bar.reset(current, description=name, total=event.steps, visible=True)
                 why = ", by the speed of a few" if event.measured else ""
@@ -246,7 +249,8 @@ def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
     rows = tabulated(settings, folder)
     values = {"comparison": str(folder), **summary(settings, rows)}
     text = _written(settings, rows)
-    note = f"{_seeds(settings)}; {settings.budget}"
+    dashed = "; dashed: the paper, on EMNIST digits" if rows[0].is_papers else ""
+    note = f"{rows[0].measured_on}{_others(rows)}\n{_seeds(settings)}; {settings.budget}{dashed}"
     write_bytes(folder / "figure.png", draw_comparison(rows, note))
     write_text(folder / "results.json", f"{as_json(values)}\n")
     write_text(folder / "table.txt", text)
@@ -267,13 +271,12 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
     from rich.table import Table
 
     from spairkit.experiments.compare import MODELS
-    from spairkit.experiments.table import advice
+    from spairkit.experiments.table import advice, told_models
 
     console = results()
     with console.capture() as captured:
-        others = ", and so on" if len(rows) > 1 else ""
         console.print(
-            f"{rows[0].measured_on}{others}\nbudget: {settings.budget}; {_seeds(settings)}",
+            f"{rows[0].measured_on}{_others(rows)}\nbudget: {settings.budget}; {_seeds(settings)}",
             soft_wrap=True,
         )
         for name, title in _TITLES.items():
@@ -283,6 +286,10 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
             for row in rows:
                 number = "all" if row.objects is None else str(row.objects)
                 table.add_row(number, *(_cell(row, model, name) for model in settings.models))
+            if name == "ap_spair" and rows[0].is_papers:
+                title += "; in brackets what the paper published, on EMNIST digits"
+            if name == "count_accuracy" and (told := told_models(rows)):
+                title += f"; {told} told the count"
             console.print(f"\n{title}", soft_wrap=True)
             console.print(table)
         for line in advice(rows):
@@ -290,14 +297,18 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
     return captured.get()
 
 
+def _others(rows: "list[Row]") -> str:
+    numbers = ", ".join(str(row.objects) for row in rows[1:])
+    return f"; likewise {numbers} glyphs" if numbers else ""
+
+
 def _cell(row: "Row", model: str, name: str) -> str:
     """A figure and its interval; below AP by the paper's rule, what the paper published."""
-    from spairkit.experiments.published import FIGURE_2
     from spairkit.experiments.table import shown
 
     cell = row.cells[model]
     if name == "seconds":
         return "-" if cell.seconds is None else f"{cell.seconds:.0f} ({cell.steps})"
     text = shown(cell.figures[name])
-    published = FIGURE_2[model].get(row.objects or 0)
+    published = row.published(model)
     return f"{text}\n({published.mean:.3f})" if published and name == "ap_spair" else text

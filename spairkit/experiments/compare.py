@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -38,7 +37,7 @@ MODELS = {"spair": "SPAIR", "air": "AIR", "dair": "DAIR", "conncomp": "ConnComp"
 """What can be compared, and how it is written."""
 
 TOLD = ("air", "dair")
-"""Those that have to know how many objects there are, and are told it."""
+"""Those that are told how many objects there are, unless `model.count` says otherwise."""
 
 OBJECTS = (1, 3, 5, 7, 9)
 """Digits in every image, as in Fig. 2."""
@@ -62,7 +61,7 @@ Objects = Annotated[int, Field(ge=0, le=256)]
 class Settings:
     """What is compared; the same for as long as a comparison's folder is used."""
 
-    models: Annotated[tuple[Model, ...], Field(min_length=1)]
+    models: tuple[Model, ...]
     objects: tuple[Objects, ...]
     """Of every image, a row of the table each; none for images that are as they are."""
     seeds: Annotated[int, Field(ge=1, le=1000)]
@@ -82,16 +81,39 @@ class Settings:
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {list(values)}")
+        if not self.models:
+            raise ValueError("models must name at least one")
         if self.budget_updates is not None and self.budget_seconds is not None:
             raise ValueError("a budget is in updates or in seconds, not both")
+        common = {name: value for name, value in self.over.items() if name not in MODELS}
+        self._check_over("", common)
+        for model in self.over.keys() - common.keys():
+            self._check_over(f"{model}.", self.over[model])
+
+    def _check_over(self, scope: str, tables: Any) -> None:
+        """Refuses what is no setting, and what the comparison sets itself."""
+        taken = {"model.kind", "train.seed"}
+        if self.objects:
+            taken |= {"data.min_objects", "data.max_objects"}
+        if self.budget_updates is not None or self.budget_seconds is not None:
+            # not of connected components, whose steps are thresholds
+            taken |= set() if scope == "conncomp." else {"train.steps", "train.validation_every"}
+        for name, table in tables.items() if isinstance(tables, dict) else [("", tables)]:
+            if name not in ("data", "model", "train") or not isinstance(table, dict):
+                raise ValueError(f"--set {scope}{name}: write data., model. or train. and a key")
+            if scope and name == "data":
+                raise ValueError(f"--set {scope}data: all models see the same images")
+            for key in table:
+                if f"{name}.{key}" in taken:
+                    raise ValueError(f"--set {scope}{name}.{key}: the comparison sets it itself")
 
     @property
     def budget(self) -> str:
         """The budget in words."""
         if self.budget_updates is not None:
-            return f"{self.budget_updates} updates for each run"
+            return f"{self.budget_updates} updates for each run that learns"
         if self.budget_seconds is not None:
-            return f"{self.budget_seconds:g} s of training for each run"
+            return f"{self.budget_seconds:g} s of training for each run that learns"
         return f"the updates of the {self.preset} preset"
 
     def tasks(self) -> "list[Task]":
@@ -120,6 +142,13 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Probing:
+    """The speed of a run is measured, to turn its budget into updates."""
+
+    task: Task
+
+
+@dataclass(frozen=True)
 class Started:
     """A run begins, or goes on."""
 
@@ -144,10 +173,12 @@ def settings_from(values: Mapping[str, Any], source: str) -> Settings:
     try:
         return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
-        mistakes = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}".removeprefix(": ")
-            for item in error.errors(include_url=False)
-        ]
+        mistakes = []
+        for item in error.errors(include_url=False):
+            place = ".".join(str(part) for part in item["loc"])
+            came = f" (got {item['input']!r})" if isinstance(item["input"], int | str) else ""
+            words = item["msg"].removeprefix("Value error, ")
+            mistakes.append(f"{place}: {words}{came}" if place else words)
         raise InputError(f"{source}: {'; '.join(mistakes)}") from None
 
 
@@ -185,7 +216,8 @@ def read_settings(folder: Path) -> Settings | None:
         InputError: its settings cannot be used.
     """
     path = folder / "settings.json"
-    return settings_from(_read(path), str(path)) if path.exists() else None
+    remedy = "name another --out"
+    return settings_from(_read(path, remedy), str(path)) if path.exists() else None
 
 
 def begin(folder: Path, settings: Settings) -> None:
@@ -239,8 +271,8 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     """
     common = {name: value for name, value in settings.over.items() if name not in MODELS}
     over = merge(common, settings.over.get(task.model, {}))
-    number = {} if task.objects is None else {"min_objects": task.objects}
-    number |= {} if task.objects is None else {"max_objects": task.objects}
+    bounds = ("min_objects", "max_objects")
+    number = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
     images = merge(settings.data, over.get("data", {}), number)
     model = {"kind": task.model, **({"count": "given"} if task.model in TOLD else {})}
     layers = [
@@ -267,7 +299,7 @@ def compare(
     folder: Path,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Started | Step | Validation | Finished]:
+) -> Iterator[Probing | Started | Step | Validation | Finished]:
     """Trains and measures, one run after another, what nobody has done or is doing.
 
     Several processes can do this in one folder: what another one has locked is passed over.
@@ -280,8 +312,8 @@ def compare(
             what follows is left to another call.
 
     Yields:
-        `Started`, then what `spairkit.training.fit` yields, then `Finished`; the last alone for
-        what was done before.
+        `Probing` where a budget is in seconds, `Started`, then what `spairkit.training.fit` yields,
+        then `Finished`; the last alone for what was done before.
 
     Raises:
         InputError: as `spairkit.training.fit`, or a run is not as the settings say.
@@ -305,10 +337,17 @@ def is_finished(settings: Settings, folder: Path) -> bool:
 
 def _work(
     settings: Settings, runs: Path, task: Task, device: torch.device, stop: Callable[[], bool]
-) -> Iterator[Started | Step | Validation]:
+) -> Iterator[Probing | Started | Step | Validation]:
     """Trains and measures one run, if nobody stops it."""
     with FileLock(runs / ".begin.lock"):
-        run, measured = _open_run(settings, runs, task, device)
+        measured = _needs_probe(settings, runs, task)
+        steps = settings.budget_updates
+        if measured:
+            yield Probing(task)
+            steps = _affordable(settings, task, device, stop)
+            if stop():
+                return
+        run = _open_run(settings, runs, task, steps)
     yield Started(task, run.config.train.steps, measured)
     first, last = None, None
     with run.lock():
@@ -331,8 +370,23 @@ def _work(
     durable.write_text(run.path / "test.json", f"{json.dumps(values, indent=2)}\n")
 
 
-def _open_run(settings: Settings, runs: Path, task: Task, device: torch.device) -> tuple[Run, bool]:
-    """The run of a task, new or begun, and whether its speed was measured for it."""
+def _needs_probe(settings: Settings, runs: Path, task: Task) -> bool:
+    """Whether a run is the first of its kind, and its budget is in seconds."""
+    return (
+        settings.budget_seconds is not None
+        and task.model != "conncomp"
+        and not _begun(settings, runs, task)
+    )
+
+
+def _begun(settings: Settings, runs: Path, task: Task) -> list[Path]:
+    """The runs that there are of a model and number of objects, whatever their seeds."""
+    paths = [runs / replace(task, seed=seed).name for seed in range(settings.seeds)]
+    return [path for path in paths if (path / "config.toml").exists()]
+
+
+def _open_run(settings: Settings, runs: Path, task: Task, steps: int | None) -> Run:
+    """The run of a task, begun or new; of a budget in seconds its siblings know the steps."""
     path = runs / task.name
     if (path / "config.toml").exists():
         run = Run.open(path)
@@ -344,23 +398,23 @@ def _open_run(settings: Settings, runs: Path, task: Task, device: torch.device) 
                 f"{path}: not the run that this spairkit would make: {'; '.join(other)}; name "
                 "another --out"
             )
-        return run, False
+        return run
     if path.exists():  # a kill came before the config
         durable.remove_folder(path)
-    steps, measured = settings.budget_updates, False
-    if settings.budget_seconds is not None and task.model != "conncomp":
-        siblings = [runs / replace(task, seed=seed).name for seed in range(settings.seeds)]
-        begun = [sibling for sibling in siblings if (sibling / "config.toml").exists()]
-        if begun:
-            steps = Run.open(begun[0]).config.train.steps
-        else:
-            config = config_of(settings, task, _PROBE)
-            steps, measured = _affordable(config, settings.budget_seconds, device), True
-    return Run.create(path, config_of(settings, task, steps)), measured
+    begun = _begun(settings, runs, task)
+    if steps is None and settings.budget_seconds is not None and begun:
+        steps = Run.open(begun[0]).config.train.steps
+    return Run.create(path, config_of(settings, task, steps))
 
 
-def _affordable(config: Config, seconds: float, device: torch.device) -> int:
-    """Updates that a run can make in a time, its validations counted, by the speed of a few."""
+def _affordable(
+    settings: Settings, task: Task, device: torch.device, stop: Callable[[], bool]
+) -> int:
+    """Updates that a run can make in its time, validations counted, by the speed of a few.
+
+    Where it is stopped, any number.
+    """
+    config = config_of(settings, task, _PROBE)
     train = replace(
         config.train, steps=_PROBE, validation_every=_PROBE // 2, training_wheels=0, patience=0
     )
@@ -369,39 +423,47 @@ def _affordable(config: Config, seconds: float, device: torch.device) -> int:
     with TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / "speed", config)
         with run.lock():
-            for event in fit(config, run, device):
+            for event in fit(config, run, device, stop):
                 moments.append((event, perf_counter()))
+    if stop():
+        return VALIDATIONS
+    assert settings.budget_seconds is not None
     steps = [moment for event, moment in moments if isinstance(event, Step)][_PROBE // 2 :]
     update = (steps[-1] - steps[0]) / (len(steps) - 1)
     validation = moments[-1][1] - steps[-1]
-    return max(int((seconds - VALIDATIONS * validation) / update), VALIDATIONS)
+    affordable = (settings.budget_seconds - VALIDATIONS * validation) / update
+    return max(int(affordable), VALIDATIONS)
 
 
 def measured_figures(run: Path) -> dict[str, float]:
     """The figures of a run by name, its `steps`, and its `seconds` where they were taken."""
     path = run / "test.json"
-    values = _read(path)
+    remedy = "remove it to measure again"
+    values = _read(path, remedy)
     try:
-        figures = {name: float(values["overall"][name]) for name in FIGURES}
-        figures["steps"] = int(values["steps"])
-        if "seconds" in values:
-            figures["seconds"] = float(values["seconds"])
-    except (KeyError, TypeError, ValueError):
-        figures = {}
-    if not figures or not all(map(isfinite, figures.values())):
-        raise InputError(f"{path}: not the figures of a run; remove it to measure again")
-    return figures
+        numbers = {name: values["overall"][name] for name in FIGURES} | {"steps": values["steps"]}
+        numbers |= {"seconds": values["seconds"]} if "seconds" in values else {}
+    except (KeyError, TypeError):
+        numbers = {}
+    shares = ("ap", "ap_spair", "count_accuracy")
+    fine = all(
+        type(number) in (int, float) and 0 <= number <= (1 if name in shares else 1e12)
+        for name, number in numbers.items()
+    )
+    if not numbers or not fine:
+        raise InputError(f"{path}: not the figures of a run; {remedy}")
+    return {name: float(number) for name, number in numbers.items()}
 
 
-def _read(path: Path) -> Any:
-    """A JSON document of a comparison."""
+def _read(path: Path, remedy: str) -> Any:
+    """A JSON document of a comparison; `remedy` says what to do where it is none."""
     try:
         if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: not a file of a comparison; remove it")
+            raise InputError(f"{path}: not a file of a comparison; {remedy}")
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not JSON; remove it") from None
+        raise InputError(f"{path}: not JSON; {remedy}") from None

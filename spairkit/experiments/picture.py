@@ -8,7 +8,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from spairkit.experiments.compare import MODELS
-from spairkit.experiments.published import FIGURE_2
 from spairkit.experiments.table import Row
 from spairkit.report.curves import COLOURS, STYLE
 
@@ -48,7 +47,7 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
                 capsize=3,
                 label=MODELS[model],
             )
-            paper = [(n, FIGURE_2[model][n]) for n in numbers if n in FIGURE_2[model]]
+            paper = [(row.objects, item) for row in rows if (item := row.published(model))]
             if paper:
                 means = [item.mean for _, item in paper]
                 ends = [
@@ -74,7 +73,8 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
         axes.set_xticks(places, labels)
         axes.grid(axis="y", color="#e8eaee", lw=0.8)
         axes.set_axisbelow(True)
-        axes.set_xlabel("objects in an image")
+        if len(rows) > 1:
+            axes.set_xlabel("objects in an image")
         axes.set_ylabel("AP by the paper's rule")
         figure.legend(loc="outside right upper", frameon=False)
         figure.supxlabel(note, fontsize=7, color="#596070")

@@ -13,7 +13,6 @@ from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.experiments.compare import (
     FIGURES,
     MODELS,
-    TOLD,
     Settings,
     Task,
     config_of,
@@ -21,7 +20,7 @@ from spairkit.experiments.compare import (
     to_json,
 )
 from spairkit.experiments.intervals import Interval, t_interval
-from spairkit.experiments.published import FIGURE_2
+from spairkit.experiments.published import FIGURE_2, Published
 from spairkit.metrics import PROTOCOLS
 
 _BATCH_SIZE = 32
@@ -36,11 +35,13 @@ class Cell:
     """Updates of a run; for ConnComp, thresholds."""
     seconds: float | None
     """Of training, mean over the runs; None where it was not timed."""
+    told: bool = False
+    """Whether the model is told how many objects there are."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         figures = {name: interval.to_json() for name, interval in self.figures.items()}
-        return {**figures, "steps": self.steps, "seconds": self.seconds}
+        return {**figures, "steps": self.steps, "seconds": self.seconds, "told": self.told}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Row:
     measured_on: str
     """The test images in words."""
     cells: dict[str, Cell]
+    is_papers: bool = True
+    """Whether the images are such as the paper measured: digits of 14 px on 48 x 48 pixels."""
+
+    def published(self, model: str) -> Published | None:
+        """The paper's figure, where there is one."""
+        return FIGURE_2[model].get(self.objects or 0) if self.is_papers else None
 
 
 def tabulated(settings: Settings, folder: Path) -> list[Row]:
@@ -72,44 +79,50 @@ def tabulated(settings: Settings, folder: Path) -> list[Row]:
                 figures={name: t_interval([item[name] for item in measured]) for name in FIGURES},
                 steps=int(measured[0]["steps"]),
                 seconds=sum(seconds) / len(seconds) if seconds else None,
+                told=config_of(settings, tasks[0]).model.told,
             )
         data = config_of(settings, Task(settings.models[0], number, 0)).data
-        rows.append(Row(number, _overlapping(data), described(data, "test"), cells))
+        sizes = (data.image_height, data.image_width, data.glyph_size, data.glyph_jitter)
+        is_papers = data.name != "folder" and sizes == (48, 48, 14, 0)
+        rows.append(Row(number, _overlapping(data), described(data, "test"), cells, is_papers))
     return rows
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
-    """Which detector to use: a line for each row and each winner, and the rules behind them."""
-    lines, won = [], dict[str, list[Row]]()
+    """Which detector to use: a line for each row, and the rules behind them."""
+    lines = []
+    by_components: list[float] = []
+    by_others: list[float] = []
     for row in rows:
         model, why = _choice(row)
-        won.setdefault(model, []).append(row)
+        (by_components if model == "conncomp" else by_others).append(row.overlapping)
         where = "these images" if row.objects is None else f"{row.objects} to an image"
-        lines.append(f"{where}: {MODELS[model]}, {why}")
-    for model, own in won.items():
-        shares = sorted(100 * row.overlapping for row in own)
-        span = f"{shares[0]:.0f} %" if len(own) == 1 else f"{shares[0]:.0f} to {shares[-1]:.0f} %"
+        share = f"{100 * row.overlapping:.0f} % of the boxes overlap another"
+        lines.append(f"{where} ({share}): {MODELS[model]}, {why}")
+    if by_components and max(by_components) < min(by_others, default=1.0):
         lines.append(
-            f"{MODELS[model]} is the choice where {span} of the objects' boxes overlap another one"
-            + (
-                "; it costs a search for a threshold, on a plain background, of things that do "
-                "not touch"
-                if model == "conncomp"
-                else ""
-            )
+            "ConnComp needs no training and a plain background, and is the choice where objects "
+            f"seldom touch: here up to {100 * max(by_components):.0f} % of the boxes overlap"
         )
     lines.append(
-        "the rules: the highest mean AP is chosen; of those whose 95 % intervals overlap its own, "
-        "ConnComp, or else the model that is trained soonest"
+        "the rules: the highest mean AP wins; where 95 % intervals overlap the winner's, the "
+        "model that is fitted soonest. Seeds are of weights and noise, the test images the same"
     )
-    if any(model in TOLD for row in rows for model in row.cells):
+    if told := told_models(rows):
         lines.append(
-            "AIR and DAIR are told the true numbers of objects, which nobody knows of new images: "
-            "they are compared, and never the choice beside others"
+            f"{told} told the true numbers of objects, which nobody knows of new images: "
+            "compared, and never the choice beside others"
         )
     if any(len(cell.figures["ap"].values) == 1 for row in rows for cell in row.cells.values()):
         lines.append("one seed gives no intervals: small differences may be chance")
     return lines
+
+
+def told_models(rows: Sequence[Row]) -> str:
+    """`AIR and DAIR are`, or `AIR is`; empty where no model is told the count."""
+    told = {model for row in rows for model, cell in row.cells.items() if cell.told}
+    names = [name for model, name in MODELS.items() if model in told]
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}" if names else ""
 
 
 def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
@@ -118,7 +131,7 @@ def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
     for row in rows:
         models = {}
         for model, cell in row.cells.items():
-            published = FIGURE_2[model].get(row.objects or 0)
+            published = row.published(model)
             models[model] = {
                 **cell.to_json(),
                 "published_ap_spair": asdict(published) if published else None,
@@ -146,23 +159,26 @@ def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
 def _choice(row: Row) -> tuple[str, str]:
     """The model to use, and why: see `advice`."""
     every = {model: cell.figures["ap"] for model, cell in row.cells.items()}
-    scores = {model: ap for model, ap in every.items() if model not in TOLD} or every
+    scores = {model: ap for model, ap in every.items() if not row.cells[model].told} or every
 
     def cost(model: str) -> tuple[bool, float]:
         seconds = row.cells[model].seconds
         return model != "conncomp", inf if seconds is None else seconds
 
+    def mean(model: str) -> float:
+        return scores[model].mean
+
     def scored(model: str) -> str:
         return f"{MODELS[model]}'s {shown(every[model])}"
 
-    best = max(scores, key=lambda model: scores[model].mean)
+    best = max(scores, key=mean)
     equals = [model for model in scores if scores[model].high >= scores[best].low]
     chosen = min(equals, key=cost)
     why = f"AP {shown(every[chosen])}"
-    if chosen != best:
-        why += f", not to be told from {scored(best)}, and cheaper"
+    if ties := [model for model in equals if model != chosen]:
+        why += f", not to be told from {scored(max(ties, key=mean))}, and cheaper"
     elif others := [model for model in scores if model != best]:
-        why += f", before {scored(max(others, key=lambda model: scores[model].mean))}"
+        why += f", before {scored(max(others, key=mean))}"
     for model, ap in every.items():
         if model not in scores and ap.low > every[chosen].high:
             why += f"; {scored(model)} is higher, but it is told the count"
