@@ -174,7 +174,7 @@ def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _setting(key: str, value: Any, config: Config) -> Choices | Range:
-    if key == "train.select" or not key.startswith(("model.", "train.")):
+    if key in ("train.select", "model.kind") or not key.startswith(("model.", "train.")):
         raise InputError(f"{key}: not a setting of model or train whose trials could be compared")
     if isinstance(value, list):
         if not 1 <= len(value) <= _MAX_CHOICES or any(value.count(v) > 1 for v in value):

@@ -95,7 +95,7 @@ def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
     file.write_text(
         "[data]\nmax_objects = [1, 2]\n"
         "[train]\nselect = ['ap']\nsteps = []\nseed = [1, 1]\nlearning_rate = [-1.0, 1e-3]\n"
-        "[model]\nwhta = [1]\nbeta = 3\nwhat = {low = 5, high = 2}\nhidden = {low = 1}\n"
+        "[model]\nkind = ['air']\nwhta = [1]\nbeta = 3\nwhat = {low = 5, high = 2}\nhidden = {low = 1}\n"
         "anchor = {low = 0, high = 9, log = true}\nfeatures = {low = 0.5, high = 9}\n"
     )
     with pytest.raises(InputError) as caught:
@@ -104,6 +104,7 @@ def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
     for part in (
         "data.max_objects: not a setting of model or train",
         "train.select: not a setting",
+        "model.kind: not a setting",
         "train.steps: must be 1 to 1000 different choices",
         "train.seed: must be 1 to 1000 different choices",
         "train.learning_rate: input should be greater than 0 (got -1.0)",
