@@ -1,6 +1,7 @@
 """Which images a config asks for, opened."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import torch
@@ -35,7 +36,9 @@ def described(data: DataConfig, split: str) -> str:
     """The images of a split in words, for `Report.measured_on`."""
     if data.name == "folder":
         return f"{split} images of {data.path}"
-    glyphs = "UCI optical digits" if data.name == "digits" else f"{data.name}, {data.path}"
+    glyphs = (
+        "UCI optical digits" if data.name == "digits" else f"{data.name}, {Path(data.path).name}"
+    )
     images = data.test_images if split == "test" else data.validation_images
     least, most = data.min_objects, data.max_objects
     number = f"{least} to {most} glyphs" if least != most else f"{most} glyph{'s' * (most != 1)}"
