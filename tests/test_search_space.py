@@ -95,7 +95,8 @@ def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
     file.write_text(
         "[data]\nmax_objects = [1, 2]\n"
         "[train]\nselect = ['ap']\nsteps = []\nseed = [1, 1]\nlearning_rate = [-1.0, 1e-3]\n"
-        "[model]\nkind = ['air']\nwhta = [1]\nbeta = 3\nwhat = {low = 5, high = 2}\nhidden = {low = 1}\n"
+        "[model]\nkind = ['air']\nwhta = [1]\nbeta = 3\nwhat = {low = 5, high = 2}\n"
+        "hidden = {low = 1}\n"
         "anchor = {low = 0, high = 9, log = true}\nfeatures = {low = 0.5, high = 9}\n"
     )
     with pytest.raises(InputError) as caught:
