@@ -75,7 +75,7 @@ def test_hard_prior_is_exact_to_float32(
     num_cells: int, success: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     if kernel == "triton" and kernel_device.type == "cpu":
-        num_cells = num_cells // 20 + 1  # the interpreter would take hours
+        num_cells = num_cells // 20 + 1  # 4 and 52: the interpreter would take hours
     _, samples = make_inputs(3, num_cells, relaxed=False, device=kernel_device)
     exact = presence_prior(samples.double(), success, backend="torch")
     prior = presence_prior(samples, success, backend=kernel)
