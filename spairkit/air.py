@@ -99,7 +99,7 @@ class AIR(nn.Module):
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
         *,
-        success: float | None = None,
+        success: float | Tensor | None = None,
         training_wheels: bool = False,
         generator: Source = None,
         counts: Tensor | None = None,  # [B] int64
@@ -129,7 +129,8 @@ class AIR(nn.Module):
         if self.config.told:
             alive = self._weights(objects.logit, noise, counts)
             return self._losses(images, _sum(alive, objects.placed), objects, alive, None)
-        prior = objects.logit.new_full((), (1 - success) / success).log()
+        odds = objects.logit.new_zeros(()) + (1 - success) / success
+        prior = odds.to(objects.logit.dtype).log()
         if self.config.presence == "exact":
             return self._expected(images, objects, prior)
         drawn = self._relaxed(objects.logit, noise)

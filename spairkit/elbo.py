@@ -1,6 +1,7 @@
 """The training objective as named terms (spec section 5)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Losses:
         """The terms that the model has, by name."""
         names = ("reconstruction", "kl_where", "kl_what", "kl_depth", "kl_pres")
         return {name: term for name in names if (term := getattr(self, name)) is not None}
+
+    def detach(self) -> "Losses":
+        """The same without autograd's record."""
+        terms: dict[str, Any] = {name: term.detach() for name, term in self.terms().items()}
+        return replace(self, **terms)
 
     def means(self) -> dict[str, Tensor]:
         """Name to batch mean (0-d, detached) of every term, of `total` and of `elbo`."""

@@ -1,5 +1,6 @@
 """The spatial transformer that cuts glimpses out of images (spec section 3.4)."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -29,6 +30,8 @@ def extract_glimpses(
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
     # all boxes of an image as one tall grid: no copy of the image for each box
     grid = grid.reshape(batch, -1, size, 2)
+    # torch's gradient on the CPU takes NaN for an address
+    grid = grid.nan_to_num(-1.0, math.inf, -math.inf)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
 

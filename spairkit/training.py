@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 
 import safetensors.torch
@@ -26,8 +27,9 @@ from spairkit.elbo import Losses
 from spairkit.errors import DivergedError, InputError
 from spairkit.models import build, from_checkpoint
 from spairkit.runs import Run
-from spairkit.sampling import Part, Source
+from spairkit.sampling import Part, Source, Tape, uniform
 from spairkit.threshold_search import fit_threshold
+from spairkit.update_graph import UpdateGraph
 from spairkit.validation import Step as Step
 from spairkit.validation import Validation as Validation
 from spairkit.validation import box_figures, draw
@@ -184,8 +186,14 @@ class Trainer:
             images = train.batch(torch.arange(_MODE_IMAGES)).images
             self.model.set_background(commonest_colour(images))
         self.parameters = dict(self.model.named_parameters())
+        # what a model makes of true counts depends on them, not only the numbers in it
+        self.captures = device.type == "cuda" and self.world.size == 1 and not config.model.told
+        self.places: dict[str, Tensor] = {}  # of what a CUDA graph is given
         self.optimiser = torch.optim.Adam(
-            self.parameters.values(), lr=config.train.learning_rate, fused=True
+            self.parameters.values(),
+            lr=config.train.learning_rate,
+            fused=True,
+            capturable=self.captures,
         )
         if run and checkpoint:
             self._resume(run, checkpoint)
@@ -201,45 +209,87 @@ class Trainer:
     def update(self) -> Losses:
         """One step of Adam, which leaves everything as it is where gradients are not finite.
 
-        Nothing here waits for the device: it is Adam's kernel that looks at `found_inf`.
+        Nothing here waits for the device: it is Adam's kernel that looks at `found_inf`. The losses
+        hold until the next update.
         """
-        settings, step = self.config.train, self.step
+        wheels = self.step < self.config.train.training_wheels
+        if wheels is not self.wheels:
+            self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
+            self.call = UpdateGraph(self._update) if self.captures else self._update
+            self.tapes = Tape(), Tape()
+        self.given = self._give(self.step)
+        losses = self.call()
+        self.step += 1
+        return losses
+
+    def _give(self, step: int) -> "_Given":
+        settings = self.config.train
         rows = settings.batch_size // self.world.size
         first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
         first += self.world.rank * rows
         batch = self.train.batch(torch.arange(first, first + rows))
-        generator = self._generator(_SAMPLE, step)
-        noise: Source = generator
-        if self.world.size > 1:
-            noise = Part(generator, self.world.rank, self.world.size)
-        wheels = step < settings.training_wheels
-        if wheels is not self.wheels:
-            self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
+        sample, gradient = (self._generator(purpose, step) for purpose in (_SAMPLE, _GRADIENT))
+        given = _Given(
+            images=batch.images,
+            counts=batch.counts,
+            success=success_at(self.config, step),
+            rate=learning_rate(settings, step),
+            noise=Part(sample, self.world.rank, self.world.size) if self.world.size > 1 else sample,
+            gradient_scale=settings.gradient_noise * 0.1 ** (step / settings.gradient_noise_decay),
+            gradient_noise=gradient,
+        )
+        if not self.captures:
+            return given
+        for tape, source in zip(self.tapes, (sample, gradient), strict=True):
+            tape.wind(source)
+        place = self._place
+        return _Given(
+            images=place("images", given.images),
+            counts=place("counts", given.counts),
+            success=place("success", given.success),
+            rate=place("rate", given.rate),
+            noise=self.tapes[0],
+            gradient_scale=place("gradient_scale", given.gradient_scale),
+            gradient_noise=self.tapes[1],
+        )
+
+    def _place(self, name: str, value: float | Tensor) -> Tensor:
+        """The value on the device, where those of this name always lie."""
+        if name not in self.places:
+            dtype = torch.float32 if name == "rate" else torch.float64  # as their readers want it
+            number = torch.empty((), dtype=dtype, device=self.device)
+            self.places[name] = torch.empty_like(value) if isinstance(value, Tensor) else number
+        place = self.places[name]
+        return place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+
+    def _update(self) -> Losses:
+        """The update that `given` asks for, with no look at what is on the device."""
+        settings, given = self.config.train, self.given
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             losses: Losses = self.replica(
-                batch.images,
-                success=success_at(self.config, step),
-                training_wheels=wheels,
-                generator=noise,
-                counts=batch.counts,
+                given.images,
+                success=given.success,
+                training_wheels=self.wheels,
+                generator=given.noise,
+                counts=given.counts,
             )
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.mean().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~norm.isfinite()).float()
-        self.skipped = (self.skipped + 1) * broken
+        self.skipped.add_(1).mul_(broken)
         if settings.clip_norm:
             scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(gradients, scale)
-        self._add_noise(gradients, step)
+        if settings.gradient_noise:
+            _add_noise(gradients, given.gradient_scale, given.gradient_noise)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(settings, step)
+            group["lr"] = given.rate
         self.optimiser.found_inf = broken  # type: ignore[attr-defined]
         self.optimiser.step()
-        self.step += 1
-        return losses
+        return losses.detach()
 
     def means(self, losses: Losses) -> dict[str, float]:
         """Over the whole batch; reading them waits for the device."""
@@ -344,25 +394,38 @@ class Trainer:
             images += len(batch.images)
         return total / images
 
-    def _add_noise(self, gradients: list[Tensor], step: int) -> None:
-        """Truncated normal noise that dies away (section 2.2)."""
-        settings = self.config.train
-        scale = settings.gradient_noise * 0.1 ** (step / settings.gradient_noise_decay)
-        if scale < _NEGLIGIBLE_NOISE:
-            return
-        sizes = [gradient.numel() for gradient in gradients]
-        noise = gradients[0].new_empty(sum(sizes))
-        noise.uniform_(-_WITHIN, _WITHIN, generator=self._generator(_GRADIENT, step))
-        # the inverse of the distribution: to draw again what lies outside would wait for the device
-        parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
-        noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
-        torch._foreach_add_(gradients, noises)
-
     def _generator(self, purpose: int, step: int) -> torch.Generator:
         # mixed: of a seed the CPU's generator takes the low 32 bits alone
         words = f"{self.config.train.seed} {purpose} {step}".encode()
         seed = int.from_bytes(sha256(words).digest()[:8], "big")
         return torch.Generator(self.device).manual_seed(seed)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What sets an update apart from others; numbers are 0-d tensors for a CUDA graph."""
+
+    images: Tensor
+    counts: Tensor
+    success: float | Tensor
+    rate: float | Tensor
+    noise: Source
+    gradient_scale: float | Tensor
+    """Standard deviation of the noise on gradients, before it is truncated ..."""
+    gradient_noise: Source
+    """... and what it is drawn from."""
+
+
+def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -> None:
+    """Truncated normal noise that dies away (section 2.2)."""
+    if isinstance(scale, float) and scale < _NEGLIGIBLE_NOISE:
+        return
+    sizes = [gradient.numel() for gradient in gradients]
+    noise = uniform(source, gradients[0], sum(sizes)).mul(2 * _WITHIN).sub_(_WITHIN)
+    # the inverse of the distribution: to draw again what lies outside would wait for the device
+    parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
+    noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+    torch._foreach_add_(gradients, noises)
 
 
 def criterion(settings: TrainConfig) -> str:

@@ -74,10 +74,12 @@ def test_rows_and_their_gradient_match_autograd(
     torch.testing.assert_close(ours, slope, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-def test_boxes_that_are_no_numbers_read_inside_the_image() -> None:
-    images = torch.rand(1, 3, 8, 8)
-    boxes = torch.tensor([[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # Numba, and torch
+def test_boxes_that_are_no_numbers_read_inside_the_image(dtype: torch.dtype) -> None:
+    images = torch.rand(1, 3, 8, 8, dtype=dtype)
+    rows = [[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]]
+    boxes = torch.tensor(rows, dtype=dtype)
     glimpses = glimpse_rows(images, boxes, 4)
     assert glimpses.shape == (2, 48)
     assert bool(((glimpses >= 0) & (glimpses <= 1)).all())
-    assert box_gradient(torch.ones(2, 48), images, boxes, 4).shape == (2, 4)
+    assert box_gradient(torch.ones(2, 48, dtype=dtype), images, boxes, 4).shape == (2, 4)

@@ -39,6 +39,7 @@ RUNGS: list[set[str]] = [
         "drawing",
         "durable",
         "metrics",
+        "update_graph",
         "data.hashing",
     },
     {

@@ -104,7 +104,7 @@ class Figure:
     peak_bytes: int | None = None
     """Memory above what was there before; None where the system does not tell."""
     parts_ms: dict[str, float] = field(default_factory=dict)
-    """By name in `PARTS`; the device is waited for after each, so they may sum to more."""
+    """By name in `PARTS`; each is launched, and waited for, so they may sum to much more."""
 
 
 def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Figure]:
@@ -219,6 +219,7 @@ def _make_plain(trainer: Trainer) -> None:
     """Puts the plain version into a trainer that has made no update yet."""
     trainer.model = _plain(trainer.model)
     trainer.parameters = dict(trainer.model.named_parameters())
+    trainer.captures = False
     rate = trainer.config.train.learning_rate
     trainer.optimiser = PlainAdam(trainer.parameters.values(), lr=rate)
 
@@ -277,6 +278,7 @@ def _ratio(time: float, other: float) -> float | None:
 def _parts(trainer: Trainer, device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds of each part of an update."""
     model = trainer.model
+    trainer.captures, trainer.wheels = False, None  # the parts of a CUDA graph cannot be told apart
     watched = [
         (trainer.train, "batch", "data"),
         (model, "forward", "noise"),

@@ -1,0 +1,173 @@
+"""The update as a CUDA graph. Without a GPU a recorder of operations stands in for the graph."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spairkit import backends, presets, update_graph
+from spairkit.config import Config
+from spairkit.data.datasets import open_dataset
+from spairkit.elbo import Losses
+from spairkit.sampling import Tape, normal, uniform
+from spairkit.training import Trainer
+from spairkit.update_graph import UpdateGraph
+
+CPU = torch.device("cpu")
+UPDATES, WHEELS = 14, 6  # so both graphs are recorded, and played more than once
+
+
+class Recorder(TorchDispatchMode):
+    """Does what it is asked, and can do it once more: to the same memory, as a CUDA graph would."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def play(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def config_of(recipe: str, **loop: Any) -> Config:
+    preset, kind, *names = recipe.split()
+    model: dict[str, Any] = {"kind": kind}
+    if kind == "spair":
+        small = {"backbone_channels": [4], "features": 6, "hidden": 8, "passthrough": 4}
+        model |= small | {"background": names[0] if names else "black"}
+    data = {"image_height": 24, "image_width": 24, "max_objects": 2}
+    train = {"batch_size": 2, "training_wheels": WHEELS, "steps": UPDATES, "threads": 1} | loop
+    return presets.resolve(preset, {"data": data, "model": model, "train": train})
+
+
+def trainer_of(config: Config, device: torch.device = CPU) -> Trainer:
+    torch.manual_seed(0)
+    return Trainer(config, None, open_dataset(config.data, "train", device), device)
+
+
+def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
+    totals = []
+    for _ in range(UPDATES):
+        totals.append(float(trainer.update().total.mean()))
+    return [p.detach().clone() for p in trainer.model.parameters()], totals
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The recorder in place of CUDA, and how many operations each record has."""
+    sizes: list[int] = []
+
+    def record(update: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+        trainer: Trainer = update.__self__  # type: ignore[attr-defined]
+        state = [*trainer.parameters.values(), trainer.skipped]
+        state += [t for moments in trainer.optimiser.state.values() for t in moments.values()]
+        before = [tensor.detach().clone() for tensor in state]
+        recorder = Recorder()
+        with recorder:
+            losses = update()
+        with torch.no_grad():  # recording computes nothing
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        sizes.append(len(recorder.calls))
+
+        @torch.no_grad()
+        def play() -> None:
+            recorder.play()
+
+        return play, losses
+
+    monkeypatch.setitem(backends._tried, "cpu", False)  # the recorder cannot look into Numba
+    monkeypatch.setattr(update_graph, "_aside", lambda update: update())
+    monkeypatch.setattr(update_graph, "_record", record)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    "recipe", ["quick spair", "paper spair mlp", "quick spair mode", "quick air", "quick dair"]
+)
+def test_what_is_played_is_what_would_have_been_computed(
+    recipe: str, records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(update_graph, "_WARM_UP", UPDATES)
+        unrecorded = trainer_of(config)
+        unrecorded.captures = True
+        wanted, wanted_totals = trained(unrecorded)
+        assert not records
+    trainer = trainer_of(config)
+    trainer.captures = True
+    found, found_totals = trained(trainer)
+    assert len(records) == 2
+    assert min(records) > 100
+    assert found_totals == wanted_totals
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+    _, plain_totals = trained(trainer_of(config))
+    assert found_totals == pytest.approx(plain_totals, rel=1e-3), "the rate is rounded to float32"
+
+
+def test_what_is_not_finite_changes_nothing_when_it_is_played(
+    records: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(config_of("quick spair", training_wheels=0))
+    trainer.captures = True
+    for _ in range(5):
+        trainer.update()
+    assert len(records) == 1
+    (_, noise), *_ = trainer.tapes[0]._draws
+    monkeypatch.setattr(Tape, "wind", lambda *_: noise.fill_(torch.nan))
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.update()
+    trainer.update()
+    assert int(trainer.skipped) == 2
+    for parameter, value in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+
+
+def test_a_tape_gives_what_its_source_would() -> None:
+    def draw(source: Any) -> list[Tensor]:
+        like = torch.zeros(1)
+        return [normal(source, like, 2, 3), uniform(source, like, 4), normal(source, like, 2)]
+
+    tape, seen = Tape(), []
+    for seed in (7, 8, 9):
+        tape.wind(torch.Generator().manual_seed(seed))
+        drawn = draw(tape)
+        for one, other in zip(drawn, draw(torch.Generator().manual_seed(seed)), strict=True):
+            assert torch.equal(one, other)
+        seen.append([numbers.data_ptr() for numbers in drawn])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_models_that_are_told_counts_are_not_captured() -> None:
+    assert not trainer_of(config_of("paper air")).captures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("recipe", ["quick spair", "paper spair mlp", "quick air"])
+def test_a_gpu_plays_what_it_would_have_computed(recipe: str, precision: str) -> None:
+    device = torch.device("cuda")
+    config = config_of(recipe, precision=precision)
+    trainer = trainer_of(config, device)
+    _, found = trained(trainer)
+    assert isinstance(trainer.call, UpdateGraph)
+    plain = trainer_of(config, device)
+    plain.captures = False
+    _, wanted = trained(plain)
+    assert found == pytest.approx(wanted, rel=1e-2 if precision == "bf16" else 1e-3)
