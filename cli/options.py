@@ -34,7 +34,7 @@ def _below_one(value: float) -> float:
 
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="Named settings to start from: quick (the default), paper."),
+    typer.Option("--preset", help="Settings to start from: quick (the default), laptop, paper."),
 ]
 ModelOption = Annotated[
     str | None,

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from spairkit.allocator import keep_freed_memory
 from spairkit.checkpoints import Checkpoint, Scalar, environment
 from spairkit.colours import commonest_colour
 from spairkit.config import Config, ConnCompConfig, TrainConfig
@@ -100,6 +101,8 @@ def fit(
     check(config, device, world.size)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     if isinstance(config.model, ConnCompConfig):
         assert run
         yield from fit_threshold(config, run, device, stop)

@@ -20,6 +20,7 @@ RUNGS: list[set[str]] = [
     {"kernels.presence_op", "kernels.render_op"},
     {"kernels.gate"},
     {
+        "allocator",
         "errors",
         "boxes",
         "colours",

@@ -6,9 +6,13 @@ from spairkit.config import AIRConfig, Config, from_dict, from_toml, to_dict, to
 from spairkit.errors import InputError
 from spairkit.presets import DEFAULT, names, resolve
 
+KINDS = ("spair", "air", "dair", "conncomp")
 
-@pytest.mark.parametrize("kind", ["spair", "air", "dair", "conncomp"])
-@pytest.mark.parametrize("name", names())
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("laptop", "spair"), *((name, kind) for name in ("quick", "paper") for kind in KINDS)],
+)
 def test_every_preset_is_a_config_that_survives_toml(name: str, kind: str) -> None:
     config = resolve(name, {"model": {"kind": kind}})
     assert config.preset == name
@@ -22,6 +26,11 @@ def test_the_paper_preset_is_the_defaults() -> None:
 
 def test_quick_is_the_default() -> None:
     assert names()[0] == DEFAULT == "quick"
+
+
+def test_a_preset_without_a_recipe_for_a_kind_names_those_it_has() -> None:
+    with pytest.raises(InputError, match="preset laptop has no recipe for air; it has for: spair"):
+        resolve("laptop", {"model": {"kind": "air"}})
 
 
 def test_later_layers_win_and_leave_the_rest() -> None:
@@ -88,5 +97,5 @@ def test_an_unknown_kind_names_those_there_are() -> None:
 
 
 def test_an_unknown_preset_names_those_there_are() -> None:
-    with pytest.raises(InputError, match="no preset 'fast'; there are: quick, paper"):
+    with pytest.raises(InputError, match="no preset 'fast'; there are: quick, laptop, paper"):
         resolve("fast")

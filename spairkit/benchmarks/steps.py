@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spairkit.allocator import keep_freed_memory
 from spairkit.benchmarks.plain import COPIES, PlainAdam, PlainSPAIR
 from spairkit.benchmarks.timing import free_bytes, peak_bytes
 from spairkit.config import Config, SPAIRConfig
@@ -119,6 +120,8 @@ def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Fig
         InputError: a config is not SPAIR's, or its data cannot be read.
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     for case in cases:
         set_precision(case.config.train, device)
         check(case, device)
