@@ -1,5 +1,6 @@
 """`spairkit bench train` and `bench time-to-ap`: training, beside plain torch and the paper."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,11 +57,12 @@ def bench_train(
     import torch
 
     from spairkit.benchmarks.steps import Case, run
-    from spairkit.benchmarks.timing import append_to_ledger, machine
+    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
     from spairkit.config import assignments
     from spairkit.presets import DEFAULT, resolve
 
     chosen = choose_device(device)
+    check_ledger(ledger)
     if threads is not None:
         torch.set_num_threads(threads)
     over = assignments(set_ or [])
@@ -74,17 +76,21 @@ def bench_train(
     ]
     about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
     say(f"checking and timing {len(cases)} cases on {chosen.type}")
-    figures = []
-    for figure in run(cases, chosen, seconds):
-        figures.append(figure)
-        say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
-    append_to_ledger(ledger, about, figures)
-    if json:
-        from dataclasses import asdict
-
-        print_json({**about, "figures": [asdict(figure) for figure in figures]})
-    else:
-        _print_figures(about, figures)
+    figures: list[Figure] = []
+    partial = {"partial": True}
+    try:
+        for figure in run(cases, chosen, seconds):
+            figures.append(figure)
+            say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
+        partial = {}
+    finally:
+        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
+        if figures:
+            if json:
+                print_json(about | partial | {"figures": [asdict(figure) for figure in figures]})
+            else:
+                _print_figures(about | partial, figures)
+            append_to_ledger(ledger, about | partial, figures)
 
 
 def time_to_ap(
@@ -120,10 +126,11 @@ def time_to_ap(
 ) -> None:
     """Minutes until training first reaches an AP, over seeds; a training that never does fails."""
     from spairkit.benchmarks.targets import attempts, paper_target
-    from spairkit.benchmarks.timing import append_to_ledger, machine
+    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
     from spairkit.presets import resolve
 
     chosen = choose_device(device)
+    check_ledger(ledger)
     options: dict[str, Any] = data_layer(data) if data else {}
     loop = {"validation_every": every, "threads": threads}
     options["train"] = {name: value for name, value in loop.items() if value is not None}
@@ -159,8 +166,6 @@ def time_to_ap(
     }
     append_to_ledger(ledger, about, found)
     if json:
-        from dataclasses import asdict
-
         print_json({**about, "figures": [asdict(attempt) for attempt in found]})
     else:
         _print_attempts(about, targets, found)

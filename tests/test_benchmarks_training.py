@@ -1,6 +1,7 @@
 """The benchmarks of training: the plain step is the same step, and figures are complete."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,28 @@ def test_time_to_ap_prints_a_table_or_json(tmp_path: Path) -> None:
         *("seed", "targets", "first", "all", "best", "steps", "minutes", "cpu_minutes")
     }
     assert len(ledger.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "time-to-ap"])
+def test_a_ledger_that_cannot_be_written_is_refused_first(command: str, tmp_path: Path) -> None:
+    words = [command, "--device", "cpu", "--ledger", str(tmp_path)]
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, InputError)
+    assert "cannot add to the ledger" in str(refused.exception)
+
+
+def test_what_was_timed_before_ctrl_c_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = next(run([case()], CPU, 0))
+
+    def broken_off(*_: Any) -> Iterator[steps.Figure]:
+        yield timed
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "run", broken_off)
+    ledger = tmp_path / "ledger.jsonl"
+    found = CliRunner().invoke(app, ["train", "--device", "cpu", "--ledger", str(ledger), "--json"])
+    for document in (json.loads(found.stdout), json.loads(ledger.read_text())):
+        assert document["partial"] is True
+        assert len(document["figures"]) == 1
