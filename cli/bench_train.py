@@ -139,21 +139,6 @@ def time_to_ap(
     targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
-    found = []
-    with progress_bar(quiet=quiet) as bar:
-        tasks: dict[int, Any] = {}
-
-        def show(seed: int, step: int, validation: Any) -> None:
-            if seed not in tasks:
-                tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
-            bar.update(tasks[seed], completed=step)
-            if validation and not quiet:
-                shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
-                bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
-
-        for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
-            found.append(attempt)
-            bar.remove_task(tasks.pop(attempt.seed))
     about = {
         "benchmark": "time-to-ap",
         **machine(chosen),
@@ -162,13 +147,35 @@ def time_to_ap(
         "set": set_ or [],
         "validation_every": settings.train.validation_every,
         "validation_images": settings.data.validation_images,
-        "success_rate": sum(attempt.all is not None for attempt in found) / len(found),
     }
-    append_to_ledger(ledger, about, found)
-    if json:
-        print_json({**about, "figures": [asdict(attempt) for attempt in found]})
-    else:
-        _print_attempts(about, targets, found)
+    found: list[Attempt] = []
+    partial = {"partial": True}
+    try:
+        with progress_bar(quiet=quiet) as bar:
+            tasks: dict[int, Any] = {}
+
+            def show(seed: int, step: int, validation: Any) -> None:
+                if seed not in tasks:
+                    tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
+                bar.update(tasks[seed], completed=step)
+                if validation and not quiet:
+                    shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
+                    bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+
+            for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
+                found.append(attempt)
+                bar.remove_task(tasks.pop(attempt.seed))
+        partial = {}
+    finally:
+        # of a run that is broken off too, the seeds that were done
+        if found:
+            reached = sum(attempt.all is not None for attempt in found)
+            about |= partial | {"success_rate": reached / len(found)}
+            if json:
+                print_json({**about, "figures": [asdict(attempt) for attempt in found]})
+            else:
+                _print_attempts(about, targets, found)
+            append_to_ledger(ledger, about, found)
 
 
 def _case(figure: "Figure") -> str:
@@ -230,6 +237,8 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
         parts.add_row(
             f"  {figure.way}", *(f"{100 * figure.parts_ms[name] / total:.0f}" for name in PARTS)
         )
+        if figure.backbone_ms is None:
+            continue
         if figure.way == "spairkit":
             lines.append(
                 f"{case}: the step takes {_times(figure.times_backbone)} times as long as the "

@@ -7,7 +7,11 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """Notes the first signal to end and lets the second one end at once, as a context."""
+    """Notes the first signal to end and lets the second one end at once, as a context.
+
+    Not so under torchrun, which passes on a signal that a scheduler may have sent to all: one that
+    left alone would leave the others waiting. It kills them itself, 30 s after.
+    """
 
     number: int | None = None
 
@@ -27,6 +31,8 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             self._before[number](number, frame)
         self.number = number
         if not self.quiet:

@@ -302,7 +302,7 @@ class TrainConfig:
     """The loop (spec section 6)."""
 
     seed: Seed = 0
-    """Of initial weights and noise; scenes and their order are those of `data.seed`."""
+    """Of initial weights and noise, and of which scenes of `data.seed` training takes."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
     """Images in an update."""
     steps: Annotated[int, Field(ge=1, le=10**9)] = 300_000

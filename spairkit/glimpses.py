@@ -1,7 +1,7 @@
 """The spatial transformer that cuts glimpses out of images (spec section 3.4)."""
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ def _compiled(images: Tensor) -> bool:
     return chosen_backend("auto", images, "images") == "cpu"
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph that was recorded reads where they lie
 def _constants(
     height: int, width: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -146,9 +146,10 @@ def fit(
 
 
 def set_precision(settings: TrainConfig, device: torch.device) -> None:
-    """Lets this process compute in float32 on a GPU as `train.precision` says."""
+    """Lets this process compute on a GPU as `train.precision` says, and alike each time."""
     if device.type == "cuda":
         # torch's own choice is tf32 for convolutions alone
+        torch.backends.cudnn.deterministic = True
         precision = "tf32" if settings.precision == "tf32" else "ieee"
         torch.backends.cuda.matmul.fp32_precision = precision
         torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
@@ -212,13 +213,14 @@ class Trainer:
     def update(self) -> Losses:
         """One step of Adam, which leaves everything as it is where gradients are not finite.
 
-        Nothing here waits for the device: it is Adam's kernel that looks at `found_inf`. The losses
-        hold until the next update.
+        Nothing here waits for the device but the making of scenes, which are made for several
+        updates at once: it is Adam's kernel that looks at `found_inf`. The losses hold until the
+        next update.
         """
         wheels = self.step < self.config.train.training_wheels
         if wheels is not self.wheels:
             self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
-            self.call = UpdateGraph(self._update) if self.captures else self._update
+            self.call = UpdateGraph(self._update, self.device) if self.captures else self._update
             self.tapes = Tape(), Tape()
         self.given = self._give(self.step)
         losses = self.call()
@@ -358,7 +360,9 @@ class Trainer:
             self.optimiser.state[parameter] = moments
 
     def _environment(self) -> dict[str, Scalar]:
-        return environment() | {"processes": self.world.size}
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
+        return environment() | {"processes": self.world.size, "device": name}
 
     def _resume(self, run: Run, checkpoint: Checkpoint) -> None:
         try:

@@ -3,53 +3,80 @@
 Launched one by one, the hundreds of small kernels of an update keep a GPU waiting for the host.
 """
 
+import gc
+import warnings
 from collections.abc import Callable
 
 import torch
 
 from spairkit.elbo import Losses
 
-_WARM_UP = 3
+WARM_UP = 3
 """Updates before the recording: kernels are compiled and chosen, what is cached is made."""
 
 
 class UpdateGraph:
     """Calls of `update`, of which all but the first three are played from a record.
 
+    Where nothing can be recorded there is one warning, and every call is `update` itself.
+
     Args:
         update: reads and writes tensors that stay where they are, and waits for no result. What
             it reads of Python is as in the call that is recorded, for good.
+        device: where, a GPU.
     """
 
-    def __init__(self, update: Callable[[], Losses]) -> None:
-        self._update = update
+    def __init__(self, update: Callable[[], Losses], device: torch.device) -> None:
+        self._update, self._device = update, device
         self._calls = 0
-        self._play: Callable[[], None] | None = None
+        self._play: Callable[[], Losses] | None = None
 
     def __call__(self) -> Losses:
         """One update. From the fourth call on its losses lie in the memory of the last one's."""
         self._calls += 1
-        if self._calls <= _WARM_UP:
-            return _aside(self._update)
+        if self._calls <= WARM_UP:
+            return _aside(self._update, self._device)
         if self._play is None:
-            self._play, self._losses = _record(self._update)
-        self._play()
-        return self._losses
+            try:
+                self._play = _record(self._update, self._device)
+            except RuntimeError as error:
+                warnings.warn(
+                    "an update could not be recorded as a CUDA graph, so all of them are launched "
+                    f"kernel by kernel, which is slower: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                self._play = self._update
+        return self._play()
 
 
-def _aside(update: Callable[[], Losses]) -> Losses:
+def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
     """On a stream of its own: autograd's nodes must not stay tied to the default stream."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        losses = update()
-    here.wait_stream(aside)
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            losses = update()
+        here.wait_stream(aside)
     return losses
 
 
-def _record(update: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
-    """What plays the record, and the losses that it writes; nothing is computed yet."""
+def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
+    """What plays the record, and gives the losses that it writes; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses = update()
-    return graph.replay, losses
+    # a graph that is destroyed while another one is recorded breaks the record
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            losses = update()
+    finally:
+        if collects:
+            gc.enable()
+
+    def play() -> Losses:
+        graph.replay()
+        return losses
+
+    return play

@@ -5,7 +5,7 @@ nothing of each other, so they form one wave: 10 waves instead of 16 cells at 4 
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Wavefront:
     followers: Tensor  # [K, 4] int64 the way back: of which places is it NEIGHBOURS[d]; or K
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph that was recorded reads where it lies
 @torch.inference_mode(False)  # the cache outlives the mode
 def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
     """The schedule for a grid; made once for each size."""

@@ -19,6 +19,7 @@ import torch
 import spairkit
 from spairkit import config as config_module
 from spairkit.cli.console import progress_bar, results
+from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
 from spairkit.config import from_toml
@@ -290,3 +291,13 @@ def test_doctor_tries_the_backends(run: Runner) -> None:
     assert findings["backend cpu"] == "works"
     lines = run("doctor").out.splitlines()
     assert len(lines) == len(findings)
+
+
+def test_under_torchrun_a_repeated_signal_waits_for_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with Interrupts(quiet=True) as interrupts:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert interrupts.number == signal.SIGTERM

@@ -69,7 +69,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The recorder in place of CUDA, and how many operations each record has."""
     sizes: list[int] = []
 
-    def record(update: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+    def record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
         trainer: Trainer = update.__self__  # type: ignore[attr-defined]
         state = [*trainer.parameters.values(), trainer.skipped]
         state += [t for moments in trainer.optimiser.state.values() for t in moments.values()]
@@ -83,13 +83,14 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(recorder.calls))
 
         @torch.no_grad()
-        def play() -> None:
+        def play() -> Losses:
             recorder.play()
+            return losses
 
-        return play, losses
+        return play
 
     monkeypatch.setitem(backends._tried, "cpu", False)  # the recorder cannot look into Numba
-    monkeypatch.setattr(update_graph, "_aside", lambda update: update())
+    monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
     monkeypatch.setattr(update_graph, "_record", record)
     return sizes
 
@@ -102,7 +103,7 @@ def test_what_is_played_is_what_would_have_been_computed(
 ) -> None:
     config = config_of(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(update_graph, "_WARM_UP", UPDATES)
+        patch.setattr(update_graph, "WARM_UP", UPDATES)
         unrecorded = trainer_of(config)
         unrecorded.captures = True
         wanted, wanted_totals = trained(unrecorded)
@@ -138,6 +139,23 @@ def test_what_is_not_finite_changes_nothing_when_it_is_played(
         assert torch.equal(parameter, value)
 
 
+def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
+    monkeypatch.setattr(update_graph, "_record", fail)
+    config = config_of("quick spair", training_wheels=0)
+    trainer = trainer_of(config)
+    trainer.captures = True
+    with pytest.warns(RuntimeWarning, match="could not be recorded as a CUDA graph") as warned:
+        _, found = trained(trainer)
+    assert len(warned) == 1
+    assert found == pytest.approx(trained(trainer_of(config))[1], rel=1e-3)
+
+
 def test_a_tape_gives_what_its_source_would() -> None:
     def draw(source: Any) -> list[Tensor]:
         like = torch.zeros(1)
@@ -167,6 +185,8 @@ def test_a_gpu_plays_what_it_would_have_computed(recipe: str, precision: str) ->
     trainer = trainer_of(config, device)
     _, found = trained(trainer)
     assert isinstance(trainer.call, UpdateGraph)
+    again = trainer_of(config, device)
+    assert trained(again)[1] == found, "to the bit, and beside the graph of another trainer"
     plain = trainer_of(config, device)
     plain.captures = False
     _, wanted = trained(plain)

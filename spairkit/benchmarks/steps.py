@@ -5,6 +5,7 @@ wheels; the plain version has another model in it (`plain`) and torch's ordinary
 checked against each other first, and nothing is timed when they differ.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +20,13 @@ from spairkit.allocator import keep_freed_memory
 from spairkit.benchmarks.plain import COPIES, PlainAdam, PlainSPAIR
 from spairkit.benchmarks.timing import free_bytes, peak_bytes
 from spairkit.config import Config, SPAIRConfig
-from spairkit.data.datasets import open_dataset
+from spairkit.data.datasets import Dataset, open_dataset
+from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
 from spairkit.models import build
 from spairkit.spair import SPAIR
 from spairkit.training import Trainer, set_precision
+from spairkit.update_graph import WARM_UP
 
 Way = Literal["spairkit", "plain"]
 
@@ -42,6 +45,7 @@ PARTS = {
 
 _TOLERANCE, _CHECKED_FLOOR = 1e-3, 1e-2
 _MIN_ROUNDS, _PATIENCE_SECONDS = 3, 60
+_UPDATES = 8  # whose scenes are made at once, where they are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ class Figure:
     cpu_ms: float | None = None
     """CPU time of all threads."""
     backbone_ms: float | None = None
-    """The backbone's own forward and backward, measured in turn with the steps."""
+    """The backbone's own forward and backward, measured in turn with the steps; on a CPU only."""
     backbone_cpu_ms: float | None = None
     updates_per_second: float | None = None
     images_per_second: float | None = None
@@ -123,7 +127,7 @@ def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Fig
     if device.type == "cpu":
         keep_freed_memory()
     for case in cases:
-        set_precision(case.config.train, device)
+        set_precision(replace(case.config.train, precision="float32"), device)
         check(case, device)
     for case in cases:
         set_precision(case.config.train, device)
@@ -168,12 +172,28 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
         trainers["plain"] = _trainer(config, device)
         _make_plain(trainers["plain"])
     images = ours.train.batch(torch.arange(case.batch)).images
-    calls: dict[str, Callable[[], object]] = {"backbone": _backbone_call(ours.model, images)}
-    calls |= {way: trainer.update for way, trainer in trainers.items()}
-    peaks = {way: peak_bytes(calls[way], device) for way in trainers}  # and a warm-up
-    calls["backbone"]()
+    calls: dict[str, Callable[[], object]] = {way: t.update for way, t in trainers.items()}
+    peaks = {way: peak_bytes(call, device) for way, call in calls.items()}  # and a warm-up
+    data, data_cpu = _scenes_ms(ours.train, case.batch, device)
+    same: Any = _SameBatch(ours.train.batch(torch.arange(case.batch)))
+    for trainer in trainers.values():
+        trainer.train = same
+    if ours.captures:
+        for _ in range(WARM_UP + 1):
+            ours.update()
+    else:
+        calls["backbone"] = _backbone_call(ours.model, images)
+        calls["backbone"]()
     wall, cpu, repeats = _medians(calls, device, seconds)
-    rest, rest_cpu = ({w: t[w][1] - t["backbone"][1] for w in trainers} for t in (wall, cpu))
+    for way in trainers:
+        wall[way] = [data + ms for ms in wall[way]]
+        cpu[way] = [data_cpu + ms for ms in cpu[way]]
+    # on a GPU the backbone alone, kernel by kernel, cannot be set against a graph
+    backbone, backbone_cpu = (t.get("backbone", [math.nan] * 3)[1] for t in (wall, cpu))
+    rest, rest_cpu = (
+        {way: times[way][1] - own for way in trainers}
+        for times, own in ((wall, backbone), (cpu, backbone_cpu))
+    )
     for way, trainer in trainers.items():
         low, step, high = wall[way]
         yield Figure(
@@ -184,18 +204,18 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
             p20_ms=low,
             p80_ms=high,
             cpu_ms=cpu[way][1],
-            backbone_ms=wall["backbone"][1],
-            backbone_cpu_ms=cpu["backbone"][1],
+            backbone_ms=_known(backbone),
+            backbone_cpu_ms=_known(backbone_cpu),
             updates_per_second=1e3 / step,
             images_per_second=1e3 * case.batch / step,
             cell_us=1e3 * step / (case.batch * number),
-            times_backbone=step / wall["backbone"][1],
-            times_backbone_cpu=_ratio(cpu[way][1], cpu["backbone"][1]),
+            times_backbone=_ratio(step, backbone),
+            times_backbone_cpu=_ratio(cpu[way][1], backbone_cpu),
             ratio=step / wall["spairkit"][1],
             rest_ratio=_ratio(rest[way], rest["spairkit"]),
             rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
             peak_bytes=peaks[way],
-            parts_ms=_parts(trainer, device, repeats),
+            parts_ms=_parts(trainer, device, repeats) | {"data": data},
         )
     if "plain" not in trainers:
         yield Figure(**labels, way="plain", note=f"needs about {needed / 2**30:.0f} GiB")
@@ -273,6 +293,36 @@ def _percentiles(times: dict[str, list[float]]) -> dict[str, list[float]]:
     }
 
 
+def _scenes_ms(dataset: Dataset, batch: int, device: torch.device) -> tuple[float, float]:
+    """Wall and CPU time of the scenes of an update, of which several are made at once."""
+    wall, cpu = [], []
+    for turn in range(3):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        for update in range(_UPDATES):
+            first = (turn * _UPDATES + update) * batch
+            dataset.batch(torch.arange(first, first + batch))
+        _wait_for(device)
+        cpu.append(1e3 * (time.process_time() - start_cpu) / _UPDATES)
+        wall.append(1e3 * (time.perf_counter() - start) / _UPDATES)
+    return statistics.median(wall), statistics.median(cpu)
+
+
+class _SameBatch:
+    """A dataset whose batches cost nothing."""
+
+    has_truth = True
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def batch(self, indices: Tensor) -> Batch:
+        return self._batch
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def _ratio(time: float, other: float) -> float | None:
     """None where a difference of times is lost in their noise, or a clock is too coarse."""
     return time / other if other > 0 else None
@@ -283,7 +333,6 @@ def _parts(trainer: Trainer, device: torch.device, repeats: int) -> dict[str, fl
     model = trainer.model
     trainer.captures, trainer.wheels = False, None  # the parts of a CUDA graph cannot be told apart
     watched = [
-        (trainer.train, "batch", "data"),
         (model, "forward", "noise"),
         (model.backbone, "forward", "backbone"),
         (model, "_encode", "cells"),

@@ -104,6 +104,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
 
 def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # what torch holds, and nobody uses
         return torch.cuda.mem_get_info(device)[0]
     if sys.platform == "linux":
         for line in Path("/proc/meminfo").read_text().splitlines():

@@ -21,7 +21,7 @@ _MAX_TABLE_BYTES = 1 << 31
 _MAX_POSITIONS = 1 << 20
 # scenes made before they are asked for
 _BATCHES_AHEAD = 8
-_MAX_PIXELS_AHEAD = 1 << 20
+_MAX_PIXELS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 24}  # a GPU waits while they are made
 _MOST_STRIDE = 1 << 16
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 # what a random word is for; the counter of a word is purpose + 16 (object + 256 attempt)
@@ -95,7 +95,8 @@ class Scenes:
         self._key = seeded(config.seed, _SPLITS[split]).to(self.device)
         self._numbers = torch.arange(config.max_objects, device=self.device)
         self._purposes = torch.arange(_PURPOSES, device=self.device)
-        self._most_ahead = _MAX_PIXELS_AHEAD // (config.image_height * config.image_width)
+        pixels = _MAX_PIXELS_AHEAD.get(self.device.type, 1 << 20)
+        self._most_ahead = pixels // (config.image_height * config.image_width)
         self._white = torch.tensor([255.0], device=self.device)
         self._last = 1 << 62  # where the run of the last call began
         self._ahead = 0, 1, self._make(torch.arange(0))
