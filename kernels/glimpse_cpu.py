@@ -107,11 +107,10 @@ def _glimpses_backward(
             grad_boxes[r, 3] += share * grad_y
 
 
-def glimpses_cpu(images: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """[B, C, H, W] and [n B, 4] -> [n B, C, size, size]."""
-    glimpses = torch.empty(boxes.shape[0], images.shape[1], size, size)
-    over_images(_glimpses_forward, boxes.shape[0], *_arrays(images, boxes, glimpses))
-    return glimpses
+def glimpses_cpu(images: Tensor, boxes: Tensor, glimpses: Tensor) -> None:
+    """Fills the last: [B, C, H, W], [n B, 4] -> [n B, C, size, size]."""
+    arrays = _arrays(images, boxes)
+    over_images(_glimpses_forward, boxes.shape[0], *arrays, glimpses.numpy())
 
 
 def glimpses_backward_cpu(grad_glimpses: Tensor, images: Tensor, boxes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The same mathematics as `SPAIR._encode_wave`, which is the readable version and 
 inference uses. There a wave costs some 90 small operations, each recorded by autograd, and one
 product a layer for the gradients of the weights. Here nothing is recorded, and what need not be
 done wave by wave is done once for all cells: the products with features, factors of derivatives,
-and the gradients of the weights.
+and the gradients of the weights. What remains are matrix products and the steps between them.
 
 Tensors are matrices [R, ...] whose rows are cells in wave order, each with all images: row
 place * B + image, R = K B. M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an
@@ -12,7 +12,6 @@ object vector (box, what, nearness, presence), S the passthrough features, h the
 `split_with_sizes` is `split` without its checks in Python, a tenth of the loop.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,16 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spairkit.boxes import xyxy_from_centre
+from spairkit import cell_steps
+from spairkit.cell_steps import DEPTH_SCALE, Steps, by_wave
 from spairkit.config import SPAIRConfig
 from spairkit.densities import LOGIT_LIMIT, squash
-from spairkit.glimpses import box_gradient, glimpse_rows
+from spairkit.glimpses import box_gradient, glimpse_rows, runs_compiled
 from spairkit.latents import BOX, Latents, Noise, unpack
 from spairkit.networks import LateralNetwork, shared_weights
 from spairkit.wavefront import NEIGHBOURS, Wavefront
-
-DEPTH_SCALE = 4.0
-"""The authors' depth is 4 sigmoid(z), in object vectors and importance."""
 
 
 @dataclass(frozen=True)
@@ -133,15 +130,14 @@ class _Network:
         self.wave_grads = [grad.split_with_sizes(sizes) for grad in self.grads]
         self.wave_slopes = [slope.split_with_sizes(sizes) for slope in slopes]
 
-    def back(self, wave: int) -> None:
-        """Fills the gradients below the last layer's."""
+    def back(self, wave: int, grad_inputs: Tensor | None = None) -> None:
+        """Fills the gradients below the last layer's, and those of the first inputs if wanted."""
         for layer in range(len(self.weights) - 1, 0, -1):
             grad = self.wave_grads[layer - 1][wave]
             torch.mm(self.wave_grads[layer][wave], self.weights[layer], out=grad)
             grad.mul_(self.wave_slopes[layer - 1][wave])
-
-    def grad_inputs(self, wave: int) -> Tensor:
-        return self.wave_grads[0][wave] @ self.weights[0]
+        if grad_inputs is not None:
+            torch.mm(self.wave_grads[0][wave], self.weights[0], out=grad_inputs)
 
     def grad_weights(self) -> list[Tensor]:
         """Of weight 0, weight 1, bias 1, ...: one product a layer, over all rows."""
@@ -179,72 +175,63 @@ class _CellLoop(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:  # [R, 3 M + 6], columns as in `unpack`
         c, sizes = plan.config, plan.sizes
-        num_rows, columns = len(products), [BOX, c.what, 1]
+        num_rows, m = len(products), BOX + c.what + 1
         new = products.new_empty
         networks = where, depth, pres, encoder = _networks(c.activation, weights)
         for network in networks:
             network.start(sizes)
-        moments = [2 * [BOX], 2 * [c.what], 2 * [1]]
-        passed = [[c.passthrough], [], [c.passthrough]]
-        outputs = [
-            network.outputs.split_with_sizes(m + p, dim=1)
-            for network, m, p in zip((where, encoder, depth), moments, passed, strict=True)
-        ]
-        where_out, what_out, depth_out = (_by_wave(parts, sizes) for parts in outputs)
-        samples = new(num_rows, sum(columns))
-        boxes, presence = new(num_rows, BOX), new(num_rows, 1)
-        wave_samples = _by_wave(samples.split_with_sizes(columns, dim=1), sizes)
-        twice = _by_wave(
-            (2 * normal).split_with_sizes(columns, dim=1), sizes
-        )  # std = 2 sigmoid(raw)
-        scale, shift, to_pixels = _box_constants(c, products.device, products.dtype)
-        first_bias = weights[16]  # of the encoder
-        vectors = new(num_rows + plan.batch, samples.shape[1] + 1)  # the edge after all cells
+        constants = _box_constants(c, products.device, products.dtype)
+        samples, boxes, presence = new(num_rows, m), new(num_rows, BOX), new(num_rows, 1)
+        vectors = new(num_rows + plan.batch, m + 1)  # the edge after all cells
         contexts = new(num_rows, context_weight.shape[1])
-        added_parts = _by_wave(products.chunk(3, dim=1), sizes)
+        step = Steps(sizes, runs_compiled(images))
+        depth_own, presence_own = depth.inputs[0], pres.inputs[0]
+        corners = _corners(images, plan, constants[2])
+        draw_where = step(
+            cell_steps.draw_where, where.outputs, normal, corners, samples, boxes, depth_own,
+            fixed=(constants,),
+        )  # fmt: skip
+        draw_what = step(cell_steps.draw_what, encoder.outputs, normal, samples, depth_own)
+        draw_depth = step(
+            cell_steps.draw_depth, depth.outputs, normal, depth_own, samples, presence_own
+        )
+        draw_presence = step(
+            cell_steps.draw_presence, pres.outputs, jitter, presence_own, presence,
+            vectors[:num_rows], fixed=(c.temperature,),
+        )  # fmt: skip
+        first_bias = weights[16]  # of the encoder
         if edge is not None:
             vectors[num_rows:] = edge
-            near = _vector_rows(plan.front.neighbours, plan.batch)  # [R, 4]
-            near_parts = near.flatten().split_with_sizes([len(NEIGHBOURS) * size for size in sizes])
-        rows = _by_wave(
-            (products, contexts, vectors[:num_rows], _corners(images, plan, to_pixels), jitter,
-             boxes, presence), sizes,
-        )  # fmt: skip
+            near = _vector_rows(plan.front.neighbours, plan.batch).flatten()
+            slots = contexts.view(-1, m + 1)
+            reads = by_wave((near, slots), [len(NEIGHBOURS) * size for size in sizes])
+            context_weight_t = context_weight.t()
+        added = products if edge is None else new(products.shape)
+        added_parts = by_wave(added.chunk(3, dim=1), sizes)
+        rows = by_wave((products, contexts, added, boxes), sizes)
 
-        for wave, (product, context, vector, corner, shove, box, present) in enumerate(rows):
-            added = added_parts[wave]
+        for wave, (product, context, total, box) in enumerate(rows):
             if edge is not None:
-                slots = context.view(-1, vectors.shape[1])
-                torch.index_select(vectors, 0, near_parts[wave], out=slots)
-                added = torch.addmm(product, context, context_weight.t()).chunk(3, dim=1)
-
-            where.forward(wave, added[0])
-            mean, raw, passed_on = where_out[wave]
-            sample, what, depth_sample = wave_samples[wave]
-            torch.addcmul(mean, squash(raw), twice[wave][0], out=sample)
-            placed = torch.addcmul(shift, squash(sample), scale)  # b~_y, b~_x, h, w
-            pixels = torch.addcmul(corner, placed, to_pixels)
-            box.copy_(xyxy_from_centre(*pixels.split_with_sizes([2, 2], dim=1)))
-
-            encoder.wave_inputs[0][wave].copy_(glimpse_rows(images, box, c.object_size))
+                near_part, slot = reads[wave]
+                torch.index_select(vectors, 0, near_part, out=slot)
+                torch.addmm(product, context, context_weight_t, out=total)
+            to_where, to_depth, to_pres = added_parts[wave]
+            where.forward(wave, to_where)
+            draw_where(wave)
+            glimpse_rows(images, box, c.object_size, encoder.wave_inputs[0][wave])
             encoder.forward(wave, first_bias)
-            mean, raw = what_out[wave]
-            torch.addcmul(mean, squash(raw), twice[wave][1], out=what)
+            draw_what(wave)
+            depth.forward(wave, to_depth)
+            draw_depth(wave)
+            pres.forward(wave, to_pres)
+            draw_presence(wave)
 
-            torch.cat([passed_on, placed, what], dim=1, out=depth.wave_inputs[0][wave])
-            depth.forward(wave, added[1])
-            mean, raw, passed_on = depth_out[wave]
-            torch.addcmul(mean, squash(raw), twice[wave][2], out=depth_sample)
-            nearness = DEPTH_SCALE * squash(-depth_sample)
-
-            own = torch.cat([passed_on, placed, what, nearness], 1, out=pres.wave_inputs[0][wave])
-            pres.forward(wave, added[2])
-            logit = pres.wave_inputs[-1][wave].clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-            torch.add(shove, logit, alpha=1 / c.temperature, out=present).sigmoid_()
-            torch.cat([own[:, c.passthrough :], present], dim=1, out=vector)
-
-        means = torch.cat([parts[0] for parts in outputs], dim=1)
-        raws = torch.cat([parts[1] for parts in outputs], dim=1)
+        moments = [
+            network.outputs.split_with_sizes([n, n, network.outputs.shape[1] - 2 * n], dim=1)
+            for network, n in zip((where, encoder, depth), (BOX, c.what, 1), strict=True)
+        ]
+        means = torch.cat([parts[0] for parts in moments], dim=1)
+        raws = torch.cat([parts[1] for parts in moments], dim=1)
         logits = pres.outputs
         ctx.plan = plan
         ctx.save_for_backward(
@@ -257,10 +244,10 @@ class _CellLoop(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_record: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
+        plan, grad_record = ctx.plan, grad_record.contiguous()
         c, front, sizes, batch = plan.config, plan.front, plan.sizes, plan.batch
-        columns, num_weights = [BOX, c.what, 1], 15 + 2 * (len(c.encoder_hidden) + 1)
-        m, s = sum(columns), c.passthrough
+        num_weights = 15 + 2 * (len(c.encoder_hidden) + 1)
+        m = BOX + c.what + 1
         images, normal, context_weight, *saved = ctx.saved_tensors
         weights, saved = tuple(saved[:num_weights]), saved[num_weights:]
         samples, raws, logits, presence, boxes, contexts, *saved = saved
@@ -285,9 +272,9 @@ class _CellLoop(torch.autograd.Function):
             encoder.back(0)
             return (*(None,) * 7, *(None,) * 15, *_encoder_grads(encoder))
 
-        scale, _, to_pixels = _box_constants(c, samples.device, samples.dtype)
+        constants = _box_constants(c, samples.device, samples.dtype)
         unit = squash(samples[:, :BOX])
-        slope_placed = scale * unit * (1 - unit) * _inside(samples[:, :BOX])
+        slope_placed = constants[0] * unit * (1 - unit) * _inside(samples[:, :BOX])
         nearness = squash(-samples[:, -1:])
         slope_nearness = -DEPTH_SCALE * nearness * (1 - nearness) * _inside(samples[:, -1:])
         inside = _inside(logits)
@@ -295,56 +282,51 @@ class _CellLoop(torch.autograd.Function):
         grad_logit = torch.addcmul(grad_logit * inside, grad_presence, slope_presence)
         for network in networks:
             network.start_back(sizes)
-        # of where, what and depth: for each wave the gradients so far, and the lever
-        parts = [x.split_with_sizes(columns, dim=1) for x in (grad_mean, grad_raw, lever)]
-        drawn = [_by_wave(latent, sizes) for latent in zip(*parts, strict=True)]
-        grad_products = samples.new_empty(len(samples), context_weight.shape[0])
+        new, zeros = samples.new_empty, samples.new_zeros
+        grad_products = new(len(samples), context_weight.shape[0])
         # of each row the four vectors in its context; those of no cell are 0
-        grad_contexts = samples.new_zeros(len(samples) + batch, context_weight.shape[1])
-        no_grad_vector = samples.new_zeros(max(sizes), m + 1)
+        grad_contexts = zeros(len(samples) + batch, context_weight.shape[1])
+        grad_vectors = (new if c.lateral else zeros)(len(samples), m + 1)
+        grad_depth_own, grad_presence_own = new(depth.inputs[0].shape), new(pres.inputs[0].shape)
+        to_boxes = new(len(samples), BOX)
+        so_far = grad_mean, grad_raw, lever
+        step = Steps(sizes, runs_compiled(images))
         if c.lateral:
-            per_vector = grad_contexts.view(-1, m + 1)
             uses = _vector_rows(front.followers, batch) * len(NEIGHBOURS)
             uses = uses + torch.arange(len(NEIGHBOURS), device=uses.device)  # [R, 4]
-            use_parts = uses.flatten().split_with_sizes([len(NEIGHBOURS) * size for size in sizes])
-        rows = _by_wave(
-            (grad_logit, slope_presence, slope_nearness, slope_placed, boxes, grad_boxes,
-             grad_products, grad_contexts[: len(samples)]), sizes,
+            vector_back = step(
+                cell_steps.vector_back, uses, grad_vectors, fixed=(grad_contexts.view(-1, m + 1),)
+            )
+        depth_back = step(
+            cell_steps.depth_back, grad_presence_own, slope_nearness, *so_far, grad_vectors,
+            depth.grads[-1],
+        )  # fmt: skip
+        what_back = step(
+            cell_steps.what_back, grad_depth_own, *so_far, grad_vectors, encoder.grads[-1]
+        )
+        where_back = step(
+            cell_steps.where_back, grad_vectors, grad_depth_own, to_boxes, slope_placed, *so_far,
+            where.grads[-1], fixed=(constants,),
+        )  # fmt: skip
+        rows = by_wave(
+            (grad_logit, slope_presence, grad_vectors[:, -1:], grad_presence_own, grad_depth_own,
+             boxes, grad_boxes, to_boxes, grad_products, grad_contexts[: len(samples)]), sizes,
         )  # fmt: skip
 
         for wave in reversed(range(len(sizes))):
-            to_logit, presence_slope, nearness_slope, placed_slope, *rest = rows[wave]
-            box, to_box, grad_product, grad_context = rest
-            grad_vector = no_grad_vector[: sizes[wave]]
+            to_logit, presence_slope, grad_present, to_pres, to_depth, *rest = rows[wave]
+            box, grad_box, to_box, grad_product, grad_context = rest
             if c.lateral:
-                used = per_vector.index_select(0, use_parts[wave])
-                grad_vector = used.view(-1, len(NEIGHBOURS), m + 1).sum(1)
-            grad_object, grad_present = grad_vector.split_with_sizes([m, 1], dim=1)
-
-            last = pres.wave_grads[-1][wave]
-            torch.addcmul(to_logit, grad_present, presence_slope, out=last)
-            pres.back(wave)
-            grad_passed, grad_own = pres.grad_inputs(wave).split_with_sizes([s, m], dim=1)
-            grad_object, grad_near = (grad_object + grad_own).split_with_sizes([m - 1, 1], dim=1)
-
-            grads = _grad_moments(grad_near * nearness_slope, *drawn[2][wave])
-            torch.cat([*grads, grad_passed], dim=1, out=depth.wave_grads[-1][wave])
-            depth.back(wave)
-            grad_passed, grad_own = depth.grad_inputs(wave).split_with_sizes([s, m - 1], dim=1)
-            grad_placed, grad_what = (grad_object + grad_own).split_with_sizes([BOX, c.what], dim=1)
-
-            grads = _grad_moments(grad_what, *drawn[1][wave])
-            torch.cat(grads, dim=1, out=encoder.wave_grads[-1][wave])
+                vector_back(wave)
+            torch.addcmul(to_logit, grad_present, presence_slope, out=pres.wave_grads[-1][wave])
+            pres.back(wave, to_pres)
+            depth_back(wave)
+            depth.back(wave, to_depth)
+            what_back(wave)
             encoder.back(wave)
-
-            grad_glimpses = encoder.grad_inputs(wave)
-            grad_box = to_box + box_gradient(grad_glimpses, images, box, c.object_size)
-            grad_high, grad_low = grad_box.flip(1).split_with_sizes([2, 2], dim=1)  # y, x
-            # corners are centre -+ size / 2
-            grad_pixels = torch.cat([grad_low + grad_high, (grad_high - grad_low) / 2], dim=1)
-            grad_placed = torch.addcmul(grad_placed, grad_pixels, to_pixels)
-            grads = _grad_moments(grad_placed * placed_slope, *drawn[0][wave])
-            torch.cat([*grads, grad_passed], dim=1, out=where.wave_grads[-1][wave])
+            grad_glimpses = encoder.wave_grads[0][wave] @ encoder.weights[0]
+            torch.add(grad_box, box_gradient(grad_glimpses, images, box, c.object_size), out=to_box)
+            where_back(wave)
             where.back(wave)
 
             firsts = [network.wave_grads[0][wave] for network in (where, depth, pres)]
@@ -363,11 +345,6 @@ class _CellLoop(torch.autograd.Function):
         return None, None, grad_products, None, None, grad_edge, grad_context_weight, *grad_weights
 
 
-def _by_wave(tensors: Sequence[Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:
-    """For each wave its rows of each tensor. Made in one go: slices in the loop cost much more."""
-    return list(zip(*(tensor.split_with_sizes(sizes) for tensor in tensors), strict=True))
-
-
 def _vector_rows(places: Tensor, batch: int) -> Tensor:
     """[K, 4] places -> [R, 4] rows of the same image."""
     images = torch.arange(batch, device=places.device)[:, None]
@@ -378,15 +355,14 @@ def _vector_rows(places: Tensor, batch: int) -> Tensor:
 @torch.inference_mode(False)  # the cache outlives the mode
 def _box_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:  # [3, 4]
     """Of y, x, h, w: placed = scale * sigmoid + shift, and pixels for each unit of placed.
 
     Made once: a tensor from numbers in Python waits for the device.
     """
     low, span = config.centre_min, config.centre_max - config.centre_min
     rows = ([span, span, 1.0, 1.0], [low, low, 0.0, 0.0], [config.cell] * 2 + [config.anchor] * 2)
-    scale, shift, to_pixels = (torch.tensor(row, device=device, dtype=dtype) for row in rows)
-    return scale, shift, to_pixels
+    return torch.tensor(rows, device=device, dtype=dtype)
 
 
 def _corners(images: Tensor, plan: _Plan, to_pixels: Tensor) -> Tensor:  # [R, 4]
@@ -396,13 +372,6 @@ def _corners(images: Tensor, plan: _Plan, to_pixels: Tensor) -> Tensor:  # [R, 4
     corners = torch.zeros(len(order), BOX, device=order.device, dtype=to_pixels.dtype)
     corners[:, 0], corners[:, 1] = order // columns, order % columns
     return (corners * to_pixels).repeat_interleave(plan.batch, dim=0)
-
-
-def _grad_moments(
-    grad: Tensor, grad_mean: Tensor, grad_raw: Tensor, lever: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of means and raws, now that `grad` has reached their samples too."""
-    return grad_mean + grad, torch.addcmul(grad_raw, grad, lever)
 
 
 def _encoder_grads(encoder: _Network) -> list[Tensor]:

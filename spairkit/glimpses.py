@@ -40,15 +40,17 @@ def glimpse_rows(
     images: Tensor,  # [B, C, H, W]
     boxes: Tensor,  # [n B, 4] row r belongs to image r modulo B
     size: int,
-) -> Tensor:  # [n B, C size size]
-    """The same for boxes that lie cell by cell, without gradients."""
-    if _compiled(images):
+    out: Tensor,  # [n B, C size size]
+) -> None:
+    """Fills `out` with the same for boxes that lie cell by cell, without gradients."""
+    if runs_compiled(images):
         from spairkit.kernels.glimpse_cpu import glimpses_cpu
 
-        return glimpses_cpu(images, boxes, size).flatten(1)
+        glimpses_cpu(images, boxes, out.unflatten(1, (-1, size, size)))
+        return
     by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
     glimpses = extract_glimpses(images, by_image, size).transpose(0, 1)  # [n, B, ...]
-    return glimpses.flatten(2).flatten(0, 1)
+    out.copy_(glimpses.flatten(2).flatten(0, 1))
 
 
 def box_gradient(
@@ -59,7 +61,7 @@ def box_gradient(
 ) -> Tensor:  # [n B, 4]
     """The gradient of the boxes of `glimpse_rows`."""
     grad_glimpses = grad_glimpses.unflatten(1, (-1, size, size))
-    if _compiled(images):
+    if runs_compiled(images):
         from spairkit.kernels.glimpse_cpu import glimpses_backward_cpu
 
         return glimpses_backward_cpu(grad_glimpses, images, boxes)
@@ -72,7 +74,8 @@ def box_gradient(
     return grad_boxes.transpose(0, 1).flatten(0, 1)
 
 
-def _compiled(images: Tensor) -> bool:
+def runs_compiled(images: Tensor) -> bool:
+    """Whether Numba cuts the glimpses, and does what else there is for these images in training."""
     if images.device.type != "cpu" or images.dtype != torch.float32:
         return False
     return chosen_backend("auto", images, "images") == "cpu"

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.boxes import xyxy_from_centre
-from spairkit.cell_loop import DEPTH_SCALE, encode_cells
+from spairkit.cell_loop import encode_cells
+from spairkit.cell_steps import DEPTH_SCALE
 from spairkit.config import SPAIRConfig
 from spairkit.densities import (
     LOGIT_LIMIT,
