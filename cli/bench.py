@@ -99,6 +99,7 @@ def bench(
         if figures:
             _print(about | partial, figures, json=json)
             append_to_ledger(ledger, about | partial, figures)
+            say(f"added to {ledger}")
 
 
 def _print(about: dict[str, object], figures: "list[Figure]", *, json: bool) -> None:

@@ -23,6 +23,7 @@ from spairkit.cli.options import (
     data_layer,
     layers,
 )
+from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.benchmarks.steps import Figure
@@ -37,7 +38,9 @@ def bench_train(
     set_: SetOption = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
+        typer.Option(
+            "--batch", min=1, max=65536, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."
+        ),
     ] = None,
     cells: Annotated[
         list[int] | None,
@@ -66,6 +69,8 @@ def bench_train(
     if threads is not None:
         torch.set_num_threads(threads)
     over = assignments(set_ or [])
+    if "batch_size" in over.get("train", {}):
+        raise InputError("--set train.batch_size: here the batch is given by --batch")
     configs = [resolve(name, over) for name in preset or (DEFAULT, "paper")]
     batches = batch or ([32, 256, 1024] if chosen.type == "cuda" else [32])
     cases = [
@@ -91,6 +96,7 @@ def bench_train(
             else:
                 _print_figures(about | partial, figures)
             append_to_ledger(ledger, about | partial, figures)
+            say(f"added to {ledger}")
 
 
 def time_to_ap(
@@ -137,6 +143,9 @@ def time_to_ap(
     over = layers(config, options, set_)
     settings = resolve(choose_preset(preset, over), *over)
     targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
+    if ap is None:
+        count = settings.data.max_objects
+        say(f"aims at an ap_spair of {targets['ap_spair']:g}, the paper's for {count} objects")
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
     about = {
@@ -176,6 +185,7 @@ def time_to_ap(
             else:
                 _print_attempts(about, targets, found)
             append_to_ledger(ledger, about, found)
+            say(f"added to {ledger}")
 
 
 def _case(figure: "Figure") -> str:
@@ -253,6 +263,11 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
             )
     console.print(whole)
     console.print(parts)
+    console.print(
+        "batch x cells of an image; ms: median of an update; us/cell: of one cell of one image; "
+        "times: slower than spairkit; MiB: memory above what was there before",
+        soft_wrap=True,
+    )
     for line in lines:
         console.print(line, soft_wrap=True)
 

@@ -127,7 +127,8 @@ def train(
             deque(events, maxlen=0)
     if not run:
         raise typer.Exit(128 + ending if ending > 1 else 0)
-    go_on = f"spairkit train --resume {shlex.quote(str(run.path))}"
+    command = "spairkit" if world.size == 1 else "torchrun ... -m spairkit"
+    go_on = f"{command} train --resume {shlex.quote(str(run.path))}"
     if ending > 1:
         say(f"stopped after step {step}, saved; go on with: {go_on}")
         raise typer.Exit(128 + ending)

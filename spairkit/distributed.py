@@ -65,14 +65,24 @@ class World:
             return model
         return DistributedDataParallel(model, find_unused_parameters=partial)
 
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`; those of a replica are the means over all processes."""
+        if self.size == 1:
+            loss.backward()
+        else:
+            self._together(loss.backward)
+
     def _together(self, exchange: Callable[[], object]) -> None:
         if self.size == 1:
             return
         try:
             exchange()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise InputError(
-                "another process of this training has ended; it said why, or was killed"
+                "another process of this training has ended: it said why, or was killed; "
+                "start all of them again with --resume"
             ) from error
 
 

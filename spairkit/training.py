@@ -280,7 +280,7 @@ class Trainer:
                 counts=given.counts,
             )
         self.optimiser.zero_grad(set_to_none=True)
-        losses.total.mean().backward()
+        self.world.backward(losses.total.mean())
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~norm.isfinite()).float()

@@ -221,6 +221,13 @@ def test_time_to_ap_prints_a_table_or_json(tmp_path: Path) -> None:
     assert len(ledger.read_text().splitlines()) == 2
 
 
+def test_a_batch_is_given_in_one_place(tmp_path: Path) -> None:
+    words = ["train", "--device", "cpu", "--ledger", str(tmp_path / "ledger.jsonl")]
+    refused = CliRunner().invoke(app, [*words, "--set", "train.batch_size=4"])
+    assert isinstance(refused.exception, InputError)
+    assert "the batch is given by --batch" in str(refused.exception)
+
+
 @pytest.mark.parametrize("command", ["train", "time-to-ap"])
 def test_a_ledger_that_cannot_be_written_is_refused_first(command: str, tmp_path: Path) -> None:
     words = [command, "--device", "cpu", "--ledger", str(tmp_path)]

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spairkit.allocator import keep_freed_memory
 from spairkit.benchmarks.plain import COPIES, PlainAdam, PlainSPAIR
 from spairkit.benchmarks.timing import free_bytes, peak_bytes
 from spairkit.config import Config, SPAIRConfig
@@ -124,8 +123,6 @@ def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Fig
         InputError: a config is not SPAIR's, or its data cannot be read.
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
     for case in cases:
         set_precision(replace(case.config.train, precision="float32"), device)
         check(case, device)
@@ -182,7 +179,7 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
         for _ in range(WARM_UP + 1):
             ours.update()
     else:
-        calls["backbone"] = _backbone_call(ours.model, images)
+        calls["backbone"] = _backbone_call(ours, images)
         calls["backbone"]()
     wall, cpu, repeats = _medians(calls, device, seconds)
     for way in trainers:
@@ -256,11 +253,14 @@ def _losses_and_gradients(model: SPAIR, images: Tensor) -> dict[str, Tensor]:
     return {**terms, **dict(zip(parameters, grads, strict=True))}
 
 
-def _backbone_call(model: Any, images: Tensor) -> Callable[[], object]:
-    parameters = list(model.backbone.parameters())
+def _backbone_call(trainer: Trainer, images: Tensor) -> Callable[[], object]:
+    backbone: Any = trainer.model.backbone
+    parameters = list(backbone.parameters())
+    bf16 = trainer.config.train.precision == "bf16"
 
     def call() -> object:
-        features = model.backbone(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            features = backbone(images)
         return torch.autograd.grad(features, parameters, torch.ones_like(features))
 
     return call
