@@ -66,6 +66,9 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, features, rows, columns]
         """Features; rows = ceil(H / cell) and columns = ceil(W / cell)."""
         x = images
+        if x.device.type == "cpu":
+            # convolutions and their gradients take a tenth less time with the channels last
+            x = x.contiguous(memory_format=torch.channels_last)
         for index, (layer, (kernel, stride)) in enumerate(
             zip(self.layers, self.shapes, strict=True)
         ):
