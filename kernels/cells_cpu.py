@@ -1,19 +1,65 @@
-"""Numba twins of `spairkit.cell_steps`, float32: whole arrays, and of them the rows of a wave.
+"""Numba twin of `spairkit.cell_loop`, float32: all waves of some images in one call, there and back.
 
-Shapes are those of `spairkit.cell_loop`: V = M + 1 = 4 + A + 2. NaN goes the way of the numbers. A
-wave takes microseconds, so that it is not spread over threads.
+The images of a call, n of them, are those of one thread, and no two calls share a row. Row
+start * K + place * n + (image - start) belongs to a cell and an image: the cells of a wave lie one
+after the other, each with the n images, and what is in rows are the operands of matrix products.
+What comes from outside or goes there, [B, K, ...], has its cells in raster order.
+
+M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an object vector (box, what,
+nearness, presence), S the features passed on, h the hidden units. NaN goes the way of the numbers.
 """
 
-import numpy as np
+from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from spairkit.kernels.elementary_cpu import exp
+from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
 from spairkit.kernels.threads import compiled, inlined
 
+_ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
 _LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.densities
 _DEPTH_SCALE = np.float32(4.0)  # as in spairkit.cell_steps
 _BOX = 4
+
+Array = NDArray[Any]
+
+
+class Grid(NamedTuple):
+    """Which cell is worked out when: `spairkit.wavefront` as arrays of int64."""
+
+    starts: Array  # [waves + 1] the first place of each wave, then K
+    order: Array  # [K] the raster index of each place
+    neighbours: Array  # [K, 4] places of the cells that a place reads; K is beyond the rim
+    followers: Array  # [K, 4] the way back: of which places is it neighbour d; or K
+
+
+class Numbers(NamedTuple):
+    """What the config says."""
+
+    constants: Array  # [3, 4] float32 of y, x, h, w: scale, shift, pixels for each unit of placed
+    columns: int  # of cells
+    size: int  # side of a glimpse
+    temperature: np.float32
+    relu: bool  # or celu
+    training_wheels: bool
+
+
+class Network(NamedTuple):
+    """Linear layers with the activation between them.
+
+    The first layer adds the product of its own inputs to what the caller gives.
+    """
+
+    own: Array  # [h, inputs] weights of the first layer for the network's own inputs
+    inputs: Array  # [R, inputs]
+    weights: tuple[Array, ...]  # of the layers after the first
+    biases: tuple[Array, ...]
+    values: tuple[Array, ...]  # [R, outputs] of each layer, but for the last one's activated
 
 
 @inlined
@@ -27,189 +73,456 @@ def _clip(logit):
 
 @inlined
 def _squash(logit):
-    return _ONE / (_ONE + np.exp(-_clip(logit)))
+    return _ONE / (_ONE + exp(-_clip(logit)))
+
+
+@inlined
+def _slope(logit, squashed):
+    """The derivative of `_squash`."""
+    inside = abs(logit) <= _LOGIT_LIMIT
+    return squashed * (_ONE - squashed) if inside else _ZERO
 
 
 @compiled
-def draw_where(
-    start,
-    stop,
-    constants,  # [3, 4] scale, shift, to_pixels
-    outputs,  # [R, 8 + S] means, raws, passed on
-    normal,  # [R, M]
-    corners,  # [R, 4]
-    samples,  # [R, M]
-    boxes,  # [R, 4]
-    depth_own,  # [R, S + 4 + A]
-):
-    scale, shift, to_pixels = constants
-    passed = outputs.shape[1] - 2 * _BOX
+def _add_and_activate(values, added, relu):
+    """values += added, [m, h] or [1, h] for all rows; then the activation."""
+    for r in range(len(values)):
+        row, more = values[r], added[min(r, len(added) - 1)]
+        if relu:
+            for i in range(len(row)):
+                total = row[i] + more[i]
+                row[i] = _ZERO if total < _ZERO else total
+        else:
+            for i in range(len(row)):
+                total = row[i] + more[i]
+                row[i] = total if total > _ZERO else exp(total) - _ONE
+
+
+@compiled
+def _forward(lo, hi, network, added, relu):
+    """Fills the values of rows lo to hi; `added` is the rest of the first layer."""
+    if network.own.shape[1] > 0:
+        np.dot(network.inputs[lo:hi], network.own.T, network.values[0][lo:hi])
+    else:
+        network.values[0][lo:hi] = _ZERO
+    _add_and_activate(network.values[0][lo:hi], added, relu)
+    num_layers = len(network.weights)
+    for layer in range(num_layers):
+        values = network.values[layer + 1][lo:hi]
+        np.dot(network.values[layer][lo:hi], network.weights[layer].T, values)
+        if layer < num_layers - 1:
+            _add_and_activate(values, network.biases[layer].reshape((1, -1)), relu)
+        else:
+            values += network.biases[layer]
+
+
+@compiled
+def _multiply_by_slope(grad, values, relu):
+    """From an activation's output y: relu' = [y > 0], celu' = exp(min(x, 0)) = min(y, 0) + 1."""
+    for r in range(len(grad)):
+        for i in range(grad.shape[1]):
+            y = values[r, i]
+            if relu:
+                grad[r, i] = grad[r, i] if y > _ZERO else _ZERO
+            else:
+                grad[r, i] *= y + _ONE if y < _ZERO else _ONE
+
+
+@compiled
+def _backward(lo, hi, network, grads, relu):
+    """Fills the gradients, before the activation, of all layers but the last one, which has its."""
+    for layer in range(len(network.weights) - 1, -1, -1):
+        grad = grads[layer][lo:hi]
+        np.dot(grads[layer + 1][lo:hi], network.weights[layer], grad)
+        _multiply_by_slope(grad, network.values[layer][lo:hi], relu)
+
+
+@inlined
+def _draw(mean, raw, normal, record, i, size):
+    """A sample; writes it, its mean and its standard deviation to the record."""
+    std = _TWO * _squash(raw)
+    sample = mean + std * normal
+    record[i], record[size + i], record[2 * size + i] = mean, std, sample
+    return sample
+
+
+@inlined
+def _moments_back(grad, raw, normal, grad_record, i, size):
+    """Gradients of a mean and a raw, with `grad` what else reaches the sample."""
+    grad_sample = grad_record[2 * size + i] + grad
+    squashed = _squash(raw)
+    slope = _TWO * _slope(raw, squashed)
+    return grad_record[i] + grad_sample, slope * (
+        grad_record[size + i] + grad_sample * normal
+    )
+
+
+@compiled
+def _first_layers(first, last, start, n, grid, context_weight, contexts, products, added):
+    """The products of three first layers with what they share: features and context."""
+    rows = (last - first) * n
+    if contexts.shape[1] > 0:
+        lo = start * len(grid.order) + first * n
+        np.dot(contexts[lo : lo + rows], context_weight.T, added[:rows])
+    else:
+        added[:rows] = _ZERO
+    for r in range(rows):
+        product = products[start + r % n, grid.order[first + r // n]]
+        for i in range(added.shape[1]):
+            added[r, i] += product[i]
+
+
+@compiled
+def _draw_where(first, last, start, n, grid, numbers, where, depth, normal, record, boxes):
+    """where, its box, and what is passed on to depth."""
+    scale, shift, to_pixels = numbers.constants
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
     pixels = np.empty(_BOX, np.float32)
-    for r in range(start, stop):
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        outputs, own = where.values[-1][lo + r], depth.inputs[lo + r]
+        passed = len(outputs) - 2 * _BOX
         for i in range(passed):
-            depth_own[r, i] = outputs[r, 2 * _BOX + i]
+            own[i] = outputs[2 * _BOX + i]
+        corner = k // numbers.columns, k % numbers.columns
         for i in range(_BOX):
-            std = _TWO * _squash(outputs[r, _BOX + i])
-            sample = outputs[r, i] + std * normal[r, i]
+            sample = _draw(outputs[i], outputs[_BOX + i], normal[b, k, i], record[b, k], i, size)
             placed = shift[i] + scale[i] * _squash(sample)
-            pixels[i] = corners[r, i] + placed * to_pixels[i]
-            samples[r, i] = sample
-            depth_own[r, passed + i] = placed
+            pixels[i] = placed * to_pixels[i]
+            own[passed + i] = placed
         for i in range(2):  # x, y
-            low = pixels[1 - i] - _HALF * pixels[3 - i]
+            centre = pixels[1 - i] + np.float32(corner[1 - i]) * to_pixels[1 - i]
+            low = centre - _HALF * pixels[3 - i]
             boxes[r, i] = low
             boxes[r, 2 + i] = low + pixels[3 - i]
+        record[b, k, 3 * size + 2 :] = boxes[r]
 
 
 @compiled
-def draw_what(
-    start,
-    stop,
-    outputs,  # [R, 2 A] means, raws
-    normal,  # [R, M]
-    samples,  # [R, M]
-    depth_own,  # [R, S + 4 + A]
-):
-    what = outputs.shape[1] // 2
-    first = depth_own.shape[1] - what
-    for r in range(start, stop):
+def _draw_what(first, last, start, n, grid, encoder, depth, normal, record):
+    """what."""
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    what = size - _BOX - 1
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        outputs, own = encoder.values[-1][lo + r], depth.inputs[lo + r]
+        begin = len(own) - what
         for i in range(what):
-            std = _TWO * _squash(outputs[r, what + i])
-            sample = outputs[r, i] + std * normal[r, _BOX + i]
-            samples[r, _BOX + i] = sample
-            depth_own[r, first + i] = sample
+            j = _BOX + i
+            own[begin + i] = _draw(
+                outputs[i], outputs[what + i], normal[b, k, j], record[b, k], j, size
+            )
 
 
 @compiled
-def draw_depth(
-    start,
-    stop,
-    outputs,  # [R, 2 + S] mean, raw, passed on
-    normal,  # [R, M]
-    depth_own,  # [R, S + 4 + A]
-    samples,  # [R, M]
-    presence_own,  # [R, S + 4 + A + 1]
-):
-    passed, last = outputs.shape[1] - 2, depth_own.shape[1]
-    depth = samples.shape[1] - 1
-    for r in range(start, stop):
+def _draw_depth(first, last, start, n, grid, depth, pres, normal, record):
+    """depth, and all that pres reads of its own."""
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        outputs, own = depth.values[-1][lo + r], pres.inputs[lo + r]
+        passed = len(outputs) - 2
         for i in range(passed):
-            presence_own[r, i] = outputs[r, 2 + i]
-        for i in range(passed, last):
-            presence_own[r, i] = depth_own[r, i]
-        sample = outputs[r, 0] + _TWO * _squash(outputs[r, 1]) * normal[r, depth]
-        samples[r, depth] = sample
-        presence_own[r, last] = _DEPTH_SCALE * _squash(-sample)
+            own[i] = outputs[2 + i]
+        for i in range(passed, len(own) - 1):
+            own[i] = depth.inputs[lo + r, i]
+        j = size - 1
+        sample = _draw(outputs[0], outputs[1], normal[b, k, j], record[b, k], j, size)
+        own[-1] = _DEPTH_SCALE * _squash(-sample)
 
 
 @compiled
-def draw_presence(
+def _draw_presence(first, last, start, n, grid, numbers, pres, jitter, record, contexts):
+    """pres; and the object vector, to all that will read it."""
+    base, size = start * len(grid.order), (record.shape[2] - 6) // 3
+    lo, vector = base + first * n, size + 1
+    for r in range((last - first) * n):
+        place, image = first + r // n, r % n
+        b, k = start + image, grid.order[place]
+        own = pres.inputs[lo + r]
+        logit = _clip(pres.values[-1][lo + r, 0])
+        present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / numbers.temperature))
+        record[b, k, 3 * size], record[b, k, 3 * size + 1] = logit, present
+        if contexts.shape[1] == 0:
+            continue
+        for d in range(grid.followers.shape[1]):
+            if grid.followers[place, d] < len(grid.order):
+                slot = contexts[base + grid.followers[place, d] * n + image]
+                begin = d * vector
+                for i in range(size):
+                    slot[begin + i] = own[len(own) - size + i]
+                slot[begin + size] = present
+
+
+@compiled
+def _fill_edges(start, n, grid, edge, contexts):
+    """The learned object beyond the rim, wherever it is read."""
+    vector = len(edge)
+    for place in range(len(grid.order)):
+        for d in range(grid.neighbours.shape[1]):
+            if grid.neighbours[place, d] == len(grid.order):
+                lo = start * len(grid.order) + place * n
+                contexts[lo : lo + n, d * vector : (d + 1) * vector] = edge
+
+
+@inlined
+def _most_rows(grid, n):
+    """Of a wave."""
+    return n * (grid.starts[1:] - grid.starts[:-1]).max()
+
+
+@compiled
+def cells_forward(
     start,
     stop,
-    temperature,
-    logits,  # [R, 1] of pres
-    jitter,  # [R, 1]
-    presence_own,  # [R, S + 4 + A + 1]
-    presence,  # [R, 1]
-    vectors,  # [R, V]
+    grid,  # Grid
+    numbers,  # Numbers
+    images,  # [B, C, H, W]
+    products,  # [B, K, 3 h] first layers applied to features, with their biases
+    normal,  # [B, K, M] standard normal
+    jitter,  # [B, K] standard logistic
+    edge,  # [V]
+    context_weight,  # [3 h, 4 V], or no columns
+    where,  # Network, as the others are; values and inputs are to be filled
+    encoder,
+    encoder_bias,  # [1, h] of its first layer
+    depth,
+    pres,
+    contexts,  # [R, 4 V], or no columns; to be filled
+    record,  # [B, K, 3 M + 6], columns as in `spairkit.latents.unpack`; to be filled
 ):
-    size = vectors.shape[1] - 1
-    passed = presence_own.shape[1] - size
-    sharpness = _ONE / np.float32(temperature)
-    for r in range(start, stop):
-        logit = _clip(logits[r, 0]) * sharpness + jitter[r, 0]
-        present = _ONE / (_ONE + np.exp(-logit))
-        presence[r, 0] = present
+    """Latents of the images from start to stop, and what their gradients will need."""
+    n, num_cells, h = stop - start, len(grid.order), products.shape[2] // 3
+    most = _most_rows(grid, n)
+    added = np.empty((most, 3 * h), np.float32)
+    boxes = np.empty((most, _BOX), np.float32)
+    here = images[start:stop]
+    if contexts.shape[1] > 0:
+        _fill_edges(start, n, grid, edge, contexts)
+    for t in range(len(grid.starts) - 1):
+        first, last = grid.starts[t], grid.starts[t + 1]
+        rows = (last - first) * n
+        lo = start * num_cells + first * n
+        hi = lo + rows
+        _first_layers(first, last, start, n, grid, context_weight, contexts, products, added)
+        _forward(lo, hi, where, added[:rows, :h], numbers.relu)
+        _draw_where(first, last, start, n, grid, numbers, where, depth, normal, record, boxes)
+        glimpses = encoder.inputs[lo:hi].reshape((rows, images.shape[1], numbers.size, -1))
+        glimpses_forward(here, boxes[:rows], glimpses)
+        _forward(lo, hi, encoder, encoder_bias, numbers.relu)
+        _draw_what(first, last, start, n, grid, encoder, depth, normal, record)
+        _forward(lo, hi, depth, added[:rows, h : 2 * h], numbers.relu)
+        _draw_depth(first, last, start, n, grid, depth, pres, normal, record)
+        _forward(lo, hi, pres, added[:rows, 2 * h :], numbers.relu)
+        _draw_presence(first, last, start, n, grid, numbers, pres, jitter, record, contexts)
+
+
+@compiled
+def _vectors_back(first, last, n, grid, grad_contexts, grad_vectors):
+    """The gradient that reaches object vectors from the cells that read them."""
+    vector = grad_vectors.shape[1]
+    for r in range((last - first) * n):
+        place, image = first + r // n, r % n
+        grad_vectors[r] = _ZERO
+        for d in range(grid.followers.shape[1]):
+            if grid.followers[place, d] < len(grid.order) and grad_contexts.shape[1] > 0:
+                slot = grad_contexts[grid.followers[place, d] * n + image]
+                begin = d * vector
+                for i in range(vector):
+                    grad_vectors[r, i] += slot[begin + i]
+
+
+@compiled
+def _presence_back(
+    first, last, start, n, grid, numbers, pres, record, grad_record, grad_vectors, grads
+):
+    """From vectors and the record to the outputs of pres."""
+    lo, size = start * len(grid.order) + first * n, grad_vectors.shape[1] - 1
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        present = record[b, k, 3 * size + 1]
+        grad = grad_record[b, k, 3 * size + 1] + grad_vectors[r, size]
+        grad = grad * present * (_ONE - present) / numbers.temperature
+        inside = abs(pres.values[-1][lo + r, 0]) <= _LOGIT_LIMIT
+        grads[lo + r, 0] = grad + grad_record[b, k, 3 * size] if inside else _ZERO
+
+
+@compiled
+def _depth_back(
+    first, last, start, n, grid, depth, normal, record, grad_record, grad_own, grad_vectors, grads
+):
+    """From vectors and the inputs of pres to the outputs of depth."""
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    j = size - 1
+    passed = grads.shape[1] - 2
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
         for i in range(size):
-            vectors[r, i] = presence_own[r, passed + i]
-        vectors[r, size] = present
-
-
-@compiled
-def vector_back(
-    start,
-    stop,
-    grad_contexts,  # [4 (R + B), V]
-    uses,  # [R, 4] rows of grad_contexts where the row's vector is read
-    grad_vectors,  # [R, V]
-):
-    size = grad_vectors.shape[1]
-    for r in range(start, stop):
-        a, b, c, d = uses[r, 0], uses[r, 1], uses[r, 2], uses[r, 3]
-        for i in range(size):
-            grad = grad_contexts[a, i] + grad_contexts[b, i]
-            grad_vectors[r, i] = grad + grad_contexts[c, i] + grad_contexts[d, i]
-
-
-@compiled
-def depth_back(
-    start,
-    stop,
-    grad_presence_own,  # [R, S + M]
-    slope_nearness,  # [R, 1]
-    grad_means,  # [R, M]
-    grad_raws,  # [R, M]
-    levers,  # [R, M]
-    grad_vectors,  # [R, V]
-    grad_outputs,  # [R, 2 + S]
-):
-    passed, last = grad_outputs.shape[1] - 2, levers.shape[1] - 1
-    for r in range(start, stop):
-        for i in range(last + 1):
-            grad_vectors[r, i] += grad_presence_own[r, passed + i]
-        grad = grad_vectors[r, last] * slope_nearness[r, 0]
-        grad_outputs[r, 0] = grad_means[r, last] + grad
-        grad_outputs[r, 1] = grad_raws[r, last] + grad * levers[r, last]
+            grad_vectors[r, i] += grad_own[r, passed + i]
+        sample = record[b, k, 2 * size + j]
+        nearness = _squash(-sample)
+        grad = -_DEPTH_SCALE * _slope(sample, nearness) * grad_vectors[r, j]
+        raw = depth.values[-1][lo + r, 1]
+        mean, std = _moments_back(grad, raw, normal[b, k, j], grad_record[b, k], j, size)
+        grads[lo + r, 0], grads[lo + r, 1] = mean, std
         for i in range(passed):
-            grad_outputs[r, 2 + i] = grad_presence_own[r, i]
+            grads[lo + r, 2 + i] = grad_own[r, i]
 
 
 @compiled
-def what_back(
-    start,
-    stop,
-    grad_depth_own,  # [R, S + M - 1]
-    grad_means,  # [R, M]
-    grad_raws,  # [R, M]
-    levers,  # [R, M]
-    grad_vectors,  # [R, V]
-    grad_outputs,  # [R, 2 A]
+def _what_back(
+    first, last, start, n, grid, encoder, normal, grad_record, grad_own, grad_vectors, grads
 ):
-    what = grad_outputs.shape[1] // 2
-    passed = grad_depth_own.shape[1] - _BOX - what
-    for r in range(start, stop):
+    """From vectors and the inputs of depth to the outputs of the encoder."""
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    what = size - _BOX - 1
+    passed = grad_own.shape[1] - _BOX - what
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
         for i in range(_BOX + what):
-            grad_vectors[r, i] += grad_depth_own[r, passed + i]
+            grad_vectors[r, i] += grad_own[r, passed + i]
         for i in range(what):
-            k = _BOX + i
-            grad = grad_vectors[r, k]
-            grad_outputs[r, i] = grad_means[r, k] + grad
-            grad_outputs[r, what + i] = grad_raws[r, k] + grad * levers[r, k]
+            j = _BOX + i
+            raw = encoder.values[-1][lo + r, what + i]
+            mean, std = _moments_back(
+                grad_vectors[r, j], raw, normal[b, k, j], grad_record[b, k], j, size
+            )
+            grads[lo + r, i], grads[lo + r, what + i] = mean, std
 
 
 @compiled
-def where_back(
+def _where_back(
+    first, last, start, n, grid, numbers, where, normal, record, grad_record, grad_own,
+    grad_vectors, grad_boxes, grads,
+):  # fmt: skip
+    """From vectors and boxes to the outputs of where, and what depth was passed."""
+    scale, _, to_pixels = numbers.constants
+    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    passed = grads.shape[1] - 2 * _BOX
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        for i in range(_BOX):  # y, x, h, w
+            edge = 1 - i % 2
+            low = grad_boxes[r, edge] + grad_record[b, k, 3 * size + 2 + edge]
+            high = grad_boxes[r, 2 + edge] + grad_record[b, k, 3 * size + 4 + edge]
+            pixels = low + high if i < 2 else _HALF * (high - low)
+            sample = record[b, k, 2 * size + i]
+            slope = scale[i] * _slope(sample, _squash(sample))
+            grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * slope
+            raw = where.values[-1][lo + r, _BOX + i]
+            mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
+            grads[lo + r, i], grads[lo + r, _BOX + i] = mean, std
+        for i in range(passed):
+            grads[lo + r, 2 * _BOX + i] = grad_own[r, i]
+
+
+@compiled
+def _first_layers_back(first, last, start, n, grid, where, depth, pres, grad_added, grad_products):
+    """The gradients of three first layers side by side, in rows and in raster order."""
+    lo, h = start * len(grid.order) + first * n, where.shape[1]
+    for r in range((last - first) * n):
+        b, k = start + r % n, grid.order[first + r // n]
+        row = grad_added[lo + r]
+        for i in range(h):
+            row[i] = where[lo + r, i]
+            row[h + i] = depth[lo + r, i]
+            row[2 * h + i] = pres[lo + r, i]
+        grad_products[b, k] = row
+
+
+@compiled
+def _edges_back(start, n, grid, grad_contexts, grad_edges):
+    """The gradient of the object beyond the rim, for each image."""
+    vector = grad_edges.shape[1]
+    grad_edges[start : start + n] = _ZERO
+    for place in range(len(grid.order)):
+        for d in range(grid.neighbours.shape[1]):
+            if grid.neighbours[place, d] == len(grid.order):
+                slots = grad_contexts[place * n : (place + 1) * n, d * vector : (d + 1) * vector]
+                grad_edges[start : start + n] += slots
+
+
+@compiled
+def cells_backward(
     start,
     stop,
-    constants,  # [3, 4] scale, shift, to_pixels
-    grad_vectors,  # [R, V]
-    grad_depth_own,  # [R, S + M - 1]
-    grad_boxes,  # [R, 4]
-    slope_placed,  # [R, 4]
-    grad_means,  # [R, M]
-    grad_raws,  # [R, M]
-    levers,  # [R, M]
-    grad_outputs,  # [R, 8 + S]
+    grid,
+    numbers,
+    images,
+    normal,
+    record,
+    grad_record,  # [B, K, 3 M + 6]
+    context_weight,
+    where,
+    encoder,
+    depth,
+    pres,
+    grad_where,  # a tuple of [R, outputs] for each layer, before its activation; to be filled
+    grad_encoder,  # likewise
+    grad_depth,
+    grad_pres,
+    grad_added,  # [R, 3 h] to be filled, as is what follows
+    grad_products,  # [B, K, 3 h]
+    grad_edges,  # [B, V]
 ):
-    to_pixels = constants[2]
-    passed = grad_outputs.shape[1] - 2 * _BOX
-    for r in range(start, stop):
-        for i in range(_BOX):  # y, x, h, w
-            k = 1 - i % 2
-            low, high = grad_boxes[r, k], grad_boxes[r, 2 + k]
-            pixels = low + high if i < 2 else _HALF * (high - low)
-            grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * slope_placed[r, i]
-            grad_outputs[r, i] = grad_means[r, i] + grad
-            grad_outputs[r, _BOX + i] = grad_raws[r, i] + grad * levers[r, i]
-        for i in range(passed):
-            grad_outputs[r, 2 * _BOX + i] = grad_depth_own[r, i]
+    """Gradients of all that was added and drawn; with training wheels of the encoder's alone."""
+    n, num_cells, size = stop - start, len(grid.order), normal.shape[2]
+    most = _most_rows(grid, n)
+    relu = numbers.relu
+    lateral = context_weight.shape[1] > 0
+    here = images[start:stop]
+    grad_contexts = np.empty((num_cells * n, context_weight.shape[1]), np.float32)
+    grad_vectors = np.zeros((most, size + 1), np.float32)
+    grad_pres_own = np.zeros((most, pres.inputs.shape[1]), np.float32)
+    grad_depth_own = np.zeros((most, depth.inputs.shape[1]), np.float32)
+    grad_glimpses = np.empty((most, encoder.inputs.shape[1]), np.float32)
+    grad_boxes = np.empty((most, _BOX), np.float32)
+    boxes = np.empty((most, _BOX), np.float32)
+    for t in range(len(grid.starts) - 2, -1, -1):
+        first, last = grid.starts[t], grid.starts[t + 1]
+        rows = (last - first) * n
+        lo = start * num_cells + first * n
+        hi = lo + rows
+        if numbers.training_wheels:
+            _what_back(
+                first, last, start, n, grid, encoder, normal, grad_record, grad_depth_own,
+                grad_vectors, grad_encoder[-1],
+            )  # fmt: skip
+            _backward(lo, hi, encoder, grad_encoder, relu)
+            continue
+        _vectors_back(first, last, n, grid, grad_contexts, grad_vectors)
+        _presence_back(
+            first, last, start, n, grid, numbers, pres, record, grad_record, grad_vectors,
+            grad_pres[-1],
+        )  # fmt: skip
+        _backward(lo, hi, pres, grad_pres, relu)
+        np.dot(grad_pres[0][lo:hi], pres.own, grad_pres_own[:rows])
+        _depth_back(
+            first, last, start, n, grid, depth, normal, record, grad_record, grad_pres_own,
+            grad_vectors, grad_depth[-1],
+        )  # fmt: skip
+        _backward(lo, hi, depth, grad_depth, relu)
+        np.dot(grad_depth[0][lo:hi], depth.own, grad_depth_own[:rows])
+        _what_back(
+            first, last, start, n, grid, encoder, normal, grad_record, grad_depth_own,
+            grad_vectors, grad_encoder[-1],
+        )  # fmt: skip
+        _backward(lo, hi, encoder, grad_encoder, relu)
+        np.dot(grad_encoder[0][lo:hi], encoder.own, grad_glimpses[:rows])
+        for r in range(rows):
+            boxes[r] = record[start + r % n, grid.order[first + r // n], 3 * size + 2 :]
+        glimpses = grad_glimpses[:rows].reshape((rows, images.shape[1], numbers.size, -1))
+        glimpses_backward(glimpses, here, boxes[:rows], grad_boxes)
+        _where_back(
+            first, last, start, n, grid, numbers, where, normal, record, grad_record,
+            grad_depth_own, grad_vectors, grad_boxes, grad_where[-1],
+        )  # fmt: skip
+        _backward(lo, hi, where, grad_where, relu)
+        _first_layers_back(
+            first, last, start, n, grid, grad_where[0], grad_depth[0], grad_pres[0], grad_added,
+            grad_products,
+        )  # fmt: skip
+        if lateral:
+            np.dot(grad_added[lo:hi], context_weight, grad_contexts[first * n : last * n])
+    if lateral and not numbers.training_wheels:
+        _edges_back(start, n, grid, grad_contexts, grad_edges)

@@ -1,15 +1,13 @@
 """Numba twin of the spatial transformer, float32: glimpses, and their gradient to the boxes.
 
-Row r of boxes and glimpses belongs to image r modulo B, so that the cells of a wave lie one after
-the other, each with all images. A coordinate beyond the image takes the border pixel and has no
-gradient; NaN counts as 0 here, since it must never become an address.
+Row r of boxes and glimpses belongs to image r modulo n, as the cells of a wave lie one after the
+other, each with n images. A coordinate beyond the image takes the border pixel and has no gradient;
+NaN counts as 0 here, since it must never become an address.
 """
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import compiled, inlined
 
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
@@ -32,20 +30,19 @@ def _place(low, high, num_pixels, tap, fraction, inside):
 
 
 @compiled
-def _glimpses_forward(
-    start,
-    stop,
-    images,  # [B, C, H, W]
-    boxes,  # [n B, 4]
-    glimpses,  # [n B, C, P, P]
+def glimpses_forward(
+    images,  # [n, C, H, W]
+    boxes,  # [m n, 4] xyxy, pixels
+    glimpses,  # [m n, C, P, P] to be filled
 ):
+    """Cuts the glimpses of boxes out of the images."""
     num_images, num_channels, height, width = images.shape
     size = glimpses.shape[2]
     row, column = np.empty(size, np.uint64), np.empty(size, np.uint64)
     row_fraction, column_fraction = np.empty(size, np.float32), np.empty(size, np.float32)
     inside = np.empty(size, np.float32)
     below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
-    for r in range(start, stop):
+    for r in range(len(boxes)):
         _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, inside)
         _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, inside)
         for k in range(num_channels):
@@ -62,14 +59,13 @@ def _glimpses_forward(
 
 
 @compiled
-def _glimpses_backward(
-    start,
-    stop,
-    grad_glimpses,  # [n B, C, P, P]
-    images,  # [B, C, H, W]
-    boxes,  # [n B, 4]
-    grad_boxes,  # [n B, 4]
+def glimpses_backward(
+    grad_glimpses,  # [m n, C, P, P]
+    images,  # [n, C, H, W]
+    boxes,  # [m n, 4]
+    grad_boxes,  # [m n, 4] to be filled
 ):
+    """The gradient of the boxes."""
     num_images, num_channels, height, width = images.shape
     size = grad_glimpses.shape[2]
     row, column = np.empty(size, np.uint64), np.empty(size, np.uint64)
@@ -77,7 +73,7 @@ def _glimpses_backward(
     row_inside, column_inside = np.empty(size, np.float32), np.empty(size, np.float32)
     grad_rows, grad_columns = np.empty(size, np.float32), np.empty(size, np.float32)
     below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
-    for r in range(start, stop):
+    for r in range(len(boxes)):
         y_scale = _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, row_inside)
         x_scale = _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, column_inside)
         grad_rows[:] = _ZERO
@@ -105,21 +101,3 @@ def _glimpses_backward(
             grad_boxes[r, 1] += (_ONE - share) * grad_y
             grad_boxes[r, 2] += share * grad_x
             grad_boxes[r, 3] += share * grad_y
-
-
-def glimpses_cpu(images: Tensor, boxes: Tensor, glimpses: Tensor) -> None:
-    """Fills the last: [B, C, H, W], [n B, 4] -> [n B, C, size, size]."""
-    arrays = _arrays(images, boxes)
-    over_images(_glimpses_forward, boxes.shape[0], *arrays, glimpses.numpy())
-
-
-def glimpses_backward_cpu(grad_glimpses: Tensor, images: Tensor, boxes: Tensor) -> Tensor:
-    """Gradient of the boxes, [n B, 4]."""
-    grad_boxes = torch.empty(boxes.shape)
-    arrays = _arrays(grad_glimpses, images, boxes, grad_boxes)
-    over_images(_glimpses_backward, boxes.shape[0], *arrays)
-    return grad_boxes
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]

@@ -7,12 +7,14 @@ differ from machine to machine, may not be entered by two threads at once and do
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from numba import njit
+from threadpoolctl import ThreadpoolController
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -48,6 +50,27 @@ def over_images(function: Callable[..., None], num_images: int, *arguments: Any)
     function(*edges[:2], *arguments)
     for job in rest:
         job.result()
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Lets matrix products in compiled functions run on the thread that asks for them."""
+    libraries = _blas_libraries()
+    before = [library.get_num_threads() for library in libraries]
+    for library in libraries:
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, number in zip(libraries, before, strict=True):
+            library.set_num_threads(number)
+
+
+@functools.cache
+def _blas_libraries() -> list[Any]:
+    import scipy.linalg  # noqa: F401 # whose BLAS Numba calls: it must be there to be found
+
+    return ThreadpoolController().select(user_api="blas").lib_controllers
 
 
 @functools.lru_cache(maxsize=4)

@@ -13,9 +13,10 @@ object vector (box, what, nearness, presence), S the passthrough features, h the
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -28,6 +29,9 @@ from spairkit.glimpses import box_gradient, glimpse_rows, runs_compiled
 from spairkit.latents import BOX, Latents, Noise, unpack
 from spairkit.networks import LateralNetwork, shared_weights
 from spairkit.wavefront import NEIGHBOURS, Wavefront
+
+if TYPE_CHECKING:
+    from spairkit.kernels.cells_cpu import Grid, Numbers
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class _Plan:
 
 def encode_cells(
     images: Tensor,  # [B, 3, H, W]
-    products: Tensor,  # [K, B, 3 h] first layers applied to features, cells in wave order
+    products: Tensor,  # [B, K, 3 h] first layers applied to features, cells in raster order
     noise: Noise,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
@@ -78,15 +82,48 @@ def encode_cells(
     for line in lines:
         weights += [line.weight, line.bias]
     plan = _Plan(config, front, training_wheels, images.shape[0])
+    products = products.to(images.dtype)  # from bfloat16, under autocast
+    if runs_compiled(images) and len(lines) > 1:
+        from spairkit.kernels.cells_op import encode_cells_cpu
+
+        grid, numbers = _grid(front), _numbers(config, images, training_wheels)
+        record = encode_cells_cpu(
+            grid, numbers, images, products, noise.normal, noise.logistic, edge, weights
+        )
+        return unpack(record, config.what)
     normal = noise.normal.transpose(0, 1)[front.order].flatten(0, 1)
     jitter = noise.logistic.T[front.order].reshape(-1, 1) / config.temperature
     with torch.autocast(images.device.type, enabled=False):
-        rows = products.flatten(0, 1).to(images.dtype)
+        rows = products.transpose(0, 1)[front.order].flatten(0, 1)
         record: Tensor = _CellLoop.apply(  # type: ignore[no-untyped-call]
             plan, images.contiguous(), rows, normal, jitter, edge, *weights
         )
     record = record.unflatten(0, (-1, images.shape[0]))[front.places].transpose(0, 1)
     return unpack(record, config.what)
+
+
+@cache
+def _grid(front: Wavefront) -> "Grid":
+    """The schedule as the compiled loop reads it."""
+    from spairkit.kernels.cells_cpu import Grid
+
+    starts = [wave.start for wave in front.waves] + [len(front.order)]
+    tables = (x.numpy() for x in (front.order, front.neighbours, front.followers))
+    return Grid(np.array(starts, np.int64), *tables)
+
+
+def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Numbers":
+    """The config as the compiled loop reads it."""
+    from spairkit.kernels.cells_cpu import Numbers
+
+    return Numbers(
+        constants=_box_constants(config, images.device, images.dtype).numpy(),
+        columns=-(-images.shape[-1] // config.cell),
+        size=config.object_size,
+        temperature=np.float32(config.temperature),
+        relu=config.activation == "relu",
+        training_wheels=training_wheels,
+    )
 
 
 class _Network:
@@ -184,7 +221,7 @@ class _CellLoop(torch.autograd.Function):
         samples, boxes, presence = new(num_rows, m), new(num_rows, BOX), new(num_rows, 1)
         vectors = new(num_rows + plan.batch, m + 1)  # the edge after all cells
         contexts = new(num_rows, context_weight.shape[1])
-        step = Steps(sizes, runs_compiled(images))
+        step = Steps(sizes)
         depth_own, presence_own = depth.inputs[0], pres.inputs[0]
         corners = _corners(images, plan, constants[2])
         draw_where = step(
@@ -290,7 +327,7 @@ class _CellLoop(torch.autograd.Function):
         grad_depth_own, grad_presence_own = new(depth.inputs[0].shape), new(pres.inputs[0].shape)
         to_boxes = new(len(samples), BOX)
         so_far = grad_mean, grad_raw, lever
-        step = Steps(sizes, runs_compiled(images))
+        step = Steps(sizes)
         if c.lateral:
             uses = _vector_rows(front.followers, batch) * len(NEIGHBOURS)
             uses = uses + torch.arange(len(NEIGHBOURS), device=uses.device)  # [R, 4]

@@ -1,13 +1,10 @@
-"""What the loop over cells does between matrix products: elementwise steps, each with two twins.
+"""What the loop over cells does between matrix products: elementwise steps for the rows of a wave.
 
-Here they are in torch, for the rows of a wave of each tensor. In `spairkit.kernels.cells_cpu` the
-functions of the same names take whole arrays and where the wave starts and stops, one call in place
-of some ten small operations. Shapes and letters are those of `spairkit.cell_loop`, n for a wave's
-rows. What a step fills comes last. An own input holds what is passed on, the box, what, nearness.
+Shapes and letters are those of `spairkit.cell_loop`, n for a wave's rows. What a step fills comes
+last. An own input holds what is passed on, the box, what, nearness.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,23 +22,15 @@ DEPTH_SCALE = 4.0
 class Steps:
     """Makes steps for waves of so many rows, once a pass: views made in the loop cost much more."""
 
-    def __init__(self, sizes: list[int], compiled: bool) -> None:
+    def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
-        self.compiled = compiled
-        self.ranges = list(pairwise([0, *accumulate(sizes)]))
 
     def __call__(
         self, step: Callable[..., None], *tensors: Tensor, fixed: tuple[Any, ...] = ()
     ) -> Callable[[int], None]:
         """`step(*fixed, *rows)` by number of the wave; `tensors` are [R, ...]."""
-        if not self.compiled:
-            rows = by_wave(tensors, self.sizes)
-            return lambda wave: step(*fixed, *rows[wave])
-        from spairkit.kernels import cells_cpu
-
-        kernel = getattr(cells_cpu, step.__name__)
-        arrays = [x.numpy() if isinstance(x, Tensor) else x for x in (*fixed, *tensors)]
-        return lambda wave: kernel(*self.ranges[wave], *arrays)
+        rows = by_wave(tensors, self.sizes)
+        return lambda wave: step(*fixed, *rows[wave])
 
 
 def by_wave(tensors: Sequence[Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:

@@ -43,11 +43,6 @@ def glimpse_rows(
     out: Tensor,  # [n B, C size size]
 ) -> None:
     """Fills `out` with the same for boxes that lie cell by cell, without gradients."""
-    if runs_compiled(images):
-        from spairkit.kernels.glimpse_cpu import glimpses_cpu
-
-        glimpses_cpu(images, boxes, out.unflatten(1, (-1, size, size)))
-        return
     by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
     glimpses = extract_glimpses(images, by_image, size).transpose(0, 1)  # [n, B, ...]
     out.copy_(glimpses.flatten(2).flatten(0, 1))
@@ -61,10 +56,6 @@ def box_gradient(
 ) -> Tensor:  # [n B, 4]
     """The gradient of the boxes of `glimpse_rows`."""
     grad_glimpses = grad_glimpses.unflatten(1, (-1, size, size))
-    if runs_compiled(images):
-        from spairkit.kernels.glimpse_cpu import glimpses_backward_cpu
-
-        return glimpses_backward_cpu(grad_glimpses, images, boxes)
     with torch.enable_grad():
         by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
         by_image = by_image.detach().requires_grad_()
@@ -75,7 +66,7 @@ def box_gradient(
 
 
 def runs_compiled(images: Tensor) -> bool:
-    """Whether Numba cuts the glimpses, and does what else there is for these images in training."""
+    """Whether Numba does for these images in training what it has kernels for."""
     if images.device.type != "cpu" or images.dtype != torch.float32:
         return False
     return chosen_backend("auto", images, "images") == "cpu"

@@ -239,11 +239,11 @@ class SPAIR(nn.Module):
         features = self.backbone(images)  # [B, F, rows, columns]
         rows, columns = features.shape[-2:]
         front = wavefront(rows, columns, images.device)
-        features = features.flatten(2).permute(2, 0, 1)[front.order]  # [K, B, F]
+        features = features.flatten(2).transpose(1, 2)  # [B, K, F]
         networks = (self.where_network, self.depth_network, self.presence_network)
         weights = shared_weights(networks, 0, c.features)
         bias = torch.cat([network.first.bias for network in networks])
-        products = F.linear(features, weights, bias)  # [K, B, 3 hidden]
+        products = F.linear(features, weights, bias)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
         # the loop without records of autograd is for the one case that has to be fast
         plain = images.requires_grad or torch.compiler.is_compiling()
@@ -251,6 +251,7 @@ class SPAIR(nn.Module):
             return encode_cells(
                 images, products, noise, edge, networks, self.encoder, c, front, training_wheels
             )
+        products = products.transpose(0, 1)[front.order]
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
         corners = corners[:, None].to(images.dtype)  # [K, 1, 2] row and column of each cell
         if noise is not None:

@@ -17,14 +17,13 @@ RUNGS: list[set[str]] = [
     {"kernels.launch", "kernels.threads", "kernels.walk"},
     {"kernels.elementary_cpu"},
     {
-        "kernels.cells_cpu",
         "kernels.glimpse_cpu",
         "kernels.presence_cpu",
         "kernels.render_cpu",
         "kernels.render_triton",
     },
-    {"kernels.presence_triton", "kernels.render_triton_backward"},
-    {"kernels.presence_op", "kernels.render_op"},
+    {"kernels.cells_cpu", "kernels.presence_triton", "kernels.render_triton_backward"},
+    {"kernels.cells_op", "kernels.presence_op", "kernels.render_op"},
     {"kernels.gate"},
     {
         "allocator",
