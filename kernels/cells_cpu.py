@@ -1,4 +1,4 @@
-"""Numba twin of `spairkit.cell_loop`, float32: all waves of some images in one call, there and back.
+"""Numba twin of `spairkit.cell_loop`, float32: all waves of some images in one call each way.
 
 The images of a call, n of them, are those of one thread, and no two calls share a row. Row
 start * K + place * n + (image - start) belongs to a cell and an image: the cells of a wave lie one
@@ -84,6 +84,20 @@ def _slope(logit, squashed):
 
 
 @compiled
+def _fill(values, value):
+    for r in range(len(values)):
+        for i in range(values.shape[1]):
+            values[r, i] = value
+
+
+@compiled
+def _add(values, bias):
+    for r in range(len(values)):
+        for i in range(len(bias)):
+            values[r, i] += bias[i]
+
+
+@compiled
 def _add_and_activate(values, added, relu):
     """values += added, [m, h] or [1, h] for all rows; then the activation."""
     for r in range(len(values)):
@@ -104,7 +118,7 @@ def _forward(lo, hi, network, added, relu):
     if network.own.shape[1] > 0:
         np.dot(network.inputs[lo:hi], network.own.T, network.values[0][lo:hi])
     else:
-        network.values[0][lo:hi] = _ZERO
+        _fill(network.values[0][lo:hi], _ZERO)
     _add_and_activate(network.values[0][lo:hi], added, relu)
     num_layers = len(network.weights)
     for layer in range(num_layers):
@@ -113,7 +127,7 @@ def _forward(lo, hi, network, added, relu):
         if layer < num_layers - 1:
             _add_and_activate(values, network.biases[layer].reshape((1, -1)), relu)
         else:
-            values += network.biases[layer]
+            _add(values, network.biases[layer])
 
 
 @compiled
@@ -152,39 +166,50 @@ def _moments_back(grad, raw, normal, grad_record, i, size):
     grad_sample = grad_record[2 * size + i] + grad
     squashed = _squash(raw)
     slope = _TWO * _slope(raw, squashed)
-    return grad_record[i] + grad_sample, slope * (
-        grad_record[size + i] + grad_sample * normal
-    )
+    return grad_record[i] + grad_sample, slope * (grad_record[size + i] + grad_sample * normal)
 
 
 @compiled
-def _first_layers(first, last, start, n, grid, context_weight, contexts, products, added):
+def _first_layers(first, last, start, n, order, context_weight, contexts, products, added):
     """The products of three first layers with what they share: features and context."""
     rows = (last - first) * n
     if contexts.shape[1] > 0:
-        lo = start * len(grid.order) + first * n
+        lo = start * len(order) + first * n
         np.dot(contexts[lo : lo + rows], context_weight.T, added[:rows])
     else:
-        added[:rows] = _ZERO
+        _fill(added[:rows], _ZERO)
     for r in range(rows):
-        product = products[start + r % n, grid.order[first + r // n]]
+        product = products[start + r % n, order[first + r // n]]
         for i in range(added.shape[1]):
             added[r, i] += product[i]
 
 
 @compiled
-def _draw_where(first, last, start, n, grid, numbers, where, depth, normal, record, boxes):
+def _draw_where(
+    first,
+    last,
+    start,
+    n,
+    order,
+    constants,
+    columns,
+    outputs_of_where,
+    own_of_depth,
+    normal,
+    record,
+    boxes,
+):
     """where, its box, and what is passed on to depth."""
-    scale, shift, to_pixels = numbers.constants
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    scale, shift, to_pixels = constants[0], constants[1], constants[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     pixels = np.empty(_BOX, np.float32)
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
-        outputs, own = where.values[-1][lo + r], depth.inputs[lo + r]
+        b, k = start + r % n, order[first + r // n]
+        outputs, own = outputs_of_where[lo + r], own_of_depth[lo + r]
         passed = len(outputs) - 2 * _BOX
         for i in range(passed):
             own[i] = outputs[2 * _BOX + i]
-        corner = k // numbers.columns, k % numbers.columns
+        corner = k // columns, k % columns
         for i in range(_BOX):
             sample = _draw(outputs[i], outputs[_BOX + i], normal[b, k, i], record[b, k], i, size)
             placed = shift[i] + scale[i] * _squash(sample)
@@ -195,17 +220,18 @@ def _draw_where(first, last, start, n, grid, numbers, where, depth, normal, reco
             low = centre - _HALF * pixels[3 - i]
             boxes[r, i] = low
             boxes[r, 2 + i] = low + pixels[3 - i]
-        record[b, k, 3 * size + 2 :] = boxes[r]
+        for i in range(_BOX):
+            record[b, k, 3 * size + 2 + i] = boxes[r, i]
 
 
 @compiled
-def _draw_what(first, last, start, n, grid, encoder, depth, normal, record):
+def _draw_what(first, last, start, n, order, outputs_of_encoder, own_of_depth, normal, record):
     """what."""
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     what = size - _BOX - 1
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
-        outputs, own = encoder.values[-1][lo + r], depth.inputs[lo + r]
+        b, k = start + r % n, order[first + r // n]
+        outputs, own = outputs_of_encoder[lo + r], own_of_depth[lo + r]
         begin = len(own) - what
         for i in range(what):
             j = _BOX + i
@@ -215,39 +241,54 @@ def _draw_what(first, last, start, n, grid, encoder, depth, normal, record):
 
 
 @compiled
-def _draw_depth(first, last, start, n, grid, depth, pres, normal, record):
+def _draw_depth(
+    first, last, start, n, order, outputs_of_depth, own_of_depth, own_of_pres, normal, record
+):
     """depth, and all that pres reads of its own."""
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
-        outputs, own = depth.values[-1][lo + r], pres.inputs[lo + r]
+        b, k = start + r % n, order[first + r // n]
+        outputs, own = outputs_of_depth[lo + r], own_of_pres[lo + r]
         passed = len(outputs) - 2
         for i in range(passed):
             own[i] = outputs[2 + i]
         for i in range(passed, len(own) - 1):
-            own[i] = depth.inputs[lo + r, i]
+            own[i] = own_of_depth[lo + r, i]
         j = size - 1
         sample = _draw(outputs[0], outputs[1], normal[b, k, j], record[b, k], j, size)
         own[-1] = _DEPTH_SCALE * _squash(-sample)
 
 
 @compiled
-def _draw_presence(first, last, start, n, grid, numbers, pres, jitter, record, contexts):
+def _draw_presence(
+    first,
+    last,
+    start,
+    n,
+    order,
+    followers,
+    temperature,
+    logits,
+    own_of_pres,
+    jitter,
+    record,
+    contexts,
+):
     """pres; and the object vector, to all that will read it."""
-    base, size = start * len(grid.order), (record.shape[2] - 6) // 3
+    base, size = start * len(order), (record.shape[2] - 6) // 3
     lo, vector = base + first * n, size + 1
     for r in range((last - first) * n):
         place, image = first + r // n, r % n
-        b, k = start + image, grid.order[place]
-        own = pres.inputs[lo + r]
-        logit = _clip(pres.values[-1][lo + r, 0])
-        present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / numbers.temperature))
+        b, k = start + image, order[place]
+        own = own_of_pres[lo + r]
+        logit = _clip(logits[lo + r, 0])
+        present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / temperature))
         record[b, k, 3 * size], record[b, k, 3 * size + 1] = logit, present
         if contexts.shape[1] == 0:
             continue
-        for d in range(grid.followers.shape[1]):
-            if grid.followers[place, d] < len(grid.order):
-                slot = contexts[base + grid.followers[place, d] * n + image]
+        for d in range(followers.shape[1]):
+            if followers[place, d] < len(order):
+                slot = contexts[base + followers[place, d] * n + image]
                 begin = d * vector
                 for i in range(size):
                     slot[begin + i] = own[len(own) - size + i]
@@ -255,20 +296,25 @@ def _draw_presence(first, last, start, n, grid, numbers, pres, jitter, record, c
 
 
 @compiled
-def _fill_edges(start, n, grid, edge, contexts):
+def _fill_edges(start, n, neighbours, edge, contexts):
     """The learned object beyond the rim, wherever it is read."""
     vector = len(edge)
-    for place in range(len(grid.order)):
-        for d in range(grid.neighbours.shape[1]):
-            if grid.neighbours[place, d] == len(grid.order):
-                lo = start * len(grid.order) + place * n
-                contexts[lo : lo + n, d * vector : (d + 1) * vector] = edge
+    for place in range(len(neighbours)):
+        for d in range(neighbours.shape[1]):
+            if neighbours[place, d] == len(neighbours):
+                lo = start * len(neighbours) + place * n
+                for r in range(lo, lo + n):
+                    for i in range(vector):
+                        contexts[r, d * vector + i] = edge[i]
 
 
 @inlined
-def _most_rows(grid, n):
+def _most_rows(starts, n):
     """Of a wave."""
-    return n * (grid.starts[1:] - grid.starts[:-1]).max()
+    most = 0
+    for t in range(len(starts) - 1):
+        most = max(most, starts[t + 1] - starts[t])
+    return n * most
 
 
 @compiled
@@ -292,41 +338,52 @@ def cells_forward(
     record,  # [B, K, 3 M + 6], columns as in `spairkit.latents.unpack`; to be filled
 ):
     """Latents of the images from start to stop, and what their gradients will need."""
-    n, num_cells, h = stop - start, len(grid.order), products.shape[2] // 3
-    most = _most_rows(grid, n)
+    starts, order = grid.starts, grid.order
+    n, num_cells, h = stop - start, len(order), products.shape[2] // 3
+    most = _most_rows(starts, n)
     added = np.empty((most, 3 * h), np.float32)
     boxes = np.empty((most, _BOX), np.float32)
     here = images[start:stop]
     if contexts.shape[1] > 0:
-        _fill_edges(start, n, grid, edge, contexts)
-    for t in range(len(grid.starts) - 1):
-        first, last = grid.starts[t], grid.starts[t + 1]
+        _fill_edges(start, n, grid.neighbours, edge, contexts)
+    for t in range(len(starts) - 1):
+        first, last = starts[t], starts[t + 1]
         rows = (last - first) * n
         lo = start * num_cells + first * n
         hi = lo + rows
-        _first_layers(first, last, start, n, grid, context_weight, contexts, products, added)
+        _first_layers(first, last, start, n, order, context_weight, contexts, products, added)
         _forward(lo, hi, where, added[:rows, :h], numbers.relu)
-        _draw_where(first, last, start, n, grid, numbers, where, depth, normal, record, boxes)
+        _draw_where(
+            first, last, start, n, order, numbers.constants, numbers.columns, where.values[-1],
+            depth.inputs, normal, record, boxes,
+        )  # fmt: skip
         glimpses = encoder.inputs[lo:hi].reshape((rows, images.shape[1], numbers.size, -1))
         glimpses_forward(here, boxes[:rows], glimpses)
         _forward(lo, hi, encoder, encoder_bias, numbers.relu)
-        _draw_what(first, last, start, n, grid, encoder, depth, normal, record)
+        _draw_what(first, last, start, n, order, encoder.values[-1], depth.inputs, normal, record)
         _forward(lo, hi, depth, added[:rows, h : 2 * h], numbers.relu)
-        _draw_depth(first, last, start, n, grid, depth, pres, normal, record)
+        _draw_depth(
+            first, last, start, n, order, depth.values[-1], depth.inputs, pres.inputs, normal,
+            record,
+        )  # fmt: skip
         _forward(lo, hi, pres, added[:rows, 2 * h :], numbers.relu)
-        _draw_presence(first, last, start, n, grid, numbers, pres, jitter, record, contexts)
+        _draw_presence(
+            first, last, start, n, order, grid.followers, numbers.temperature, pres.values[-1],
+            pres.inputs, jitter, record, contexts,
+        )  # fmt: skip
 
 
 @compiled
-def _vectors_back(first, last, n, grid, grad_contexts, grad_vectors):
+def _vectors_back(first, last, n, followers, grad_contexts, grad_vectors):
     """The gradient that reaches object vectors from the cells that read them."""
     vector = grad_vectors.shape[1]
     for r in range((last - first) * n):
         place, image = first + r // n, r % n
-        grad_vectors[r] = _ZERO
-        for d in range(grid.followers.shape[1]):
-            if grid.followers[place, d] < len(grid.order) and grad_contexts.shape[1] > 0:
-                slot = grad_contexts[grid.followers[place, d] * n + image]
+        for i in range(vector):
+            grad_vectors[r, i] = _ZERO
+        for d in range(followers.shape[1]):
+            if followers[place, d] < len(followers) and grad_contexts.shape[1] > 0:
+                slot = grad_contexts[followers[place, d] * n + image]
                 begin = d * vector
                 for i in range(vector):
                     grad_vectors[r, i] += slot[begin + i]
@@ -334,35 +391,46 @@ def _vectors_back(first, last, n, grid, grad_contexts, grad_vectors):
 
 @compiled
 def _presence_back(
-    first, last, start, n, grid, numbers, pres, record, grad_record, grad_vectors, grads
+    first, last, start, n, order, temperature, logits, record, grad_record, grad_vectors, grads
 ):
     """From vectors and the record to the outputs of pres."""
-    lo, size = start * len(grid.order) + first * n, grad_vectors.shape[1] - 1
+    lo, size = start * len(order) + first * n, grad_vectors.shape[1] - 1
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
+        b, k = start + r % n, order[first + r // n]
         present = record[b, k, 3 * size + 1]
         grad = grad_record[b, k, 3 * size + 1] + grad_vectors[r, size]
-        grad = grad * present * (_ONE - present) / numbers.temperature
-        inside = abs(pres.values[-1][lo + r, 0]) <= _LOGIT_LIMIT
+        grad = grad * present * (_ONE - present) / temperature
+        inside = abs(logits[lo + r, 0]) <= _LOGIT_LIMIT
         grads[lo + r, 0] = grad + grad_record[b, k, 3 * size] if inside else _ZERO
 
 
 @compiled
 def _depth_back(
-    first, last, start, n, grid, depth, normal, record, grad_record, grad_own, grad_vectors, grads
+    first,
+    last,
+    start,
+    n,
+    order,
+    outputs,
+    normal,
+    record,
+    grad_record,
+    grad_own,
+    grad_vectors,
+    grads,
 ):
     """From vectors and the inputs of pres to the outputs of depth."""
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     j = size - 1
     passed = grads.shape[1] - 2
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
+        b, k = start + r % n, order[first + r // n]
         for i in range(size):
             grad_vectors[r, i] += grad_own[r, passed + i]
         sample = record[b, k, 2 * size + j]
         nearness = _squash(-sample)
         grad = -_DEPTH_SCALE * _slope(sample, nearness) * grad_vectors[r, j]
-        raw = depth.values[-1][lo + r, 1]
+        raw = outputs[lo + r, 1]
         mean, std = _moments_back(grad, raw, normal[b, k, j], grad_record[b, k], j, size)
         grads[lo + r, 0], grads[lo + r, 1] = mean, std
         for i in range(passed):
@@ -371,19 +439,19 @@ def _depth_back(
 
 @compiled
 def _what_back(
-    first, last, start, n, grid, encoder, normal, grad_record, grad_own, grad_vectors, grads
+    first, last, start, n, order, outputs, normal, grad_record, grad_own, grad_vectors, grads
 ):
     """From vectors and the inputs of depth to the outputs of the encoder."""
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     what = size - _BOX - 1
     passed = grad_own.shape[1] - _BOX - what
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
+        b, k = start + r % n, order[first + r // n]
         for i in range(_BOX + what):
             grad_vectors[r, i] += grad_own[r, passed + i]
         for i in range(what):
             j = _BOX + i
-            raw = encoder.values[-1][lo + r, what + i]
+            raw = outputs[lo + r, what + i]
             mean, std = _moments_back(
                 grad_vectors[r, j], raw, normal[b, k, j], grad_record[b, k], j, size
             )
@@ -392,15 +460,15 @@ def _what_back(
 
 @compiled
 def _where_back(
-    first, last, start, n, grid, numbers, where, normal, record, grad_record, grad_own,
+    first, last, start, n, order, constants, outputs, normal, record, grad_record, grad_own,
     grad_vectors, grad_boxes, grads,
 ):  # fmt: skip
     """From vectors and boxes to the outputs of where, and what depth was passed."""
-    scale, _, to_pixels = numbers.constants
-    lo, size = start * len(grid.order) + first * n, normal.shape[2]
+    scale, to_pixels = constants[0], constants[2]
+    lo, size = start * len(order) + first * n, normal.shape[2]
     passed = grads.shape[1] - 2 * _BOX
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
+        b, k = start + r % n, order[first + r // n]
         for i in range(_BOX):  # y, x, h, w
             edge = 1 - i % 2
             low = grad_boxes[r, edge] + grad_record[b, k, 3 * size + 2 + edge]
@@ -409,7 +477,7 @@ def _where_back(
             sample = record[b, k, 2 * size + i]
             slope = scale[i] * _slope(sample, _squash(sample))
             grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * slope
-            raw = where.values[-1][lo + r, _BOX + i]
+            raw = outputs[lo + r, _BOX + i]
             mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
             grads[lo + r, i], grads[lo + r, _BOX + i] = mean, std
         for i in range(passed):
@@ -417,29 +485,31 @@ def _where_back(
 
 
 @compiled
-def _first_layers_back(first, last, start, n, grid, where, depth, pres, grad_added, grad_products):
+def _first_layers_back(first, last, start, n, order, where, depth, pres, grad_added, grad_products):
     """The gradients of three first layers side by side, in rows and in raster order."""
-    lo, h = start * len(grid.order) + first * n, where.shape[1]
+    lo, h = start * len(order) + first * n, where.shape[1]
     for r in range((last - first) * n):
-        b, k = start + r % n, grid.order[first + r // n]
+        b, k = start + r % n, order[first + r // n]
         row = grad_added[lo + r]
         for i in range(h):
             row[i] = where[lo + r, i]
             row[h + i] = depth[lo + r, i]
             row[2 * h + i] = pres[lo + r, i]
-        grad_products[b, k] = row
+        for i in range(3 * h):
+            grad_products[b, k, i] = row[i]
 
 
 @compiled
-def _edges_back(start, n, grid, grad_contexts, grad_edges):
+def _edges_back(start, n, neighbours, grad_contexts, grad_edges):
     """The gradient of the object beyond the rim, for each image."""
     vector = grad_edges.shape[1]
-    grad_edges[start : start + n] = _ZERO
-    for place in range(len(grid.order)):
-        for d in range(grid.neighbours.shape[1]):
-            if grid.neighbours[place, d] == len(grid.order):
-                slots = grad_contexts[place * n : (place + 1) * n, d * vector : (d + 1) * vector]
-                grad_edges[start : start + n] += slots
+    _fill(grad_edges[start : start + n], _ZERO)
+    for place in range(len(neighbours)):
+        for d in range(neighbours.shape[1]):
+            if neighbours[place, d] == len(neighbours):
+                for r in range(n):
+                    for i in range(vector):
+                        grad_edges[start + r, i] += grad_contexts[place * n + r, d * vector + i]
 
 
 @compiled
@@ -466,8 +536,9 @@ def cells_backward(
     grad_edges,  # [B, V]
 ):
     """Gradients of all that was added and drawn; with training wheels of the encoder's alone."""
-    n, num_cells, size = stop - start, len(grid.order), normal.shape[2]
-    most = _most_rows(grid, n)
+    starts, order = grid.starts, grid.order
+    n, num_cells, size = stop - start, len(order), normal.shape[2]
+    most = _most_rows(starts, n)
     relu = numbers.relu
     lateral = context_weight.shape[1] > 0
     here = images[start:stop]
@@ -478,51 +549,53 @@ def cells_backward(
     grad_glimpses = np.empty((most, encoder.inputs.shape[1]), np.float32)
     grad_boxes = np.empty((most, _BOX), np.float32)
     boxes = np.empty((most, _BOX), np.float32)
-    for t in range(len(grid.starts) - 2, -1, -1):
-        first, last = grid.starts[t], grid.starts[t + 1]
+    for t in range(len(starts) - 2, -1, -1):
+        first, last = starts[t], starts[t + 1]
         rows = (last - first) * n
         lo = start * num_cells + first * n
         hi = lo + rows
         if numbers.training_wheels:
             _what_back(
-                first, last, start, n, grid, encoder, normal, grad_record, grad_depth_own,
-                grad_vectors, grad_encoder[-1],
+                first, last, start, n, order, encoder.values[-1], normal, grad_record,
+                grad_depth_own, grad_vectors, grad_encoder[-1],
             )  # fmt: skip
             _backward(lo, hi, encoder, grad_encoder, relu)
             continue
-        _vectors_back(first, last, n, grid, grad_contexts, grad_vectors)
+        _vectors_back(first, last, n, grid.followers, grad_contexts, grad_vectors)
         _presence_back(
-            first, last, start, n, grid, numbers, pres, record, grad_record, grad_vectors,
-            grad_pres[-1],
+            first, last, start, n, order, numbers.temperature, pres.values[-1], record,
+            grad_record, grad_vectors, grad_pres[-1],
         )  # fmt: skip
         _backward(lo, hi, pres, grad_pres, relu)
         np.dot(grad_pres[0][lo:hi], pres.own, grad_pres_own[:rows])
         _depth_back(
-            first, last, start, n, grid, depth, normal, record, grad_record, grad_pres_own,
-            grad_vectors, grad_depth[-1],
+            first, last, start, n, order, depth.values[-1], normal, record, grad_record,
+            grad_pres_own, grad_vectors, grad_depth[-1],
         )  # fmt: skip
         _backward(lo, hi, depth, grad_depth, relu)
         np.dot(grad_depth[0][lo:hi], depth.own, grad_depth_own[:rows])
         _what_back(
-            first, last, start, n, grid, encoder, normal, grad_record, grad_depth_own,
+            first, last, start, n, order, encoder.values[-1], normal, grad_record, grad_depth_own,
             grad_vectors, grad_encoder[-1],
         )  # fmt: skip
         _backward(lo, hi, encoder, grad_encoder, relu)
         np.dot(grad_encoder[0][lo:hi], encoder.own, grad_glimpses[:rows])
         for r in range(rows):
-            boxes[r] = record[start + r % n, grid.order[first + r // n], 3 * size + 2 :]
+            for i in range(_BOX):
+                cell = record[start + r % n, order[first + r // n]]
+                boxes[r, i] = cell[3 * size + 2 + i]
         glimpses = grad_glimpses[:rows].reshape((rows, images.shape[1], numbers.size, -1))
         glimpses_backward(glimpses, here, boxes[:rows], grad_boxes)
         _where_back(
-            first, last, start, n, grid, numbers, where, normal, record, grad_record,
-            grad_depth_own, grad_vectors, grad_boxes, grad_where[-1],
+            first, last, start, n, order, numbers.constants, where.values[-1], normal, record,
+            grad_record, grad_depth_own, grad_vectors, grad_boxes, grad_where[-1],
         )  # fmt: skip
         _backward(lo, hi, where, grad_where, relu)
         _first_layers_back(
-            first, last, start, n, grid, grad_where[0], grad_depth[0], grad_pres[0], grad_added,
+            first, last, start, n, order, grad_where[0], grad_depth[0], grad_pres[0], grad_added,
             grad_products,
         )  # fmt: skip
         if lateral:
             np.dot(grad_added[lo:hi], context_weight, grad_contexts[first * n : last * n])
     if lateral and not numbers.training_wheels:
-        _edges_back(start, n, grid, grad_contexts, grad_edges)
+        _edges_back(start, n, grid.neighbours, grad_contexts, grad_edges)

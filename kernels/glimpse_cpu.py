@@ -76,8 +76,8 @@ def glimpses_backward(
     for r in range(len(boxes)):
         y_scale = _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, row_inside)
         x_scale = _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, column_inside)
-        grad_rows[:] = _ZERO
-        grad_columns[:] = _ZERO
+        for p in range(size):
+            grad_rows[p], grad_columns[p] = _ZERO, _ZERO
         for k in range(num_channels):
             for y in range(size):
                 upper = images[r % num_images, k, row[y]]
@@ -92,7 +92,8 @@ def glimpses_backward(
                     grad_row += g * (left + u * (right - left))
                     grad_columns[x] += g * (upper[j] - upper[i] + v * (right - left))
                 grad_rows[y] += grad_row
-        grad_boxes[r] = _ZERO
+        for i in range(4):
+            grad_boxes[r, i] = _ZERO
         for p in range(size):
             share = np.float32(p) / np.float32(size - 1)
             grad_x = grad_columns[p] * column_inside[p] * x_scale
