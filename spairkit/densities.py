@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spairkit.backends import runs_compiled
+from spairkit.fused import fused
+
 _EPSILON = 1e-9
 LOGIT_LIMIT = 10.0
 """Every logit is clipped to +-10 before its sigmoid, as in the authors' code."""
@@ -14,6 +17,28 @@ LOGIT_LIMIT = 10.0
 def squash(logits: Tensor) -> Tensor:
     """sigmoid of the clipped logits, in (4.5e-5, 1 - 4.5e-5); any shape."""
     return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+
+
+def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """squash(logits * scale + bias), in one pass where Numba does it.
+
+    Args:
+        logits: any shape, with gradients.
+        scale: the shape of the last axes of `logits`.
+        bias: the same.
+    """
+    fits = scale.shape == bias.shape == logits.shape[-scale.dim() :]
+    constant = not (scale.requires_grad or bias.requires_grad)
+    if not (fits and constant and runs_compiled(logits, scale, bias)):
+        return _scaled_squash_torch(logits, scale, bias)
+    from spairkit.kernels.appearance_cpu import squash_backward_cpu, squash_cpu
+
+    kernels = squash_cpu, squash_backward_cpu
+    return fused(_scaled_squash_torch, *kernels, (logits, scale, bias))
+
+
+def _scaled_squash_torch(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return squash(logits * scale + bias)
 
 
 class _Limited(torch.autograd.Function):

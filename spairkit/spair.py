@@ -20,6 +20,7 @@ from spairkit.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
     normal_kl,
+    scaled_squash,
     squash,
 )
 from spairkit.detections import Detections
@@ -41,12 +42,13 @@ _BACKGROUND_HIDDEN = (10, 10)
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the cache outlives the mode
-def _appearance_constants(
+def appearance_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Of colour and alpha: [4] scale and [4] bias of the decoder's logits."""
+    """Of colour and alpha: [P, P, 4] scale and bias of the decoder's logits."""
     rows = [config.colour_scale] * 3 + [config.alpha_scale], [0.0, 0.0, 0.0, config.alpha_bias]
-    scale, bias = (torch.tensor(row, device=device, dtype=dtype) for row in rows)
+    texels = torch.ones(config.object_size, config.object_size, 1, device=device, dtype=dtype)
+    scale, bias = (texels * torch.tensor(row, device=device, dtype=dtype) for row in rows)
     return scale, bias
 
 
@@ -354,8 +356,8 @@ class SPAIR(nn.Module):
         c = self.config
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
         logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
-        scale, bias = _appearance_constants(c, logits.device, logits.dtype)
-        return squash(logits * scale + bias)
+        scale, bias = appearance_constants(c, logits.device, logits.dtype)
+        return scaled_squash(logits, scale, bias)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
         """One colour for each image (section 4.4). The MLP's KL is in no loss, as in the code."""

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.densities import LOGIT_LIMIT, bernoulli_cross_entropy, normal_kl
+from spairkit.densities import LOGIT_LIMIT, bernoulli_cross_entropy, normal_kl, squash
 from spairkit.elbo import Losses
 from spairkit.latents import Latents, Noise, join
 from spairkit.networks import shared_weights
 from spairkit.rendering import MIN_IMPORTANCE
-from spairkit.spair import SPAIR
+from spairkit.spair import SPAIR, appearance_constants
 from spairkit.wavefront import NEIGHBOURS
 
 COPIES = 40
@@ -53,6 +53,12 @@ class PlainSPAIR(SPAIR):
             )
             cells.append(cell)
         return join(cells, torch.arange(len(cells), device=images.device))
+
+    def _decode(self, what: Tensor) -> Tensor:
+        logits = self.decoder(what).to(what.dtype)
+        logits = logits.unflatten(-1, (self.config.object_size, self.config.object_size, 4))
+        scale, bias = appearance_constants(self.config, logits.device, logits.dtype)
+        return squash(logits * scale + bias)
 
     def _render(self, latents: Latents, background: Tensor, images: Tensor) -> Tensor:
         return render_by_grid_sample(
