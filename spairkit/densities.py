@@ -100,6 +100,16 @@ def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tens
 
     Source: section 5, "Reconstruction".
     """
+    fits = image.shape == target.shape and floor >= torch.finfo(torch.float32).tiny
+    if not fits or target.requires_grad or not runs_compiled(image, target):
+        return _cross_entropy_torch(image, target, floor)
+    from spairkit.kernels.likelihood_cpu import cross_entropy_backward_cpu, cross_entropy_cpu
+
+    kernels = cross_entropy_cpu, cross_entropy_backward_cpu
+    return fused(_cross_entropy_torch, *kernels, (image, target), (floor,))
+
+
+def _cross_entropy_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:
     image = image.clamp(0, 1)
     on, off = (image + floor).log(), (1 - image + floor).log()
     return -(off + target * (on - off)).flatten(1).sum(1)

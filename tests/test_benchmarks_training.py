@@ -71,7 +71,9 @@ def test_the_plain_step_is_fused_nowhere(monkeypatch: pytest.MonkeyPatch) -> Non
         steps._losses_and_gradients(ours, images)
 
 
-@pytest.mark.parametrize("wrong", ["render_by_grid_sample", "presence_kl_by_loop"])
+@pytest.mark.parametrize(
+    "wrong", ["render_by_grid_sample", "presence_kl_by_loop", "cross_entropy_of_images"]
+)
 def test_nothing_is_timed_when_the_plain_step_is_another(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from spairkit import backends, densities
-from spairkit.densities import scaled_squash
+from spairkit.densities import bernoulli_cross_entropy, scaled_squash
 from spairkit.fused import fused
 
 Function = Callable[..., Tensor]
+
+
+def cross_entropy(image: Tensor, target: Tensor) -> Tensor:
+    return bernoulli_cross_entropy(image, target, 1e-6)
 
 
 def maps(*shape: int) -> list[Tensor]:
@@ -21,8 +25,14 @@ def maps(*shape: int) -> list[Tensor]:
     return [6 * torch.randn(*shape, 3, 5, 4), scale, bias]
 
 
+def pixels(*shape: int) -> list[Tensor]:
+    """An image that leaves [0, 1] here and there, and what it should be."""
+    return [1.4 * torch.rand(*shape) - 0.2, torch.rand(*shape)]
+
+
 CASES: dict[str, tuple[Function, Callable[..., list[Tensor]], int]] = {
     "squash": (scaled_squash, maps, 1),
+    "cross_entropy": (cross_entropy, pixels, 1),
 }
 """Function, its inputs, and how many of them get gradients."""
 
@@ -94,6 +104,26 @@ def test_values_and_gradients_are_those_of_torch(
     function, inputs, num_wanted = CASES[name]
     assert_no_worse(function, inputs(*shape), num_wanted)
     assert len(kernel_calls) == 1
+
+
+@pytest.mark.parametrize("floor", [1e-2, 1e-9, 1e-30])
+def test_a_floor_of_any_size_counts_at_black_and_at_white(floor: float) -> None:
+    image, target = pixels(3, 3, 48, 48)
+    image.view(-1)[::7], image.view(-1)[::11] = 0.0, 1.0
+    image.view(-1)[::13], image.view(-1)[::17] = 2.0**-24, 1 - 2.0**-24
+    assert_no_worse(lambda x, y: bernoulli_cross_entropy(x, y, floor), [image, target], 1)
+
+
+def test_a_pixel_gets_a_gradient_from_0_to_1_and_none_beyond() -> None:
+    image = torch.tensor([[-1e-6, 0.0, 1.0, 1 + 1e-6, 5.0]], requires_grad=True)
+    (grad,) = torch.autograd.grad(cross_entropy(image, torch.full((1, 5), 0.5)).sum(), image)
+    assert (grad != 0).tolist() == [[False, True, True, False, False]]
+
+
+def test_sums_over_a_large_image_keep_their_digits() -> None:
+    image, target = pixels(4, 3, 512, 512)
+    exact = cross_entropy(image.double(), target.double())
+    torch.testing.assert_close(cross_entropy(image, target).double(), exact, rtol=3e-7, atol=0)
 
 
 def test_a_logit_gets_a_gradient_up_to_the_limit_and_none_beyond() -> None:
@@ -169,6 +199,8 @@ def test_gradients_can_be_derived_in_turn(name: str) -> None:
             return torch.cat([grad.flatten() for grad in grads])
 
     given = inputs(2, 3)
+    if name == "cross_entropy":
+        given[0] = 0.1 + 0.8 * torch.rand(2, 3)
     loose = results(slope, given, num_wanted, torch.float32)
     exact = results(slope, given, num_wanted, torch.float64)
     for ours, truth in zip(loose, exact, strict=True):
@@ -213,7 +245,7 @@ def test_inference_takes_the_kernel(
 def test_inputs_whose_gradients_no_kernel_gives_take_plain_torch(
     kernel_calls: list[Function],
 ) -> None:
-    for function, make in ((scaled_squash, maps),):
+    for function, make in ((scaled_squash, maps), (cross_entropy, pixels)):
         first, *others = (x.clone().requires_grad_() for x in make(2, 3))
         grads = torch.autograd.grad(function(first, *others).sum(), [first, *others])
         assert all(bool(grad.any()) for grad in grads)
@@ -221,6 +253,9 @@ def test_inputs_whose_gradients_no_kernel_gives_take_plain_torch(
 
 
 def test_shapes_that_broadcast_take_plain_torch(kernel_calls: list[Function]) -> None:
+    image, target = pixels(2, 3)
+    both = torch.stack([target[0], target[0]])
+    assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))
     logits, scale, bias = maps(2)
     assert scaled_squash(logits, scale[..., :1], bias).shape == logits.shape
     assert not kernel_calls

@@ -20,6 +20,7 @@ RUNGS: list[set[str]] = [
         "kernels.appearance_cpu",
         "kernels.cells_cpu",
         "kernels.glimpse_cpu",
+        "kernels.likelihood_cpu",
         "kernels.presence_cpu",
         "kernels.render_cpu",
         "kernels.render_triton",
