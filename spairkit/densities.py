@@ -71,6 +71,36 @@ def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) ->
     return 0.5 * (variance + distance - 1) - (std / prior_std).log()
 
 
+Group = tuple[int, float, float]
+"""How many dimensions, and mean and standard deviation of their prior."""
+
+
+def weighted_kls(
+    mean: Tensor,  # [B, K, M]
+    std: Tensor,  # [B, K, M] positive
+    weight: Tensor,  # [B, K]
+    *groups: Group,
+) -> Tensor:  # [B, G]
+    """`normal_kl` of consecutive groups of the M dimensions, each weighted and summed, in nats.
+
+    With gradients to mean, std and weight.
+    """
+    fits = mean.shape == std.shape == (*weight.shape, sum(size for size, _, _ in groups))
+    if not fits or not runs_compiled(mean, std, weight):
+        return _weighted_kls_torch(mean, std, weight, *groups)
+    from spairkit.kernels.normal_kl_cpu import weighted_kls_backward_cpu, weighted_kls_cpu
+
+    kernels = weighted_kls_cpu, weighted_kls_backward_cpu
+    return fused(_weighted_kls_torch, *kernels, (mean, std, weight), groups)
+
+
+def _weighted_kls_torch(mean: Tensor, std: Tensor, weight: Tensor, *groups: Group) -> Tensor:
+    sizes = [size for size, _, _ in groups]
+    parts = zip(mean.split(sizes, dim=-1), std.split(sizes, dim=-1), groups, strict=True)
+    kls = [normal_kl(m, s, *prior).sum(-1) for m, s, (_, *prior) in parts]  # [B, K] each
+    return torch.stack([(weight * kl).sum(1) for kl in kls], dim=1)
+
+
 def logistic(uniform: Tensor) -> Tensor:
     """Draws from the standard logistic distribution, given draws from U[0, 1) of any shape.
 

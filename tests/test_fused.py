@@ -8,14 +8,19 @@ import torch
 from torch import Tensor
 
 from spairkit import backends, densities
-from spairkit.densities import bernoulli_cross_entropy, scaled_squash
+from spairkit.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
 from spairkit.fused import fused
 
 Function = Callable[..., Tensor]
+GROUPS = (2, 0.0, 1.0), (2, -2.1972, 0.5), (5, 0.0, 1.0), (1, 0.3, 0.7)
 
 
 def cross_entropy(image: Tensor, target: Tensor) -> Tensor:
     return bernoulli_cross_entropy(image, target, 1e-6)
+
+
+def kls(mean: Tensor, std: Tensor, weight: Tensor) -> Tensor:
+    return weighted_kls(mean, std, weight, *GROUPS)
 
 
 def maps(*shape: int) -> list[Tensor]:
@@ -30,9 +35,16 @@ def pixels(*shape: int) -> list[Tensor]:
     return [1.4 * torch.rand(*shape) - 0.2, torch.rand(*shape)]
 
 
+def moments(*shape: int) -> list[Tensor]:
+    """Means, standard deviations from limit to limit, and weights."""
+    raws = 6 * torch.randn(*shape, 10)
+    return [2 * torch.randn(*shape, 10), 2 * densities.squash(raws), torch.rand(*shape)]
+
+
 CASES: dict[str, tuple[Function, Callable[..., list[Tensor]], int]] = {
     "squash": (scaled_squash, maps, 1),
     "cross_entropy": (cross_entropy, pixels, 1),
+    "kls": (kls, moments, 3),
 }
 """Function, its inputs, and how many of them get gradients."""
 
@@ -135,6 +147,13 @@ def test_a_logit_gets_a_gradient_up_to_the_limit_and_none_beyond() -> None:
     torch.testing.assert_close(grad, slope, rtol=2e-3, atol=0)
     for end in (values[:4], values[4:]):
         assert end[1] == end[2] == end[3]
+
+
+def test_without_objects_kls_are_0_and_weights_still_get_gradients() -> None:
+    mean, std, weight = moments(2, 3)
+    value, *grads = results(kls, [mean, std, torch.zeros_like(weight)], 3, torch.float32)
+    assert not bool(value.any())
+    assert [bool(grad.any()) for grad in grads] == [False, False, True]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -258,4 +277,8 @@ def test_shapes_that_broadcast_take_plain_torch(kernel_calls: list[Function]) ->
     assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))
     logits, scale, bias = maps(2)
     assert scaled_squash(logits, scale[..., :1], bias).shape == logits.shape
+    mean, std, weight = moments(2, 3)
+    assert kls(mean, std, weight[:, :1]).shape == (2, len(GROUPS))
     assert not kernel_calls
+    with pytest.raises(RuntimeError, match="split"):
+        weighted_kls(mean, std, weight, *GROUPS[:-1])

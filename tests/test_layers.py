@@ -21,6 +21,7 @@ RUNGS: list[set[str]] = [
         "kernels.cells_cpu",
         "kernels.glimpse_cpu",
         "kernels.likelihood_cpu",
+        "kernels.normal_kl_cpu",
         "kernels.presence_cpu",
         "kernels.render_cpu",
         "kernels.render_triton",
