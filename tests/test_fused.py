@@ -126,6 +126,12 @@ def test_a_floor_of_any_size_counts_at_black_and_at_white(floor: float) -> None:
     assert_no_worse(lambda x, y: bernoulli_cross_entropy(x, y, floor), [image, target], 1)
 
 
+def test_a_floor_that_is_no_normal_number_takes_plain_torch(kernel_calls: list[Function]) -> None:
+    value = bernoulli_cross_entropy(torch.zeros(1, 1), torch.ones(1, 1), 1e-40)
+    assert float(value) == pytest.approx(92.1, abs=0.1)
+    assert not kernel_calls
+
+
 def test_a_pixel_gets_a_gradient_from_0_to_1_and_none_beyond() -> None:
     image = torch.tensor([[-1e-6, 0.0, 1.0, 1 + 1e-6, 5.0]], requires_grad=True)
     (grad,) = torch.autograd.grad(cross_entropy(image, torch.full((1, 5), 0.5)).sum(), image)
