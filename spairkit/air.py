@@ -18,8 +18,8 @@ from spairkit.densities import (
     bernoulli_cross_entropy,
     limited,
     logistic,
-    normal_kl,
     squash,
+    weighted_kls,
 )
 from spairkit.detections import Detections
 from spairkit.detector import check_images
@@ -361,11 +361,11 @@ class AIR(nn.Module):
         # of a Bernoulli choice of log-odds l: p (l - prior) + log(1 - p) - log(1 - prior's p)
         kl = logit.sigmoid() * (logit - prior) + F.softplus(prior) - F.softplus(logit)
         asked = torch.cat([none, reached[:, :-1]], dim=1)
-        where, what = self._kl(objects)
+        where, what = self._kl(objects, reached)
         return Losses(
             reconstruction=(counts * torch.stack(errors, dim=1)).sum(1),
-            kl_where=(reached * where).sum(1),
-            kl_what=(reached * what).sum(1),
+            kl_where=where,
+            kl_what=what,
             kl_pres=(asked * kl).sum(1),
             beta=self.config.beta,
         )
@@ -378,22 +378,27 @@ class AIR(nn.Module):
         alive: Tensor,  # [B, T] 0 or 1
         kl_pres: Tensor | None,
     ) -> Losses:
-        where, what = self._kl(objects)
+        where, what = self._kl(objects, alive)
         return Losses(
             reconstruction=bernoulli_cross_entropy(canvas, images, self.config.likelihood_floor),
-            kl_where=(alive * where).sum(1),
-            kl_what=(alive * what).sum(1),
+            kl_where=where,
+            kl_what=what,
             kl_pres=kl_pres,
             beta=self.config.beta,
         )
 
-    def _kl(self, objects: _Objects) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
+    def _kl(self, objects: _Objects, weight: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B]
+        """Of where and of what, with a weight [B, T] on each object."""
         c = self.config
-        mean, std = objects.where_mean, objects.where_std
-        where = normal_kl(mean[..., :2], std[..., :2], c.scale_prior_mean, c.scale_prior_std)
-        shift = normal_kl(mean[..., 2:], std[..., 2:], 0.0, c.shift_prior_std)
-        what = normal_kl(objects.what_mean, objects.what_std, 0.0, 1.0)
-        return where.sum(-1) + shift.sum(-1), what.sum(-1)
+        where = weighted_kls(
+            objects.where_mean,
+            objects.where_std,
+            weight,
+            (2, c.scale_prior_mean, c.scale_prior_std),
+            (2, 0.0, c.shift_prior_std),
+        )
+        what = weighted_kls(objects.what_mean, objects.what_std, weight, (c.what, 0.0, 1.0))
+        return where.sum(1), what.sum(1)
 
 
 def _std(raw: Tensor) -> Tensor:

@@ -48,6 +48,18 @@ def chosen_backend(
     return backend
 
 
+def runs_compiled(*tensors: Tensor) -> bool:
+    """Whether Numba computes what there is to compute of these tensors, beside the operators.
+
+    It does for float32 on the CPU, but not in a trace: the compiler that traces fuses by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float32 for tensor in tensors):
+        return False
+    return chosen_backend("auto", tensors[0], "tensors") == "cpu"
+
+
 def _works(backend: Literal["cpu", "triton"]) -> bool:
     """Whether the backend can be used: it is tried out once in a process."""
     if backend not in _tried:

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from spairkit import cell_steps
+from spairkit.backends import runs_compiled
 from spairkit.cell_steps import DEPTH_SCALE, Steps, by_wave
 from spairkit.config import SPAIRConfig
 from spairkit.densities import LOGIT_LIMIT, squash
-from spairkit.glimpses import box_gradient, glimpse_rows, runs_compiled
+from spairkit.glimpses import box_gradient, glimpse_rows
 from spairkit.latents import BOX, Latents, Noise, unpack
 from spairkit.networks import LateralNetwork, shared_weights
 from spairkit.wavefront import NEIGHBOURS, Wavefront

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spairkit.backends import runs_compiled
+from spairkit.fused import fused
+
 _EPSILON = 1e-9
 LOGIT_LIMIT = 10.0
 """Every logit is clipped to +-10 before its sigmoid, as in the authors' code."""
@@ -14,6 +17,28 @@ LOGIT_LIMIT = 10.0
 def squash(logits: Tensor) -> Tensor:
     """sigmoid of the clipped logits, in (4.5e-5, 1 - 4.5e-5); any shape."""
     return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+
+
+def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """squash(logits * scale + bias), in one pass where Numba does it.
+
+    Args:
+        logits: any shape, with gradients.
+        scale: the shape of the last axes of `logits`.
+        bias: the same.
+    """
+    fits = scale.shape == bias.shape == logits.shape[-scale.dim() :]
+    constant = not (scale.requires_grad or bias.requires_grad)
+    if not (fits and constant and runs_compiled(logits, scale, bias)):
+        return _scaled_squash_torch(logits, scale, bias)
+    from spairkit.kernels.appearance_cpu import squash_backward_cpu, squash_cpu
+
+    kernels = squash_cpu, squash_backward_cpu
+    return fused(_scaled_squash_torch, *kernels, (logits, scale, bias))
+
+
+def _scaled_squash_torch(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return squash(logits * scale + bias)
 
 
 class _Limited(torch.autograd.Function):
@@ -46,6 +71,36 @@ def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) ->
     return 0.5 * (variance + distance - 1) - (std / prior_std).log()
 
 
+Group = tuple[int, float, float]
+"""How many dimensions, and mean and standard deviation of their prior."""
+
+
+def weighted_kls(
+    mean: Tensor,  # [B, K, M]
+    std: Tensor,  # [B, K, M] positive
+    weight: Tensor,  # [B, K]
+    *groups: Group,
+) -> Tensor:  # [B, G]
+    """`normal_kl` of consecutive groups of the M dimensions, each weighted and summed, in nats.
+
+    With gradients to mean, std and weight.
+    """
+    fits = mean.shape == std.shape == (*weight.shape, sum(size for size, _, _ in groups))
+    if not fits or not runs_compiled(mean, std, weight):
+        return _weighted_kls_torch(mean, std, weight, *groups)
+    from spairkit.kernels.normal_kl_cpu import weighted_kls_backward_cpu, weighted_kls_cpu
+
+    kernels = weighted_kls_cpu, weighted_kls_backward_cpu
+    return fused(_weighted_kls_torch, *kernels, (mean, std, weight), groups)
+
+
+def _weighted_kls_torch(mean: Tensor, std: Tensor, weight: Tensor, *groups: Group) -> Tensor:
+    sizes = [size for size, _, _ in groups]
+    parts = zip(mean.split(sizes, dim=-1), std.split(sizes, dim=-1), groups, strict=True)
+    kls = [normal_kl(m, s, *prior).sum(-1) for m, s, (_, *prior) in parts]  # [B, K] each
+    return torch.stack([(weight * kl).sum(1) for kl in kls], dim=1)
+
+
 def logistic(uniform: Tensor) -> Tensor:
     """Draws from the standard logistic distribution, given draws from U[0, 1) of any shape.
 
@@ -75,6 +130,16 @@ def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tens
 
     Source: section 5, "Reconstruction".
     """
+    fits = image.shape == target.shape and floor >= torch.finfo(torch.float32).tiny
+    if not fits or target.requires_grad or not runs_compiled(image, target):
+        return _cross_entropy_torch(image, target, floor)
+    from spairkit.kernels.likelihood_cpu import cross_entropy_backward_cpu, cross_entropy_cpu
+
+    kernels = cross_entropy_cpu, cross_entropy_backward_cpu
+    return fused(_cross_entropy_torch, *kernels, (image, target), (floor,))
+
+
+def _cross_entropy_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:
     image = image.clamp(0, 1)
     on, off = (image + floor).log(), (1 - image + floor).log()
     return -(off + target * (on - off)).flatten(1).sum(1)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.backends import chosen_backend
 
 
 def extract_glimpses(
@@ -63,13 +62,6 @@ def box_gradient(
     grad = grad_glimpses.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
     grad_boxes: Tensor = torch.autograd.grad(glimpses, by_image, grad)[0]
     return grad_boxes.transpose(0, 1).flatten(0, 1)
-
-
-def runs_compiled(images: Tensor) -> bool:
-    """Whether Numba does for these images in training what it has kernels for."""
-    if images.device.type != "cpu" or images.dtype != torch.float32:
-        return False
-    return chosen_backend("auto", images, "images") == "cpu"
 
 
 @cache  # for good: a CUDA graph that was recorded reads where they lie

@@ -44,6 +44,16 @@ class Latents:
     presence: Tensor  # [B, K] relaxed in training, else 0 or 1
     boxes: Tensor  # [B, K, 4] xyxy, pixels
 
+    @property
+    def mean(self) -> Tensor:  # [B, K, 4 + A + 1]
+        """Of where, what and depth."""
+        return torch.cat([self.where_mean, self.what_mean, self.depth_mean[..., None]], dim=-1)
+
+    @property
+    def std(self) -> Tensor:  # [B, K, 4 + A + 1]
+        """Of where, what and depth."""
+        return torch.cat([self.where_std, self.what_std, self.depth_std[..., None]], dim=-1)
+
 
 _NUMBERS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
 

@@ -19,8 +19,9 @@ from spairkit.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
     concrete_sample,
-    normal_kl,
+    scaled_squash,
     squash,
+    weighted_kls,
 )
 from spairkit.detections import Detections
 from spairkit.detector import check_images
@@ -41,12 +42,13 @@ _BACKGROUND_HIDDEN = (10, 10)
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # the cache outlives the mode
-def _appearance_constants(
+def appearance_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Of colour and alpha: [4] scale and [4] bias of the decoder's logits."""
+    """Of colour and alpha: [P, P, 4] scale and bias of the decoder's logits."""
     rows = [config.colour_scale] * 3 + [config.alpha_scale], [0.0, 0.0, 0.0, config.alpha_bias]
-    scale, bias = (torch.tensor(row, device=device, dtype=dtype) for row in rows)
+    texels = torch.ones(config.object_size, config.object_size, 1, device=device, dtype=dtype)
+    scale, bias = (texels * torch.tensor(row, device=device, dtype=dtype) for row in rows)
     return scale, bias
 
 
@@ -355,8 +357,8 @@ class SPAIR(nn.Module):
         c = self.config
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
         logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
-        scale, bias = _appearance_constants(c, logits.device, logits.dtype)
-        return squash(logits * scale + bias)
+        scale, bias = appearance_constants(c, logits.device, logits.dtype)
+        return scaled_squash(logits, scale, bias)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
         """One colour for each image (section 4.4). The MLP's KL is in no loss, as in the code."""
@@ -392,22 +394,24 @@ class SPAIR(nn.Module):
     ) -> Losses:
         """Section 5: every term summed over all but the images."""
         c = self.config
-        centre, size = latents.where_mean.split(2, dim=-1)
-        centre_std, size_std = latents.where_std.split(2, dim=-1)
-        where = normal_kl(centre, centre_std, 0.0, c.position_prior_std).sum(-1)
-        where = where + normal_kl(size, size_std, c.size_prior_mean, c.size_prior_std).sum(-1)
-        what = normal_kl(latents.what_mean, latents.what_std, 0.0, 1.0).sum(-1)
-        depth = normal_kl(latents.depth_mean, latents.depth_std, 0.0, 1.0)
         if success is None:
             success = 1 / (1 + c.odds_end)
         pres = presence_kl(latents.presence_logit, latents.presence.detach(), success)
-        # the gradient through the weight is what switches useless cells off
-        weight = latents.presence
+        centre, size, what, depth = weighted_kls(
+            latents.mean,
+            latents.std,
+            # the gradient through the weight is what switches useless cells off
+            latents.presence,
+            (2, 0.0, c.position_prior_std),
+            (2, c.size_prior_mean, c.size_prior_std),
+            (c.what, 0.0, 1.0),
+            (1, 0.0, 1.0),
+        ).unbind(1)
         return Losses(
             reconstruction=bernoulli_cross_entropy(image, images, c.likelihood_floor),
-            kl_where=(weight * where).sum(1),
-            kl_what=(weight * what).sum(1),
-            kl_depth=(weight * depth).sum(1),
+            kl_where=centre + size,
+            kl_what=what,
+            kl_depth=depth,
             kl_pres=pres.sum(1),
             beta=c.beta,
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from spairkit import densities
 from spairkit.benchmarks import plain, steps
 from spairkit.benchmarks.steps import PARTS, Case, check, run
 from spairkit.benchmarks.targets import PAPER_AP, attempts, paper_target
@@ -58,7 +59,21 @@ def test_so_it_has_at_the_size_that_is_timed(preset: str) -> None:
     check(Case(config=resolve(preset), batch=32, cells=4), CPU)
 
 
-@pytest.mark.parametrize("wrong", ["render_by_grid_sample", "presence_kl_by_loop"])
+def test_the_plain_step_is_fused_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: Any) -> Tensor:
+        raise AssertionError("a kernel was asked for")
+
+    ours = steps._model(case().sized(), CPU)
+    images = torch.rand(2, 3, 24, 24)
+    monkeypatch.setattr(densities, "fused", refused)
+    steps._losses_and_gradients(steps._plain(ours), images)
+    with pytest.raises(AssertionError, match="a kernel was asked for"):
+        steps._losses_and_gradients(ours, images)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["render_by_grid_sample", "presence_kl_by_loop", "cross_entropy_of_images"]
+)
 def test_nothing_is_timed_when_the_plain_step_is_another(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.densities import LOGIT_LIMIT, bernoulli_cross_entropy, normal_kl
+from spairkit.densities import LOGIT_LIMIT, normal_kl, squash
 from spairkit.elbo import Losses
 from spairkit.latents import Latents, Noise, join
 from spairkit.networks import shared_weights
 from spairkit.rendering import MIN_IMPORTANCE
-from spairkit.spair import SPAIR
+from spairkit.spair import SPAIR, appearance_constants
 from spairkit.wavefront import NEIGHBOURS
 
 COPIES = 40
@@ -54,6 +54,12 @@ class PlainSPAIR(SPAIR):
             cells.append(cell)
         return join(cells, torch.arange(len(cells), device=images.device))
 
+    def _decode(self, what: Tensor) -> Tensor:
+        logits = self.decoder(what).to(what.dtype)
+        logits = logits.unflatten(-1, (self.config.object_size, self.config.object_size, 4))
+        scale, bias = appearance_constants(self.config, logits.device, logits.dtype)
+        return squash(logits * scale + bias)
+
     def _render(self, latents: Latents, background: Tensor, images: Tensor) -> Tensor:
         return render_by_grid_sample(
             self._decode(latents.what),
@@ -79,7 +85,7 @@ class PlainSPAIR(SPAIR):
         weight = latents.presence
         pres = presence_kl_by_loop(latents.presence_logit, weight.detach(), share)
         return Losses(
-            reconstruction=bernoulli_cross_entropy(image, images, c.likelihood_floor),
+            reconstruction=cross_entropy_of_images(image, images, c.likelihood_floor),
             kl_where=(weight * where).sum(1),
             kl_what=(weight * what).sum(1),
             kl_depth=(weight * depth).sum(1),
@@ -130,6 +136,13 @@ def render_by_grid_sample(
     total = importance.sum(1)
     touched = total > MIN_IMPORTANCE
     return background + torch.where(touched, change / torch.where(touched, total, 1.0), 0.0)
+
+
+def cross_entropy_of_images(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
+    """The likelihood as one writes it in plain torch, an operation at a time."""
+    image = image.clamp(0, 1)
+    on, off = (image + floor).log(), (1 - image + floor).log()
+    return -(off + target * (on - off)).flatten(1).sum(1)
 
 
 def presence_kl_by_loop(

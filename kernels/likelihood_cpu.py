@@ -1,0 +1,94 @@
+"""Numba twin of the cross entropy of images, float32: a pass for the sums, one for the gradient."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spairkit.kernels.elementary_cpu import log
+from spairkit.kernels.threads import compiled, inlined, over_images
+
+_ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
+_BLOCK = 512  # terms that are summed in float32; the blocks are in float64
+
+
+@inlined
+def _clipped(x):
+    """To [0, 1]; NaN stays NaN."""
+    if x > _ONE:
+        x = _ONE
+    elif x < _ZERO:
+        x = _ZERO
+    return x
+
+
+@inlined
+def _chances(x, floor):
+    """x + floor and 1 - x + floor of the clipped x."""
+    # the difference too is clipped, or LLVM might take x from 1 + floor, which is 1
+    return _clipped(x) + floor, _clipped(_ONE - x) + floor
+
+
+@compiled
+def _cross_entropy(
+    start,
+    stop,
+    image,  # [B, n]
+    target,  # [B, n]
+    floor,
+    sums,  # [B]
+):
+    size = image.shape[1]
+    for b in range(start, stop):
+        total = np.float64(0.0)
+        for first in range(0, size, _BLOCK):
+            part = _ZERO
+            for i in range(first, min(first + _BLOCK, size)):
+                on, off = _chances(image[b, i], floor)
+                log_off = log(off)
+                part += log_off + target[b, i] * (log(on) - log_off)
+            total -= part
+        sums[b] = total
+
+
+@compiled
+def _cross_entropy_backward(
+    start,
+    stop,
+    grad_sums,  # [B]
+    image,  # [B, n]
+    target,  # [B, n]
+    floor,
+    grad_image,  # [B, n]
+):
+    for b in range(start, stop):
+        for i in range(image.shape[1]):
+            x, wanted = image[b, i], target[b, i]
+            on, off = _chances(x, floor)
+            grad = grad_sums[b] * ((_ONE - wanted) / off - wanted / on)
+            # NaN is not inside, and gets no gradient in torch either
+            grad_image[b, i] = grad if x >= _ZERO and x <= _ONE else _ZERO
+
+
+def cross_entropy_cpu(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
+    """Of images [B, ...], in nats."""
+    sums = torch.empty(len(image))
+    inputs = _matrix(image), _matrix(target)
+    over_images(_cross_entropy, len(image), *inputs, np.float32(floor), sums.numpy())
+    return sums
+
+
+def cross_entropy_backward_cpu(
+    grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, floor: float
+) -> tuple[Tensor, None]:
+    """The gradient of the image; the target gets none."""
+    grad_image = torch.empty(image.shape)
+    inputs = grad_sums.contiguous().numpy(), _matrix(image), _matrix(target)
+    over_images(
+        _cross_entropy_backward, len(image), *inputs, np.float32(floor), _matrix(grad_image)
+    )
+    return grad_image, None
+
+
+def _matrix(images: Tensor) -> np.ndarray:  # [B, ...] -> [B, n]
+    return images.detach().contiguous().flatten(1).numpy()

@@ -1,0 +1,290 @@
+"""Fused functions on the CPU against plain torch in float64, and when plain torch has to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit import backends, densities
+from spairkit.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
+from spairkit.fused import fused
+
+Function = Callable[..., Tensor]
+GROUPS = (2, 0.0, 1.0), (2, -2.1972, 0.5), (5, 0.0, 1.0), (1, 0.3, 0.7)
+
+
+def cross_entropy(image: Tensor, target: Tensor) -> Tensor:
+    return bernoulli_cross_entropy(image, target, 1e-6)
+
+
+def kls(mean: Tensor, std: Tensor, weight: Tensor) -> Tensor:
+    return weighted_kls(mean, std, weight, *GROUPS)
+
+
+def maps(*shape: int) -> list[Tensor]:
+    """Logits [..., 3, 5, 4] of which some are clipped, scale and bias."""
+    scale = torch.tensor([2.0, 2.0, 2.0, 0.1]).expand(3, 5, 4)
+    bias = torch.tensor([0.0, 0.0, 0.0, 5.0]).expand(3, 5, 4)
+    return [6 * torch.randn(*shape, 3, 5, 4), scale, bias]
+
+
+def pixels(*shape: int) -> list[Tensor]:
+    """An image that leaves [0, 1] here and there, and what it should be."""
+    return [1.4 * torch.rand(*shape) - 0.2, torch.rand(*shape)]
+
+
+def moments(*shape: int) -> list[Tensor]:
+    """Means, standard deviations from limit to limit, and weights."""
+    raws = 6 * torch.randn(*shape, 10)
+    return [2 * torch.randn(*shape, 10), 2 * densities.squash(raws), torch.rand(*shape)]
+
+
+CASES: dict[str, tuple[Function, Callable[..., list[Tensor]], int]] = {
+    "squash": (scaled_squash, maps, 1),
+    "cross_entropy": (cross_entropy, pixels, 1),
+    "kls": (kls, moments, 3),
+}
+"""Function, its inputs, and how many of them get gradients."""
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Function]:
+    """The kernels that were called, as it goes."""
+    calls: list[Function] = []
+
+    def watched(plain: Function, forward: Function, *rest: Any) -> Tensor:
+        calls.append(forward)
+        return fused(plain, forward, *rest)
+
+    monkeypatch.setattr(densities, "fused", watched)
+    return calls
+
+
+def plain(function: Function) -> Function:
+    """The function as it is where Numba does not work."""
+
+    def without_numba(*inputs: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(backends._tried, "cpu", False)
+            return function(*inputs)
+
+    return without_numba
+
+
+def weighted(value: Tensor) -> Tensor:
+    """A sum with a weight of its own on every number."""
+    generator = torch.Generator().manual_seed(5)
+    return (value * torch.randn(value.shape, generator=generator).to(value.dtype)).sum()
+
+
+def results(
+    function: Function, inputs: list[Tensor], num_wanted: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """The value, and the gradients of the first inputs."""
+    inputs = [x.detach().to(dtype) for x in inputs]
+    wanted = [x.requires_grad_() for x in inputs[:num_wanted]]
+    value = function(*inputs)
+    return [value.detach(), *torch.autograd.grad(weighted(value), wanted)]
+
+
+def assert_no_worse(function: Function, inputs: list[Tensor], num_wanted: int) -> None:
+    """A kernel may err at most twice as far from float64 as torch in float32 does."""
+    exact = results(function, inputs, num_wanted, torch.float64)
+    loose = results(plain(function), inputs, num_wanted, torch.float32)
+    actual = results(function, inputs, num_wanted, torch.float32)
+    for ours, theirs, truth in zip(actual, loose, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert ours.shape == truth.shape
+        error, allowed = (ours - truth).abs(), 2 * (theirs - truth).abs()
+        least = torch.finfo(torch.float32).eps * truth.abs().max()
+        assert float(error.max()) <= float(allowed.max() + least)
+        assert float(error.mean()) <= float(allowed.mean() + least)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (32, 16)])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_torch(
+    name: str, shape: tuple[int, ...], kernel_calls: list[Function]
+) -> None:
+    function, inputs, num_wanted = CASES[name]
+    assert_no_worse(function, inputs(*shape), num_wanted)
+    assert len(kernel_calls) == 1
+
+
+@pytest.mark.parametrize("floor", [1e-2, 1e-9, 1e-30])
+def test_a_floor_of_any_size_counts_at_black_and_at_white(floor: float) -> None:
+    image, target = pixels(3, 3, 48, 48)
+    image.view(-1)[::7], image.view(-1)[::11] = 0.0, 1.0
+    image.view(-1)[::13], image.view(-1)[::17] = 2.0**-24, 1 - 2.0**-24
+    assert_no_worse(lambda x, y: bernoulli_cross_entropy(x, y, floor), [image, target], 1)
+
+
+def test_a_floor_that_is_no_normal_number_takes_plain_torch(kernel_calls: list[Function]) -> None:
+    value = bernoulli_cross_entropy(torch.zeros(1, 1), torch.ones(1, 1), 1e-40)
+    assert float(value) == pytest.approx(92.1, abs=0.1)
+    assert not kernel_calls
+
+
+def test_a_pixel_gets_a_gradient_from_0_to_1_and_none_beyond() -> None:
+    image = torch.tensor([[-1e-6, 0.0, 1.0, 1 + 1e-6, 5.0]], requires_grad=True)
+    (grad,) = torch.autograd.grad(cross_entropy(image, torch.full((1, 5), 0.5)).sum(), image)
+    assert (grad != 0).tolist() == [[False, True, True, False, False]]
+
+
+def test_sums_over_a_large_image_keep_their_digits() -> None:
+    image, target = pixels(4, 3, 512, 512)
+    exact = cross_entropy(image.double(), target.double())
+    torch.testing.assert_close(cross_entropy(image, target).double(), exact, rtol=3e-7, atol=0)
+
+
+def test_a_logit_gets_a_gradient_up_to_the_limit_and_none_beyond() -> None:
+    ends = torch.tensor([9.9999, 10.0, 10.0001, 1e30])
+    logits = torch.cat([ends, -ends]).requires_grad_()
+    values = scaled_squash(logits, torch.ones(8), torch.zeros(8))
+    (grad,) = torch.autograd.grad(values.sum(), logits)
+    slope = 4.5396e-5 * torch.tensor([1.0, 1, 0, 0, 1, 1, 0, 0])
+    torch.testing.assert_close(grad, slope, rtol=2e-3, atol=0)
+    for end in (values[:4], values[4:]):
+        assert end[1] == end[2] == end[3]
+
+
+def test_without_objects_kls_are_0_and_weights_still_get_gradients() -> None:
+    mean, std, weight = moments(2, 3)
+    value, *grads = results(kls, [mean, std, torch.zeros_like(weight)], 3, torch.float32)
+    assert not bool(value.any())
+    assert [bool(grad.any()) for grad in grads] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_no_number_goes_where_it_goes_in_torch(name: str) -> None:
+    function, inputs, num_wanted = CASES[name]
+    for position in range(num_wanted):
+        broken = inputs(2, 3)
+        broken[position].view(-1)[4] = torch.nan
+        theirs = results(plain(function), broken, num_wanted, torch.float32)
+        ours = results(function, broken, num_wanted, torch.float32)
+        assert bool(ours[0].isnan().any())
+        for actual, expected in zip(ours, theirs, strict=True):
+            assert torch.equal(actual.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_strided_inputs_and_gradients_give_the_same(name: str) -> None:
+    function, inputs, num_wanted = CASES[name]
+    straight = inputs(4, 6)
+    strided = [torch.stack([x, x], dim=-1)[..., 0] for x in straight]
+    assert not any(x.is_contiguous() for x in strided)
+    wanted = [x.requires_grad_() for x in strided[:num_wanted]]
+    grads = torch.autograd.grad(function(*strided).sum(), wanted)  # from an expanded one
+    straight = [x.detach().clone() for x in straight]
+    expected = [x.requires_grad_() for x in straight[:num_wanted]]
+    value = function(*straight)
+    ones = torch.autograd.grad(value, expected, torch.ones(*value.shape, 2)[..., 0])
+    for ours, theirs in zip(grads, ones, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
+    function, inputs, num_wanted = CASES[name]
+    given, num_threads = inputs(5, 6), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = results(function, given, num_wanted, torch.float32)
+        torch.set_num_threads(3)
+        three = results(function, given, num_wanted, torch.float32)
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_images_are_no_error(name: str) -> None:
+    function, inputs, num_wanted = CASES[name]
+    value, *grads = results(function, inputs(0, 6), num_wanted, torch.float32)
+    assert value.shape[0] == 0
+    assert all(grad.numel() == 0 for grad in grads)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_can_be_derived_in_turn(name: str) -> None:
+    function, inputs, num_wanted = CASES[name]
+
+    def slope(*inputs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            wanted = [x if x.requires_grad else x.requires_grad_() for x in inputs[:num_wanted]]
+            grads = torch.autograd.grad(weighted(function(*inputs)), wanted, create_graph=True)
+            return torch.cat([grad.flatten() for grad in grads])
+
+    given = inputs(2, 3)
+    if name == "cross_entropy":
+        given[0] = 0.1 + 0.8 * torch.rand(2, 3)
+    loose = results(slope, given, num_wanted, torch.float32)
+    exact = results(slope, given, num_wanted, torch.float64)
+    for ours, truth in zip(loose, exact, strict=True):
+        assert float((ours - truth).norm() / truth.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiler_that_traces_sees_plain_torch(name: str, kernel_calls: list[Function]) -> None:
+    function, inputs, _ = CASES[name]
+    given = inputs(2, 3)
+    traced = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
+    assert not kernel_calls
+    torch.testing.assert_close(traced, function(*given))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_dtypes_and_a_broken_numba_take_plain_torch(
+    name: str, kernel_calls: list[Function]
+) -> None:
+    function, inputs, _ = CASES[name]
+    given = inputs(2, 3)
+    plain(function)(*given)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert function(*(x.to(dtype) for x in given)).dtype == dtype
+    assert not kernel_calls
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_takes_the_kernel(
+    name: str, mode: Callable[[], Any], kernel_calls: list[Function]
+) -> None:
+    function, inputs, _ = CASES[name]
+    given = inputs(2, 3)
+    with mode():
+        value = function(*given)
+    assert not value.requires_grad
+    assert torch.equal(value, function(*given))
+    assert len(kernel_calls) == 2
+
+
+def test_inputs_whose_gradients_no_kernel_gives_take_plain_torch(
+    kernel_calls: list[Function],
+) -> None:
+    for function, make in ((scaled_squash, maps), (cross_entropy, pixels)):
+        first, *others = (x.clone().requires_grad_() for x in make(2, 3))
+        grads = torch.autograd.grad(function(first, *others).sum(), [first, *others])
+        assert all(bool(grad.any()) for grad in grads)
+    assert not kernel_calls
+
+
+def test_shapes_that_broadcast_take_plain_torch(kernel_calls: list[Function]) -> None:
+    image, target = pixels(2, 3)
+    both = torch.stack([target[0], target[0]])
+    assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))
+    logits, scale, bias = maps(2)
+    assert scaled_squash(logits, scale[..., :1], bias).shape == logits.shape
+    mean, std, weight = moments(2, 3)
+    assert kls(mean, std, weight[:, :1]).shape == (2, len(GROUPS))
+    assert not kernel_calls
+    with pytest.raises(RuntimeError, match="split"):
+        weighted_kls(mean, std, weight, *GROUPS[:-1])
