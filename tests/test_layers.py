@@ -22,9 +22,10 @@ RUNGS: list[set[str]] = [
         "kernels.presence_cpu",
         "kernels.render_cpu",
         "kernels.render_triton",
+        "kernels.scatter_triton",
     },
     {"kernels.presence_triton", "kernels.render_triton_backward"},
-    {"kernels.presence_op", "kernels.render_op"},
+    {"kernels.presence_op", "kernels.render_op", "kernels.scatter_op"},
     {"kernels.gate"},
     {
         "allocator",
