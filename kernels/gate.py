@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spairkit.kernels import (
+    compose_triton,
     presence_triton,
     render_triton,
     render_triton_backward,
@@ -226,9 +227,37 @@ def scatter_configurations() -> Iterator[Configuration]:
         )
 
 
+def compose_configurations() -> Iterator[Configuration]:
+    """Images of scenes: grey ones and those in colours, with few glyphs and many."""
+    kernel = compose_triton._compose_kernel
+    types = {"table_ptr": "*u8", "entries_ptr": "*i64", "corners_ptr": "*i64"}
+    types |= {"colours_ptr": "*i32", "backgrounds_ptr": "*i32"}
+    for colours, glyphs in ((1, 9), (3, 9), (1, 1), (3, 1)):
+        constants = {
+            "C": colours,
+            "CH": int(triton.next_power_of_2(colours)),
+            "BLOCK": compose_triton.COMPOSE_BLOCK,
+        }
+        if glyphs == 1:
+            constants = _of_one(kernel, constants)
+        yield Configuration(
+            name=f"compose C{colours} N{glyphs}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **types),
+            constants=constants,
+            warps=compose_triton.COMPOSE_WARPS,
+            is_default=glyphs == 9,
+        )
+
+
 def configurations() -> list[Configuration]:
     """All that ship."""
-    return [*render_configurations(), *presence_configurations(), *scatter_configurations()]
+    return [
+        *render_configurations(),
+        *presence_configurations(),
+        *scatter_configurations(),
+        *compose_configurations(),
+    ]
 
 
 def build(configuration: Configuration, target: GPUTarget) -> Build:

@@ -18,6 +18,7 @@ RUNGS: list[set[str]] = [
     {"kernels.elementary_cpu"},
     {
         "kernels.cells_cpu",
+        "kernels.compose_triton",
         "kernels.glimpse_cpu",
         "kernels.presence_cpu",
         "kernels.render_cpu",
@@ -25,7 +26,7 @@ RUNGS: list[set[str]] = [
         "kernels.scatter_triton",
     },
     {"kernels.presence_triton", "kernels.render_triton_backward"},
-    {"kernels.presence_op", "kernels.render_op", "kernels.scatter_op"},
+    {"kernels.presence_op", "kernels.render_op", "kernels.scenes_op"},
     {"kernels.gate"},
     {
         "allocator",

@@ -15,7 +15,7 @@ from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scatter import scatter
 from spairkit.detections import Truth
 from spairkit.errors import InputError
-from spairkit.kernels.scatter_op import scatter_op
+from spairkit.kernels.scenes_op import compose_op, scatter_op
 
 _MAX_ATTEMPTS = 1000
 _MAX_TABLE_BYTES = 1 << 31
@@ -77,8 +77,8 @@ class Scenes:
     with `background = "random"` the channels of an image are drawn from 0 to 63.
 
     Attributes:
-        fused: whether layouts are one launch of Triton, as on a GPU where it works. Elsewhere
-            plain torch makes them, and waits for the device after every attempt.
+        fused: whether layouts and images are a launch of Triton each, as on a GPU where it works.
+            Elsewhere plain torch makes them, and waits for the device after every attempt.
     """
 
     has_truth = True
@@ -163,7 +163,7 @@ class Scenes:
     def unchecked(self, indices: Tensor) -> Batch:
         """The scenes of these indices ([B] int64, on the dataset's device), none made ahead.
 
-        Where layouts are `fused` nothing waits for the device and no shape depends on values, so
+        Where they are `fused` nothing waits for the device and no shape depends on values, so
         this may be part of a CUDA graph, which must not outlive the dataset. A scene that finds
         no layout is nonsense, and `check` says so later.
         """
@@ -315,9 +315,30 @@ class Scenes:
         return corners, sides, complete
 
     def _compose(self, keys: Tensor, entries: Tensor, corners: Tensor) -> Tensor:
-        """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
+        """[B, 3, H, W] float32."""
         config = self.config
         num_channels = 1 if config.colour == "white" and config.background == "black" else 3
+        colours = self._colours(keys, num_channels)
+        backgrounds = self._backgrounds(keys, num_channels)
+        if not self.fused:
+            return self._pasted(entries, corners, colours, backgrounds)
+        images: Tensor = compose_op(
+            self._table,
+            entries,
+            corners,
+            colours[..., 0],
+            backgrounds[..., 0],
+            config.image_height,
+            config.image_width,
+            self._greatest_side,
+        )
+        return images
+
+    def _pasted(
+        self, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor
+    ) -> Tensor:
+        """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
+        config, num_channels = self.config, backgrounds.shape[1]
         rim = self._greatest_side - self._least_side
         height, width = config.image_height + rim, config.image_width + rim
         patch = torch.arange(self._greatest_side, device=self.device)
@@ -326,8 +347,8 @@ class Scenes:
         alpha = self._table[entries].int()[:, :, None]  # [B, N, 1, P * P]
         # pixel (255 - alpha) + colour alpha, to be divided by 255; 128 rounds it
         clear = (255 - alpha).expand(-1, -1, num_channels, -1).unbind(1)
-        lit = (alpha * self._colours(keys, num_channels) + 128).unbind(1)
-        canvas = self._backgrounds(keys, num_channels).repeat(1, 1, height * width)
+        lit = (alpha * colours + 128).unbind(1)
+        canvas = backgrounds.repeat(1, 1, height * width)
         for pixels, scale, shift in zip(
             where.expand(-1, -1, num_channels, -1).unbind(1), clear, lit, strict=True
         ):

@@ -1,4 +1,4 @@
-"""The placement of squares as an operator of torch, with shapes for tracing."""
+"""The making of scenes on a GPU as two operators of torch, with shapes for tracing."""
 
 from collections.abc import Sequence
 
@@ -48,3 +48,25 @@ def _(keys, counts, num_squares, *_):
         keys.new_empty(num_images, num_squares),
         keys.new_empty(num_images, dtype=torch.bool),
     )
+
+
+@torch.library.custom_op("spairkit::compose", mutates_args=())
+def compose_op(
+    table: Tensor,  # [E, side * side] uint8, how opaque the pixels of glyphs are
+    entries: Tensor,  # [B, N] int64, rows of the table
+    corners: Tensor,  # [B, N, 2] int64, top and left, pixels
+    colours: Tensor,  # [B or 1, N or 1, C] int32, 0 to 255; C is 1 where channels are alike, else 3
+    backgrounds: Tensor,  # [B, C] int32, 0 to 255
+    height: int,
+    width: int,
+    side: int,
+) -> Tensor:
+    """[B, 3, H, W] float32 in [0, 1]: glyphs pasted in turn, rounded to a byte each time."""
+    from spairkit.kernels.compose_triton import compose_triton
+
+    return compose_triton(table, entries, corners, colours, backgrounds, height, width, side)
+
+
+@compose_op.register_fake
+def _(table, entries, corners, colours, backgrounds, height, width, side):
+    return table.new_empty(len(entries), 3, height, width, dtype=torch.float32)
