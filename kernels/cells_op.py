@@ -45,7 +45,7 @@ def encode_cells_cpu(
     Raises:
         RuntimeError: a second derivative is asked for.
     """
-    record: Tensor = _CompiledCells.apply(  # type: ignore[no-untyped-call]
+    record: Tensor = _CompiledCells.apply(
         grid, numbers, images, products, normal, jitter, edge, *weights
     )
     return record

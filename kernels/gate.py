@@ -28,7 +28,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spairkit.kernels import presence_triton, render_triton, render_triton_backward
+from spairkit.kernels import (
+    compose_triton,
+    presence_triton,
+    render_triton,
+    render_triton_backward,
+    scatter_triton,
+)
 from spairkit.kernels.walk import walk_block
 
 TARGETS = {
@@ -190,9 +196,70 @@ def presence_configurations() -> Iterator[Configuration]:
         )
 
 
+def scatter_configurations() -> Iterator[Configuration]:
+    """Layouts of scenes: few and many squares, of one size and of several, in one tile or more."""
+    rows = [
+        # squares, sizes of them, image, least side
+        (9, 1, (48, 48), 14),
+        (9, 9, (48, 48), 10),
+        (1, 1, (48, 48), 14),
+        (2, 1, (24, 24), 14),
+        (1, 1, (14, 14), 14),  # a single position
+        (2, 3, (14, 24), 10),
+        (12, 1, (96, 96), 14),
+        (64, 9, (144, 300), 10),
+        (256, 1, (1024, 4096), 4),
+    ]
+    kernel = scatter_triton._scatter_kernel
+    pointers = {name: "*i64" for name in kernel.arg_names if name.endswith("_ptr")}
+    for squares, num_sides, (height, width), side in rows:
+        tile = scatter_triton.scatter_tile(squares, height - side + 1, width - side + 1)
+        warps = tile.pop("num_warps")
+        constants = tile | {"FIRST_WORD": 3, "SQUARE_WORDS": 16, "ATTEMPT_WORDS": 4096}
+        # ones are compiled in
+        numbers = {"num_squares": squares, "num_sides": num_sides}
+        constants |= {name: number for name, number in numbers.items() if number == 1}
+        yield Configuration(
+            name=f"scatter {height}x{width} N{squares} of {num_sides} sizes",
+            kernel=kernel,
+            signature=_types(kernel, constants, **pointers | {"complete_ptr": "*i1"}),
+            constants=constants,
+            warps=warps,
+            is_default=(squares, num_sides) == (9, 1),
+        )
+
+
+def compose_configurations() -> Iterator[Configuration]:
+    """Images of scenes: grey ones and those in colours, with few glyphs and many."""
+    kernel = compose_triton._compose_kernel
+    types = {"table_ptr": "*u8", "entries_ptr": "*i64", "corners_ptr": "*i64"}
+    types |= {"colours_ptr": "*i32", "backgrounds_ptr": "*i32"}
+    for colours, glyphs in ((1, 9), (3, 9), (1, 1), (3, 1)):
+        constants = {
+            "C": colours,
+            "CH": int(triton.next_power_of_2(colours)),
+            "BLOCK": compose_triton.COMPOSE_BLOCK,
+        }
+        if glyphs == 1:
+            constants = _of_one(kernel, constants)
+        yield Configuration(
+            name=f"compose C{colours} N{glyphs}",
+            kernel=kernel,
+            signature=_types(kernel, constants, **types),
+            constants=constants,
+            warps=compose_triton.COMPOSE_WARPS,
+            is_default=glyphs == 9,
+        )
+
+
 def configurations() -> list[Configuration]:
     """All that ship."""
-    return [*render_configurations(), *presence_configurations()]
+    return [
+        *render_configurations(),
+        *presence_configurations(),
+        *scatter_configurations(),
+        *compose_configurations(),
+    ]
 
 
 def build(configuration: Configuration, target: GPUTarget) -> Build:

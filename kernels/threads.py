@@ -70,7 +70,8 @@ def single_threaded_blas() -> Iterator[None]:
 def _blas_libraries() -> list[Any]:
     import scipy.linalg  # noqa: F401 # whose BLAS Numba calls: it must be there to be found
 
-    return ThreadpoolController().select(user_api="blas").lib_controllers
+    libraries: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return libraries
 
 
 @functools.lru_cache(maxsize=4)

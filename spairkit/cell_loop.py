@@ -88,10 +88,8 @@ def encode_cells(
         from spairkit.kernels.cells_op import encode_cells_cpu
 
         grid, numbers = _grid(front), _numbers(config, images, training_wheels)
-        record = encode_cells_cpu(
-            grid, numbers, images, products, noise.normal, noise.logistic, edge, weights
-        )
-        return unpack(record, config.what)
+        given = (noise.normal, noise.logistic, edge, weights)
+        return unpack(encode_cells_cpu(grid, numbers, images, products, *given), config.what)
     normal = noise.normal.transpose(0, 1)[front.order].flatten(0, 1)
     jitter = noise.logistic.T[front.order].reshape(-1, 1) / config.temperature
     with torch.autocast(images.device.type, enabled=False):

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-
 def extract_glimpses(
     images: Tensor,  # [B, C, H, W]
     boxes: Tensor,  # [B, n, 4] xyxy, pixels

@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import safetensors.torch
@@ -22,6 +22,7 @@ from spairkit.colours import commonest_colour
 from spairkit.config import Config, ConnCompConfig, TrainConfig
 from spairkit.conncomp import ConnComp
 from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
+from spairkit.data.scenes import Batch, Scenes
 from spairkit.densities import count_success
 from spairkit.distributed import World
 from spairkit.elbo import Losses
@@ -43,6 +44,8 @@ _MODE_IMAGES = 256  # whose commonest colour is the background "mode"
 _NEGLIGIBLE_NOISE = 1e-12
 _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # what a random stream is for
+# of numbers for a CUDA graph, as their readers want them; float64 else
+_DTYPES = {"rate": torch.float32, "first": torch.int64}
 
 
 def check(config: Config, device: torch.device, processes: int) -> None:
@@ -92,8 +95,9 @@ def fit(
         not yielded again.
 
     Raises:
-        InputError: what `check` says; the data cannot be read, or has no boxes to select by; the
-            folder cannot be written; or another process has ended.
+        InputError: what `check` says; the data cannot be read, or has no boxes to select by; a
+            scene found no layout, which on a GPU is seen when losses are next reported or a
+            checkpoint is due; the folder cannot be written; or another process has ended.
         DivergedError: the losses were not finite in the last 10 updates or more, which is seen
             when they are next reported or a validation is due; the last good checkpoint is kept.
     """
@@ -120,7 +124,10 @@ def fit(
         validates = step % settings.validation_every == 0 or step == settings.steps
         reports = step % REPORT_EVERY == 0
         # to read what is on the device waits for it, so this is not done after every update
-        skipped = int(trainer.skipped) if validates or reports else 0
+        looks = validates or reports
+        if looks:
+            trainer.check_scenes()
+        skipped = int(trainer.skipped) if looks else 0
         if skipped >= _MAX_SKIPPED:
             kept = f"the last good checkpoint is {run.path / 'last'}; " if run else ""
             raise DivergedError(
@@ -210,12 +217,16 @@ class Trainer:
         self.replica: nn.Module = self.model
         self.wheels: bool | None = None  # whether they are on in `replica`
 
+    @property
+    def makes_scenes(self) -> bool:
+        """Whether its images are made in the update itself, and so are part of a CUDA graph."""
+        return self.captures and isinstance(self.train, Scenes) and self.train.fused
+
     def update(self) -> Losses:
         """One step of Adam, which leaves everything as it is where gradients are not finite.
 
-        Nothing here waits for the device but the making of scenes, which are made for several
-        updates at once: it is Adam's kernel that looks at `found_inf`. The losses hold until the
-        next update.
+        Nothing here waits for the device, but for images that are not made in the update: it is
+        Adam's kernel that looks at `found_inf`. The losses hold until the next update.
         """
         wheels = self.step < self.config.train.training_wheels
         if wheels is not self.wheels:
@@ -232,11 +243,15 @@ class Trainer:
         rows = settings.batch_size // self.world.size
         first = (settings.seed << 32) + step * settings.batch_size  # no scene of another seed
         first += self.world.rank * rows
-        batch = self.train.batch(torch.arange(first, first + rows))
+        place = self._place
+        if self.makes_scenes:
+            place("first", first)
+            batch = None
+        else:
+            batch = self.train.batch(torch.arange(first, first + rows))
         sample, gradient = (self._generator(purpose, step) for purpose in (_SAMPLE, _GRADIENT))
         given = _Given(
-            images=batch.images,
-            counts=batch.counts,
+            batch=batch,
             success=success_at(self.config, step),
             rate=learning_rate(settings, step),
             noise=Part(sample, self.world.rank, self.world.size) if self.world.size > 1 else sample,
@@ -247,10 +262,11 @@ class Trainer:
             return given
         for tape, source in zip(self.tapes, (sample, gradient), strict=True):
             tape.wind(source)
-        place = self._place
+        if batch:
+            images, counts = place("images", batch.images), place("counts", batch.counts)
+            batch = replace(batch, images=images, counts=counts)
         return _Given(
-            images=place("images", given.images),
-            counts=place("counts", given.counts),
+            batch=batch,
             success=place("success", given.success),
             rate=place("rate", given.rate),
             noise=self.tapes[0],
@@ -261,23 +277,29 @@ class Trainer:
     def _place(self, name: str, value: float | Tensor) -> Tensor:
         """The value on the device, where those of this name always lie."""
         if name not in self.places:
-            dtype = torch.float32 if name == "rate" else torch.float64  # as their readers want it
-            number = torch.empty((), dtype=dtype, device=self.device)
+            number = torch.empty((), dtype=_DTYPES.get(name, torch.float64), device=self.device)
             self.places[name] = torch.empty_like(value) if isinstance(value, Tensor) else number
         place = self.places[name]
         return place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
 
+    def _scenes(self) -> Batch:
+        """Those of the update, from the first one that `_give` has put into its place."""
+        assert isinstance(self.train, Scenes)
+        rows = torch.arange(self.config.train.batch_size, device=self.device)
+        return self.train.unchecked(self.places["first"] + rows)
+
     def _update(self) -> Losses:
         """The update that `given` asks for, with no look at what is on the device."""
         settings, given = self.config.train, self.given
+        batch = given.batch or self._scenes()
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             losses: Losses = self.replica(
-                given.images,
+                batch.images,
                 success=given.success,
                 training_wheels=self.wheels,
                 generator=given.noise,
-                counts=given.counts,
+                counts=batch.counts,
             )
         self.optimiser.zero_grad(set_to_none=True)
         self.world.backward(losses.total.mean())
@@ -324,8 +346,22 @@ class Trainer:
         self.save(figures, is_best)
         return Validation(self.step, figures, picture, is_best)
 
+    def check_scenes(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            InputError: a scene found no layout, and was trained on.
+        """
+        if isinstance(self.train, Scenes):
+            self.train.check()
+
     def save(self, metrics: dict[str, float], is_best: bool) -> None:
-        """Writes a checkpoint of this step, where there is a run."""
+        """Writes a checkpoint of this step, where there is a run.
+
+        Raises:
+            InputError: what `check_scenes` says, or the folder cannot be written.
+        """
+        self.check_scenes()
         if self.run:
             self.run.save(
                 step=self.step,
@@ -412,8 +448,8 @@ class Trainer:
 class _Given:
     """What sets an update apart from others; numbers are 0-d tensors for a CUDA graph."""
 
-    images: Tensor
-    counts: Tensor
+    batch: Batch | None
+    """None where the update makes its scenes itself."""
     success: float | Tensor
     rate: float | Tensor
     noise: Source

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Triton warns, once a compile, that its default will change; the gate counts registers under this
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -51,3 +52,32 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def kernel_device(kernel: str) -> torch.device:
     """Where the tensors for the backend `kernel` live."""
     return torch.device("cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu")
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device: values and shapes that depend on data.
+
+    Tensors from numbers in Python (`lift_fresh`) too, which are copied to the device at once.
+    """
+
+    WAITING = (
+        torch.ops.aten._local_scalar_dense,
+        torch.ops.aten.lift_fresh,
+        torch.ops.aten.nonzero,
+        torch.ops.aten.masked_select,
+        torch.ops.aten.equal,
+        torch.ops.aten.unique_dim,
+        torch.ops.aten._unique2,
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket not in self.WAITING, f"{func} waits for the device"
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_waiting() -> type[_NoWaiting]:
+    """A context in which what waits for a device fails."""
+    return _NoWaiting

@@ -14,10 +14,19 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["render", "presence"])
+@pytest.mark.parametrize("name", ["kernels_render", "kernels_presence", "kernels_scenes"])
 def test_kernels_pass_in_the_interpreter(name: str) -> None:
+    pass_in_the_interpreter(f"tests/test_{name}.py")
+
+
+@pytest.mark.timeout(900)
+def test_scenes_are_part_of_an_update_in_the_interpreter() -> None:
+    pass_in_the_interpreter("tests/test_update_graph.py", "-k", "scene")
+
+
+def pass_in_the_interpreter(*tests: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", f"tests/test_kernels_{name}.py"],
+        [sys.executable, "-m", "pytest", "-q", "-x", *tests],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

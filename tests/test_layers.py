@@ -18,15 +18,17 @@ RUNGS: list[set[str]] = [
     {"kernels.elementary_cpu"},
     {
         "kernels.appearance_cpu",
+        "kernels.compose_triton",
         "kernels.glimpse_cpu",
         "kernels.likelihood_cpu",
         "kernels.normal_kl_cpu",
         "kernels.presence_cpu",
         "kernels.render_cpu",
         "kernels.render_triton",
+        "kernels.scatter_triton",
     },
     {"kernels.cells_cpu", "kernels.presence_triton", "kernels.render_triton_backward"},
-    {"kernels.cells_op", "kernels.presence_op", "kernels.render_op"},
+    {"kernels.cells_op", "kernels.presence_op", "kernels.render_op", "kernels.scenes_op"},
     {"kernels.gate"},
     {
         "allocator",

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from spairkit import checkpoints, durable, presets, training
 from spairkit.checkpoints import load_checkpoint
@@ -32,6 +33,8 @@ from spairkit.training import (
     learning_rate,
     success_at,
 )
+
+NoWaiting = Callable[[], AbstractContextManager[object]]
 
 CPU = torch.device("cpu")
 GPU = [
@@ -341,29 +344,6 @@ def test_ten_in_a_row_end_training_and_keep_the_last_good(
     assert all(bool(t.isfinite().all()) for t in checkpoint.model.values())
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what would make the host wait for a device: values and shapes that depend on data.
-
-    Tensors from numbers in Python (`lift_fresh`) too, which are copied to the device at once.
-    """
-
-    WAITING = (
-        torch.ops.aten._local_scalar_dense,
-        torch.ops.aten.lift_fresh,
-        torch.ops.aten.nonzero,
-        torch.ops.aten.masked_select,
-        torch.ops.aten.equal,
-        torch.ops.aten.unique_dim,
-        torch.ops.aten._unique2,
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in self.WAITING, f"{func} waits for the device"
-        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
-            assert all(index is None or index.dtype != torch.bool for index in args[1])
-        return func(*args, **(kwargs or {}))
-
-
 class OneBatch:
     """Data that is on the device already."""
 
@@ -379,7 +359,9 @@ class OneBatch:
 
 @pytest.mark.parametrize("wheels", [True, False])
 @pytest.mark.parametrize("recipe", ["quick spair", "quick air", "quick dair", "paper spair"])
-def test_an_update_never_waits_for_the_device(tmp_path: Path, recipe: str, wheels: bool) -> None:
+def test_an_update_never_waits_for_the_device(
+    tmp_path: Path, no_waiting: NoWaiting, recipe: str, wheels: bool
+) -> None:
     """The presets, but for AIR that is told counts: they decide how many steps it makes."""
     preset, kind = recipe.split()
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
@@ -388,14 +370,14 @@ def test_an_update_never_waits_for_the_device(tmp_path: Path, recipe: str, wheel
     data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
     trainer = training.Trainer(config, run, data, CPU)
     trainer.update()  # makes what is made once
-    with NoWaiting():  # type: ignore[no-untyped-call]
+    with no_waiting():
         trainer.update()
         assert trainer.step == 2
 
 
-def test_the_guard_against_waiting_bites() -> None:
+def test_the_guard_against_waiting_bites(no_waiting: NoWaiting) -> None:
     for wait in (bool, float, torch.nonzero, lambda x: x[x > 0], lambda x: x.new_tensor([1.0])):
-        with NoWaiting(), pytest.raises(AssertionError):  # type: ignore[no-untyped-call]
+        with no_waiting(), pytest.raises(AssertionError):
             wait(torch.ones(1))
 
 

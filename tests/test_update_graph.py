@@ -1,6 +1,8 @@
 """The update as a CUDA graph. Without a GPU a recorder of operations stands in for the graph."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,16 +11,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spairkit import backends, presets, update_graph
+from spairkit import backends, presets, training, update_graph
 from spairkit.config import Config
+from spairkit.data import scenes as scenes_module
 from spairkit.data.datasets import open_dataset
+from spairkit.data.scenes import Scenes
 from spairkit.elbo import Losses
+from spairkit.errors import InputError
+from spairkit.runs import Run
 from spairkit.sampling import Tape, normal, uniform
-from spairkit.training import Trainer
+from spairkit.training import Trainer, fit
 from spairkit.update_graph import UpdateGraph
 
 CPU = torch.device("cpu")
 UPDATES, WHEELS = 14, 6  # so both graphs are recorded, and played more than once
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton: see test_interpreter.py"
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -41,13 +50,13 @@ class Recorder(TorchDispatchMode):
                     old.copy_(new)
 
 
-def config_of(recipe: str, **loop: Any) -> Config:
+def config_of(recipe: str, data: dict[str, Any] | None = None, **loop: Any) -> Config:
     preset, kind, *names = recipe.split()
     model: dict[str, Any] = {"kind": kind}
     if kind == "spair":
         small = {"backbone_channels": [4], "features": 6, "hidden": 8, "passthrough": 4}
         model |= small | {"background": names[0] if names else "black"}
-    data = {"image_height": 24, "image_width": 24, "max_objects": 2}
+    data = {"image_height": 24, "image_width": 24, "max_objects": 2} | (data or {})
     train = {"batch_size": 2, "training_wheels": WHEELS, "steps": UPDATES, "threads": 1} | loop
     return presets.resolve(preset, {"data": data, "model": model, "train": train})
 
@@ -55,6 +64,12 @@ def config_of(recipe: str, **loop: Any) -> Config:
 def trainer_of(config: Config, device: torch.device = CPU) -> Trainer:
     torch.manual_seed(0)
     return Trainer(config, None, open_dataset(config.data, "train", device), device)
+
+
+def make_scenes(trainer: Trainer) -> None:
+    """Has it record updates, with the making of their scenes, as on a GPU."""
+    assert isinstance(trainer.train, Scenes)
+    trainer.captures = trainer.train.fused = True
 
 
 def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
@@ -121,6 +136,66 @@ def test_what_is_played_is_what_would_have_been_computed(
     assert found_totals == pytest.approx(plain_totals, rel=1e-3), "the rate is rounded to float32"
 
 
+@INTERPRETED
+@pytest.mark.parametrize("recipe", ["quick spair", "quick air"])
+def test_scenes_are_part_of_what_is_played(recipe: str, records: list[int]) -> None:
+    """New ones every time, and those that plain torch makes, of which the record knows nothing."""
+    config = config_of(recipe)
+    given = trainer_of(config)
+    given.captures = True
+    wanted, wanted_totals = trained(given)
+    assert not given.makes_scenes
+    trainer = trainer_of(config)
+    make_scenes(trainer)
+    found, found_totals = trained(trainer)
+    assert trainer.makes_scenes
+    assert len(records) == 4
+    assert records[2] > records[0] + 50, "the scenes are recorded too"
+    assert "images" in given.places
+    assert "images" not in trainer.places
+    assert len(set(found_totals)) == UPDATES
+    assert found_totals == wanted_totals
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@INTERPRETED
+def test_a_scene_without_a_layout_ends_training(
+    records: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At the next look at the device, played or not, and before a checkpoint of it is written."""
+    init = Trainer.__init__
+
+    def capturing(self: Trainer, *arguments: Any) -> None:
+        init(self, *arguments)
+        make_scenes(self)
+
+    monkeypatch.setattr(Trainer, "__init__", capturing)
+    monkeypatch.setattr(scenes_module, "_MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(training, "REPORT_EVERY", 4)
+    data = {"glyph_size": 10, "max_overlap": 0.0, "min_objects": 3, "max_objects": 3}
+    loop = {"training_wheels": 0, "validation_every": 50, "steps": 50}
+    config = config_of("quick spair", data=data, **loop)
+    run = Run.create(tmp_path / "run", config)
+    reached = 0
+    with run.lock(), pytest.raises(InputError, match="no layout in 2 attempts"):  # noqa: PT012
+        for event in fit(config, run, CPU):
+            reached = event.step
+    assert reached % 4 == 3
+    assert run.latest() is None
+
+
+@INTERPRETED
+def test_no_checkpoint_has_been_trained_on_a_scene_without_a_layout() -> None:
+    trainer = trainer_of(config_of("quick spair"))
+    make_scenes(trainer)
+    assert isinstance(trainer.train, Scenes)
+    trainer.save({}, is_best=False)
+    trainer.train._unplaced.fill_(True)
+    with pytest.raises(InputError, match="no layout"):
+        trainer.save({}, is_best=False)
+
+
 def test_what_is_not_finite_changes_nothing_when_it_is_played(
     records: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,10 +258,15 @@ def test_a_gpu_plays_what_it_would_have_computed(recipe: str, precision: str) ->
     device = torch.device("cuda")
     config = config_of(recipe, precision=precision)
     trainer = trainer_of(config, device)
+    assert trainer.makes_scenes
     _, found = trained(trainer)
     assert isinstance(trainer.call, UpdateGraph)
     again = trainer_of(config, device)
     assert trained(again)[1] == found, "to the bit, and beside the graph of another trainer"
+    given = trainer_of(config, device)
+    assert isinstance(given.train, Scenes)
+    given.train.fused = False
+    assert trained(given)[1] == found, "the scenes that plain torch makes outside of the graph"
     plain = trainer_of(config, device)
     plain.captures = False
     _, wanted = trained(plain)

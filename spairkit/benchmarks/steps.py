@@ -173,8 +173,9 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
     data, data_cpu = _scenes_ms(ours.train, case.batch, device)
     batch = ours.train.batch(torch.arange(case.batch))
     same: Any = _SameBatch(batch)
-    for trainer in trainers.values():
-        trainer.train = same
+    timed_apart = [way for way, trainer in trainers.items() if not trainer.makes_scenes]
+    for way in timed_apart:
+        trainers[way].train = same
     if ours.captures:
         for _ in range(WARM_UP + 1):
             ours.update()
@@ -182,7 +183,7 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
         calls["backbone"] = _backbone_call(ours, batch.images)
         calls["backbone"]()
     wall, cpu, repeats = _medians(calls, device, seconds)
-    for way in trainers:
+    for way in timed_apart:
         wall[way] = [data + ms for ms in wall[way]]
         cpu[way] = [data_cpu + ms for ms in cpu[way]]
     # on a GPU the backbone alone, kernel by kernel, cannot be set against a graph
@@ -212,7 +213,7 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
             rest_ratio=_ratio(rest[way], rest["spairkit"]),
             rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
             peak_bytes=peaks[way],
-            parts_ms=_parts(trainer, device, repeats) | {"data": data},
+            parts_ms=_parts(trainer, same, device, repeats) | {"data": data},
         )
     if "plain" not in trainers:
         yield Figure(**labels, way="plain", note=f"needs about {needed / 2**30:.0f} GiB")
@@ -326,10 +327,11 @@ def _ratio(time: float, other: float) -> float | None:
     return time / other if other > 0 else None
 
 
-def _parts(trainer: Trainer, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each part of an update."""
+def _parts(trainer: Trainer, same: Any, device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each part of an update, but for its scenes, which are the `same`."""
     model = trainer.model
     trainer.captures, trainer.wheels = False, None  # the parts of a CUDA graph cannot be told apart
+    trainer.train = same
     watched = [
         (model, "forward", "noise"),
         (model.backbone, "forward", "backbone"),

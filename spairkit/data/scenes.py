@@ -8,12 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spairkit.backends import chosen_backend
 from spairkit.config import DataConfig
 from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scatter import scatter
 from spairkit.detections import Truth
 from spairkit.errors import InputError
+from spairkit.kernels.scenes_op import compose_op, scatter_op
 
 _MAX_ATTEMPTS = 1000
 _MAX_TABLE_BYTES = 1 << 31
@@ -30,6 +32,7 @@ _GLYPHS, _SQUARES = slice(1, 3), slice(3, 5)  # class and glyph; side and place
 _COLOURS, _BACKGROUNDS = slice(5, 9), slice(9, 12)
 _PURPOSES = 16
 _MOST_OBJECTS = 256
+_WORDS = [_SQUARES.start, _PURPOSES, _PURPOSES * _MOST_OBJECTS]
 _DARK = 64
 
 
@@ -72,6 +75,10 @@ class Scenes:
     Glyphs are pasted in turn: pixel + (colour - pixel) * intensity / 255, rounded to a byte each
     time. With `colour = "random"` a glyph has one channel at 255 and two drawn from 0 to 255;
     with `background = "random"` the channels of an image are drawn from 0 to 63.
+
+    Attributes:
+        fused: whether layouts and images are a launch of Triton each, as on a GPU where it works.
+            Elsewhere plain torch makes them, and waits for the device after every attempt.
     """
 
     has_truth = True
@@ -98,6 +105,9 @@ class Scenes:
         pixels = _MAX_PIXELS_AHEAD.get(self.device.type, 1 << 20)
         self._most_ahead = pixels // (config.image_height * config.image_width)
         self._white = torch.tensor([255.0], device=self.device)
+        on_gpu = self.device.type == "cuda"
+        self.fused = on_gpu and chosen_backend("auto", self._numbers, "scenes") == "triton"
+        self._unplaced = torch.zeros((), dtype=torch.bool, device=self.device)
         self._last = 1 << 62  # where the run of the last call began
         self._ahead = 0, 1, self._make(torch.arange(0))
 
@@ -150,10 +160,33 @@ class Scenes:
         )
 
     @torch.no_grad()
-    def _make(self, indices: Tensor) -> Batch:
+    def unchecked(self, indices: Tensor) -> Batch:
+        """The scenes of these indices ([B] int64, on the dataset's device), none made ahead.
+
+        Where they are `fused` nothing waits for the device and no shape depends on values, so
+        this may be part of a CUDA graph, which must not outlive the dataset. A scene that finds
+        no layout is nonsense, and `check` says so later.
+        """
         # lower precision would change the layouts
         with torch.autocast(self.device.type, enabled=False):
-            return self._make_exactly(hashed(self._key, indices.to(self.device)))
+            return self._make_exactly(hashed(self._key, indices))
+
+    def check(self) -> None:
+        """Waits for the device, and forgets what it has complained of.
+
+        Raises:
+            InputError: a scene that was made since the last check found no layout.
+        """
+        if self._unplaced:
+            self._unplaced.zero_()
+            raise InputError(
+                f"{self._described()}: no layout in {_MAX_ATTEMPTS} attempts; {_REMEDY}"
+            )
+
+    def _make(self, indices: Tensor) -> Batch:
+        made = self.unchecked(indices.to(self.device))
+        self.check()
+        return made
 
     def _make_exactly(self, keys: Tensor) -> Batch:  # [B]
         least, most = self.config.min_objects, self.config.max_objects
@@ -162,7 +195,8 @@ class Scenes:
         present = self._numbers < counts[:, None]  # [B, N]
         kinds = below(kind, len(self._class_sizes))
         glyphs = self._class_starts[kinds] + below(glyph, self._class_sizes[kinds])
-        corners, sides = self._layout(keys, counts)  # [B, N, 2], [B, N]
+        corners, sides, complete = self._layout(keys, counts)  # [B, N, 2], [B, N], [B]
+        self._unplaced.logical_or_(complete.logical_not().any())
         # the last entry of the table is blank
         entries = (sides - self._least_side) * self._num_glyphs + glyphs
         entries = torch.where(present, entries, len(self._table) - 1)  # [B, N]
@@ -226,17 +260,37 @@ class Scenes:
         )
         return draws(keys[:, None, None], counters)
 
-    def _layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Corners and sides; a scene that finds no layout is begun anew, with all its squares."""
+    def _layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Corners [B, N, 2], sides [B, N], and which scenes are complete [B].
+
+        A scene that finds no layout is begun anew, with all its squares.
+        """
+        if self.fused:
+            return self._fused_layout(keys, counts)
         corners, sides, complete = self._attempt(keys, counts, 0)
         for attempt in range(1, _MAX_ATTEMPTS):
             left = (~complete).nonzero().squeeze(1)
             if len(left) == 0:
-                return corners, sides
+                break
             corners[left], sides[left], complete[left] = self._attempt(
                 keys[left], counts[left], attempt
             )
-        raise InputError(f"{self._described()}: no layout in {_MAX_ATTEMPTS} attempts; {_REMEDY}")
+        return corners, sides, complete
+
+    def _fused_layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        placed: tuple[Tensor, Tensor, Tensor] = scatter_op(
+            keys,
+            counts,
+            self.config.max_objects,
+            self._least_side,
+            self._greatest_side,
+            self.config.image_height,
+            self.config.image_width,
+            self._max_overlap_px2,
+            _MAX_ATTEMPTS,
+            _WORDS,
+        )
+        return placed
 
     def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
@@ -261,9 +315,30 @@ class Scenes:
         return corners, sides, complete
 
     def _compose(self, keys: Tensor, entries: Tensor, corners: Tensor) -> Tensor:
-        """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
+        """[B, 3, H, W] float32."""
         config = self.config
         num_channels = 1 if config.colour == "white" and config.background == "black" else 3
+        colours = self._colours(keys, num_channels)
+        backgrounds = self._backgrounds(keys, num_channels)
+        if not self.fused:
+            return self._pasted(entries, corners, colours, backgrounds)
+        images: Tensor = compose_op(
+            self._table,
+            entries,
+            corners,
+            colours[..., 0],
+            backgrounds[..., 0],
+            config.image_height,
+            config.image_width,
+            self._greatest_side,
+        )
+        return images
+
+    def _pasted(
+        self, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor
+    ) -> Tensor:
+        """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
+        config, num_channels = self.config, backgrounds.shape[1]
         rim = self._greatest_side - self._least_side
         height, width = config.image_height + rim, config.image_width + rim
         patch = torch.arange(self._greatest_side, device=self.device)
@@ -272,8 +347,8 @@ class Scenes:
         alpha = self._table[entries].int()[:, :, None]  # [B, N, 1, P * P]
         # pixel (255 - alpha) + colour alpha, to be divided by 255; 128 rounds it
         clear = (255 - alpha).expand(-1, -1, num_channels, -1).unbind(1)
-        lit = (alpha * self._colours(keys, num_channels) + 128).unbind(1)
-        canvas = self._backgrounds(keys, num_channels).repeat(1, 1, height * width)
+        lit = (alpha * colours + 128).unbind(1)
+        canvas = backgrounds.repeat(1, 1, height * width)
         for pixels, scale, shift in zip(
             where.expand(-1, -1, num_channels, -1).unbind(1), clear, lit, strict=True
         ):
