@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spairkit.cli.bench_train import bench_train, time_to_ap
-from spairkit.cli.console import print_json, results, say
+from spairkit.cli.console import results, say
+from spairkit.cli.ledger import recorded
 from spairkit.cli.options import Device, DeviceOption, JsonOption, LedgerOption, ThreadsOption
 from spairkit.errors import InputError
 
@@ -66,7 +67,7 @@ def bench(
     import torch
 
     from spairkit.benchmarks.operators import SIDES, cases, run
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
+    from spairkit.benchmarks.timing import machine
 
     unknown = set(objects or ()) - set(SIDES)
     if unknown:
@@ -75,7 +76,6 @@ def bench(
         raise InputError("--device cuda: this machine has no usable GPU; use --device cpu")
     on_gpu = torch.cuda.is_available() and device is not Device.CPU
     where = torch.device("cuda" if on_gpu else "cpu")
-    check_ledger(ledger)
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = cases(
@@ -84,31 +84,13 @@ def bench(
         objects or list(SIDES),
     )
     about = machine(where)
-    say(f"checking and timing {len(chosen)} cases on {where.type}")
-    figures: list[Figure] = []
-    partial = {"partial": True}
-    try:
+    with recorded(about, _print_table, ledger, json=json) as figures:
+        say(f"checking and timing {len(chosen)} cases on {where.type}")
         for figure in run(
             chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
         ):
             figures.append(figure)
             say(_line(figure))
-        partial = {}
-    finally:
-        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
-        if figures:
-            _print(about | partial, figures, json=json)
-            append_to_ledger(ledger, about | partial, figures)
-            say(f"added to {ledger}")
-
-
-def _print(about: dict[str, object], figures: "list[Figure]", *, json: bool) -> None:
-    if json:
-        from dataclasses import asdict
-
-        print_json({**about, "figures": [asdict(figure) for figure in figures]})
-    else:
-        _print_table(about, figures)
 
 
 def _line(figure: "Figure") -> str:

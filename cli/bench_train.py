@@ -1,12 +1,12 @@
 """`spairkit bench train` and `bench time-to-ap`: training, beside plain torch and the paper."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import print_json, progress_bar, results, say
+from spairkit.cli.console import progress_bar, results, say
+from spairkit.cli.ledger import recorded
 from spairkit.cli.options import (
     ConfigOption,
     DataOption,
@@ -60,12 +60,11 @@ def bench_train(
     import torch
 
     from spairkit.benchmarks.steps import Case, run
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
+    from spairkit.benchmarks.timing import machine
     from spairkit.config import assignments
     from spairkit.presets import DEFAULT, resolve
 
     chosen = choose_device(device)
-    check_ledger(ledger)
     if threads is not None:
         torch.set_num_threads(threads)
     over = assignments(set_ or [])
@@ -80,23 +79,11 @@ def bench_train(
         for side in cells or [4]
     ]
     about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
-    say(f"checking and timing {len(cases)} cases on {chosen.type}")
-    figures: list[Figure] = []
-    partial = {"partial": True}
-    try:
+    with recorded(about, _print_figures, ledger, json=json) as figures:
+        say(f"checking and timing {len(cases)} cases on {chosen.type}")
         for figure in run(cases, chosen, seconds):
             figures.append(figure)
             say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
-        partial = {}
-    finally:
-        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
-        if figures:
-            if json:
-                print_json(about | partial | {"figures": [asdict(figure) for figure in figures]})
-            else:
-                _print_figures(about | partial, figures)
-            append_to_ledger(ledger, about | partial, figures)
-            say(f"added to {ledger}")
 
 
 def time_to_ap(
@@ -132,11 +119,10 @@ def time_to_ap(
 ) -> None:
     """Minutes until training first reaches an AP, over seeds; a training that never does fails."""
     from spairkit.benchmarks.targets import attempts, paper_target
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
+    from spairkit.benchmarks.timing import machine
     from spairkit.presets import resolve
 
     chosen = choose_device(device)
-    check_ledger(ledger)
     options: dict[str, Any] = data_layer(data) if data else {}
     loop = {"validation_every": every, "threads": threads}
     options["train"] = {name: value for name, value in loop.items() if value is not None}
@@ -157,35 +143,28 @@ def time_to_ap(
         "validation_every": settings.train.validation_every,
         "validation_images": settings.data.validation_images,
     }
-    found: list[Attempt] = []
-    partial = {"partial": True}
-    try:
-        with progress_bar(quiet=quiet) as bar:
-            tasks: dict[int, Any] = {}
 
-            def show(seed: int, step: int, validation: Any) -> None:
-                if seed not in tasks:
-                    tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
-                bar.update(tasks[seed], completed=step)
-                if validation and not quiet:
-                    shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
-                    bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+    def print_tables(about: dict[str, Any], found: "list[Attempt]") -> None:
+        _print_attempts(about, targets, found)
 
-            for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
-                found.append(attempt)
-                bar.remove_task(tasks.pop(attempt.seed))
-        partial = {}
-    finally:
-        # of a run that is broken off too, the seeds that were done
-        if found:
-            reached = sum(attempt.all is not None for attempt in found)
-            about |= partial | {"success_rate": reached / len(found)}
-            if json:
-                print_json({**about, "figures": [asdict(attempt) for attempt in found]})
-            else:
-                _print_attempts(about, targets, found)
-            append_to_ledger(ledger, about, found)
-            say(f"added to {ledger}")
+    tasks: dict[int, Any] = {}
+    with (
+        recorded(about, print_tables, ledger, json=json) as found,
+        progress_bar(quiet=quiet) as bar,
+    ):
+
+        def show(seed: int, step: int, validation: Any) -> None:
+            if seed not in tasks:
+                tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
+            bar.update(tasks[seed], completed=step)
+            if validation and not quiet:
+                shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
+                bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+
+        for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
+            found.append(attempt)
+            about["success_rate"] = sum(one.all is not None for one in found) / len(found)
+            bar.remove_task(tasks.pop(attempt.seed))
 
 
 def _case(figure: "Figure") -> str:

@@ -85,7 +85,7 @@ RUNGS: list[set[str]] = [
     {"experiments.table"},
     {"experiments.picture"},
     {"cli.console", "cli.interrupts"},
-    {"cli.options"},
+    {"cli.ledger", "cli.options"},
     {"cli.figures"},
     {"cli.bench_train"},
     {"cli.bench", "cli.config", "cli.data", "cli.detect", "cli.doctor", "cli.report", "cli.viz"},
