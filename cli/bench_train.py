@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import progress_bar, results, say
+from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.ledger import recorded
 from spairkit.cli.options import (
     ConfigOption,
@@ -117,8 +118,12 @@ def time_to_ap(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Minutes until training first reaches an AP, over seeds; a training that never does fails."""
-    from spairkit.benchmarks.targets import attempts, paper_target
+    """Measure the minutes until training first reaches an AP on validation images, over seeds.
+
+    A seed fails that has not reached it when its preset's training ends. Ctrl-C ends and keeps what
+    was measured, the seed under way as broken off. Exit status: 0 if a seed succeeded, 2 if none.
+    """
+    from spairkit.benchmarks.targets import attempts, paper_target, success_rate
     from spairkit.benchmarks.timing import machine
     from spairkit.presets import resolve
 
@@ -149,22 +154,30 @@ def time_to_ap(
 
     tasks: dict[int, Any] = {}
     with (
+        Interrupts("ending after this update") as interrupts,
         recorded(about, print_tables, ledger, json=json) as found,
-        progress_bar(quiet=quiet) as bar,
     ):
+        with progress_bar(quiet=quiet) as bar:
 
-        def show(seed: int, step: int, validation: Any) -> None:
-            if seed not in tasks:
-                tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
-            bar.update(tasks[seed], completed=step)
-            if validation and not quiet:
-                shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
-                bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+            def show(seed: int, step: int, validation: Any) -> None:
+                if seed not in tasks:
+                    tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
+                bar.update(tasks[seed], completed=step)
+                if validation and not quiet:
+                    shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
+                    bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
 
-        for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
-            found.append(attempt)
-            about["success_rate"] = sum(one.all is not None for one in found) / len(found)
-            bar.remove_task(tasks.pop(attempt.seed))
+            def stop() -> bool:
+                return interrupts.number is not None
+
+            for attempt in attempts(settings, targets, list(range(seeds)), chosen, show, stop):
+                found.append(attempt)
+                about["success_rate"] = success_rate(found)
+                bar.remove_task(tasks.pop(attempt.seed))
+        if interrupts.number is not None:
+            raise typer.Exit(128 + interrupts.number)
+    if not about["success_rate"]:
+        raise InputError(_missed(targets, found))
 
 
 def _case(figure: "Figure") -> str:
@@ -264,19 +277,35 @@ def _print_attempts(
     table.box = None
     for attempt in found:
         every = attempt.all
+        unseen = "-" if attempt.broken_off else "never"
+        ended = f"broken off, {attempt.minutes:.1f} min" if attempt.broken_off else "never"
         table.add_row(
             str(attempt.seed),
-            f"{every.minutes:.1f} min" if every else "never",
-            *(f"{at.minutes:.1f} min" if at else "never" for at in map(attempt.first.get, single)),
+            f"{every.minutes:.1f} min" if every else ended,
+            *(f"{at.minutes:.1f} min" if at else unseen for at in map(attempt.first.get, single)),
             str(every.step if every else attempt.steps),
             f"{every.cpu_minutes if every else attempt.cpu_minutes:.1f}",
             *(f"{attempt.best[name]:.3f}" for name in targets),
         )
     console = results()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
-    wanted = ", ".join(f"{name} {value:g}" for name, value in targets.items())
-    console.print(f"until validation first reaches {wanted}:", soft_wrap=True)
+    console.print(f"until validation first reaches {_listed(targets)}:", soft_wrap=True)
     console.print(table)
+    ended_seeds = sum(not attempt.broken_off for attempt in found)
     times = [attempt.all.minutes for attempt in found if attempt.all]
     middle = f", in {median(times):.1f} minutes (median)" if times else ""
-    console.print(f"reached by {len(times)} of {len(found)} seeds{middle}")
+    broken = "; one was broken off and does not count" if ended_seeds < len(found) else ""
+    console.print(f"reached by {len(times)} of {ended_seeds} seeds{middle}{broken}")
+
+
+def _missed(targets: dict[str, float], found: "list[Attempt]") -> str:
+    """What to say where no seed reached the targets."""
+    best = {name: max(attempt.best[name] for attempt in found) for name in targets}
+    return (
+        f"no seed reached {_listed(targets)} (the best: {_listed(best, '.3f')}); train for longer "
+        "(--set train.steps=N), or aim lower (--ap, --count-accuracy)"
+    )
+
+
+def _listed(figures: dict[str, float], form: str = "g") -> str:
+    return ", ".join(f"{name} {value:{form}}" for name, value in figures.items())
