@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from spairkit.benchmarks.operators import Figure
 
 
+_TABLE_WIDTH = 180  # with the longest notes, on a GPU
+
 app = typer.Typer(invoke_without_command=True)
 app.command("train")(bench_train)
 app.command("time-to-ap")(time_to_ap)
@@ -127,6 +129,6 @@ def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
             "" if peak is None else f"{peak / 2**20:.1f}",
         )
         case = _case(figure)
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     console.print(table)

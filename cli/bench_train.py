@@ -1,6 +1,9 @@
 """`spairkit bench train` and `bench time-to-ap`: training, beside plain torch and the paper."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,8 +30,11 @@ from spairkit.cli.options import (
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.benchmarks.steps import Figure
+    from spairkit.benchmarks.steps import Figure, Progress
     from spairkit.benchmarks.targets import Attempt
+
+_REDRAW_SECONDS = 0.2
+_TABLE_WIDTH = 100
 
 
 def bench_train(
@@ -56,6 +62,7 @@ def bench_train(
     ] = 10.0,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Time SPAIR's update and its parts beside the plain version of the same, checked first."""
     import torch
@@ -80,11 +87,47 @@ def bench_train(
         for side in cells or [4]
     ]
     about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
-    with recorded(about, _print_figures, ledger, json=json) as figures:
-        say(f"checking and timing {len(cases)} cases on {chosen.type}")
-        for figure in run(cases, chosen, seconds):
+    with (
+        recorded(about, _print_figures, ledger, json=json) as figures,
+        _progress(quiet=quiet) as (report, print_line),
+    ):
+        print_line(f"checking and timing {len(cases)} cases on {chosen.type}")
+        for figure in run(cases, chosen, seconds, report):
             figures.append(figure)
-            say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
+            print_line(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
+
+
+@contextmanager
+def _progress(
+    *, quiet: bool
+) -> "Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]":
+    """Functions that show how far the benchmark is, and that print a line above that.
+
+    Without a terminal a line says what begins.
+    """
+    with progress_bar(quiet=quiet, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None, note="")
+        shown, shown_at = "", 0.0
+
+        def print_line(text: str) -> None:
+            if not quiet:
+                bar.console.print(text, soft_wrap=True)
+
+        def report(progress: "Progress") -> None:
+            nonlocal shown, shown_at
+            case = progress.case
+            name = f"{case.config.preset} {case.batch}x{case.cells**2}: {progress.doing}"
+            begins = name != shown
+            if begins and bar.disable:
+                print_line(name)
+            if begins:
+                bar.reset(task, description=name, total=progress.total)
+            elif monotonic() - shown_at < _REDRAW_SECONDS:
+                return
+            shown, shown_at = name, monotonic()
+            bar.update(task, completed=progress.done, refresh=True)
+
+        yield report, print_line
 
 
 def time_to_ap(
@@ -197,7 +240,7 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
 
     from spairkit.benchmarks.steps import PARTS
 
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     whole = Table(
         *(
@@ -287,7 +330,7 @@ def _print_attempts(
             f"{every.cpu_minutes if every else attempt.cpu_minutes:.1f}",
             *(f"{attempt.best[name]:.3f}" for name in targets),
         )
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     console.print(f"until validation first reaches {_listed(targets)}:", soft_wrap=True)
     console.print(table)

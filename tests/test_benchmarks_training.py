@@ -123,6 +123,33 @@ def test_figures_are_complete_and_parts_make_up_the_step() -> None:
         assert all(time > 0 for time in figure.parts_ms.values())
 
 
+def test_progress_is_told_of_every_check_and_of_every_part_of_every_case() -> None:
+    told: list[steps.Progress] = []
+    list(run([case(), replace(case(), cells=3)], CPU, 0.5, told.append))
+    begun = dict.fromkeys((progress.case.cells, progress.doing) for progress in told)
+    assert list(begun) == [
+        (2, "checking"),
+        (3, "checking"),
+        *(
+            (cells, doing)
+            for cells in (2, 3)
+            for doing in (
+                "warming up",
+                "timing for at least 0.5 s",
+                "timing the parts of spairkit",
+                "timing the parts of plain",
+            )
+        ),
+    ]
+    for cells, doing in list(begun)[3:6]:
+        done = [p.done for p in told if (p.case.cells, p.doing) == (cells, doing)]
+        (total,) = {p.total for p in told if (p.case.cells, p.doing) == (cells, doing)}
+        assert done[0] < 0.1
+        assert done == sorted(done)
+        assert total is not None
+        assert total / 2 <= done[-1] < total
+
+
 def test_inner_parts_are_not_counted_twice() -> None:
     watch = steps._Stopwatch(CPU)
     with watch.part("outer"):
@@ -166,9 +193,15 @@ def test_bench_train_prints_tables_or_json(tmp_path: Path) -> None:
     words += ["--device", "cpu", "--ledger", str(ledger), "--set", "model.hidden=8"]
     table = CliRunner().invoke(app, words)
     assert table.exit_code == 0, table.output
+    said = [line.partition(": ")[2][:25] for line in table.stderr.splitlines()]
+    assert said[1:5] == [
+        *("checking", "warming up", "timing for at least 0 s", "timing the parts of spair")
+    ]
     assert "share of parts, %" in table.stdout
     assert "times as long as the backbone's own forward and backward" in table.stdout
-    document = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    quiet = CliRunner().invoke(app, [*words, "--json", "--quiet"])
+    assert quiet.stderr == f"added to {ledger}\n"
+    document = json.loads(quiet.stdout)
     assert document["benchmark"] == "train"
     assert [figure["way"] for figure in document["figures"]] == ["spairkit", "plain"]
     assert set(document["figures"][0]) == set(asdict(next(run([case()], CPU, 0))))
