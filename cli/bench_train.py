@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import progress_bar, results, say
+from spairkit.cli.figures import AUTHORS_RULE, called, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.ledger import recorded
 from spairkit.cli.options import (
@@ -141,7 +142,7 @@ def time_to_ap(
             "--ap",
             min=0.0,
             max=1.0,
-            help="By the paper's rule (ap_spair). Default: the paper's for data.max_objects.",
+            help="AP paper to reach. Default: what the paper published for data.max_objects.",
         ),
     ] = None,
     count_accuracy: Annotated[
@@ -179,7 +180,7 @@ def time_to_ap(
     targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
     if ap is None:
         count = settings.data.max_objects
-        say(f"aims at an ap_spair of {targets['ap_spair']:g}, the paper's for {count} objects")
+        say(f"aims at {listed(targets, 'g')}, which was published for {count} objects")
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
     about = {
@@ -207,8 +208,9 @@ def time_to_ap(
                     tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
                 bar.update(tasks[seed], completed=step)
                 if validation and not quiet:
-                    shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
-                    bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+                    figures = {name: validation.figures[name] for name in targets}
+                    line = f"seed {seed}, step {step}: {listed(figures)}"
+                    bar.console.print(line, soft_wrap=True)
 
             def stop() -> bool:
                 return interrupts.number is not None
@@ -316,8 +318,8 @@ def _print_attempts(
 
     # of one target alone the first time is that of all
     single = list(targets) if len(targets) > 1 else []
-    table = Table("seed", "all", *single, "step", "CPU min", *(f"best {n}" for n in targets))
-    table.box = None
+    columns = ["seed", "reached", *map(called, single), "step", "CPU min"]
+    table = Table(*columns, *(f"best {called(name)}" for name in targets), box=None)
     for attempt in found:
         every = attempt.all
         unseen = "-" if attempt.broken_off else "never"
@@ -332,8 +334,13 @@ def _print_attempts(
         )
     console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
-    console.print(f"until validation first reaches {_listed(targets)}:", soft_wrap=True)
+    console.print(f"until validation first reaches {listed(targets, 'g')}:", soft_wrap=True)
     console.print(table)
+    console.print(
+        "reached: all at one validation, in minutes of wall time, with step and CPU minutes then; "
+        f"best: of any validation. AP paper: {AUTHORS_RULE}.",
+        soft_wrap=True,
+    )
     ended_seeds = sum(not attempt.broken_off for attempt in found)
     times = [attempt.all.minutes for attempt in found if attempt.all]
     middle = f", in {median(times):.1f} minutes (median)" if times else ""
@@ -345,10 +352,6 @@ def _missed(targets: dict[str, float], found: "list[Attempt]") -> str:
     """What to say where no seed reached the targets."""
     best = {name: max(attempt.best[name] for attempt in found) for name in targets}
     return (
-        f"no seed reached {_listed(targets)} (the best: {_listed(best, '.3f')}); train for longer "
+        f"no seed reached {listed(targets, 'g')} (the best: {listed(best)}); train for longer "
         "(--set train.steps=N), or aim lower (--ap, --count-accuracy)"
     )
-
-
-def _listed(figures: dict[str, float], form: str = "g") -> str:
-    return ", ".join(f"{name} {value:{form}}" for name, value in figures.items())

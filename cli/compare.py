@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.figures import AUTHORS_RULE, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     DataOption,
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 _LINE_EVERY_SECONDS = 30
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
-    "ap_spair": "AP by the paper's rule",
-    "count_accuracy": "share of images counted right",
+    "ap_spair": f"AP paper ({AUTHORS_RULE})",
+    "count_accuracy": "count right (share of images)",
     "seconds": "seconds of training, and updates; for ConnComp, thresholds",
 }
 
@@ -232,11 +233,9 @@ def _follow(
                 finished += 1
                 bar.update(all_of_them, completed=finished)
                 if began:
-                    figures = event.figures
-                    print_line(
-                        f"{event.task.name}: AP {figures['ap']:.3f}, by the paper's rule "
-                        f"{figures['ap_spair']:.3f}, counts right {figures['count_accuracy']:.3f}"
-                    )
+                    names = ("ap", "ap_spair", "count_accuracy")
+                    figures = {name: event.figures[name] for name in names}
+                    print_line(f"{event.task.name}: {listed(figures)}")
                 began = False
 
 
@@ -303,7 +302,7 @@ def _others(rows: "list[Row]") -> str:
 
 
 def _cell(row: "Row", model: str, name: str) -> str:
-    """A figure and its interval; below AP by the paper's rule, what the paper published."""
+    """A figure and its interval; below AP paper, what the paper published."""
     from spairkit.experiments.table import shown
 
     cell = row.cells[model]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
-from spairkit.cli.figures import measure, print_report
+from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     ConfigOption,
@@ -74,7 +74,7 @@ def train(
         typer.Option(
             "--select",
             help="The best checkpoint has the highest validation ELBO (elbo, the default, without "
-            "labels) or AP by the paper's rule (ap, with them).",
+            f"labels) or AP paper (ap, with labels): {AUTHORS_RULE}.",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
@@ -164,7 +164,7 @@ def _announce(run: "Run", device: "torch.device", world: "World") -> None:
     if run.config.model.kind == "conncomp":
         say("connected components have no weights: the steps are thresholds that are tried")
     elif run.config.train.select == "ap":
-        say("the best checkpoint is that of the highest validation AP by the paper's rule")
+        say(f"the best checkpoint is that of the highest validation AP paper: {AUTHORS_RULE}")
 
 
 def _options(
@@ -238,7 +238,7 @@ def _follow(
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                print_line(f"step {event.step}: validation {_listed(figures)}{best}")
+                print_line(f"step {event.step}: validation {listed(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -267,10 +267,6 @@ def _elbo(losses: dict[str, float]) -> str:
         if name not in ("total", "elbo")
     )
     return f"elbo {losses['elbo']:.1f} = -({terms})"
-
-
-def _listed(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
 
 
 def _duration(seconds: float) -> str:

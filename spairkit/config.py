@@ -324,7 +324,7 @@ class TrainConfig:
     patience: Steps = 50_000
     """Stop after so many updates without a better validation; 0 never stops early."""
     select: Literal["elbo", "ap"] = "elbo"
-    """What `best` means: the validation ELBO, which needs no labels, or AP by the paper's rule
+    """What `best` means: the validation ELBO, which needs no labels, or AP paper
     (`ap_spair`), which the authors took."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of products and convolutions. `tf32`, for NVIDIA GPUs alone, keeps 10 bits behind the point.

@@ -283,7 +283,9 @@ def test_time_to_ap_prints_a_table_or_json(tmp_path: Path) -> None:
     words += ["--device", "cpu", "--ledger", str(ledger), "--quiet"]
     table = CliRunner().invoke(app, words)
     assert table.exit_code == 0, table.output
-    assert "until validation first reaches ap_spair 0:" in table.stdout
+    assert "until validation first reaches AP paper 0:" in table.stdout
+    assert re.search(r"^ seed +reached +step +CPU min +best AP paper *$", table.stdout, re.M)
+    assert "AP paper: the rule of the SPAIR authors' code." in table.stdout
     assert "reached by 2 of 2 seeds, in " in table.stdout
     document = json.loads(
         CliRunner().invoke(app, [*words, "--json", "--count-accuracy", "1"]).stdout
@@ -310,7 +312,7 @@ def test_time_to_ap_that_no_seed_reaches_ends_with_a_line_and_2(
     assert "reached by 0 of 2 seeds\n" in printed.out
     last = printed.err.splitlines()[-1]
     assert re.fullmatch(
-        r"spairkit: no seed reached ap_spair 1 \(the best: ap_spair \d\.\d{3}\); .*--ap.*", last
+        r"spairkit: no seed reached AP paper 1 \(the best: AP paper \d\.\d{3}\); .*--ap.*", last
     )
     assert json.loads(ledger.read_text())["success_rate"] == 0.0
     # help says so

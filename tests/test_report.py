@@ -116,7 +116,7 @@ def test_holds_figures_curves_pictures_and_config(tmp_path: Path) -> None:
         assert word in page.text
     for protocol in metrics.PROTOCOLS.values():
         assert protocol in page.text
-    for title in ("reconstruction", "where", "count accuracy", "updates"):
+    for title in ("reconstruction", "where", "count right", "updates"):
         assert title in page.text
 
 

@@ -15,7 +15,7 @@ from spairkit.runs import Run
 from spairkit.training import Validation, fit
 
 PAPER_AP = {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
-"""AP by the paper's rule that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
+"""`ap_spair` that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Attempt:
 
 
 def paper_target(data: DataConfig) -> float:
-    """The paper's AP for as many digits as the data have at most.
+    """The paper's `ap_spair` for as many digits as the data have at most.
 
     Raises:
         InputError: the paper has none for that number.

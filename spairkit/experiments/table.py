@@ -151,7 +151,7 @@ def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "advice": advice(rows),
         "interval": "95 % by Student's t over the seeds",
         "protocols": {name: PROTOCOLS[name] for name in FIGURES},
-        "published": "Fig. 2 of the SPAIR paper, read off: EMNIST digits, AP by the paper's rule",
+        "published": "Fig. 2 of the SPAIR paper, read off: EMNIST digits, ap_spair",
         "environment": environment(),
     }
 
