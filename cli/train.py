@@ -122,6 +122,8 @@ def train(
         events = fit(from_toml(world.from_first(shared).decode()), run, chosen, stop, world)
         if run:
             _announce(run, chosen, world)
+            if resume:
+                _say_how_far(run)
             step, validation = _follow(events, run, quiet=quiet)
         else:
             deque(events, maxlen=0)
@@ -165,6 +167,16 @@ def _announce(run: "Run", device: "torch.device", world: "World") -> None:
         say("connected components have no weights: the steps are thresholds that are tried")
     elif run.config.train.select == "ap":
         say(f"the best checkpoint is that of the highest validation AP paper: {AUTHORS_RULE}")
+
+
+def _say_how_far(run: "Run") -> None:
+    """Where a run that is resumed goes on."""
+    saved = run.checkpoints
+    if not saved:
+        say("no checkpoint is there yet: it begins with the first step")
+        return
+    step, steps = saved[0][0], run.config.train.steps
+    say(f"goes on from its checkpoint of step {step}: {max(steps - step, 0)} of {steps} are left")
 
 
 def _options(

@@ -148,10 +148,24 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
     assert ended.status == 0
     assert "ended after step 1 of 6; go on with: spairkit train --resume cut" in ended.err
-    assert run("train", "--resume", "cut", "--quiet").status == 0
+    assert "goes on" not in ended.err
+    resumed = run("train", "--resume", "cut", "--quiet")
+    assert resumed.status == 0
+    assert "goes on from its checkpoint of step 1: 5 of 6 are left\n" in resumed.err
+    again = run("train", "--resume", "cut", "--quiet")
+    assert "goes on from its checkpoint of step 6: 0 of 6 are left\n" in again.err
     whole = Path("runs/digits-quick-1")
     assert weights(Path("cut")) == weights(whole)
     assert Path("cut/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run: Runner) -> None:
+    settings = Run.open(Path("runs/digits-quick-1")).config
+    Run.create(Path("killed"), settings)
+    ended = run("train", "--resume", "killed", "--quiet")
+    assert ended.status == 0
+    assert "no checkpoint is there yet: it begins with the first step\n" in ended.err
+    assert weights(Path("killed")) == weights(Path("runs/digits-quick-1"))
 
 
 def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) -> None:
