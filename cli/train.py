@@ -124,6 +124,8 @@ def train(
             _announce(run, chosen, world)
             if resume:
                 _say_how_far(run)
+            elif not data:
+                _say_whose_figures(run.config)
             step, validation = _follow(events, run, quiet=quiet)
         else:
             deque(events, maxlen=0)
@@ -167,6 +169,15 @@ def _announce(run: "Run", device: "torch.device", world: "World") -> None:
         say("connected components have no weights: the steps are thresholds that are tried")
     elif run.config.train.select == "ap":
         say(f"the best checkpoint is that of the highest validation AP paper: {AUTHORS_RULE}")
+
+
+def _say_whose_figures(config: "Config") -> None:
+    """A preset may have been measured on other images than those it takes by itself."""
+    if config.preset == "laptop" and config.data.name == "digits":
+        say(
+            "trains on the digits that ship with spairkit, and the figures of the laptop preset "
+            "are of MNIST: --data FILE takes it"
+        )
 
 
 def _say_how_far(run: "Run") -> None:

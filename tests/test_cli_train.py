@@ -350,6 +350,16 @@ def test_selecting_by_ap_is_said(run: Runner) -> None:
     assert said not in run(*words, "--out", "by-elbo").err
 
 
+def test_laptop_without_data_says_that_its_figures_are_of_mnist(run: Runner) -> None:
+    said = "the figures of the laptop preset are of MNIST: --data FILE takes it"
+    words = ["train", "--config", "tiny.toml", "--steps", "1", "--quiet"]
+    laptop = [*words, "--preset", "laptop"]
+    assert run(*laptop, "--out", "laptop").err.count(said) == 1
+    assert said not in run(*laptop, "--out", "laptop-digits", "--data", "digits").err
+    assert said not in run(*words, "--out", "quick").err
+    assert said not in run("train", "--resume", "laptop").err
+
+
 def test_report_is_written_again(run: Runner) -> None:
     page = Path("runs/digits-quick-1/report.html")
     page.unlink()
