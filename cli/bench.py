@@ -9,7 +9,14 @@ import typer
 from spairkit.cli.bench_train import bench_train, time_to_ap
 from spairkit.cli.console import results, say
 from spairkit.cli.ledger import recorded
-from spairkit.cli.options import Device, DeviceOption, JsonOption, LedgerOption, ThreadsOption
+from spairkit.cli.options import (
+    Device,
+    DeviceOption,
+    JsonOption,
+    LedgerOption,
+    ThreadsOption,
+    choose_device,
+)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,15 +42,20 @@ class OperatorName(StrEnum):
 def bench(
     context: typer.Context,
     operator: Annotated[
-        list[OperatorName] | None, typer.Option("--operator", help="Only this one; repeatable.")
+        list[OperatorName] | None,
+        typer.Option("--operator", help="Time this one alone; repeatable."),
     ] = None,
     objects: Annotated[
         list[int] | None,
-        typer.Option("--objects", help="16, 64, 144 or 576; repeatable. Default: all."),
+        typer.Option(
+            "--objects", help="In an image: 16, 64, 144 or 576; repeatable. Default: all of these."
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
+        typer.Option(
+            "--batch", min=1, help="Images; repeatable. Default: 32; on a GPU 32, 256 and 1024."
+        ),
     ] = None,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
@@ -51,16 +63,16 @@ def bench(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Also time torch.compile of the rivals. Default: only on a GPU.",
+            help="Also time torch.compile of the plain versions. Default: on a GPU only.",
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="To spend on a figure, at least.")
+        float, typer.Option("--seconds", min=0.0, help="Seconds for each figure, at least.")
     ] = 1.0,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
 ) -> None:
-    """Check the operators, then time them beside grid_sample, the loop, and torch.compile.
+    """Time the operators (renderer, KL of the counts) beside plain torch, checked first.
 
     `bench train` and `bench time-to-ap` time training.
     """
@@ -74,10 +86,8 @@ def bench(
     unknown = set(objects or ()) - set(SIDES)
     if unknown:
         raise InputError(f"--objects must be 16, 64, 144 or 576, got {min(unknown)}")
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu")
-    on_gpu = torch.cuda.is_available() and device is not Device.CPU
-    where = torch.device("cuda" if on_gpu else "cpu")
+    where = choose_device(device)
+    on_gpu = where.type == "cuda"
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = cases(

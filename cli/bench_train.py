@@ -41,31 +41,47 @@ _TABLE_WIDTH = 100
 def bench_train(
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", help="Repeatable. Default: quick and paper."),
+        typer.Option(
+            "--preset", help="quick, laptop or paper; repeatable. Default: quick and paper."
+        ),
     ] = None,
     set_: SetOption = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", min=1, max=65536, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."
+            "--batch",
+            min=1,
+            max=65536,
+            help="Images in an update; repeatable. Default: 32; on a GPU 32, 256 and 1024.",
         ),
     ] = None,
     cells: Annotated[
         list[int] | None,
         typer.Option(
-            "--cells", min=1, max=64, help="Along each side of an image; repeatable. Default: 4."
+            "--cells",
+            min=1,
+            max=64,
+            help="Grid cells along each side of an image; repeatable. Default: 4 (4 x 4 cells).",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="To spend on a case, at least.")
+        float,
+        typer.Option(
+            "--seconds",
+            min=0.0,
+            help="Seconds for each preset, batch and number of cells, at least.",
+        ),
     ] = 10.0,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Time SPAIR's update and its parts beside the plain version of the same, checked first."""
+    """Time an update of SPAIR's training and its parts, beside a plain torch version of the same.
+
+    Nothing is timed unless both have the same losses and gradients.
+    """
     import torch
 
     from spairkit.benchmarks.steps import Case, run
@@ -142,20 +158,29 @@ def time_to_ap(
             "--ap",
             min=0.0,
             max=1.0,
-            help="AP paper to reach. Default: what the paper published for data.max_objects.",
+            help="The AP to reach. Default: what the paper published for data.max_objects.",
         ),
     ] = None,
     count_accuracy: Annotated[
         float | None,
         typer.Option(
-            "--count-accuracy", min=0.0, max=1.0, help="Share of images counted right. Default: any"
+            "--count-accuracy",
+            min=0.0,
+            max=1.0,
+            help="Share of images that must be counted right too. Default: any.",
         ),
     ] = None,
     every: Annotated[
         int | None,
-        typer.Option("--every", min=1, help="Updates between validations. Default: the preset's."),
+        typer.Option(
+            "--every",
+            min=1,
+            help="Updates between validations, which show it. Default: the preset's.",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings: seeds 0, 1, ...")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="How many trainings; their seeds are 0, 1, ...")
+    ] = 3,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
@@ -164,8 +189,9 @@ def time_to_ap(
 ) -> None:
     """Measure the minutes until training first reaches an AP on validation images, over seeds.
 
-    A seed fails that has not reached it when its preset's training ends. Ctrl-C ends and keeps what
-    was measured, the seed under way as broken off. Exit status: 0 if a seed succeeded, 2 if none.
+    The AP is AP paper: the rule of the SPAIR authors' code. A seed fails that has not reached it
+    when its preset's training ends. Ctrl-C ends and keeps what was measured, the seed under way as
+    broken off. Exit status: 0 if a seed succeeded, 2 if none.
     """
     from spairkit.benchmarks.targets import attempts, paper_target, success_rate
     from spairkit.benchmarks.timing import machine

@@ -63,12 +63,18 @@ def train(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Updates to make in all; the learning rate falls till then."),
+        typer.Option(
+            "--steps",
+            help="Updates to make in all, while the learning rate falls. Default: the preset's.",
+        ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0, help="Save and end after so long.")
+        float | None,
+        typer.Option("--minutes", min=0, help="Save and end after so long; --resume goes on."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of weights and noise.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of initial weights and noise. Default: 0.")
+    ] = None,
     select: Annotated[
         Select | None,
         typer.Option(
