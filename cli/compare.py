@@ -31,7 +31,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from spairkit.experiments.compare import Settings
+    from spairkit.experiments.settings import Settings
     from spairkit.experiments.table import Row
 
 
@@ -87,7 +87,7 @@ def compare(
     """
     asked = _asked(models, objects, seeds, budget, data, preset, set_)
     chosen = choose_device(device)
-    from spairkit.experiments.compare import is_finished
+    from spairkit.experiments.folder import is_finished
 
     folder, settings = _begin(out, asked)
     tasks = len(settings.tasks())
@@ -116,7 +116,7 @@ def _asked(
 ) -> dict[str, Any]:
     """The settings that the options stand for; what was not given is absent."""
     from spairkit.config import assignments
-    from spairkit.experiments.compare import parse_budget
+    from spairkit.experiments.settings import parse_budget
 
     asked: dict[str, Any] = parse_budget(budget) if budget is not None else {}
     if models is not None:
@@ -139,8 +139,9 @@ def _asked(
 
 def _begin(out: Path | None, asked: dict[str, Any]) -> "tuple[Path, Settings]":
     """The comparison in the folder `out`, or a new one."""
-    from spairkit.experiments.compare import MODELS, OBJECTS, begin, read_settings, settings_from
-    from spairkit.experiments.compare import to_json as plain
+    from spairkit.experiments.folder import begin, read_settings
+    from spairkit.experiments.settings import MODELS, OBJECTS, settings_from
+    from spairkit.experiments.settings import to_json as plain
     from spairkit.presets import DEFAULT
     from spairkit.runs import next_folder
 
@@ -269,7 +270,7 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
     from rich import box
     from rich.table import Table
 
-    from spairkit.experiments.compare import MODELS
+    from spairkit.experiments.settings import MODELS
     from spairkit.experiments.table import advice, told_models
 
     console = results()

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from spairkit.experiments.compare import MODELS
+from spairkit.experiments.settings import MODELS
 from spairkit.experiments.table import Row
 from spairkit.metrics import NAMES
 from spairkit.report.curves import COLOURS, STYLE
