@@ -168,7 +168,8 @@ def _begin(
     from spairkit.data.datasets import open_dataset
     from spairkit.presets import resolve
     from spairkit.search_space import default_space, load_space
-    from spairkit.sweeps import Definition, Sweep
+    from spairkit.sweep_study import Definition
+    from spairkit.sweeps import Sweep
 
     settings = resolve(choose_preset(preset, over), *over)
     tried = load_space(space, settings) if space else default_space(settings)
@@ -189,6 +190,7 @@ def _work(
     quiet: bool,
 ) -> None:
     """Shows what happens while the trials are made."""
+    from spairkit.sweep_processes import work_in_processes
     from spairkit.sweeps import Ended, Progress
 
     with progress_bar(quiet=quiet) as bar:
@@ -209,7 +211,7 @@ def _work(
         if workers == 1:
             sweep.work(trials, device, stop, show)
             return
-        for event in sweep.work_in_processes(trials, device, workers, stop):
+        for event in work_in_processes(sweep, trials, device, workers, stop):
             show(event)
 
 

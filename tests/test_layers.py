@@ -63,7 +63,7 @@ RUNGS: list[set[str]] = [
         "data.scatter",
         "data.glyphs",
     },
-    {"cell_steps", "conncomp"},
+    {"cell_steps", "conncomp", "sweep_study"},
     {"cell_loop"},
     {
         "air",
@@ -86,7 +86,7 @@ RUNGS: list[set[str]] = [
         "experiments.intervals",
         "experiments.settings",
     },
-    {"experiments.folder", "experiments.published"},
+    {"sweep_processes", "experiments.folder", "experiments.published"},
     {"experiments.compare"},
     {"experiments.table"},
     {"experiments.picture"},
