@@ -86,7 +86,7 @@ def bench_train(
 
     from spairkit.benchmarks.steps import Case, run
     from spairkit.benchmarks.timing import machine
-    from spairkit.config import assignments
+    from spairkit.config_values import assignments
     from spairkit.presets import DEFAULT, resolve
 
     chosen = choose_device(device)

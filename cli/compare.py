@@ -115,7 +115,7 @@ def _asked(
     set_: list[str] | None,
 ) -> dict[str, Any]:
     """The settings that the options stand for; what was not given is absent."""
-    from spairkit.config import assignments
+    from spairkit.config_values import assignments
     from spairkit.experiments.settings import parse_budget
 
     asked: dict[str, Any] = parse_budget(budget) if budget is not None else {}

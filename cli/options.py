@@ -189,7 +189,7 @@ def layers(
     config: Path | None, options: Mapping[str, Any], words: list[str] | None
 ) -> list[Mapping[str, Any]]:
     """What lies over a preset, the last one on top: file, options of their own, `--set`."""
-    from spairkit.config import assignments, load_toml
+    from spairkit.config_values import assignments, load_toml
 
     return [load_toml(config) if config else {}, options, assignments(words or [])]
 

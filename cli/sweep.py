@@ -142,7 +142,7 @@ def _begun(
     Raises:
         InputError: it is not.
     """
-    from spairkit.config import from_dict, merge, model_kind, to_dict
+    from spairkit.config_values import from_dict, merge, model_kind, to_dict
     from spairkit.search_space import load_space
     from spairkit.sweeps import Sweep
 

@@ -94,7 +94,7 @@ def train(
     """
     if resume and out:
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    from spairkit.config import from_toml, to_toml
+    from spairkit.config_values import from_toml, to_toml
     from spairkit.data.datasets import open_splits
     from spairkit.distributed import joined
     from spairkit.durable import write_text
@@ -225,7 +225,7 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     Raises:
         InputError: there is no run, or a setting is asked for that is not the run's.
     """
-    from spairkit.config import differences, from_dict, merge, model_kind, to_dict
+    from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
     from spairkit.runs import Run
 
     config = Run.open(path).config

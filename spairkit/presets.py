@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spairkit.config import AIRConfig, Config, from_dict, merge, model_kind
+from spairkit.config import AIRConfig, Config
+from spairkit.config_values import from_dict, merge, model_kind
 from spairkit.errors import InputError
 
 

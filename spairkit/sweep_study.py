@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spairkit.config import Config, from_dict
+from spairkit.config import Config
+from spairkit.config_values import from_dict
 from spairkit.errors import InputError
 from spairkit.search_space import Choices, Range, Space, parse
 

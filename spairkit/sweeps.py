@@ -21,7 +21,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from spairkit import durable
-from spairkit.config import Config, differences, to_dict
+from spairkit.config import Config
+from spairkit.config_values import differences, to_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.runs import Run, next_folder
 from spairkit.search_space import Space, laid_over

@@ -25,7 +25,8 @@ from spairkit.benchmarks.targets import (
 )
 from spairkit.cli.bench import app
 from spairkit.cli.main import main
-from spairkit.config import Config, DataConfig, from_dict, merge
+from spairkit.config import Config, DataConfig
+from spairkit.config_values import from_dict, merge
 from spairkit.errors import InputError
 from spairkit.presets import resolve
 from spairkit.training import Validation, fit

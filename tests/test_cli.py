@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import spairkit
-from spairkit import config as config_module
+from spairkit import config_values
 from spairkit.cli.console import progress_bar, results
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
-from spairkit.config import from_toml
+from spairkit.config_values import from_toml
 from spairkit.errors import InputError
 from spairkit.presets import names, resolve
 from spairkit.runs import Run, pretrained
@@ -155,7 +155,7 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(13, "Permission denied", "thing")
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     assert run("config", "show") == Ended(2, "", "spairkit: thing: Permission denied\n")
 
 
@@ -163,7 +163,7 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
 def test_a_lack_of_memory_is_one_line_and_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     ended = run("config", "show")
     assert ended.status == 2
     assert ended.err.startswith("spairkit: not enough memory; try a lower train.batch_size")
@@ -172,7 +172,7 @@ def test_a_lack_of_memory_is_one_line_and_2(
 def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_module, "to_toml", raising(KeyError("gone")))
+    monkeypatch.setattr(config_values, "to_toml", raising(KeyError("gone")))
     assert run("config", "show") == Ended(
         1,
         "",
@@ -187,7 +187,7 @@ def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
 
 def test_messages_are_one_printable_line(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     error = InputError("evil\n\x1b[31mname\udcff.png: é")
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     assert run("config", "show").err == "spairkit: evil \\x1b[31mname\\udcff.png: é\n"
 
 
@@ -196,7 +196,7 @@ def test_a_signal_ends_with_128_and_its_number(
     run: Runner, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr(config_module, "to_toml", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(config_values, "to_toml", lambda *_: os.kill(os.getpid(), number))
     assert run("config", "show") == Ended(128 + number, "", f"spairkit: stopped by {number.name}\n")
     assert signal.getsignal(number) is before
 
@@ -262,7 +262,7 @@ def test_config_show_is_the_config(run: Runner, tmp_path: Path) -> None:
     assert from_toml(run("config", "show").out) == resolve("quick")
     assert from_toml(run("config", "show", "--preset", "paper").out) == resolve("paper")
     shown = json.loads(run("config", "show", "--json").out)
-    assert shown == config_module.to_dict(resolve("quick"))
+    assert shown == config_values.to_dict(resolve("quick"))
     # preset < file < words
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 5\nseed = 6\n")
     words = ["--config", "mine.toml", "--set", "train.seed=7"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from spairkit.config import differences
+from spairkit.config_values import differences
 from spairkit.errors import InputError
 from spairkit.experiments.settings import Task, config_of, parse_budget, settings_from
 from spairkit.presets import resolve

@@ -31,6 +31,7 @@ RUNGS: list[set[str]] = [
         "errors",
         "boxes",
         "colours",
+        "config",
         "densities",
         "detections",
         "elbo",
@@ -41,7 +42,7 @@ RUNGS: list[set[str]] = [
     },
     {
         "backends",
-        "config",
+        "config_values",
         "detector",
         "distributed",
         "drawing",

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from spairkit import metrics
-from spairkit.config import Config, from_dict, to_toml
+from spairkit.config import Config
+from spairkit.config_values import from_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.evaluation import Figures, Report
 from spairkit.report import write_report

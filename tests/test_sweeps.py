@@ -16,7 +16,8 @@ import torch
 from spairkit import sweeps
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
-from spairkit.config import Config, differences, from_dict
+from spairkit.config import Config
+from spairkit.config_values import differences, from_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.runs import Run
 from spairkit.search_space import parse

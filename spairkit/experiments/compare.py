@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from spairkit import durable
-from spairkit.config import differences
+from spairkit.config_values import differences
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate

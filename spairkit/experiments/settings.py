@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from spairkit.config import Config, ConnCompConfig, merge, to_dict
+from spairkit.config import Config, ConnCompConfig
+from spairkit.config_values import merge, to_dict
 from spairkit.errors import InputError
 from spairkit.presets import resolve
 

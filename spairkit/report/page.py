@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spairkit import __version__, durable
-from spairkit.config import to_toml
+from spairkit.config_values import to_toml
 from spairkit.errors import InputError
 from spairkit.metrics import NAMES, PROTOCOLS
 from spairkit.report.curves import Line, chart, is_plottable, line
