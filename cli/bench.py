@@ -7,13 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spairkit.cli.bench_train import bench_train, time_to_ap
-from spairkit.cli.console import print_json, results, say
-from spairkit.cli.options import Device, DeviceOption, JsonOption, LedgerOption, ThreadsOption
+from spairkit.cli.console import results, say
+from spairkit.cli.ledger import recorded
+from spairkit.cli.options import (
+    Device,
+    DeviceOption,
+    JsonOption,
+    LedgerOption,
+    ThreadsOption,
+    choose_device,
+)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.benchmarks.operators import Figure
 
+
+_TABLE_WIDTH = 180  # with the longest notes, on a GPU
 
 app = typer.Typer(invoke_without_command=True)
 app.command("train")(bench_train)
@@ -32,15 +42,20 @@ class OperatorName(StrEnum):
 def bench(
     context: typer.Context,
     operator: Annotated[
-        list[OperatorName] | None, typer.Option("--operator", help="Only this one; repeatable.")
+        list[OperatorName] | None,
+        typer.Option("--operator", help="Time this one alone; repeatable."),
     ] = None,
     objects: Annotated[
         list[int] | None,
-        typer.Option("--objects", help="16, 64, 144 or 576; repeatable. Default: all."),
+        typer.Option(
+            "--objects", help="In an image: 16, 64, 144 or 576; repeatable. Default: all of these."
+        ),
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", min=1, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."),
+        typer.Option(
+            "--batch", min=1, help="Images; repeatable. Default: 32; on a GPU 32, 256 and 1024."
+        ),
     ] = None,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
@@ -48,16 +63,16 @@ def bench(
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Also time torch.compile of the rivals. Default: only on a GPU.",
+            help="Also time torch.compile of the plain versions. Default: on a GPU only.",
         ),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="To spend on a figure, at least.")
+        float, typer.Option("--seconds", min=0.0, help="Seconds for each figure, at least.")
     ] = 1.0,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
 ) -> None:
-    """Check the operators, then time them beside grid_sample, the loop, and torch.compile.
+    """Time the operators (renderer, KL of the counts) beside plain torch, checked first.
 
     `bench train` and `bench time-to-ap` time training.
     """
@@ -66,16 +81,13 @@ def bench(
     import torch
 
     from spairkit.benchmarks.operators import SIDES, cases, run
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
+    from spairkit.benchmarks.timing import machine
 
     unknown = set(objects or ()) - set(SIDES)
     if unknown:
         raise InputError(f"--objects must be 16, 64, 144 or 576, got {min(unknown)}")
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu")
-    on_gpu = torch.cuda.is_available() and device is not Device.CPU
-    where = torch.device("cuda" if on_gpu else "cpu")
-    check_ledger(ledger)
+    where = choose_device(device)
+    on_gpu = where.type == "cuda"
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = cases(
@@ -84,31 +96,13 @@ def bench(
         objects or list(SIDES),
     )
     about = machine(where)
-    say(f"checking and timing {len(chosen)} cases on {where.type}")
-    figures: list[Figure] = []
-    partial = {"partial": True}
-    try:
+    with recorded(about, _print_table, ledger, json=json) as figures:
+        say(f"checking and timing {len(chosen)} cases on {where.type}")
         for figure in run(
             chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
         ):
             figures.append(figure)
             say(_line(figure))
-        partial = {}
-    finally:
-        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
-        if figures:
-            _print(about | partial, figures, json=json)
-            append_to_ledger(ledger, about | partial, figures)
-            say(f"added to {ledger}")
-
-
-def _print(about: dict[str, object], figures: "list[Figure]", *, json: bool) -> None:
-    if json:
-        from dataclasses import asdict
-
-        print_json({**about, "figures": [asdict(figure) for figure in figures]})
-    else:
-        _print_table(about, figures)
 
 
 def _line(figure: "Figure") -> str:
@@ -145,6 +139,6 @@ def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
             "" if peak is None else f"{peak / 2**20:.1f}",
         )
         case = _case(figure)
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     console.print(table)

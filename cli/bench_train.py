@@ -1,12 +1,17 @@
 """`spairkit bench train` and `bench time-to-ap`: training, beside plain torch and the paper."""
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import print_json, progress_bar, results, say
+from spairkit.cli.console import progress_bar, results, say
+from spairkit.cli.figures import AUTHORS_RULE, called, listed
+from spairkit.cli.interrupts import Interrupts
+from spairkit.cli.ledger import recorded
 from spairkit.cli.options import (
     ConfigOption,
     DataOption,
@@ -26,46 +31,65 @@ from spairkit.cli.options import (
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.benchmarks.steps import Figure
+    from spairkit.benchmarks.steps import Figure, Progress
     from spairkit.benchmarks.targets import Attempt
+
+_REDRAW_SECONDS = 0.2
+_TABLE_WIDTH = 100
 
 
 def bench_train(
     preset: Annotated[
         list[str] | None,
-        typer.Option("--preset", help="Repeatable. Default: quick and paper."),
+        typer.Option(
+            "--preset", help="quick, laptop or paper; repeatable. Default: quick and paper."
+        ),
     ] = None,
     set_: SetOption = None,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            "--batch", min=1, max=65536, help="Repeatable. Default: 32; on a GPU 32, 256, 1024."
+            "--batch",
+            min=1,
+            max=65536,
+            help="Images in an update; repeatable. Default: 32; on a GPU 32, 256 and 1024.",
         ),
     ] = None,
     cells: Annotated[
         list[int] | None,
         typer.Option(
-            "--cells", min=1, max=64, help="Along each side of an image; repeatable. Default: 4."
+            "--cells",
+            min=1,
+            max=64,
+            help="Grid cells along each side of an image; repeatable. Default: 4 (4 x 4 cells).",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="To spend on a case, at least.")
+        float,
+        typer.Option(
+            "--seconds",
+            min=0.0,
+            help="Seconds for each preset, batch and number of cells, at least.",
+        ),
     ] = 10.0,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
-    """Time SPAIR's update and its parts beside the plain version of the same, checked first."""
+    """Time an update of SPAIR's training and its parts, beside a plain torch version of the same.
+
+    Nothing is timed unless both have the same losses and gradients.
+    """
     import torch
 
     from spairkit.benchmarks.steps import Case, run
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
-    from spairkit.config import assignments
+    from spairkit.benchmarks.timing import machine
+    from spairkit.config_values import assignments
     from spairkit.presets import DEFAULT, resolve
 
     chosen = choose_device(device)
-    check_ledger(ledger)
     if threads is not None:
         torch.set_num_threads(threads)
     over = assignments(set_ or [])
@@ -80,23 +104,47 @@ def bench_train(
         for side in cells or [4]
     ]
     about = {"benchmark": "train", **machine(chosen), "set": set_ or []}
-    say(f"checking and timing {len(cases)} cases on {chosen.type}")
-    figures: list[Figure] = []
-    partial = {"partial": True}
-    try:
-        for figure in run(cases, chosen, seconds):
+    with (
+        recorded(about, _print_figures, ledger, json=json) as figures,
+        _progress(quiet=quiet) as (report, print_line),
+    ):
+        print_line(f"checking and timing {len(cases)} cases on {chosen.type}")
+        for figure in run(cases, chosen, seconds, report):
             figures.append(figure)
-            say(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
-        partial = {}
-    finally:
-        # of a run that is broken off (Ctrl-C, no memory) too, what was measured
-        if figures:
-            if json:
-                print_json(about | partial | {"figures": [asdict(figure) for figure in figures]})
-            else:
-                _print_figures(about | partial, figures)
-            append_to_ledger(ledger, about | partial, figures)
-            say(f"added to {ledger}")
+            print_line(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
+
+
+@contextmanager
+def _progress(
+    *, quiet: bool
+) -> "Iterator[tuple[Callable[[Progress], None], Callable[[str], None]]]":
+    """Functions that show how far the benchmark is, and that print a line above that.
+
+    Without a terminal a line says what begins.
+    """
+    with progress_bar(quiet=quiet, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None, note="")
+        shown, shown_at = "", 0.0
+
+        def print_line(text: str) -> None:
+            if not quiet:
+                bar.console.print(text, soft_wrap=True)
+
+        def report(progress: "Progress") -> None:
+            nonlocal shown, shown_at
+            case = progress.case
+            name = f"{case.config.preset} {case.batch}x{case.cells**2}: {progress.doing}"
+            begins = name != shown
+            if begins and bar.disable:
+                print_line(name)
+            if begins:
+                bar.reset(task, description=name, total=progress.total)
+            elif monotonic() - shown_at < _REDRAW_SECONDS:
+                return
+            shown, shown_at = name, monotonic()
+            bar.update(task, completed=progress.done, refresh=True)
+
+        yield report, print_line
 
 
 def time_to_ap(
@@ -110,33 +158,46 @@ def time_to_ap(
             "--ap",
             min=0.0,
             max=1.0,
-            help="By the paper's rule (ap_spair). Default: the paper's for data.max_objects.",
+            help="The AP to reach. Default: what the paper published for data.max_objects.",
         ),
     ] = None,
     count_accuracy: Annotated[
         float | None,
         typer.Option(
-            "--count-accuracy", min=0.0, max=1.0, help="Share of images counted right. Default: any"
+            "--count-accuracy",
+            min=0.0,
+            max=1.0,
+            help="Share of images that must be counted right too. Default: any.",
         ),
     ] = None,
     every: Annotated[
         int | None,
-        typer.Option("--every", min=1, help="Updates between validations. Default: the preset's."),
+        typer.Option(
+            "--every",
+            min=1,
+            help="Updates between validations, which show it. Default: the preset's.",
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Trainings: seeds 0, 1, ...")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="How many trainings; their seeds are 0, 1, ...")
+    ] = 3,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
     ledger: LedgerOption = Path("benchmarks.jsonl"),
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Minutes until training first reaches an AP, over seeds; a training that never does fails."""
-    from spairkit.benchmarks.targets import attempts, paper_target
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger, machine
+    """Measure the minutes until training first reaches an AP on validation images, over seeds.
+
+    The AP is AP paper: the rule of the SPAIR authors' code. A seed fails that has not reached it
+    when its preset's training ends. Ctrl-C ends and keeps what was measured, the seed under way as
+    broken off. Exit status: 0 if a seed succeeded, 2 if none.
+    """
+    from spairkit.benchmarks.targets import attempts, paper_target, success_rate
+    from spairkit.benchmarks.timing import machine
     from spairkit.presets import resolve
 
     chosen = choose_device(device)
-    check_ledger(ledger)
     options: dict[str, Any] = data_layer(data) if data else {}
     loop = {"validation_every": every, "threads": threads}
     options["train"] = {name: value for name, value in loop.items() if value is not None}
@@ -145,7 +206,7 @@ def time_to_ap(
     targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
     if ap is None:
         count = settings.data.max_objects
-        say(f"aims at an ap_spair of {targets['ap_spair']:g}, the paper's for {count} objects")
+        say(f"aims at {listed(targets, 'g')}, which was published for {count} objects")
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
     about = {
@@ -157,35 +218,37 @@ def time_to_ap(
         "validation_every": settings.train.validation_every,
         "validation_images": settings.data.validation_images,
     }
-    found: list[Attempt] = []
-    partial = {"partial": True}
-    try:
+
+    def print_tables(about: dict[str, Any], found: "list[Attempt]") -> None:
+        _print_attempts(about, targets, found)
+
+    tasks: dict[int, Any] = {}
+    with (
+        Interrupts("ending after this update") as interrupts,
+        recorded(about, print_tables, ledger, json=json) as found,
+    ):
         with progress_bar(quiet=quiet) as bar:
-            tasks: dict[int, Any] = {}
 
             def show(seed: int, step: int, validation: Any) -> None:
                 if seed not in tasks:
                     tasks[seed] = bar.add_task(f"seed {seed}", total=settings.train.steps, note="")
                 bar.update(tasks[seed], completed=step)
                 if validation and not quiet:
-                    shown = ", ".join(f"{name} {validation.figures[name]:.3f}" for name in targets)
-                    bar.console.print(f"seed {seed}, step {step}: {shown}", soft_wrap=True)
+                    figures = {name: validation.figures[name] for name in targets}
+                    line = f"seed {seed}, step {step}: {listed(figures)}"
+                    bar.console.print(line, soft_wrap=True)
 
-            for attempt in attempts(settings, targets, list(range(seeds)), chosen, show):
+            def stop() -> bool:
+                return interrupts.number is not None
+
+            for attempt in attempts(settings, targets, list(range(seeds)), chosen, show, stop):
                 found.append(attempt)
+                about["success_rate"] = success_rate(found)
                 bar.remove_task(tasks.pop(attempt.seed))
-        partial = {}
-    finally:
-        # of a run that is broken off too, the seeds that were done
-        if found:
-            reached = sum(attempt.all is not None for attempt in found)
-            about |= partial | {"success_rate": reached / len(found)}
-            if json:
-                print_json({**about, "figures": [asdict(attempt) for attempt in found]})
-            else:
-                _print_attempts(about, targets, found)
-            append_to_ledger(ledger, about, found)
-            say(f"added to {ledger}")
+        if interrupts.number is not None:
+            raise typer.Exit(128 + interrupts.number)
+    if not about["success_rate"]:
+        raise InputError(_missed(targets, found))
 
 
 def _case(figure: "Figure") -> str:
@@ -205,7 +268,7 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
 
     from spairkit.benchmarks.steps import PARTS
 
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
     whole = Table(
         *(
@@ -281,23 +344,40 @@ def _print_attempts(
 
     # of one target alone the first time is that of all
     single = list(targets) if len(targets) > 1 else []
-    table = Table("seed", "all", *single, "step", "CPU min", *(f"best {n}" for n in targets))
-    table.box = None
+    columns = ["seed", "reached", *map(called, single), "step", "CPU min"]
+    table = Table(*columns, *(f"best {called(name)}" for name in targets), box=None)
     for attempt in found:
         every = attempt.all
+        unseen = "-" if attempt.broken_off else "never"
+        ended = f"broken off, {attempt.minutes:.1f} min" if attempt.broken_off else "never"
         table.add_row(
             str(attempt.seed),
-            f"{every.minutes:.1f} min" if every else "never",
-            *(f"{at.minutes:.1f} min" if at else "never" for at in map(attempt.first.get, single)),
+            f"{every.minutes:.1f} min" if every else ended,
+            *(f"{at.minutes:.1f} min" if at else unseen for at in map(attempt.first.get, single)),
             str(every.step if every else attempt.steps),
             f"{every.cpu_minutes if every else attempt.cpu_minutes:.1f}",
             *(f"{attempt.best[name]:.3f}" for name in targets),
         )
-    console = results()
+    console = results(_TABLE_WIDTH)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
-    wanted = ", ".join(f"{name} {value:g}" for name, value in targets.items())
-    console.print(f"until validation first reaches {wanted}:", soft_wrap=True)
+    console.print(f"until validation first reaches {listed(targets, 'g')}:", soft_wrap=True)
     console.print(table)
+    console.print(
+        "reached: all at one validation, in minutes of wall time, with step and CPU minutes then; "
+        f"best: of any validation. AP paper: {AUTHORS_RULE}.",
+        soft_wrap=True,
+    )
+    ended_seeds = sum(not attempt.broken_off for attempt in found)
     times = [attempt.all.minutes for attempt in found if attempt.all]
     middle = f", in {median(times):.1f} minutes (median)" if times else ""
-    console.print(f"reached by {len(times)} of {len(found)} seeds{middle}")
+    broken = "; one was broken off and does not count" if ended_seeds < len(found) else ""
+    console.print(f"reached by {len(times)} of {ended_seeds} seeds{middle}{broken}")
+
+
+def _missed(targets: dict[str, float], found: "list[Attempt]") -> str:
+    """What to say where no seed reached the targets."""
+    best = {name: max(attempt.best[name] for attempt in found) for name in targets}
+    return (
+        f"no seed reached {listed(targets, 'g')} (the best: {listed(best)}); train for longer "
+        "(--set train.steps=N), or aim lower (--ap, --count-accuracy)"
+    )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.figures import AUTHORS_RULE, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     DataOption,
@@ -30,15 +31,15 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from spairkit.experiments.compare import Settings
+    from spairkit.experiments.settings import Settings
     from spairkit.experiments.table import Row
 
 
 _LINE_EVERY_SECONDS = 30
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
-    "ap_spair": "AP by the paper's rule",
-    "count_accuracy": "share of images counted right",
+    "ap_spair": f"AP paper ({AUTHORS_RULE})",
+    "count_accuracy": "count right (share of images)",
     "seconds": "seconds of training, and updates; for ConnComp, thresholds",
 }
 
@@ -86,7 +87,7 @@ def compare(
     """
     asked = _asked(models, objects, seeds, budget, data, preset, set_)
     chosen = choose_device(device)
-    from spairkit.experiments.compare import is_finished
+    from spairkit.experiments.folder import is_finished
 
     folder, settings = _begin(out, asked)
     tasks = len(settings.tasks())
@@ -114,8 +115,8 @@ def _asked(
     set_: list[str] | None,
 ) -> dict[str, Any]:
     """The settings that the options stand for; what was not given is absent."""
-    from spairkit.config import assignments
-    from spairkit.experiments.compare import parse_budget
+    from spairkit.config_values import assignments
+    from spairkit.experiments.settings import parse_budget
 
     asked: dict[str, Any] = parse_budget(budget) if budget is not None else {}
     if models is not None:
@@ -138,8 +139,9 @@ def _asked(
 
 def _begin(out: Path | None, asked: dict[str, Any]) -> "tuple[Path, Settings]":
     """The comparison in the folder `out`, or a new one."""
-    from spairkit.experiments.compare import MODELS, OBJECTS, begin, read_settings, settings_from
-    from spairkit.experiments.compare import to_json as plain
+    from spairkit.experiments.folder import begin, read_settings
+    from spairkit.experiments.settings import MODELS, OBJECTS, settings_from
+    from spairkit.experiments.settings import to_json as plain
     from spairkit.presets import DEFAULT
     from spairkit.runs import next_folder
 
@@ -232,11 +234,9 @@ def _follow(
                 finished += 1
                 bar.update(all_of_them, completed=finished)
                 if began:
-                    figures = event.figures
-                    print_line(
-                        f"{event.task.name}: AP {figures['ap']:.3f}, by the paper's rule "
-                        f"{figures['ap_spair']:.3f}, counts right {figures['count_accuracy']:.3f}"
-                    )
+                    names = ("ap", "ap_spair", "count_accuracy")
+                    figures = {name: event.figures[name] for name in names}
+                    print_line(f"{event.task.name}: {listed(figures)}")
                 began = False
 
 
@@ -270,7 +270,7 @@ def _written(settings: "Settings", rows: "list[Row]") -> str:
     from rich import box
     from rich.table import Table
 
-    from spairkit.experiments.compare import MODELS
+    from spairkit.experiments.settings import MODELS
     from spairkit.experiments.table import advice, told_models
 
     console = results()
@@ -303,7 +303,7 @@ def _others(rows: "list[Row]") -> str:
 
 
 def _cell(row: "Row", model: str, name: str) -> str:
-    """A figure and its interval; below AP by the paper's rule, what the paper published."""
+    """A figure and its interval; below AP paper, what the paper published."""
     from spairkit.experiments.table import shown
 
     cell = row.cells[model]

@@ -30,7 +30,7 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Print every setting as TOML."""
-    from spairkit.config import to_dict, to_toml
+    from spairkit.config_values import to_dict, to_toml
 
     resolved = _resolved(preset, config, set_)
     if json:
@@ -47,7 +47,7 @@ def copy(
     set_: SetOption = None,
 ) -> None:
     """Write every setting to a new TOML file, to be edited and given to `train --config`."""
-    from spairkit.config import to_toml
+    from spairkit.config_values import to_toml
     from spairkit.durable import write_text
 
     if file.exists():

@@ -33,19 +33,20 @@ def print_json(value: Any) -> None:
     typer.echo(as_json(value))
 
 
-def results() -> "Console":
+def results(least_width: int = _TABLE_WIDTH) -> "Console":
     """Where tables go: stdout, never so narrow that rich would cut figures off."""
     from rich.console import Console
 
-    columns = shutil.get_terminal_size().columns
-    width = max(columns, _TABLE_WIDTH) if sys.stdout.isatty() else 100
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    width = max(columns, least_width)
     return Console(file=sys.stdout, width=width, highlight=False, markup=False)
 
 
-def progress_bar(*, quiet: bool = False) -> "Progress":
+def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress":
     """A bar on stderr, to be used as a context; none without a terminal that can redraw a line.
 
-    Its note stands on lines of its own, so that it takes no room from the bar.
+    Its note stands on lines of its own, so that it takes no room from the bar. Without
+    `auto_refresh` it is redrawn when it is told to, and no thread does so while something is timed.
     """
     from rich.console import Console, RenderableType
     from rich.progress import (
@@ -69,6 +70,7 @@ def progress_bar(*, quiet: bool = False) -> "Progress":
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        auto_refresh=auto_refresh,
         transient=True,
         disable=quiet or not sys.stderr.isatty() or console.is_dumb_terminal,
     )

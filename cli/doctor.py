@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "pillow", "pyda
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Say which versions, devices and kernels there are; paste it into a report of a bug."""
+    """Say which versions, devices and kernels there are. Paste it when you report a bug."""
     import torch
 
     findings: dict[str, str] = {

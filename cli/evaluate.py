@@ -96,6 +96,6 @@ def evaluate(
 
 def _data(config: "Config", over: list[Any]) -> "DataConfig":
     """The data that the model was trained on, with `over` laid over it."""
-    from spairkit.config import from_dict, merge, to_dict
+    from spairkit.config_values import from_dict, merge, to_dict
 
     return from_dict(merge(to_dict(config), *over), "--set").data

@@ -1,5 +1,6 @@
 """A model's figures on a split: computed, and printed as a table. For `train` and `eval`."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spairkit.cli.console import counted, results
@@ -12,16 +13,23 @@ if TYPE_CHECKING:
     from spairkit.detector import Detector
     from spairkit.evaluation import Figures, Report
 
-_COLUMNS = {
-    "AP": "ap",
-    "AP paper": "ap_spair",
-    "AP COCO": "ap_coco",
-    "AP50": "ap50",
-    "count right": "count_accuracy",
-    "count error": "count_error",
-    "count bias": "count_bias",
-}
+AUTHORS_RULE = "the rule of the SPAIR authors' code"
+"""What AP paper is, wherever it is named first or beneath a table."""
+
+_COLUMNS = ("ap", "ap_spair", "ap_coco", "ap50", "count_accuracy", "count_error", "count_bias")
 _BATCH_SIZE = 32
+
+
+def called(key: str) -> str:
+    """The name of a figure, for people; one that has none is called by its key."""
+    from spairkit.metrics import NAMES
+
+    return NAMES.get(key, key.replace("_", " "))
+
+
+def listed(figures: Mapping[str, float], form: str = ".3f") -> str:
+    """`AP 0.804, AP paper 0.751`."""
+    return ", ".join(f"{called(key)} {value:{form}}" for key, value in figures.items())
 
 
 def measure(
@@ -52,7 +60,7 @@ def print_report(report: "Report") -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("objects", "images", *_COLUMNS):
+    for name in ("objects", "images", *map(called, _COLUMNS)):
         table.add_column(name, justify="right")
     table.add_row("all", *_cells(report.overall), end_section=True)
     for number, figures in report.by_objects.items():
@@ -61,13 +69,13 @@ def print_report(report: "Report") -> None:
     console.print(report.measured_on, soft_wrap=True)
     console.print(table)
     console.print(
-        "AP: IoU .1 to .9, COCO matching, 101 points. AP paper: the rule of the SPAIR authors' "
-        f"code.\nAP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}.",
+        f"AP: IoU .1 to .9, COCO matching, 101 points. AP paper: {AUTHORS_RULE}.\n"
+        f"AP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}.",
         soft_wrap=True,
     )
 
 
 def _cells(figures: "Figures") -> list[str]:
     values = figures.to_json()
-    shown = [values[name] for name in _COLUMNS.values()]
+    shown = [values[name] for name in _COLUMNS]
     return [str(figures.images), *("-" if value is None else f"{value:.3f}" for value in shown)]

@@ -15,8 +15,8 @@ class Interrupts:
 
     number: int | None = None
 
-    def __init__(self, *, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, doing: str = "saving", *, quiet: bool = False) -> None:
+        self.doing, self.quiet = doing, quiet
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
@@ -37,4 +37,4 @@ class Interrupts:
         self.number = number
         if not self.quiet:
             # print could be in the middle of printing
-            os.write(2, b"\nsaving; once more leaves at once\n")
+            os.write(2, f"\n{self.doing}; once more leaves at once\n".encode())

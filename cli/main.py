@@ -63,10 +63,17 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Find, box and count many small things in images, without labels."""
+    """Find, box and count many small things in images, without labels.
+
+    Begin with `spairkit train`, or `spairkit viz IMAGE`. Exit status: 0; 2 for what you can mend,
+    said in one line; 1 for a bug of spairkit's; 130 and 143 when stopped by Ctrl-C and SIGTERM.
+    """
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

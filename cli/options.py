@@ -34,7 +34,11 @@ def _below_one(value: float) -> float:
 
 PresetOption = Annotated[
     str | None,
-    typer.Option("--preset", help="Settings to start from: quick (the default), laptop, paper."),
+    typer.Option(
+        "--preset",
+        help="Settings to start from: quick (the default, minutes on a CPU), laptop (half an hour) "
+        "or paper (wants a GPU).",
+    ),
 ]
 ModelOption = Annotated[
     str | None,
@@ -49,12 +53,17 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting, as data.max_objects=5; as often as needed."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, as data.max_objects=5; repeatable. `spairkit config show` has all.",
     ),
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option("--data", help="A dataset's name, a folder of images, or an MNIST file."),
+    typer.Option(
+        "--data",
+        help="A dataset's name (see `spairkit data list`), a folder of images, or an MNIST file.",
+    ),
 ]
 CheckpointOption = Annotated[
     Path | None,
@@ -76,10 +85,11 @@ ThresholdOption = Annotated[
     typer.Option("--threshold", callback=_below_one, help="Score above which an object counts."),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads. Default: torch's.")
+    int | None,
+    typer.Option("--threads", min=1, help="CPU threads. Default: as many as torch takes."),
 ]
 LedgerOption = Annotated[
-    Path, typer.Option("--ledger", help="File that gets one more line of JSON.")
+    Path, typer.Option("--ledger", help="File that the figures are added to, as a line of JSON.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")]
@@ -179,7 +189,7 @@ def layers(
     config: Path | None, options: Mapping[str, Any], words: list[str] | None
 ) -> list[Mapping[str, Any]]:
     """What lies over a preset, the last one on top: file, options of their own, `--set`."""
-    from spairkit.config import assignments, load_toml
+    from spairkit.config_values import assignments, load_toml
 
     return [load_toml(config) if config else {}, options, assignments(words or [])]
 

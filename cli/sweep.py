@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.figures import AUTHORS_RULE, called
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     ConfigOption,
@@ -78,7 +79,7 @@ def sweep(
         typer.Option(
             "--select",
             help="Best is the highest validation ELBO (elbo, the default, without labels) or AP "
-            "by the paper's rule (ap, with them).",
+            f"paper (ap, with labels): {AUTHORS_RULE}.",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
@@ -103,7 +104,7 @@ def sweep(
     opened = begun or _begin(out, storage, preset, over, space, seed)
     say(
         f"{'going on with' if begun else 'sweeping in'} {opened.path} on {chosen.type}: "
-        f"{trials} trials, compared by validation {opened.figure}"
+        f"{trials} trials, compared by validation {called(opened.figure)}"
     )
     with Interrupts() as interrupts:
         _work(opened, trials, workers, chosen, lambda: interrupts.number is not None, quiet=quiet)
@@ -141,7 +142,7 @@ def _begun(
     Raises:
         InputError: it is not.
     """
-    from spairkit.config import from_dict, merge, model_kind, to_dict
+    from spairkit.config_values import from_dict, merge, model_kind, to_dict
     from spairkit.search_space import load_space
     from spairkit.sweeps import Sweep
 
@@ -167,7 +168,8 @@ def _begin(
     from spairkit.data.datasets import open_dataset
     from spairkit.presets import resolve
     from spairkit.search_space import default_space, load_space
-    from spairkit.sweeps import Definition, Sweep
+    from spairkit.sweep_study import Definition
+    from spairkit.sweeps import Sweep
 
     settings = resolve(choose_preset(preset, over), *over)
     tried = load_space(space, settings) if space else default_space(settings)
@@ -188,6 +190,7 @@ def _work(
     quiet: bool,
 ) -> None:
     """Shows what happens while the trials are made."""
+    from spairkit.sweep_processes import work_in_processes
     from spairkit.sweeps import Ended, Progress
 
     with progress_bar(quiet=quiet) as bar:
@@ -208,7 +211,7 @@ def _work(
         if workers == 1:
             sweep.work(trials, device, stop, show)
             return
-        for event in sweep.work_in_processes(trials, device, workers, stop):
+        for event in work_in_processes(sweep, trials, device, workers, stop):
             show(event)
 
 
@@ -219,7 +222,7 @@ def _told(event: "Ended | int", figure: str) -> str:
         return f"trial {event.trial}: failed: {event.error}"
     if event.figure is None:
         return f"trial {event.trial}: stopped and saved"
-    return f"trial {event.trial}: {figure} {event.figure:.4f}"
+    return f"trial {event.trial}: {called(figure)} {event.figure:.4f}"
 
 
 def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
@@ -236,7 +239,7 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
     picture = trials_chart(
         [trial.values for trial, _ in complete],
         [figure for _, figure in complete],
-        sweep.figure.replace("_", " "),
+        called(sweep.figure),
         frozenset(key for key, s in space.items() if isinstance(s, Range) and s.log),
     )
     if picture:
@@ -268,7 +271,7 @@ def _print_table(sweep: "Sweep", trials: "list[Trial]", summary: dict[str, Any])
 
     keys = list(sweep.definition.space.settings)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("trial", sweep.figure, "steps", *(key.partition(".")[2] for key in keys)):
+    for name in ("trial", called(sweep.figure), "steps", *(key.partition(".")[2] for key in keys)):
         table.add_column(name, justify="right")
     for trial in trials:
         table.add_row(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli.console import as_json, print_json, progress_bar, results, say
-from spairkit.cli.figures import measure, print_report
+from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     ConfigOption,
@@ -63,18 +63,24 @@ def train(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", help="Updates to make in all; the learning rate falls till then."),
+        typer.Option(
+            "--steps",
+            help="Updates to make in all, while the learning rate falls. Default: the preset's.",
+        ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--minutes", min=0, help="Save and end after so long.")
+        float | None,
+        typer.Option("--minutes", min=0, help="Save and end after so long; --resume goes on."),
     ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of weights and noise.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of initial weights and noise. Default: 0.")
+    ] = None,
     select: Annotated[
         Select | None,
         typer.Option(
             "--select",
             help="The best checkpoint has the highest validation ELBO (elbo, the default, without "
-            "labels) or AP by the paper's rule (ap, with them).",
+            f"labels) or AP paper (ap, with labels): {AUTHORS_RULE}.",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
@@ -88,7 +94,7 @@ def train(
     """
     if resume and out:
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    from spairkit.config import from_toml, to_toml
+    from spairkit.config_values import from_toml, to_toml
     from spairkit.data.datasets import open_splits
     from spairkit.distributed import joined
     from spairkit.durable import write_text
@@ -122,6 +128,10 @@ def train(
         events = fit(from_toml(world.from_first(shared).decode()), run, chosen, stop, world)
         if run:
             _announce(run, chosen, world)
+            if resume:
+                _say_how_far(run)
+            elif not data:
+                _say_whose_figures(run.config)
             step, validation = _follow(events, run, quiet=quiet)
         else:
             deque(events, maxlen=0)
@@ -164,7 +174,26 @@ def _announce(run: "Run", device: "torch.device", world: "World") -> None:
     if run.config.model.kind == "conncomp":
         say("connected components have no weights: the steps are thresholds that are tried")
     elif run.config.train.select == "ap":
-        say("the best checkpoint is that of the highest validation AP by the paper's rule")
+        say(f"the best checkpoint is that of the highest validation AP paper: {AUTHORS_RULE}")
+
+
+def _say_whose_figures(config: "Config") -> None:
+    """A preset may have been measured on other images than those it takes by itself."""
+    if config.preset == "laptop" and config.data.name == "digits":
+        say(
+            "trains on the digits that ship with spairkit, and the figures of the laptop preset "
+            "are of MNIST: --data FILE takes it"
+        )
+
+
+def _say_how_far(run: "Run") -> None:
+    """Where a run that is resumed goes on."""
+    saved = run.checkpoints
+    if not saved:
+        say("no checkpoint is there yet: it begins with the first step")
+        return
+    step, steps = saved[0][0], run.config.train.steps
+    say(f"goes on from its checkpoint of step {step}: {max(steps - step, 0)} of {steps} are left")
 
 
 def _options(
@@ -196,7 +225,7 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     Raises:
         InputError: there is no run, or a setting is asked for that is not the run's.
     """
-    from spairkit.config import differences, from_dict, merge, model_kind, to_dict
+    from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
     from spairkit.runs import Run
 
     config = Run.open(path).config
@@ -238,7 +267,7 @@ def _follow(
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                print_line(f"step {event.step}: validation {_listed(figures)}{best}")
+                print_line(f"step {event.step}: validation {listed(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -267,10 +296,6 @@ def _elbo(losses: dict[str, float]) -> str:
         if name not in ("total", "elbo")
     )
     return f"elbo {losses['elbo']:.1f} = -({terms})"
-
-
-def _listed(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in figures.items())
 
 
 def _duration(seconds: float) -> str:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 import spairkit
 from spairkit import durable
-from spairkit.config import Config, from_dict, to_dict
+from spairkit.config import Config
+from spairkit.config_values import from_dict, to_dict
 from spairkit.errors import InputError
 
 FORMAT = 1

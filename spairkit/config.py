@@ -1,24 +1,14 @@
 """What a run is made of: frozen, strict dataclasses whose defaults are the paper's (Table 1).
 
-A `Config` is data, model and training. It comes from defaults, a preset, a TOML file and
-`key=value` words, in that order (`resolve`), and goes back to TOML with the run that used it.
+A `Config` is data, model and training. `config_values` reads and writes one.
 """
 
-import json
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Literal
 
-import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from spairkit.errors import InputError
-
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_MAX_FILE_BYTES = 1 << 20
 
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Width = Annotated[int, Field(ge=1, le=4096)]
@@ -324,7 +314,7 @@ class TrainConfig:
     patience: Steps = 50_000
     """Stop after so many updates without a better validation; 0 never stops early."""
     select: Literal["elbo", "ap"] = "elbo"
-    """What `best` means: the validation ELBO, which needs no labels, or AP by the paper's rule
+    """What `best` means: the validation ELBO, which needs no labels, or AP paper
     (`ap_spair`), which the authors took."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Of products and convolutions. `tf32`, for NVIDIA GPUs alone, keeps 10 bits behind the point.
@@ -349,173 +339,3 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     model: ModelConfig = Field(default_factory=SPAIRConfig, discriminator="kind")
     train: TrainConfig = Field(default_factory=TrainConfig)
-
-
-_ADAPTER = TypeAdapter(Config)
-
-
-def model_kinds() -> dict[str, Any]:
-    """The words that `model.kind` takes, and the class of each."""
-    return {
-        word: model
-        for model in get_args(ModelConfig)
-        for word in get_args(get_type_hints(model)["kind"])
-    }
-
-
-def model_kind(values: Mapping[str, Any]) -> str | None:
-    """The word for the model in nested values; None where there is none."""
-    model = values.get("model")
-    return str(model["kind"]) if isinstance(model, Mapping) and "kind" in model else None
-
-
-def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
-    """The `Config` that nested `values` describe; what is absent takes its default.
-
-    Raises:
-        InputError: every mistake at once: dotted key, what is allowed, what came.
-    """
-    values = merge({"model": {"kind": SPAIRConfig.kind}}, values)
-    try:
-        return _ADAPTER.validate_json(json.dumps(values, allow_nan=True))
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error)}") from None
-    except (TypeError, RecursionError):
-        raise InputError(f"{source}: only tables of numbers, words and lists are allowed") from None
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values; `from_dict` takes them back."""
-    values: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
-    return values
-
-
-def to_toml(config: Config) -> str:
-    """The config as TOML, every key written out."""
-    return tomli_w.dumps(to_dict(config))
-
-
-def from_toml(text: str, source: str = "config") -> Config:
-    """Reads `to_toml`'s output, or any part of it. Raises InputError."""
-    return from_dict(_parse_toml(text, source), source)
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of at most 1 MB.
-
-    Raises:
-        InputError: it cannot be read, or is not TOML (the message has line and column).
-    """
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: no such config file; `spairkit config copy FILE` makes one")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than 1 MB, which no config is")
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; save the config as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return _parse_toml(text, str(path))
-
-
-def assignments(words: Iterable[str]) -> dict[str, Any]:
-    """Nested values from `key=value` words: dotted keys, values as in TOML or bare strings.
-
-    Raises:
-        InputError: a word without `=`, or a key that is empty or set twice over a table.
-    """
-    values: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            raise InputError(f"--set {word}: write key=value, for example train.steps=2000")
-        table = values
-        for part in parts[:-1]:
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
-                raise InputError(f"--set {word}: {part} is a value, not a table")
-        table[parts[-1]] = _value(text.strip())
-    return values
-
-
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables laid over each other; the later one wins, key by key."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            under = merged.get(key)
-            if isinstance(under, dict) and isinstance(value, Mapping):
-                merged[key] = merge(under, value)
-            else:
-                merged[key] = value
-    return merged
-
-
-def differences(first: Config, second: Config) -> list[str]:
-    """The dotted keys whose values differ, each as `key: a -> b`."""
-    found: list[str] = []
-
-    def walk(a: Any, b: Any, path: str) -> None:
-        for field in fields(a):
-            one, other = getattr(a, field.name), getattr(b, field.name)
-            name = f"{path}{field.name}"
-            if is_dataclass(one) and is_dataclass(other):
-                kinds = [vars(value).get("kind") for value in (one, other)]
-                if type(one) is type(other):
-                    walk(one, other, f"{name}.")
-                else:
-                    found.append(f"{name}.kind: {kinds[0]!r} -> {kinds[1]!r}")
-            elif one != other:
-                found.append(f"{name}: {one!r} -> {other!r}")
-
-    walk(first, second, "")
-    return found
-
-
-def _parse_toml(text: str, source: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
-        raise InputError(f"{source}: not TOML: {error}") from None
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
-
-
-def _explain(error: ValidationError) -> str:
-    """All mistakes on one line."""
-    lines = []
-    for item in error.errors(include_url=False):
-        location = [str(part) for part in item["loc"]]
-        if item["type"] == "union_tag_invalid":
-            came = item["ctx"]["tag"]
-            lines.append(f"model.kind: there are {', '.join(model_kinds())} (got {came!r})")
-            continue
-        kind = ""
-        if location[:1] == ["model"] and len(location) > 1:
-            kind = location.pop(1)  # pydantic's word for the member of the union
-        key = ".".join(location) or "config"
-        if item["type"] == "unexpected_keyword_argument":
-            lines.append(f"{key}: unknown key{_suggest(location, kind)}")
-            continue
-        reason = item["msg"].removeprefix("Value error, ")
-        came = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-        lines.append(f"{key}: {reason[:1].lower()}{reason[1:]}{came}")
-    return "; ".join(lines)
-
-
-def _suggest(location: list[str], kind: str) -> str:
-    """The key that was meant, perhaps; `kind` is the model's."""
-    from difflib import get_close_matches
-
-    tables: dict[str, Any] = {"": Config, "data": DataConfig, "train": TrainConfig}
-    table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
-    names = [field.name for field in fields(table)] if table else []
-    close = get_close_matches(location[-1], names, n=1)
-    return f", did you mean {close[0]}?" if close else ""

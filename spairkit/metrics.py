@@ -51,6 +51,18 @@ PROTOCOLS = {
 }
 """What each figure means, in words that go beside it wherever it is reported."""
 
+NAMES = {
+    "ap": "AP",
+    "ap_spair": "AP paper",
+    "ap_coco": "AP COCO",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "count_accuracy": "count right",
+    "count_error": "count error",
+    "count_bias": "count bias",
+}
+"""What each figure is called in tables, charts and messages; its key is for JSON and code."""
+
 _LAST_PIXEL = np.array([0.0, 0.0, 1.0, 1.0])  # from half-open boxes to the authors'
 _CHUNK_TRUTH = 1 << 16
 """True boxes, padding counted, that are matched at a time; 5 MB for each array of theirs."""

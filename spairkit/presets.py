@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spairkit.config import AIRConfig, Config, from_dict, merge, model_kind
+from spairkit.config import AIRConfig, Config
+from spairkit.config_values import from_dict, merge, model_kind
 from spairkit.errors import InputError
 
 
@@ -61,7 +62,8 @@ def laptop() -> dict[str, Any]:
     """SPAIR on 1 to 9 digits of 48 x 48 pixels, in half an hour of one core of a laptop's CPU.
 
     `spairkit train --preset laptop --data MNIST.npz`; test figures of three seeds, for each number
-    of digits and without lateral connections too, are in BENCHMARKS.md.
+    of digits and without lateral connections too, are in BENCHMARKS.md. Without `--data` it trains
+    on the digits that ship with spairkit, whose figures were not measured.
 
     The recipe of `quick` with 24 numbers for what an object looks like in place of 16, and eight
     times the updates. A weight of 1 in place of 2 on the KL terms was worse in AP and in counts

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from spairkit import checkpoints, durable
 from spairkit.checkpoints import Checkpoint, Scalar
-from spairkit.config import Config, from_dict, load_toml, to_toml
+from spairkit.config import Config
+from spairkit.config_values import from_dict, load_toml, to_toml
 from spairkit.errors import InputError
 
 ROOT = Path("runs")

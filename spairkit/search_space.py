@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from spairkit.config import Config, from_dict, load_toml, merge, to_dict
+from spairkit.config import Config
+from spairkit.config_values import from_dict, load_toml, merge, to_dict
 from spairkit.errors import InputError
 
 _MAX_CHOICES = 1000  # of a setting

@@ -10,59 +10,50 @@ share no folder but a database, in Optuna's heartbeat, after some minutes.
 """
 
 import itertools
-import multiprocessing
-import os
-import signal
 import socket
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
 
 from spairkit import durable
-from spairkit.config import Config, differences, from_dict, to_dict
+from spairkit.config import Config
+from spairkit.config_values import differences, to_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.runs import Run, next_folder
-from spairkit.search_space import Choices, Range, Space, laid_over, parse
+from spairkit.search_space import Space, laid_over
+from spairkit.sweep_study import (
+    JOURNAL,
+    Definition,
+    Draws,
+    complete_figure,
+    definition_of,
+    is_surplus,
+    is_waiting,
+    live_trials,
+    mark_lost,
+    mark_stale,
+    number_of,
+    open_study,
+    running_trials,
+    storage_errors,
+    suggest,
+)
 from spairkit.training import REPORT_EVERY, Step, criterion, fit
 
-try:
+if TYPE_CHECKING:
     import optuna
-except ModuleNotFoundError:
-    raise InputError(
-        "a sweep needs Optuna, which is not installed: pip install 'optuna>=5.0'"
-    ) from None
-
-from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+    from optuna.trial import FrozenTrial
 
 RESULTS = "sweep.json"
 """Name of the file in a sweep's folder that holds its results, and that makes it one."""
 
-_JOURNAL = "journal.log"
 _LOCK = ".lock"
-_OURS = {_JOURNAL, f"{_JOURNAL}.lock", _LOCK}
-_HEARTBEAT_SECONDS, _GRACE_SECONDS = 60, 180
-
-
-@dataclass(frozen=True)
-class Definition:
-    """What the trials have in common, and what they differ in."""
-
-    config: Config
-    space: Space
-    seed: int
-    """Of the draws; the runs have `train.seed`."""
+_OURS = {JOURNAL, f"{JOURNAL}.lock", _LOCK}
 
 
 @dataclass(frozen=True)
@@ -107,12 +98,12 @@ class Trial:
 class Sweep:
     """A sweep's folder and its records."""
 
-    def __init__(self, path: Path, storage: str | None, study: optuna.Study) -> None:
+    def __init__(self, path: Path, storage: str | None, study: "optuna.Study") -> None:
         self.path = path
-        self._storage = storage
+        self.storage = storage
         self._study = study
-        self.definition = _definition(study, path)
-        study.sampler = _Draws(self.definition)
+        self.definition = definition_of(study, path)
+        study.sampler = Draws(self.definition)
 
     @classmethod
     def create(cls, path: Path | None, storage: str | None, definition: Definition) -> "Sweep":
@@ -130,7 +121,7 @@ class Sweep:
         """
         path = next_folder("sweep") if path is None else path
         with _turn(path, new=True):
-            study = _open(path, storage, create=True)
+            study = open_study(path, storage, create=True)
             assert study is not None
             if not study.user_attrs:
                 values = {
@@ -153,7 +144,7 @@ class Sweep:
         """
         if storage is None and not (path / RESULTS).is_file():
             return None
-        study = _open(path, storage, create=False)
+        study = open_study(path, storage, create=False)
         if study is None:
             return None
         if not (path / RESULTS).is_file():
@@ -204,79 +195,25 @@ class Sweep:
             InputError: what no other settings would mend: the data, the disk, the storage.
         """
         while True:
-            with _turn(self.path) as end_turn, _storage_errors():
+            with _turn(self.path) as end_turn, storage_errors():
                 if stop() or not self._offer(trials):
                     return
 
                 def objective(
-                    trial: optuna.Trial, end_turn: Callable[[], None] = end_turn
+                    trial: "optuna.Trial", end_turn: Callable[[], None] = end_turn
                 ) -> float:
                     # others that share a database but no folder may have been faster
-                    if _is_surplus(self._study, trial, trials):
+                    if is_surplus(self._study, trial, trials):
                         raise _Surplus
                     return self._train(trial, device, stop, report, end_turn)
 
                 with suppress(_Stopped, _Surplus):
                     self._study.optimize(objective, n_trials=1, catch=(DivergedError,))
 
-    def work_in_processes(
-        self, trials: int, device: torch.device, processes: int, stop: Callable[[], bool]
-    ) -> Iterator[Progress | Ended | int]:
-        """`work` in so many processes of one thread; yields what happens in any of them.
-
-        A process that dies is told of by its exit status, an int; the others go on, and make its
-        trial too.
-
-        Raises:
-            InputError: as `work`; the other processes have saved and ended.
-        """
-        context = multiprocessing.get_context("spawn")
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
-        workers: dict[Connection, Any] = {}
-        error: str | None = None
-        stopping = False
-        try:
-            for _ in range(processes):
-                here, there = context.Pipe(duplex=False)
-                arguments = (there, self.path, self._storage, trials, str(device))
-                worker = context.Process(target=_work_for, args=arguments, daemon=True)
-                worker.start()
-                there.close()
-                workers[here] = worker
-            while workers:
-                for connection in wait(list(workers), timeout=0.2):
-                    assert isinstance(connection, Connection)
-                    try:
-                        event = connection.recv()
-                    except (EOFError, ConnectionError):
-                        worker = workers.pop(connection)
-                        worker.join()
-                        if worker.exitcode and not error:
-                            yield worker.exitcode
-                        continue
-                    if isinstance(event, str):
-                        error = error or event
-                    else:
-                        yield event
-                if not stopping and (error or stop()):
-                    stopping = True
-                    for worker in workers.values():
-                        worker.terminate()
-        finally:
-            for worker in workers.values():
-                worker.kill()
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
-        if error:
-            raise InputError(error)
-
     def trials(self) -> list[Trial]:
         """Complete ones first, the best of them first; then the others by number."""
-        with _storage_errors():
-            found = {_number(trial): self._trial(trial) for trial in _live(self._study)}
+        with storage_errors():
+            found = {number_of(trial): self._trial(trial) for trial in live_trials(self._study)}
         return sorted(
             found.values(), key=lambda t: (t.figure is None, -(t.figure or 0.0), t.number)
         )
@@ -285,8 +222,8 @@ class Sweep:
         """The run of a trial."""
         return self.path / f"trial-{number:04d}"
 
-    def _trial(self, trial: FrozenTrial) -> Trial:
-        number, attributes = _number(trial), trial.user_attrs
+    def _trial(self, trial: "FrozenTrial") -> Trial:
+        number, attributes = number_of(trial), trial.user_attrs
         error = attributes.get("error", "")
         run = str(self.run_path(number))
         if not self._is_mine(trial):
@@ -295,7 +232,7 @@ class Sweep:
             number=number,
             state="failed" if error else trial.state.name.lower(),
             values=self.definition.space.draw(self.definition.seed, number),
-            figure=trial.value if trial.state == TrialState.COMPLETE else None,
+            figure=complete_figure(trial),
             steps=attributes.get("steps"),
             run=run,
             error=error,
@@ -304,30 +241,30 @@ class Sweep:
     def _offer(self, trials: int) -> bool:
         """Sees to it that Optuna has a trial to give out; False where there are enough."""
         self._fail_lost()
-        live = _live(self._study)
-        waiting = sum(trial.state == TrialState.WAITING for trial in live)
+        live = live_trials(self._study)
+        waiting = sum(map(is_waiting, live))
         if len(live) - waiting >= trials:
             return False
         if not waiting:
-            taken = {_number(trial) for trial in live}
+            taken = {number_of(trial) for trial in live}
             number = next(number for number in itertools.count() if number not in taken)
             self._study.enqueue_trial({}, user_attrs={"number": number})
         return True
 
     def _train(
         self,
-        trial: optuna.Trial,
+        trial: "optuna.Trial",
         device: torch.device,
         stop: Callable[[], bool],
         report: Callable[[Progress | Ended], None],
         end_turn: Callable[[], None],
     ) -> float:
         """The figure of a trial; ends the turn as soon as the run is locked."""
-        number = _number(trial)
+        number = number_of(trial)
         trial.set_user_attr("folder", _here(self.path))
         values = self.definition.space.draw(self.definition.seed, number)
         for key, setting in self.definition.space.settings.items():
-            _suggest(trial, key, setting)
+            suggest(trial, key, setting)
         path = self.run_path(number)
         try:
             config = laid_over(self.definition.config, values)
@@ -366,51 +303,23 @@ class Sweep:
             return float(best)
 
     def _give_up(
-        self, trial: optuna.Trial, error: str, report: Callable[[Progress | Ended], None]
+        self, trial: "optuna.Trial", error: str, report: Callable[[Progress | Ended], None]
     ) -> None:
         trial.set_user_attr("error", error)
-        report(Ended(_number(trial), None, error))
+        report(Ended(number_of(trial), None, error))
 
-    def _is_mine(self, trial: FrozenTrial) -> bool:
+    def _is_mine(self, trial: "FrozenTrial") -> bool:
         """Whether its run is in this folder."""
         here = _here(self.path)
-        return self._storage is None or trial.user_attrs.get("folder", here) == here
+        return self.storage is None or trial.user_attrs.get("folder", here) == here
 
     def _fail_lost(self) -> None:
         """Marks the trials that say they run while nobody is at them."""
-        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            known = self._storage is None or "folder" in trial.user_attrs
-            if known and self._is_mine(trial) and not _is_locked(self.run_path(_number(trial))):
-                with suppress(ValueError):  # another process was faster
-                    self._study.tell(trial.number, state=TrialState.FAIL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self._study)
-
-
-def _work_for(
-    connection: Connection, path: Path, storage: str | None, trials: int, device: str
-) -> None:
-    """What a process of `work_in_processes` does; an error goes to the parent as a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and says what to do
-    parent, stopped = os.getppid(), False
-
-    def note(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    def is_over() -> bool:
-        return stopped or os.getppid() != parent
-
-    signal.signal(signal.SIGTERM, note)
-    torch.set_num_threads(1)
-    try:
-        sweep = Sweep.find(path, storage)
-        if sweep is None:
-            raise InputError(f"{path}: no sweep is here any more")
-        sweep.work(trials, torch.device(device), is_over, connection.send)
-    except InputError as error:
-        connection.send(str(error))
+        for trial in running_trials(self._study):
+            known = self.storage is None or "folder" in trial.user_attrs
+            if known and self._is_mine(trial) and not _is_locked(self.run_path(number_of(trial))):
+                mark_lost(self._study, trial)
+        mark_stale(self._study)
 
 
 class _Stopped(Exception):
@@ -419,68 +328,6 @@ class _Stopped(Exception):
 
 class _Surplus(Exception):
     """Another process was faster."""
-
-
-class _Draws(BaseSampler):
-    """Gives every trial the settings that are its number's."""
-
-    def __init__(self, definition: Definition) -> None:
-        self._definition = definition
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-    ) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        own = self._definition
-        return _scalar(own.space.draw(own.seed, _number(trial))[param_name])
-
-
-def _suggest(trial: optuna.Trial, key: str, setting: Choices | Range) -> None:
-    """Tells Optuna of a setting, so that its own tools know it."""
-    if isinstance(setting, Choices):
-        trial.suggest_categorical(key, [_scalar(value) for value in setting.values])
-    elif setting.whole:
-        trial.suggest_int(key, int(setting.low), int(setting.high), log=setting.log)
-    else:
-        trial.suggest_float(key, setting.low, setting.high, log=setting.log)
-
-
-def _scalar(value: Any) -> Any:
-    # Optuna has no lists
-    return str(value) if isinstance(value, list) else value
-
-
-def _number(trial: FrozenTrial | optuna.Trial) -> int:
-    """Ours, which a trial has from the one that it repeats; Optuna's own are never used again."""
-    return int(trial.user_attrs.get("number", trial.number))
-
-
-def _live(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that count, in Optuna's order: none that was surplus, stopped or lost."""
-    trials = study.get_trials(deepcopy=False)
-    return [t for t in trials if t.state != TrialState.FAIL or "error" in t.user_attrs]
-
-
-def _is_surplus(study: optuna.Study, trial: optuna.Trial, trials: int) -> bool:
-    """Whether others, begun before, are enough or do the same."""
-    before = {_number(other) for other in _live(study) if other.number < trial.number}
-    return len(before) >= trials or _number(trial) in before
 
 
 def _here(path: Path) -> str:
@@ -520,61 +367,3 @@ def _turn(path: Path, *, new: bool = False) -> Iterator[Callable[[], None]]:
         yield lock.release
     finally:
         lock.release()
-
-
-def _open(path: Path, storage: str | None, *, create: bool) -> optuna.Study | None:
-    """The study of a folder's journal, or of its name in a database; None where there is none."""
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    name = path.resolve().name
-    with _storage_errors(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # the heartbeat is
-        opened: BaseStorage
-        if storage is None:
-            opened = JournalStorage(JournalFileBackend(str(path / _JOURNAL)))
-        else:
-            opened = RDBStorage(
-                storage,
-                heartbeat_interval=_HEARTBEAT_SECONDS,
-                grace_period=_GRACE_SECONDS,
-            )
-        if create:
-            return optuna.create_study(
-                study_name=name, storage=opened, direction="maximize", load_if_exists=True
-            )
-        try:
-            return optuna.load_study(study_name=name, storage=opened)
-        except KeyError:
-            return None
-
-
-@contextmanager
-def _storage_errors() -> Iterator[None]:
-    """What the storage raises, in one line. It has many libraries under it, each its own errors."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f"--storage: its driver is not installed: {error.__cause__}") from error
-    except Exception as error:
-        if not type(error).__module__.startswith(("optuna", "sqlalchemy", "json")):
-            raise
-        text = str(error).partition("\n")[0]
-        raise InputError(
-            f"the sweep's storage cannot be used: {type(error).__name__}: {text}"
-        ) from error
-
-
-def _definition(study: optuna.Study, path: Path) -> Definition:
-    """What the study was begun with.
-
-    Raises:
-        InputError: it is not a sweep of ours, or of a spairkit with other settings.
-    """
-    source = f"the sweep {path.name}"
-    values = study.user_attrs.get("spairkit")
-    if not isinstance(values, dict) or not values.keys() >= {"config", "space", "seed"}:
-        raise InputError(f"{source}: the study of that name in the storage is no sweep of spairkit")
-    config = from_dict(values["config"], source)
-    seed = values["seed"]
-    if not isinstance(seed, int) or not isinstance(values["space"], dict):
-        raise InputError(f"{source}: damaged; begin a new one with another --out")
-    return Definition(config, parse(values["space"], config, source), seed)

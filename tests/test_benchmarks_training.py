@@ -1,6 +1,8 @@
 """The benchmarks of training: the plain step is the same step, and figures are complete."""
 
 import json
+import re
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,14 +15,22 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from spairkit import densities
-from spairkit.benchmarks import plain, steps
+from spairkit.benchmarks import plain, steps, targets
 from spairkit.benchmarks.steps import PARTS, Case, check, run
-from spairkit.benchmarks.targets import PAPER_AP, attempts, paper_target
+from spairkit.benchmarks.targets import (
+    PAPER_AP,
+    Reached,
+    attempts,
+    paper_target,
+    success_rate,
+)
 from spairkit.cli.bench import app
-from spairkit.config import Config, DataConfig, from_dict, merge
+from spairkit.cli.main import main
+from spairkit.config import Config, DataConfig
+from spairkit.config_values import from_dict, merge
 from spairkit.errors import InputError
 from spairkit.presets import resolve
-from spairkit.training import Validation
+from spairkit.training import Validation, fit
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -129,6 +139,33 @@ def test_figures_are_complete_and_parts_make_up_the_step() -> None:
         assert all(time > 0 for time in figure.parts_ms.values())
 
 
+def test_progress_is_told_of_every_check_and_of_every_part_of_every_case() -> None:
+    told: list[steps.Progress] = []
+    list(run([case(), replace(case(), cells=3)], CPU, 0.5, told.append))
+    begun = dict.fromkeys((progress.case.cells, progress.doing) for progress in told)
+    assert list(begun) == [
+        (2, "checking"),
+        (3, "checking"),
+        *(
+            (cells, doing)
+            for cells in (2, 3)
+            for doing in (
+                "warming up",
+                "timing for at least 0.5 s",
+                "timing the parts of spairkit",
+                "timing the parts of plain",
+            )
+        ),
+    ]
+    for cells, doing in list(begun)[3:6]:
+        done = [p.done for p in told if (p.case.cells, p.doing) == (cells, doing)]
+        (total,) = {p.total for p in told if (p.case.cells, p.doing) == (cells, doing)}
+        assert done[0] < 0.1
+        assert done == sorted(done)
+        assert total is not None
+        assert total / 2 <= done[-1] < total
+
+
 def test_inner_parts_are_not_counted_twice() -> None:
     watch = steps._Stopwatch(CPU)
     with watch.part("outer"):
@@ -172,9 +209,15 @@ def test_bench_train_prints_tables_or_json(tmp_path: Path) -> None:
     words += ["--device", "cpu", "--ledger", str(ledger), "--set", "model.hidden=8"]
     table = CliRunner().invoke(app, words)
     assert table.exit_code == 0, table.output
+    said = [line.partition(": ")[2][:25] for line in table.stderr.splitlines()]
+    assert said[1:5] == [
+        *("checking", "warming up", "timing for at least 0 s", "timing the parts of spair")
+    ]
     assert "share of parts, %" in table.stdout
     assert "times as long as the backbone's own forward and backward" in table.stdout
-    document = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
+    quiet = CliRunner().invoke(app, [*words, "--json", "--quiet"])
+    assert quiet.stderr == f"added to {ledger}\n"
+    document = json.loads(quiet.stdout)
     assert document["benchmark"] == "train"
     assert [figure["way"] for figure in document["figures"]] == ["spairkit", "plain"]
     assert set(document["figures"][0]) == set(asdict(next(run([case()], CPU, 0))))
@@ -209,6 +252,39 @@ def test_targets_are_timed_when_they_are_first_reached() -> None:
     assert first.step == 2
 
 
+def test_a_seed_that_is_stopped_is_neither_a_success_nor_a_failure() -> None:
+    steps_made: list[int] = []
+    never, broken_off = attempts(
+        from_dict(TINY),
+        {"count_accuracy": 1.1},
+        [4, 5, 6],
+        CPU,
+        lambda seed, step, _: steps_made.append(step),
+        lambda: len(steps_made) >= 12,  # 6 updates and 3 validations, then 3 more
+    )
+    assert (never.seed, never.steps, never.broken_off) == (4, 6, False)
+    assert (broken_off.seed, broken_off.steps, broken_off.broken_off) == (5, 2, True)
+    assert broken_off.all is None
+    assert broken_off.minutes > 0
+    assert success_rate([never, broken_off]) == 0.0
+    reached = replace(never, all=Reached(step=2, minutes=1.0, cpu_minutes=1.0))
+    assert success_rate([reached, never, broken_off]) == 0.5
+    assert success_rate([broken_off]) is None
+
+
+def test_a_stop_at_the_end_of_training_breaks_nothing_off() -> None:
+    made: list[int] = []
+    (attempt,) = attempts(
+        from_dict(TINY),
+        {"count_accuracy": 1.1},
+        [4, 5],
+        CPU,
+        lambda seed, step, _: made.append(step),
+        lambda: len(made) > 0 and made[-1] == 6,
+    )
+    assert (attempt.steps, attempt.broken_off) == (6, False)
+
+
 def test_targets_are_the_papers_for_the_number_of_digits() -> None:
     assert PAPER_AP == {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
     assert paper_target(resolve("quick").data) == 0.696
@@ -223,7 +299,9 @@ def test_time_to_ap_prints_a_table_or_json(tmp_path: Path) -> None:
     words += ["--device", "cpu", "--ledger", str(ledger), "--quiet"]
     table = CliRunner().invoke(app, words)
     assert table.exit_code == 0, table.output
-    assert "until validation first reaches ap_spair 0:" in table.stdout
+    assert "until validation first reaches AP paper 0:" in table.stdout
+    assert re.search(r"^ seed +reached +step +CPU min +best AP paper *$", table.stdout, re.M)
+    assert "AP paper: the rule of the SPAIR authors' code." in table.stdout
     assert "reached by 2 of 2 seeds, in " in table.stdout
     document = json.loads(
         CliRunner().invoke(app, [*words, "--json", "--count-accuracy", "1"]).stdout
@@ -231,9 +309,63 @@ def test_time_to_ap_prints_a_table_or_json(tmp_path: Path) -> None:
     assert document["validation_every"] == 3
     assert document["success_rate"] in (0.0, 0.5, 1.0)
     assert set(document["figures"][0]) == {
-        *("seed", "targets", "first", "all", "best", "steps", "minutes", "cpu_minutes")
+        *("seed", "targets", "first", "all", "broken_off", "best"),
+        *("steps", "minutes", "cpu_minutes"),
     }
     assert len(ledger.read_text().splitlines()) == 2
+
+
+def test_time_to_ap_that_no_seed_reaches_ends_with_a_line_and_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger, file = tmp_path / "ledger.jsonl", tmp_path / "tiny.toml"
+    file.write_text(tomli_w.dumps(TINY))
+    words = ["bench", "time-to-ap", "--config", str(file), "--ap", "1", "--seeds", "2", "--quiet"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--device", "cpu", "--ledger", str(ledger)])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "reached by 0 of 2 seeds\n" in printed.out
+    last = printed.err.splitlines()[-1]
+    assert re.fullmatch(
+        r"spairkit: no seed reached AP paper 1 \(the best: AP paper \d\.\d{3}\); .*--ap.*", last
+    )
+    assert json.loads(ledger.read_text())["success_rate"] == 0.0
+    # help says so
+    with pytest.raises(SystemExit):
+        main(["bench", "time-to-ap", "--help"])
+    assert "0 if a seed succeeded, 2 if none" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_seed_under_way(
+    number: signal.Signals,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def signalled(config: Config, *arguments: Any, **keywords: Any) -> Iterator[Any]:
+        for event in fit(config, *arguments, **keywords):
+            if config.train.seed == 1 and event.step == 3:
+                signal.raise_signal(number)
+            yield event
+
+    monkeypatch.setattr(targets, "fit", signalled)
+    ledger, file = tmp_path / "ledger.jsonl", tmp_path / "tiny.toml"
+    file.write_text(tomli_w.dumps(TINY))
+    words = ["bench", "time-to-ap", "--config", str(file), "--ap", "1", "--seeds", "3", "--quiet"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--device", "cpu", "--ledger", str(ledger)])
+    assert ended.value.code == status
+    printed = capsys.readouterr()
+    assert re.search(r"^ 1 +broken off, \d+\.\d min +3 ", printed.out, re.MULTILINE)
+    assert "reached by 0 of 1 seeds; one was broken off and does not count" in printed.out
+    document = json.loads(ledger.read_text())
+    assert document["partial"] is True
+    assert document["success_rate"] == 0.0
+    assert [figure["broken_off"] for figure in document["figures"]] == [False, True]
+    assert document["figures"][1]["steps"] == 3
 
 
 def test_a_batch_is_given_in_one_place(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ import pytest
 import torch
 
 import spairkit
-from spairkit import config as config_module
+from spairkit import config_values
 from spairkit.cli.console import progress_bar, results
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
-from spairkit.config import from_toml
+from spairkit.config_values import from_toml
 from spairkit.errors import InputError
 from spairkit.presets import names, resolve
 from spairkit.runs import Run, pretrained
@@ -154,7 +155,7 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(13, "Permission denied", "thing")
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     assert run("config", "show") == Ended(2, "", "spairkit: thing: Permission denied\n")
 
 
@@ -162,7 +163,7 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
 def test_a_lack_of_memory_is_one_line_and_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     ended = run("config", "show")
     assert ended.status == 2
     assert ended.err.startswith("spairkit: not enough memory; try a lower train.batch_size")
@@ -171,7 +172,7 @@ def test_a_lack_of_memory_is_one_line_and_2(
 def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config_module, "to_toml", raising(KeyError("gone")))
+    monkeypatch.setattr(config_values, "to_toml", raising(KeyError("gone")))
     assert run("config", "show") == Ended(
         1,
         "",
@@ -186,7 +187,7 @@ def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
 
 def test_messages_are_one_printable_line(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     error = InputError("evil\n\x1b[31mname\udcff.png: é")
-    monkeypatch.setattr(config_module, "to_toml", raising(error))
+    monkeypatch.setattr(config_values, "to_toml", raising(error))
     assert run("config", "show").err == "spairkit: evil \\x1b[31mname\\udcff.png: é\n"
 
 
@@ -195,7 +196,7 @@ def test_a_signal_ends_with_128_and_its_number(
     run: Runner, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
-    monkeypatch.setattr(config_module, "to_toml", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(config_values, "to_toml", lambda *_: os.kill(os.getpid(), number))
     assert run("config", "show") == Ended(128 + number, "", f"spairkit: stopped by {number.name}\n")
     assert signal.getsignal(number) is before
 
@@ -222,11 +223,24 @@ def test_a_long_note_leaves_room_for_the_bar(monkeypatch: pytest.MonkeyPatch) ->
     assert progress_bar().disable, "lines instead"
 
 
+def test_a_bar_can_be_redrawn_by_no_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    threads = threading.active_count()
+    with progress_bar(auto_refresh=False) as bar:
+        task = bar.add_task("timing", total=9, note="")
+        assert threading.active_count() == threads
+        bar.update(task, completed=6, refresh=True)
+        assert "6/9" in terminal.getvalue()
+
+
 def test_tables_are_wide_enough_for_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", Terminal())
     for columns, width in ((40, 80), (120, 120)):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert results().width == width
+    assert results(least_width=130).width == 130
 
 
 def test_a_reader_that_leaves_early_sees_no_complaint() -> None:
@@ -248,7 +262,7 @@ def test_config_show_is_the_config(run: Runner, tmp_path: Path) -> None:
     assert from_toml(run("config", "show").out) == resolve("quick")
     assert from_toml(run("config", "show", "--preset", "paper").out) == resolve("paper")
     shown = json.loads(run("config", "show", "--json").out)
-    assert shown == config_module.to_dict(resolve("quick"))
+    assert shown == config_values.to_dict(resolve("quick"))
     # preset < file < words
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 5\nseed = 6\n")
     words = ["--config", "mine.toml", "--set", "train.seed=7"]

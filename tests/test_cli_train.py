@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -114,8 +115,13 @@ def test_a_run_holds_all_that_it_promises(workplace: Path) -> None:
 def test_training_ends_with_figures_and_two_commands_that_work(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "my run", "--seed", "3")
     assert ended.status == 0
-    assert "step 3: validation elbo -" in ended.err
-    assert "AP paper" in ended.out
+    assert re.search(
+        r"^step 3: validation elbo -\S+, AP \d\S+, AP paper \d\S+, count right ", ended.err, re.M
+    )
+    assert re.search(
+        r"^ *objects +images +AP +AP paper +AP COCO +AP50 +count right ", ended.out, re.M
+    )
+    assert "AP paper: the rule of the SPAIR authors' code." in ended.out
     assert "run: my run\n" in ended.out
     assert Run.open(Path("my run")).config.train.seed == 3
     commands = [line for line in ended.out.splitlines() if line.startswith("  spairkit ")]
@@ -142,10 +148,24 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
     assert ended.status == 0
     assert "ended after step 1 of 6; go on with: spairkit train --resume cut" in ended.err
-    assert run("train", "--resume", "cut", "--quiet").status == 0
+    assert "goes on" not in ended.err
+    resumed = run("train", "--resume", "cut", "--quiet")
+    assert resumed.status == 0
+    assert "goes on from its checkpoint of step 1: 5 of 6 are left\n" in resumed.err
+    again = run("train", "--resume", "cut", "--quiet")
+    assert "goes on from its checkpoint of step 6: 0 of 6 are left\n" in again.err
     whole = Path("runs/digits-quick-1")
     assert weights(Path("cut")) == weights(whole)
     assert Path("cut/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run: Runner) -> None:
+    settings = Run.open(Path("runs/digits-quick-1")).config
+    Run.create(Path("killed"), settings)
+    ended = run("train", "--resume", "killed", "--quiet")
+    assert ended.status == 0
+    assert "no checkpoint is there yet: it begins with the first step\n" in ended.err
+    assert weights(Path("killed")) == weights(Path("runs/digits-quick-1"))
 
 
 def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) -> None:
@@ -324,10 +344,20 @@ def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) ->
 
 
 def test_selecting_by_ap_is_said(run: Runner) -> None:
-    said = "the highest validation AP by the paper's rule"
+    said = "the highest validation AP paper"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     assert said in run(*words, "--out", "by-ap", "--select", "ap").err
     assert said not in run(*words, "--out", "by-elbo").err
+
+
+def test_laptop_without_data_says_that_its_figures_are_of_mnist(run: Runner) -> None:
+    said = "the figures of the laptop preset are of MNIST: --data FILE takes it"
+    words = ["train", "--config", "tiny.toml", "--steps", "1", "--quiet"]
+    laptop = [*words, "--preset", "laptop"]
+    assert run(*laptop, "--out", "laptop").err.count(said) == 1
+    assert said not in run(*laptop, "--out", "laptop-digits", "--data", "digits").err
+    assert said not in run(*words, "--out", "quick").err
+    assert said not in run("train", "--resume", "laptop").err
 
 
 def test_report_is_written_again(run: Runner) -> None:

@@ -19,25 +19,13 @@ from scipy import stats
 
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
-from spairkit.config import differences
-from spairkit.errors import InputError
-from spairkit.experiments.compare import (
-    Finished,
-    Settings,
-    Started,
-    Task,
-    begin,
-    compare,
-    config_of,
-    is_finished,
-    parse_budget,
-    settings_from,
-)
+from spairkit.experiments.compare import Finished, Started, compare
+from spairkit.experiments.folder import begin, is_finished
 from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.published import FIGURE_2
+from spairkit.experiments.settings import Settings, settings_from
 from spairkit.experiments.table import Cell, Row, advice, summary, tabulated
 from spairkit.images import write_png
-from spairkit.presets import resolve
 from spairkit.runs import Run
 from spairkit.training import Step
 
@@ -109,16 +97,6 @@ def test_t_interval() -> None:
         t_interval([])
 
 
-def test_budgets() -> None:
-    assert parse_budget("2000") == {"budget_updates": 2000}
-    assert parse_budget("90s") == {"budget_seconds": 90.0}
-    assert parse_budget("3m") == {"budget_seconds": 180.0}
-    assert parse_budget("1.5h") == {"budget_seconds": 5400.0}
-    for wrong in ("", "m", "0", "-3m", "3 days", "nan", "infm", "2.5", "1e9h"):
-        with pytest.raises(InputError, match=r"--budget .*: write updates, as 2000, or time"):
-            parse_budget(wrong)
-
-
 def test_published_figures_lie_in_their_intervals() -> None:
     for rows in FIGURE_2.values():
         assert list(rows) == [1, 3, 5, 7, 9]
@@ -126,31 +104,6 @@ def test_published_figures_lie_in_their_intervals() -> None:
             assert 0 <= figure.low <= figure.mean <= figure.high <= 1
     assert FIGURE_2["spair"][3].mean == 0.696
     assert FIGURE_2["conncomp"][1].low == FIGURE_2["conncomp"][1].mean == 0.989
-
-
-def test_every_model_sees_the_same_images_and_a_schedule_of_its_budget() -> None:
-    chosen = settings(over={})
-    quick = resolve("quick", {"data": {"min_objects": 2, "max_objects": 2}})
-    for model in chosen.models:
-        config = config_of(chosen, Task(model, 2, 1), 500)
-        assert config.data == quick.data
-        assert config.train.seed == 1
-        assert config.model.told == (model in ("air", "dair"))
-    spair = config_of(chosen, Task("spair", 2, 0), 500)
-    changed = {line.split(":")[0] for line in differences(quick, spair)}
-    assert changed == {
-        "model.odds_decay",
-        "train.steps",
-        "train.training_wheels",
-        "train.validation_every",
-    }
-    share = 500 / quick.train.steps
-    assert spair.model.odds_decay == share * quick.model.odds_decay  # type: ignore[union-attr]
-    assert spair.train.validation_every == 50
-    longer = config_of(chosen, Task("spair", 2, 0), 10**6)
-    assert longer.model == quick.model
-    assert longer.train.training_wheels == quick.train.training_wheels
-    assert config_of(chosen, Task("conncomp", 2, 0), 500).train.steps == 100
 
 
 def test_a_comparison_trains_and_measures_every_run(whole: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
-from spairkit.config import from_dict
+from spairkit.config_values import from_dict
 from spairkit.distributed import World
 from spairkit.elbo import Losses
 from spairkit.errors import InputError

@@ -36,6 +36,7 @@ RUNGS: list[set[str]] = [
         "errors",
         "boxes",
         "colours",
+        "config",
         "detections",
         "elbo",
         "fused",
@@ -45,7 +46,7 @@ RUNGS: list[set[str]] = [
         "wavefront",
     },
     {
-        "config",
+        "config_values",
         "densities",
         "detector",
         "distributed",
@@ -68,7 +69,7 @@ RUNGS: list[set[str]] = [
         "data.scatter",
         "data.glyphs",
     },
-    {"cell_steps", "conncomp"},
+    {"cell_steps", "conncomp", "sweep_study"},
     {"cell_loop"},
     {
         "air",
@@ -84,13 +85,19 @@ RUNGS: list[set[str]] = [
     {"validation", "benchmarks.operators"},
     {"threshold_search"},
     {"training"},
-    {"sweeps", "benchmarks.steps", "benchmarks.targets", "experiments.intervals"},
-    {"experiments.published"},
+    {
+        "sweeps",
+        "benchmarks.steps",
+        "benchmarks.targets",
+        "experiments.intervals",
+        "experiments.settings",
+    },
+    {"sweep_processes", "experiments.folder", "experiments.published"},
     {"experiments.compare"},
     {"experiments.table"},
     {"experiments.picture"},
     {"cli.console", "cli.interrupts"},
-    {"cli.options"},
+    {"cli.ledger", "cli.options"},
     {"cli.figures"},
     {"cli.bench_train"},
     {"cli.bench", "cli.config", "cli.data", "cli.detect", "cli.doctor", "cli.report", "cli.viz"},
@@ -100,7 +107,7 @@ RUNGS: list[set[str]] = [
 ]
 RUNG = {name: number for number, names in enumerate(RUNGS) for name in names}
 
-KERNELS_NEED = {"torch", "triton", "numba", "numpy", "spairkit"}
+KERNELS_NEED = {"torch", "triton", "numba", "numpy", "spairkit", "scipy", "threadpoolctl"}
 ONLY_CLI_NEEDS = {"typer", "rich"}
 
 

@@ -334,7 +334,9 @@ def test_counts() -> None:
     assert (count_accuracy([], []), count_error([], []), count_bias([], [])) == (1.0, 0.0, 0.0)
 
 
-def test_every_figure_has_its_protocol() -> None:
+def test_every_figure_has_its_protocol_and_one_name_of_its_own() -> None:
+    assert list(metrics.NAMES) == list(metrics.PROTOCOLS)
+    assert len(set(metrics.NAMES.values())) == len(metrics.NAMES)
     assert set(metrics.PROTOCOLS) == {
         "ap",
         "ap_spair",

@@ -2,7 +2,8 @@
 
 import pytest
 
-from spairkit.config import AIRConfig, Config, from_dict, from_toml, to_dict, to_toml
+from spairkit.config import AIRConfig, Config
+from spairkit.config_values import from_dict, from_toml, to_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.presets import DEFAULT, names, resolve
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from spairkit import metrics
-from spairkit.config import Config, from_dict, to_toml
+from spairkit.config import Config
+from spairkit.config_values import from_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.evaluation import Figures, Report
 from spairkit.report import write_report
@@ -116,7 +117,7 @@ def test_holds_figures_curves_pictures_and_config(tmp_path: Path) -> None:
         assert word in page.text
     for protocol in metrics.PROTOCOLS.values():
         assert protocol in page.text
-    for title in ("reconstruction", "where", "count accuracy", "updates"):
+    for title in ("reconstruction", "where", "count right", "updates"):
         assert title in page.text
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from spairkit.checkpoints import environment, load_checkpoint
-from spairkit.config import Config, TrainConfig, load_toml
+from spairkit.config import Config, TrainConfig
+from spairkit.config_values import load_toml
 from spairkit.errors import InputError
 from spairkit.runs import Run, newest_run, pretrained
 

@@ -16,11 +16,14 @@ import torch
 from spairkit import sweeps
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
-from spairkit.config import Config, differences, from_dict
+from spairkit.config import Config
+from spairkit.config_values import differences, from_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.runs import Run
 from spairkit.search_space import parse
-from spairkit.sweeps import Definition, Ended, Progress, Sweep
+from spairkit.sweep_processes import work_in_processes
+from spairkit.sweep_study import Definition
+from spairkit.sweeps import Ended, Progress, Sweep
 from spairkit.training import fit
 
 CPU = torch.device("cpu")
@@ -190,7 +193,7 @@ def test_a_killed_process_loses_nothing_but_its_time(tmp_path: Path) -> None:
     sweep = Sweep.create(tmp_path / "sweep", None, definition(steps=60, validation_every=10))
     killed: list[int] = []
     exits: list[int] = []
-    for event in sweep.work_in_processes(3, CPU, 2, lambda: False):
+    for event in work_in_processes(sweep, 3, CPU, 2, lambda: False):
         if isinstance(event, int):
             exits.append(event)
         elif isinstance(event, Progress) and not killed:
@@ -335,7 +338,8 @@ def test_a_damaged_journal_is_told_in_one_line(run: Runner) -> None:
 
 def test_without_optuna_it_says_how_to_get_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    monkeypatch.delitem(sys.modules, "spairkit.sweeps")
+    for name in ("spairkit.sweep_study", "spairkit.sweeps"):
+        monkeypatch.delitem(sys.modules, name)
     told = run("--config", "tiny.toml")
     assert told.status == 2
     assert told.err == (

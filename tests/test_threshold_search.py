@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spairkit.cli.main import main
-from spairkit.config import Config, from_dict
+from spairkit.config import Config
+from spairkit.config_values import from_dict
 from spairkit.conncomp import ConnComp
 from spairkit.data.datasets import open_dataset
 from spairkit.errors import InputError

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from spairkit import checkpoints, durable, presets, training
 from spairkit.checkpoints import load_checkpoint
-from spairkit.config import Config, TrainConfig, from_dict, merge
+from spairkit.config import Config, TrainConfig
+from spairkit.config_values import from_dict, merge
 from spairkit.data.datasets import open_dataset
 from spairkit.data.scenes import Batch
 from spairkit.elbo import Losses
@@ -253,7 +254,7 @@ def test_another_seed_gives_other_scenes_and_other_noise(
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from spairkit.config import load_toml, from_dict
+from spairkit.config_values import load_toml, from_dict
 from spairkit.runs import Run
 from spairkit.training import fit
 run = Run.open(Path(sys.argv[1]))

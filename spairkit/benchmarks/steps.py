@@ -111,24 +111,45 @@ class Figure:
     """By name in `PARTS`; each is launched, and waited for, so they may sum to much more."""
 
 
-def run(cases: list[Case], device: torch.device, seconds: float) -> Iterator[Figure]:
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What is being done, and how much of it is."""
+
+    case: Case
+    doing: str
+    done: float = 0
+    total: float | None = None
+    """In the unit of `done`; None where nobody knows."""
+
+
+Report = Callable[[Progress], None]
+
+
+def run(
+    cases: list[Case],
+    device: torch.device,
+    seconds: float,
+    report: Report = lambda _: None,
+) -> Iterator[Figure]:
     """Checks every case, then yields two figures for each: ours, and the plain version's.
 
     Args:
         cases: what to time.
         device: where.
         seconds: to spend on a case, at least; three rounds, if they take no longer than a minute.
+        report: is told what begins and how far it is, never while a clock runs.
 
     Raises:
         InputError: a config is not SPAIR's, or its data cannot be read.
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
     for case in cases:
+        report(Progress(case=case, doing="checking"))
         set_precision(replace(case.config.train, precision="float32"), device)
         check(case, device)
     for case in cases:
         set_precision(case.config.train, device)
-        yield from _figures(case, device, seconds)
+        yield from _figures(case, device, seconds, report)
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -156,7 +177,8 @@ def check(case: Case, device: torch.device) -> None:
             )
 
 
-def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figure]:
+def _figures(case: Case, device: torch.device, seconds: float, report: Report) -> Iterator[Figure]:
+    report(Progress(case=case, doing="warming up"))
     config = case.sized()
     assert isinstance(config.model, SPAIRConfig)
     number = case.cells**2
@@ -182,7 +204,12 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
     else:
         calls["backbone"] = _backbone_call(ours, batch.images)
         calls["backbone"]()
-    wall, cpu, repeats = _medians(calls, device, seconds)
+
+    def report_seconds(spent: float) -> None:
+        doing = f"timing for at least {seconds:g} s"
+        report(Progress(case=case, doing=doing, done=spent, total=seconds))
+
+    wall, cpu, repeats = _medians(calls, device, seconds, report_seconds)
     for way in timed_apart:
         wall[way] = [data + ms for ms in wall[way]]
         cpu[way] = [data_cpu + ms for ms in cpu[way]]
@@ -194,6 +221,10 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
     )
     for way, trainer in trainers.items():
         low, step, high = wall[way]
+
+        def report_updates(done: int, doing: str = f"timing the parts of {way}") -> None:
+            report(Progress(case=case, doing=doing, done=done, total=repeats))
+
         yield Figure(
             **labels,
             way=way,
@@ -213,7 +244,7 @@ def _figures(case: Case, device: torch.device, seconds: float) -> Iterator[Figur
             rest_ratio=_ratio(rest[way], rest["spairkit"]),
             rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
             peak_bytes=peaks[way],
-            parts_ms=_parts(trainer, same, device, repeats) | {"data": data},
+            parts_ms=_parts(trainer, same, device, repeats, report_updates) | {"data": data},
         )
     if "plain" not in trainers:
         yield Figure(**labels, way="plain", note=f"needs about {needed / 2**30:.0f} GiB")
@@ -268,7 +299,10 @@ def _backbone_call(trainer: Trainer, images: Tensor) -> Callable[[], object]:
 
 
 def _medians(
-    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
+    calls: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float,
+    report_seconds: Callable[[float], None],
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], int]:
     """20th, 50th and 80th percentile of wall and of CPU time, ms; the calls take turns."""
     wall: dict[str, list[float]] = {name: [] for name in calls}
@@ -277,6 +311,7 @@ def _medians(
     while (spent := time.perf_counter() - begin) < seconds or (
         rounds < (_MIN_ROUNDS if spent < _PATIENCE_SECONDS else 1)
     ):
+        report_seconds(spent)
         for name, call in calls.items():
             start, start_cpu = time.perf_counter(), time.process_time()
             call()
@@ -327,7 +362,13 @@ def _ratio(time: float, other: float) -> float | None:
     return time / other if other > 0 else None
 
 
-def _parts(trainer: Trainer, same: Any, device: torch.device, repeats: int) -> dict[str, float]:
+def _parts(
+    trainer: Trainer,
+    same: Any,
+    device: torch.device,
+    repeats: int,
+    report_updates: Callable[[int], None],
+) -> dict[str, float]:
     """Median milliseconds of each part of an update, but for its scenes, which are the `same`."""
     model = trainer.model
     trainer.captures, trainer.wheels = False, None  # the parts of a CUDA graph cannot be told apart
@@ -342,7 +383,8 @@ def _parts(trainer: Trainer, same: Any, device: torch.device, repeats: int) -> d
         (Tensor, "backward", "backward"),
     ]
     times: dict[str, list[float]] = {name: [] for name in PARTS}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        report_updates(repeat)
         watch = _Stopwatch(device)
         with ExitStack() as stack:
             for owner, attribute, name in watched:

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from spairkit.runs import Run
 from spairkit.training import Validation, fit
 
 PAPER_AP = {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
-"""AP by the paper's rule that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
+"""`ap_spair` that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,10 @@ class Attempt:
     """For each target when it was first reached, and None where it never was."""
     all: Reached | None
     """When all were reached at one validation: there training ends."""
+    broken_off: bool
+    """Whether it was stopped before its end; neither a success nor a failure."""
     best: dict[str, float]
-    """The highest figure of any validation, for each target."""
+    """The highest figure of any validation, for each target; 0 before the first."""
     steps: int
     minutes: float
     """In all."""
@@ -46,7 +48,7 @@ class Attempt:
 
 
 def paper_target(data: DataConfig) -> float:
-    """The paper's AP for as many digits as the data have at most.
+    """The paper's `ap_spair` for as many digits as the data have at most.
 
     Raises:
         InputError: the paper has none for that number.
@@ -65,6 +67,7 @@ def attempts(
     seeds: list[int],
     device: torch.device,
     report: Callable[[int, int, Validation | None], None] = lambda *_: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Attempt]:
     """One training for each seed, in a temporary folder, until all targets are reached.
 
@@ -74,6 +77,8 @@ def attempts(
         seeds: `train.seed` of each.
         device: where.
         report: is told seed and step, and of validations.
+        stop: asked after every update; when it says yes the training under way is broken off and
+            yielded as such, and no other begins.
 
     Raises:
         InputError: the data cannot be read or say nothing of boxes.
@@ -81,9 +86,16 @@ def attempts(
     if not open_dataset(config.data, "validation").has_truth:
         raise InputError("only data whose boxes are known have such figures")
     for seed in seeds:
-        yield _attempt(
-            replace(config, train=replace(config.train, seed=seed)), targets, device, report
-        )
+        if stop():
+            return
+        seeded = replace(config, train=replace(config.train, seed=seed))
+        yield _attempt(seeded, targets, device, report, stop)
+
+
+def success_rate(attempts: Sequence[Attempt]) -> float | None:
+    """Share that reached all targets, of those not broken off; None where there are none."""
+    ended = [attempt for attempt in attempts if not attempt.broken_off]
+    return sum(attempt.all is not None for attempt in ended) / len(ended) if ended else None
 
 
 def _attempt(
@@ -91,11 +103,13 @@ def _attempt(
     targets: Mapping[str, float],
     device: torch.device,
     report: Callable[[int, int, Validation | None], None],
+    stop: Callable[[], bool],
 ) -> Attempt:
     seed, step = config.train.seed, 0
     first: dict[str, Reached | None] = dict.fromkeys(targets)
     best = dict.fromkeys(targets, 0.0)
     every: list[Reached] = []
+    stopped = False
     begin, begin_cpu = time.perf_counter(), time.process_time()
 
     def now() -> Reached:
@@ -105,11 +119,16 @@ def _attempt(
             cpu_minutes=(time.process_time() - begin_cpu) / 60,
         )
 
+    def ends() -> bool:
+        nonlocal stopped
+        stopped = not every and stop()
+        return bool(every) or stopped
+
     with tempfile.TemporaryDirectory(prefix="spairkit-") as folder:
         run = Run.create(Path(folder) / "run", config)
         try:
             with run.lock():
-                for event in fit(config, run, device, stop=lambda: bool(every)):
+                for event in fit(config, run, device, ends):
                     step = event.step
                     validation = event if isinstance(event, Validation) else None
                     if validation:
@@ -128,6 +147,7 @@ def _attempt(
         targets=dict(targets),
         first=first,
         all=every[0] if every else None,
+        broken_off=stopped and step < config.train.steps,
         best=best,
         steps=step,
         minutes=end.minutes,

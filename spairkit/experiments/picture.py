@@ -7,13 +7,14 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from spairkit.experiments.compare import MODELS
+from spairkit.experiments.settings import MODELS
 from spairkit.experiments.table import Row
+from spairkit.metrics import NAMES
 from spairkit.report.curves import COLOURS, STYLE
 
 
 def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
-    """AP by the paper's rule over the number of objects, as a PNG.
+    """AP paper (`ap_spair`) over the number of objects, as a PNG.
 
     Ours are solid lines with 95 % intervals; beside them, where the paper has a figure, stand its
     published ones, dashed with hollow marks.
@@ -75,7 +76,7 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
         axes.set_axisbelow(True)
         if len(rows) > 1:
             axes.set_xlabel("objects in an image")
-        axes.set_ylabel("AP by the paper's rule")
+        axes.set_ylabel(NAMES["ap_spair"])
         figure.legend(loc="outside right upper", frameon=False)
         figure.supxlabel(note, fontsize=7, color="#596070")
         buffer = io.BytesIO()

@@ -10,17 +10,10 @@ from spairkit.boxes import box_iou
 from spairkit.checkpoints import environment
 from spairkit.config import DataConfig
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
-from spairkit.experiments.compare import (
-    FIGURES,
-    MODELS,
-    Settings,
-    Task,
-    config_of,
-    measured_figures,
-    to_json,
-)
+from spairkit.experiments.folder import FIGURES, measured_figures
 from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.published import FIGURE_2, Published
+from spairkit.experiments.settings import MODELS, Settings, Task, config_of, to_json
 from spairkit.metrics import PROTOCOLS
 
 _BATCH_SIZE = 32
@@ -151,7 +144,7 @@ def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
         "advice": advice(rows),
         "interval": "95 % by Student's t over the seeds",
         "protocols": {name: PROTOCOLS[name] for name in FIGURES},
-        "published": "Fig. 2 of the SPAIR paper, read off: EMNIST digits, AP by the paper's rule",
+        "published": "Fig. 2 of the SPAIR paper, read off: EMNIST digits, ap_spair",
         "environment": environment(),
     }
 

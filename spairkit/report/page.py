@@ -12,9 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from spairkit import __version__, durable
-from spairkit.config import to_toml
+from spairkit.config_values import to_toml
 from spairkit.errors import InputError
-from spairkit.metrics import PROTOCOLS
+from spairkit.metrics import NAMES, PROTOCOLS
 from spairkit.report.curves import Line, chart, is_plottable, line
 from spairkit.runs import Run
 
@@ -22,17 +22,6 @@ _PICTURE = re.compile(r"step-(\d{1,10})\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PICTURE_BYTES = 32 << 20
 _MAX_TEST_BYTES = 16 << 20
-
-_FIGURES = {
-    "ap": "AP",
-    "ap_spair": "AP, paper's rule",
-    "ap_coco": "AP, COCO",
-    "ap50": "AP50",
-    "ap75": "AP75",
-    "count_accuracy": "count accuracy",
-    "count_error": "count error",
-    "count_bias": "count bias",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +79,7 @@ def write_report(run_folder: Path) -> Path:
         step=max((record["step"] for record in records), default=0),
         validation=validations[-1] if validations else None,
         test=test,
-        names=_FIGURES,
+        names=NAMES,
         protocols=PROTOCOLS,
         curves=_curves(steps, validations),
         test_curve=_test_curve(test),
@@ -119,7 +108,7 @@ def _curves(
         ),
         (
             "Validation: boxes and counts",
-            [line(validations, key, _FIGURES[key]) for key in ("ap", "ap_spair", "count_accuracy")],
+            [line(validations, key, NAMES[key]) for key in ("ap", "ap_spair", "count_accuracy")],
             "share",
             True,
         ),
@@ -139,7 +128,7 @@ def _search(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
     for key in ("ap", "count_accuracy", "count_error"):
         points = [(record.get("threshold"), record.get(key)) for record in steps]
         known = [(x, y) for x, y in points if is_plottable(x) and is_plottable(y)]
-        lines.append(Line(_FIGURES[key], [x for x, _ in known], [y for _, y in known]))
+        lines.append(Line(NAMES[key], [x for x, _ in known], [y for _, y in known]))
     return chart(lines, x_label="threshold", y_label="on training images")
 
 
@@ -150,7 +139,7 @@ def _test_curve(test: Mapping[str, Any] | None) -> Curve | None:
     for key in ("ap", "ap_spair", "count_accuracy"):
         points = [(int(n), group.get(key)) for n, group in groups.items()]
         known = sorted((n, y) for n, y in points if is_plottable(y))
-        lines.append(Line(_FIGURES[key], [n for n, _ in known], [y for _, y in known]))
+        lines.append(Line(NAMES[key], [n for n, _ in known], [y for _, y in known]))
     svg = chart(lines, x_label="objects in the image", y_label="share", share=True)
     return Curve("By number of objects", svg) if svg is not None else None
 

@@ -1,0 +1,207 @@
+"""Configs: the way to TOML and back, what lies over what, and all mistakes in one line."""
+
+import random
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spairkit import presets
+from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, SPAIRConfig, TrainConfig
+from spairkit.config_values import (
+    assignments,
+    differences,
+    from_dict,
+    from_toml,
+    load_toml,
+    merge,
+    model_kinds,
+    to_toml,
+)
+from spairkit.errors import InputError
+
+
+def refusal(values: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        from_dict(values)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(
+    learning_rate=st.floats(1e-9, 1.0),
+    steps=st.integers(1, 10**9),
+    widths=st.lists(st.integers(1, 4096), min_size=1, max_size=8),
+    size_bias=st.floats(-1e3, 1e3),
+    path=st.text(st.characters(codec="utf-8"), max_size=40),
+)
+def test_any_valid_config_comes_back_to_the_bit(
+    learning_rate: float, steps: int, widths: list[int], size_bias: float, path: str
+) -> None:
+    config = Config(
+        data=DataConfig(path=path),
+        model=SPAIRConfig(backbone_channels=tuple(widths), size_bias=size_bias),
+        train=TrainConfig(learning_rate=learning_rate, steps=steps),
+    )
+    assert from_toml(to_toml(config)) == config
+
+
+def test_what_is_absent_takes_its_default() -> None:
+    assert from_dict({}) == Config()
+    assert from_dict({"train": {"steps": 7}}) == Config(train=TrainConfig(steps=7))
+    assert from_dict({"train": {"learning_rate": 1}}).train.learning_rate == 1.0
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    message = refusal(
+        {
+            "train": {"learning_rate": -1, "batchsize": 3, "steps": "many"},
+            "model": {"position_prior_std": 0},
+            "extra": {},
+        }
+    )
+    for part in (
+        "train.learning_rate: input should be greater than 0 (got -1)",
+        "train.batchsize: unknown key, did you mean batch_size?",
+        "train.steps: input should be a valid integer (got 'many')",
+        "model.position_prior_std: input should be greater than 0 (got 0)",
+        "extra: unknown key",
+    ):
+        assert part in message
+
+
+def test_numbers_with_thousands_of_digits_are_refused() -> None:
+    digits = "1" * 5000
+    assert "train.steps" in refusal(assignments([f"train.steps={digits}"]))
+    with pytest.raises(InputError, match="config: not TOML"):
+        from_toml(f"train.steps = {digits}")
+
+
+def test_assignments_read_values_as_toml_and_words_as_they_stand() -> None:
+    words = ["train.steps=20", "train.select=ap", "data.path=a=b c", " model.lateral = false"]
+    assert assignments(words) == {
+        "train": {"steps": 20, "select": "ap"},
+        "data": {"path": "a=b c"},
+        "model": {"lateral": False},
+    }
+    assert assignments(["model.encoder_hidden=[64, 32]"])["model"]["encoder_hidden"] == [64, 32]
+    for wrong in ("steps", "=3", "train.=3", ".=", ""):
+        with pytest.raises(InputError, match="write key=value"):
+            assignments([wrong])
+    with pytest.raises(InputError, match="train is a value, not a table"):
+        assignments(["train=3", "train.steps=4"])
+
+
+def test_the_later_layer_wins_key_by_key() -> None:
+    below = {"a": {"x": 1, "y": 2}, "b": 3}
+    assert merge(below, {"a": {"y": 5}}, {"b": {"z": 6}}) == {"a": {"x": 1, "y": 5}, "b": {"z": 6}}
+    assert merge() == {}
+    assert below == {"a": {"x": 1, "y": 2}, "b": 3}, "unchanged"
+    assert (
+        presets.resolve("paper", {"train": {"steps": 5}}, {"train": {"steps": 6}}).train.steps == 6
+    )
+
+
+def test_the_kind_chooses_the_model() -> None:
+    assert isinstance(from_dict({"model": {"cell": 8}}).model, SPAIRConfig), "where it is absent"
+    assert {kind: type(from_dict({"model": {"kind": kind}}).model) for kind in model_kinds()} == {
+        "spair": SPAIRConfig,
+        "air": AIRConfig,
+        "dair": AIRConfig,
+        "conncomp": ConnCompConfig,
+    }
+    for kind in model_kinds():
+        config = from_dict({"model": {"kind": kind}})
+        assert from_toml(to_toml(config)) == config
+    wrong: Any
+    for wrong in ("airy", 3, None, []):
+        message = refusal({"model": {"kind": wrong}})
+        assert f"model.kind: there are spair, air, dair, conncomp (got '{wrong}')" in message
+    message = refusal({"model": {"kind": "air", "whats": 3, "cell": 4}})
+    assert "model.whats: unknown key, did you mean what?; model.cell: unknown key" in message
+    assert "model: input should be an object (got 3)" in refusal({"model": 3})
+
+
+def test_a_model_of_another_kind_is_one_difference() -> None:
+    assert differences(Config(), Config(model=AIRConfig(kind="dair"))) == [
+        "model.kind: 'spair' -> 'dair'"
+    ]
+
+
+def test_differences_name_what_differs() -> None:
+    first = Config()
+    assert differences(first, Config()) == []
+    second = Config(preset="mine", train=TrainConfig(steps=5))
+    assert differences(first, second) == ["preset: 'paper' -> 'mine'", "train.steps: 300000 -> 5"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps = \na = 1", r"not TOML: .*line 1"),
+        (b"a = 1\na = 2\n", r"not TOML: .*line 2"),
+        (b"a = " + b"[" * 5000, "not TOML"),
+        ("name = 'né'".encode("latin-1"), "not UTF-8 text"),
+        (b"#" * ((1 << 20) + 1), "larger than 1 MB"),
+        (b"\x00", "not TOML"),
+    ],
+    ids=["cut", "twice", "deep", "Latin-1", "large", "NUL"],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        load_toml(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(InputError, match="no such config file"):
+        load_toml(tmp_path)
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
+    assert load_toml(path) == {"train": {"steps": 3}}
+
+
+def test_mutated_files_are_configs_or_refused(tmp_path: Path) -> None:
+    """500 mutations of a valid file: each is read or refused in one line, nothing else."""
+    whole, rng = to_toml(presets.resolve("quick")).encode(), random.Random(0)
+    path = tmp_path / "config.toml"
+    messages: list[str] = []
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 5)):
+            at = rng.randrange(len(data))
+            way = rng.randrange(3)
+            if way == 0:
+                data[at] = rng.randrange(256)
+            elif way == 1:
+                del data[at : at + rng.randint(1, 30)]
+            else:
+                data[at:at] = rng.choice(
+                    [b"-", b"e99", b"nan", b"[", b"]", b'"', b"\n", b"true", b"="]
+                )
+        path.write_bytes(data)
+        try:
+            config = from_dict(load_toml(path), "config.toml")
+        except InputError as error:
+            messages.append(str(error))
+        else:
+            assert from_toml(to_toml(config)) == config
+    assert 100 < len(messages) < 500
+    assert not any("\n" in message or "\r" in message for message in messages)
+
+
+def test_toml_holds_every_field() -> None:
+    tables = tomllib.loads(to_toml(Config()))
+    assert tables.keys() == {"preset", "data", "model", "train"}
+    air = tomllib.loads(to_toml(Config(model=AIRConfig())))["model"]
+    assert air.keys() == {field.name for field in fields(AIRConfig)}
+    for name, kind in (("data", DataConfig), ("model", SPAIRConfig), ("train", TrainConfig)):
+        assert tables[name].keys() == {field.name for field in fields(kind)}
