@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit import checkpoints, durable, presets, training
+from spairkit import cell_loop, checkpoints, densities, durable, presets, training
 from spairkit.checkpoints import load_checkpoint
 from spairkit.config import Config, TrainConfig
 from spairkit.config_values import from_dict, merge
@@ -361,10 +361,16 @@ class OneBatch:
 @pytest.mark.parametrize("wheels", [True, False])
 @pytest.mark.parametrize("recipe", ["quick spair", "quick air", "quick dair", "paper spair"])
 def test_an_update_never_waits_for_the_device(
-    tmp_path: Path, no_waiting: NoWaiting, recipe: str, wheels: bool
+    tmp_path: Path,
+    no_waiting: NoWaiting,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    wheels: bool,
 ) -> None:
     """The presets, but for AIR that is told counts: they decide how many steps it makes."""
     preset, kind = recipe.split()
+    for module in (cell_loop, densities):  # what runs on a GPU, and not what is for the CPU alone
+        monkeypatch.setattr(module, "runs_compiled", lambda *_: False)
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
     config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
     run = Run.create(tmp_path / "run", config)
