@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from spairkit.kernels.elementary_cpu import exp
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
-from spairkit.kernels.threads import compiled, inlined
+from spairkit.kernels.threads import compiled, inlined, part
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
@@ -83,21 +83,21 @@ def _slope(logit, squashed):
     return squashed * (_ONE - squashed) if inside else _ZERO
 
 
-@compiled
+@part
 def _fill(values, value):
     for r in range(len(values)):
         for i in range(values.shape[1]):
             values[r, i] = value
 
 
-@compiled
+@part
 def _add(values, bias):
     for r in range(len(values)):
         for i in range(len(bias)):
             values[r, i] += bias[i]
 
 
-@compiled
+@part
 def _add_and_activate(values, added, relu):
     """values += added, [m, h] or [1, h] for all rows; then the activation."""
     for r in range(len(values)):
@@ -112,7 +112,7 @@ def _add_and_activate(values, added, relu):
                 row[i] = total if total > _ZERO else exp(total) - _ONE
 
 
-@compiled
+@part
 def _forward(lo, hi, network, added, relu):
     """Fills the values of rows lo to hi; `added` is the rest of the first layer."""
     if network.own.shape[1] > 0:
@@ -130,7 +130,7 @@ def _forward(lo, hi, network, added, relu):
             _add(values, network.biases[layer])
 
 
-@compiled
+@part
 def _multiply_by_slope(grad, values, relu):
     """From an activation's output y: relu' = [y > 0], celu' = exp(min(x, 0)) = min(y, 0) + 1."""
     for r in range(len(grad)):
@@ -142,7 +142,7 @@ def _multiply_by_slope(grad, values, relu):
                 grad[r, i] *= y + _ONE if y < _ZERO else _ONE
 
 
-@compiled
+@part
 def _backward(lo, hi, network, grads, relu):
     """Fills the gradients, before the activation, of all layers but the last one, which has its."""
     for layer in range(len(network.weights) - 1, -1, -1):
@@ -169,7 +169,7 @@ def _moments_back(grad, raw, normal, grad_record, i, size):
     return grad_record[i] + grad_sample, slope * (grad_record[size + i] + grad_sample * normal)
 
 
-@compiled
+@part
 def _first_layers(first, last, start, n, order, context_weight, contexts, products, added):
     """The products of three first layers with what they share: features and context."""
     rows = (last - first) * n
@@ -184,7 +184,7 @@ def _first_layers(first, last, start, n, order, context_weight, contexts, produc
             added[r, i] += product[i]
 
 
-@compiled
+@part
 def _draw_where(
     first,
     last,
@@ -224,7 +224,7 @@ def _draw_where(
             record[b, k, 3 * size + 2 + i] = boxes[r, i]
 
 
-@compiled
+@part
 def _draw_what(first, last, start, n, order, outputs_of_encoder, own_of_depth, normal, record):
     """what."""
     lo, size = start * len(order) + first * n, normal.shape[2]
@@ -240,7 +240,7 @@ def _draw_what(first, last, start, n, order, outputs_of_encoder, own_of_depth, n
             )
 
 
-@compiled
+@part
 def _draw_depth(
     first, last, start, n, order, outputs_of_depth, own_of_depth, own_of_pres, normal, record
 ):
@@ -259,7 +259,7 @@ def _draw_depth(
         own[-1] = _DEPTH_SCALE * _squash(-sample)
 
 
-@compiled
+@part
 def _draw_presence(
     first,
     last,
@@ -295,7 +295,7 @@ def _draw_presence(
                 slot[begin + size] = present
 
 
-@compiled
+@part
 def _fill_edges(start, n, neighbours, edge, contexts):
     """The learned object beyond the rim, wherever it is read."""
     vector = len(edge)
@@ -373,7 +373,7 @@ def cells_forward(
         )  # fmt: skip
 
 
-@compiled
+@part
 def _vectors_back(first, last, n, followers, grad_contexts, grad_vectors):
     """The gradient that reaches object vectors from the cells that read them."""
     vector = grad_vectors.shape[1]
@@ -389,7 +389,7 @@ def _vectors_back(first, last, n, followers, grad_contexts, grad_vectors):
                     grad_vectors[r, i] += slot[begin + i]
 
 
-@compiled
+@part
 def _presence_back(
     first, last, start, n, order, temperature, logits, record, grad_record, grad_vectors, grads
 ):
@@ -404,7 +404,7 @@ def _presence_back(
         grads[lo + r, 0] = grad + grad_record[b, k, 3 * size] if inside else _ZERO
 
 
-@compiled
+@part
 def _depth_back(
     first,
     last,
@@ -437,7 +437,7 @@ def _depth_back(
             grads[lo + r, 2 + i] = grad_own[r, i]
 
 
-@compiled
+@part
 def _what_back(
     first, last, start, n, order, outputs, normal, grad_record, grad_own, grad_vectors, grads
 ):
@@ -458,7 +458,7 @@ def _what_back(
             grads[lo + r, i], grads[lo + r, what + i] = mean, std
 
 
-@compiled
+@part
 def _where_back(
     first, last, start, n, order, constants, outputs, normal, record, grad_record, grad_own,
     grad_vectors, grad_boxes, grads,
@@ -484,7 +484,7 @@ def _where_back(
             grads[lo + r, 2 * _BOX + i] = grad_own[r, i]
 
 
-@compiled
+@part
 def _first_layers_back(first, last, start, n, order, where, depth, pres, grad_added, grad_products):
     """The gradients of three first layers side by side, in rows and in raster order."""
     lo, h = start * len(order) + first * n, where.shape[1]
@@ -499,7 +499,7 @@ def _first_layers_back(first, last, start, n, order, where, depth, pres, grad_ad
             grad_products[b, k, i] = row[i]
 
 
-@compiled
+@part
 def _edges_back(start, n, neighbours, grad_contexts, grad_edges):
     """The gradient of the object beyond the rim, for each image."""
     vector = grad_edges.shape[1]

@@ -7,7 +7,7 @@ NaN counts as 0 here, since it must never become an address.
 
 import numpy as np
 
-from spairkit.kernels.threads import compiled, inlined
+from spairkit.kernels.threads import inlined, part
 
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
@@ -29,7 +29,7 @@ def _place(low, high, num_pixels, tap, fraction, inside):
     return scale
 
 
-@compiled
+@part
 def glimpses_forward(
     images,  # [n, C, H, W]
     boxes,  # [m n, 4] xyxy, pixels
@@ -58,7 +58,7 @@ def glimpses_forward(
                     glimpses[r, k, y, x] = left + u * (right - left)
 
 
-@compiled
+@part
 def glimpses_backward(
     grad_glimpses,  # [m n, C, P, P]
     images,  # [n, C, H, W]

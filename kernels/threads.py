@@ -38,6 +38,16 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return dispatcher
 
 
+def part(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of compiled functions as `inlined`, but by LLVM, which takes less time for large ones.
+
+    A part that is called would be compiled twice, by itself and with its caller, and which of the
+    two ran would depend on whether the caller came from disk: with other roundings.
+    """
+    dispatcher: Callable[..., Any] = njit(function, forceinline=True, **_OPTIONS)
+    return dispatcher
+
+
 def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:
     """Calls `function(start, stop, *arguments)` on ranges of images, one to a torch thread."""
     num_threads = max(1, min(torch.get_num_threads(), num_images))
