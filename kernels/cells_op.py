@@ -6,6 +6,7 @@ bias of the second and of the last layer, and at last weight and bias of each la
 which has two at least.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ _OF_HEAD = 5  # weights
 
 
 class _Cells(NamedTuple):
-    """Arrays of a pass that is still to go back, but for those that torch keeps."""
+    """Weights, and what a pass leaves for the way back."""
 
     where: Network
     encoder: Network
@@ -66,8 +67,14 @@ class _CompiledCells(torch.autograd.Function):
     ) -> Tensor:
         batch, num_cells, size = normal.shape
         arrays = [_array(weight) for weight in weights]
-        cells = _room(arrays, batch * num_cells)
-        record = torch.empty(batch, num_cells, 3 * size + 6)
+        kept: list[Tensor] = []
+
+        def new(columns: int) -> Tensor:
+            kept.append(products.new_empty(batch * num_cells, columns))
+            return kept[-1]
+
+        cells = _cells(arrays, new)
+        record = products.new_empty(batch, num_cells, 3 * size + 6)
         inputs = [_array(x) for x in (images, products, normal, jitter)]
         beyond = np.zeros(size + 1, np.float32) if edge is None else _array(edge)
         encoder_bias = arrays[_HEADS * _OF_HEAD + 2][None]
@@ -77,22 +84,25 @@ class _CompiledCells(torch.autograd.Function):
                 cells.encoder, encoder_bias, cells.depth, cells.pres, cells.contexts,
                 record.numpy(),
             )  # fmt: skip
-        ctx.grid, ctx.numbers, ctx.cells = grid, numbers, cells
-        ctx.save_for_backward(images, normal, weights[0], record)
+        ctx.grid, ctx.numbers, ctx.num_weights = grid, numbers, len(weights)
+        # by torch, which sees when one is changed, and frees them after the way back
+        ctx.save_for_backward(images, normal, record, *weights, *kept)
         return record
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_record: Tensor) -> tuple[Tensor | None, ...]:
-        images, normal, context_weight, record = ctx.saved_tensors
-        cells, numbers = ctx.cells, ctx.numbers
+        images, normal, record, *saved = ctx.saved_tensors
+        weights, kept = saved[: ctx.num_weights], iter(saved[ctx.num_weights :])
+        cells = _cells([_array(weight) for weight in weights], lambda _: next(kept))
+        numbers, context_weight = ctx.numbers, weights[0]
         networks = cells.where, cells.encoder, cells.depth, cells.pres
         grads = tuple(tuple(np.empty_like(v) for v in network.values) for network in networks)
         batch, num_cells, size = normal.shape
         shared = len(context_weight)
-        grad_added = torch.empty(batch * num_cells, shared)
-        grad_products = torch.empty(batch, num_cells, shared)
-        grad_edges = torch.empty(batch, size + 1)
+        grad_added = record.new_empty(batch * num_cells, shared)
+        grad_products = record.new_empty(batch, num_cells, shared)
+        grad_edges = record.new_empty(batch, size + 1)
         inputs = [_array(x) for x in (images, normal, record, grad_record, context_weight)]
         with single_threaded_blas():
             over_images(
@@ -125,22 +135,19 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _room(weights: list[np.ndarray], num_rows: int) -> _Cells:
-    """Networks whose inputs and values are to be filled, for so many rows."""
+def _cells(weights: list[np.ndarray], rows: Callable[[int], Tensor]) -> _Cells:
+    """Networks whose inputs and values are what `rows` gives for so many columns, in turn."""
     context, *rest = weights
-
-    def new(columns: int) -> np.ndarray:
-        return torch.empty(num_rows, columns).numpy()
 
     def network(own: np.ndarray, later: list[np.ndarray]) -> Network:
         lines, biases = later[::2], later[1::2]
-        values = tuple(new(line.shape[0]) for line in (own, *lines))
-        return Network(own, new(own.shape[1]), tuple(lines), tuple(biases), values)
+        values = tuple(rows(line.shape[0]).numpy() for line in (own, *lines))
+        return Network(own, rows(own.shape[1]).numpy(), tuple(lines), tuple(biases), values)
 
     heads = [rest[_OF_HEAD * i : _OF_HEAD * (i + 1)] for i in range(_HEADS)]
     where, depth, pres = (network(own, later) for own, *later in heads)
     own, _, *later = rest[_HEADS * _OF_HEAD :]
-    return _Cells(where, network(own, later), depth, pres, new(context.shape[1]))
+    return _Cells(where, network(own, later), depth, pres, rows(context.shape[1]).numpy())
 
 
 def _weight_gradients(network: Network, grads: tuple[np.ndarray, ...]) -> list[Tensor]:

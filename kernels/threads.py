@@ -7,6 +7,7 @@ differ from machine to machine, may not be entered by two threads at once and do
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from numba import njit
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import OpenBLASController, ThreadpoolController
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -64,24 +65,27 @@ def over_images(function: Callable[..., None], num_images: int, *arguments: Any)
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Lets matrix products in compiled functions run on the thread that asks for them."""
-    libraries = _blas_libraries()
-    before = [library.get_num_threads() for library in libraries]
-    for library in libraries:
-        library.set_num_threads(1)
-    try:
-        yield
-    finally:
-        for library, number in zip(libraries, before, strict=True):
-            library.set_num_threads(number)
+    """Lets matrix products in compiled functions run on the thread that asks for them.
+
+    The limit is the whole process's, so one Python thread at a time may be inside.
+    """
+    with _BLAS_LOCK:
+        try:
+            with _blas_controller().limit(limits=1):
+                yield
+        finally:
+            # else no other thread could set a limit as long as this one lives
+            OpenBLASController.clear_controlling_thread(force=True)
+
+
+_BLAS_LOCK = threading.Lock()
 
 
 @functools.cache
-def _blas_libraries() -> list[Any]:
+def _blas_controller() -> Any:
     import scipy.linalg  # noqa: F401 # whose BLAS Numba calls: it must be there to be found
 
-    libraries: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
-    return libraries
+    return ThreadpoolController().select(user_api="blas")
 
 
 @functools.lru_cache(maxsize=4)

@@ -28,6 +28,7 @@ VARIANTS = {
     "relu": SMALL,
     "celu": replace(SMALL, activation="celu", encoder_hidden=(11,)),
     "alone": replace(SMALL, lateral=False),
+    "nothing passed on": replace(SMALL, passthrough=0),
     # logits beyond the clipping, where there is no gradient
     "clipped": replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=9.8),
 }
@@ -107,10 +108,10 @@ def test_float32_is_near_float64(
     slopes = gradients(model, score(exact))
     model = model.float()
     single = Noise(noise.normal.float(), noise.logistic.float(), noise.background.float())
-    for compiled in (True, False):  # Numba's steps and glimpses, then those of torch
+    for compiled in (True, False):  # Numba's loop, then that of torch
         monkeypatch.setitem(backends._tried, "cpu", compiled)
         if not compiled:
-            monkeypatch.setitem(sys.modules, "spairkit.kernels.cells_cpu", None)
+            monkeypatch.setitem(sys.modules, "spairkit.kernels.cells_op", None)
         rough = latents_of(model, images.float(), single, wheels, readable=False)
         for field in fields(Latents):
             value, expected = (getattr(x, field.name).detach() for x in (rough, exact))
@@ -172,6 +173,26 @@ def test_refuses_second_derivatives() -> None:
     (grad,) = torch.autograd.grad(total, next(model.encoder.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_notices_weights_that_were_changed_before_the_way_back(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(backends._tried, "cpu", compiled)
+    model = build(SMALL).float()
+    total = model(torch.rand(2, 3, 24, 24)).total.sum()
+    with torch.no_grad():
+        model.get_parameter("encoder.2.weight").mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+def test_frees_what_it_kept_after_the_way_back() -> None:
+    total = build(SMALL).float()(torch.rand(2, 3, 24, 24)).total.sum()
+    total.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        total.backward()
 
 
 def test_mixed_precision_outside_changes_the_features_only() -> None:

@@ -1,12 +1,16 @@
 """Glimpses against a loop over their pixels (spec section 3.4)."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from spairkit.glimpses import box_gradient, extract_glimpses, glimpse_rows
+from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
+from spairkit.kernels.threads import compiled
 
 
 def glimpse_by_loop(image: Tensor, box: list[float], size: int) -> Tensor:
@@ -53,11 +57,38 @@ def test_gradients_match_differences() -> None:
     assert torch.autograd.gradcheck(lambda b: extract_glimpses(images, b, 4), (boxes,))
 
 
+def compiled_glimpses(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    glimpses = np.empty((len(boxes), images.shape[1], size, size), np.float32)
+    CUT(images.numpy(), boxes.numpy(), glimpses)
+    return torch.from_numpy(glimpses).flatten(1)
+
+
+def compiled_gradient(grad: Tensor, images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    grad_boxes = np.empty((len(boxes), 4), np.float32)
+    glimpses = grad.reshape(len(boxes), images.shape[1], size, size)
+    CUT_BACK(glimpses.numpy(), images.numpy(), boxes.numpy(), grad_boxes)
+    return torch.from_numpy(grad_boxes)
+
+
+def torch_glimpses(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+    out = images.new_empty(len(boxes), images.shape[1] * size**2)
+    glimpse_rows(images, boxes, size, out)
+    return out
+
+
+# as the compiled loop over cells inlines them
+CUT = compiled(lambda images, boxes, glimpses: glimpses_forward(images, boxes, glimpses))
+CUT_BACK = compiled(lambda grad, images, boxes, out: glimpses_backward(grad, images, boxes, out))
+WAYS: dict[str, tuple[torch.dtype, Any, Any]] = {
+    "compiled": (torch.float32, compiled_glimpses, compiled_gradient),
+    "torch": (torch.float64, torch_glimpses, box_gradient),
+}
+
+
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (1, 1), (1, 7)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["compiled", "torch"])
-def test_rows_and_their_gradient_match_autograd(
-    dtype: torch.dtype, height: int, width: int
-) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_and_their_gradient_match_autograd(way: str, height: int, width: int) -> None:
+    dtype, cut, gradient = WAYS[way]
     torch.manual_seed(0)
     images = torch.rand(3, 2, height, width, dtype=dtype)
     boxes = torch.rand(12, 4, dtype=dtype) * width - 3
@@ -65,22 +96,21 @@ def test_rows_and_their_gradient_match_autograd(
     exact = boxes.double().requires_grad_()
     by_image = exact.unflatten(0, (4, 3)).transpose(0, 1)
     expected = extract_glimpses(images.double(), by_image, 6).transpose(0, 1).reshape(12, -1)
-    actual = torch.empty(12, 2 * 6 * 6, dtype=dtype)
-    glimpse_rows(images, boxes, 6, actual)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
+    actual = cut(images, boxes, 6).double()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
     grad = torch.randn(actual.shape, dtype=dtype)
     (slope,) = torch.autograd.grad(expected, exact, grad.double())
-    ours = box_gradient(grad, images, boxes, 6).double()
+    ours = gradient(grad, images, boxes, 6).double()
     torch.testing.assert_close(ours, slope, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # Numba, and torch
-def test_boxes_that_are_no_numbers_read_inside_the_image(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_boxes_that_are_no_numbers_read_inside_the_image(way: str) -> None:
+    dtype, cut, gradient = WAYS[way]
     images = torch.rand(1, 3, 8, 8, dtype=dtype)
     rows = [[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]]
     boxes = torch.tensor(rows, dtype=dtype)
-    glimpses = torch.empty(2, 48, dtype=dtype)
-    glimpse_rows(images, boxes, 4, glimpses)
+    glimpses = cut(images, boxes, 4)
     assert bool(((glimpses >= 0) & (glimpses <= 1)).all())
-    assert box_gradient(torch.ones(2, 48, dtype=dtype), images, boxes, 4).shape == (2, 4)
+    assert gradient(torch.ones(2, 48, dtype=dtype), images, boxes, 4).shape == (2, 4)
