@@ -207,7 +207,7 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
 
     def report_seconds(spent: float) -> None:
         doing = f"timing for at least {seconds:g} s"
-        report(Progress(case=case, doing=doing, done=spent, total=seconds))
+        report(Progress(case=case, doing=doing, done=min(spent, seconds), total=seconds))
 
     wall, cpu, repeats = _medians(calls, device, seconds, report_seconds)
     for way in timed_apart:
