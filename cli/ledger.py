@@ -41,9 +41,9 @@ def recorded(
     finally:
         if figures:
             shown = about | partial
+            append_to_ledger(ledger, shown, figures)  # first: to print may fail, into a closed pipe
             if json:
                 print_json(shown | {"figures": [asdict(figure) for figure in figures]})
             else:
                 print_tables(shown, figures)
-            append_to_ledger(ledger, shown, figures)
             say(f"added to {ledger}")

@@ -1,9 +1,10 @@
 """`spairkit train`: from images to a run with figures, and what to try next."""
 
 import shlex
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from spairkit.training import Step, Validation
 
 _LINE_EVERY_SECONDS = 10
+_PATIENCE_SECONDS = 3.0
 
 
 class Select(StrEnum):
@@ -263,7 +265,7 @@ def _follow(
             if not quiet:
                 bar.console.print(text, soft_wrap=True)
 
-        for event in events:
+        for event in _explained(events, print_line):
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
@@ -286,6 +288,22 @@ def _follow(
                     f"{'  ' if losses else ''}{losses}"
                 )
     return step, figures
+
+
+def _explained(
+    events: "Iterable[Step | Validation]", print_line: Callable[[str], None]
+) -> "Iterator[Step | Validation]":
+    """The same; says why nothing is seen yet, if the first one keeps people waiting."""
+    words = "the first step is slow where kernels are compiled: up to a minute, once on a machine"
+    timer = threading.Timer(_PATIENCE_SECONDS, print_line, [words])
+    timer.daemon = True
+    timer.start()
+    try:
+        for event in events:
+            timer.cancel()
+            yield event
+    finally:
+        timer.cancel()
 
 
 def _elbo(losses: dict[str, float]) -> str:

@@ -1,7 +1,6 @@
 """Numba twin of the squashing of object maps, float32: sigmoid of scaled and clipped logits."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spairkit.kernels.elementary_cpu import exp
@@ -53,7 +52,7 @@ def _squash_backward(
 
 def squash_cpu(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Of logits whose last axes are those of scale and bias."""
-    values = torch.empty(logits.shape)
+    values = logits.new_empty(logits.shape)
     factors = _flat(scale), _flat(bias)
     rows = _rows(logits, scale)
     over_images(_squash, len(rows), rows, *factors, _rows(values, scale))
@@ -64,7 +63,7 @@ def squash_backward_cpu(
     grad_values: Tensor, values: Tensor, logits: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, None, None]:
     """The gradient of the logits; scale and bias get none."""
-    grad_logits = torch.empty(logits.shape)
+    grad_logits = logits.new_empty(logits.shape)
     factors = _flat(scale), _flat(bias)
     rows = [_rows(tensor, scale) for tensor in (grad_values, values, logits)]
     over_images(_squash_backward, len(rows[0]), *rows, *factors, _rows(grad_logits, scale))

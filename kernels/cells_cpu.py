@@ -5,6 +5,12 @@ start * K + place * n + (image - start) belongs to a cell and an image: the cell
 after the other, each with the n images, and what is in rows are the operands of matrix products.
 What comes from outside or goes there, [B, K, ...], has its cells in raster order.
 
+What belongs to a wave, from place `first` to `last`, and the n images from `start` on, is computed
+by parts. `boxes`, `added` and `grad_boxes`, `grad_vectors` and `grad_own` are those of the wave,
+[(last - first) n, ...]. `outputs` [R, outputs] are of a network's last layer and `grads` their
+gradients, `own` its inputs, [R, S + 4 + A] of depth and one more, nearness, of pres. All other
+arrays are described where `cells_forward` and `cells_backward` take them; R = K B rows.
+
 M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an object vector (box, what,
 nearness, presence), S the features passed on, h the hidden units. NaN goes the way of the numbers.
 """

@@ -18,7 +18,7 @@ from spairkit.kernels.cells_cpu import Grid, Network, Numbers, cells_backward, c
 from spairkit.kernels.threads import over_images, single_threaded_blas
 
 _HEADS = 3  # where, depth, pres
-_OF_HEAD = 5  # weights
+_OF_HEAD = 5  # weights: own, then weight and bias of the second and of the last layer
 
 
 class _Cells(NamedTuple):
@@ -28,7 +28,7 @@ class _Cells(NamedTuple):
     encoder: Network
     depth: Network
     pres: Network
-    contexts: np.ndarray  # [R, 4 V], or no columns
+    contexts: np.ndarray  # [R, 4 V], R = K B, or no columns
 
 
 def encode_cells_cpu(
@@ -109,24 +109,19 @@ class _CompiledCells(torch.autograd.Function):
                 cells_backward, batch, ctx.grid, numbers, *inputs, *networks, *grads,
                 *(x.numpy() for x in (grad_added, grad_products, grad_edges)),
             )  # fmt: skip
-        encoder = _weight_gradients(cells.encoder, grads[1])
-        encoder.insert(1, torch.from_numpy(grads[1][0]).sum(0))
+        own, *later = _weight_gradients(cells.encoder, grads[1])
+        encoder = own, torch.from_numpy(grads[1][0]).sum(0), *later
         if numbers.training_wheels:
             return (*(None,) * 7, *(None,) * (1 + _HEADS * _OF_HEAD), *encoder)
         lateral = context_weight.shape[1] > 0
-        where, _, depth, pres = (
-            _weight_gradients(network, grad) if network is not cells.encoder else []
-            for network, grad in zip(networks, grads, strict=True)
-        )
+        heads = [_weight_gradients(networks[i], grads[i]) for i in (0, 2, 3)]
         return (
             *(None,) * 3,
             grad_products,
             *(None,) * 2,
             grad_edges.sum(0) if lateral else None,
             grad_added.t() @ torch.from_numpy(cells.contexts),
-            *where,
-            *depth,
-            *pres,
+            *(grad for head in heads for grad in head),
             *encoder,
         )
 
@@ -154,6 +149,6 @@ def _weight_gradients(network: Network, grads: tuple[np.ndarray, ...]) -> list[T
     """Of `own`, then weight and bias of each later layer: one product a layer, over all rows."""
     first, *later = (torch.from_numpy(grad) for grad in grads)
     result = [first.t() @ torch.from_numpy(network.inputs)]
-    for grad, values in zip(later, network.values, strict=False):
+    for grad, values in zip(later, network.values[:-1], strict=True):
         result += [grad.t() @ torch.from_numpy(values), grad.sum(0)]
     return result

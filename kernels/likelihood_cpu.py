@@ -1,7 +1,6 @@
 """Numba twin of the cross entropy of images, float32: a pass for the sums, one for the gradient."""
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spairkit.kernels.elementary_cpu import log
@@ -72,7 +71,7 @@ def _cross_entropy_backward(
 
 def cross_entropy_cpu(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
     """Of images [B, ...], in nats."""
-    sums = torch.empty(len(image))
+    sums = image.new_empty(len(image))
     inputs = _matrix(image), _matrix(target)
     over_images(_cross_entropy, len(image), *inputs, np.float32(floor), sums.numpy())
     return sums
@@ -82,7 +81,7 @@ def cross_entropy_backward_cpu(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, floor: float
 ) -> tuple[Tensor, None]:
     """The gradient of the image; the target gets none."""
-    grad_image = torch.empty(image.shape)
+    grad_image = image.new_empty(image.shape)
     inputs = grad_sums.contiguous().numpy(), _matrix(image), _matrix(target)
     over_images(
         _cross_entropy_backward, len(image), *inputs, np.float32(floor), _matrix(grad_image)

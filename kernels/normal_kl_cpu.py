@@ -1,18 +1,16 @@
 """Numba twin of the weighted KL divergences of normals, float32, forward and backward.
 
 With r = std / prior's std and d = (mean - prior's mean) / prior's std, the divergence of one
-dimension is (r^2 + d^2 - 1) / 2 - log r. All takes microseconds, so that it is not spread over
-threads.
+dimension is (r^2 + d^2 - 1) / 2 - log r.
 """
 
 from functools import lru_cache
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from spairkit.kernels.elementary_cpu import log
-from spairkit.kernels.threads import compiled, inlined
+from spairkit.kernels.threads import compiled, inlined, over_images
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
@@ -26,6 +24,8 @@ def _divergence(ratio, distance):
 
 @compiled
 def _weighted_kls(
+    start,
+    stop,
     mean,  # [B, K, M]
     std,  # [B, K, M]
     weight,  # [B, K]
@@ -33,8 +33,8 @@ def _weighted_kls(
     priors,  # [G, 2] mean, std
     sums,  # [B, G]
 ):
-    num_images, num_cells, _ = mean.shape
-    for b in range(num_images):
+    num_cells = mean.shape[1]
+    for b in range(start, stop):
         first = 0
         for g in range(len(ends)):
             prior_mean, prior_std = priors[g, 0], priors[g, 1]
@@ -51,6 +51,8 @@ def _weighted_kls(
 
 @compiled
 def _weighted_kls_backward(
+    start,
+    stop,
     grad_sums,  # [B, G]
     mean,  # [B, K, M]
     std,  # [B, K, M]
@@ -61,8 +63,8 @@ def _weighted_kls_backward(
     grad_std,  # [B, K, M]
     grad_weight,  # [B, K]
 ):
-    num_images, num_cells, _ = mean.shape
-    for b in range(num_images):
+    num_cells = mean.shape[1]
+    for b in range(start, stop):
         for k in range(num_cells):
             grad_here = _ZERO
             first = 0
@@ -85,8 +87,9 @@ def weighted_kls_cpu(
     mean: Tensor, std: Tensor, weight: Tensor, *groups: tuple[int, float, float]
 ) -> Tensor:  # [B, G]
     """Of groups of so many dimensions with mean and std of their prior; nats."""
-    sums = torch.empty(len(mean), len(groups))
-    _weighted_kls(*_arrays(mean, std, weight), *_ends_and_priors(groups), sums.numpy())
+    sums = mean.new_empty(len(mean), len(groups))
+    inputs = *_arrays(mean, std, weight), *_ends_and_priors(groups)
+    over_images(_weighted_kls, len(mean), *inputs, sums.numpy())
     return sums
 
 
@@ -99,10 +102,11 @@ def weighted_kls_backward_cpu(
     *groups: tuple[int, float, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of mean, std and weight."""
-    grads = torch.empty(mean.shape), torch.empty(std.shape), torch.empty(weight.shape)
-    inputs = _arrays(grad_sums, mean, std, weight)
-    _weighted_kls_backward(*inputs, *_ends_and_priors(groups), *_arrays(*grads))
-    return grads
+    grad_mean, grad_std, grad_weight = (x.new_empty(x.shape) for x in (mean, std, weight))
+    inputs = *_arrays(grad_sums, mean, std, weight), *_ends_and_priors(groups)
+    grads = _arrays(grad_mean, grad_std, grad_weight)
+    over_images(_weighted_kls_backward, len(mean), *inputs, *grads)
+    return grad_mean, grad_std, grad_weight
 
 
 @lru_cache(maxsize=16)

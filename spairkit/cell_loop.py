@@ -4,7 +4,9 @@ The same mathematics as `SPAIR._encode_wave`, which is the readable version and 
 inference uses. There a wave costs some 90 small operations, each recorded by autograd, and one
 product a layer for the gradients of the weights. Here nothing is recorded, and what need not be
 done wave by wave is done once for all cells: the products with features, factors of derivatives,
-and the gradients of the weights. What remains are matrix products and the steps between them.
+and the gradients of the weights. What remains are matrix products and the steps between them. On
+the CPU in float32 `spairkit.kernels.cells_op` does all of it in one compiled call each way, unless
+the encoder has no hidden layer or Numba is missing.
 
 Tensors are matrices [R, ...] whose rows are cells in wave order, each with all images: row
 place * B + image, R = K B. M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an
@@ -13,7 +15,7 @@ object vector (box, what, nearness, presence), S the passthrough features, h the
 """
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from spairkit import cell_steps
 from spairkit.backends import runs_compiled
-from spairkit.cell_steps import DEPTH_SCALE, Steps, by_wave
+from spairkit.cell_steps import DEPTH_SCALE, by_wave, wave_by_wave
 from spairkit.config import SPAIRConfig
 from spairkit.densities import LOGIT_LIMIT, squash
 from spairkit.glimpses import box_gradient, glimpse_rows
@@ -82,7 +84,6 @@ def encode_cells(
         products, edge = products.detach(), None if edge is None else edge.detach()
     for line in lines:
         weights += [line.weight, line.bias]
-    plan = _Plan(config, front, training_wheels, images.shape[0])
     products = products.to(images.dtype)  # from bfloat16, under autocast
     if runs_compiled(images) and len(lines) > 1:
         from spairkit.kernels.cells_op import encode_cells_cpu
@@ -90,6 +91,7 @@ def encode_cells(
         grid, numbers = _grid(front), _numbers(config, images, training_wheels)
         given = (noise.normal, noise.logistic, edge, weights)
         return unpack(encode_cells_cpu(grid, numbers, images, products, *given), config.what)
+    plan = _Plan(config, front, training_wheels, images.shape[0])
     normal = noise.normal.transpose(0, 1)[front.order].flatten(0, 1)
     jitter = noise.logistic.T[front.order].reshape(-1, 1) / config.temperature
     with torch.autocast(images.device.type, enabled=False):
@@ -220,7 +222,7 @@ class _CellLoop(torch.autograd.Function):
         samples, boxes, presence = new(num_rows, m), new(num_rows, BOX), new(num_rows, 1)
         vectors = new(num_rows + plan.batch, m + 1)  # the edge after all cells
         contexts = new(num_rows, context_weight.shape[1])
-        step = Steps(sizes)
+        step = partial(wave_by_wave, sizes)
         depth_own, presence_own = depth.inputs[0], pres.inputs[0]
         corners = _corners(images, plan, constants[2])
         draw_where = step(
@@ -326,7 +328,7 @@ class _CellLoop(torch.autograd.Function):
         grad_depth_own, grad_presence_own = new(depth.inputs[0].shape), new(pres.inputs[0].shape)
         to_boxes = new(len(samples), BOX)
         so_far = grad_mean, grad_raw, lever
-        step = Steps(sizes)
+        step = partial(wave_by_wave, sizes)
         if c.lateral:
             uses = _vector_rows(front.followers, batch) * len(NEIGHBOURS)
             uses = uses + torch.arange(len(NEIGHBOURS), device=uses.device)  # [R, 4]
@@ -387,7 +389,7 @@ def _vector_rows(places: Tensor, batch: int) -> Tensor:
     return (places[:, None] * batch + images).flatten(0, 1)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph that was recorded reads where they lie
 @torch.inference_mode(False)  # the cache outlives the mode
 def _box_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype

@@ -19,18 +19,15 @@ DEPTH_SCALE = 4.0
 """The authors' depth is 4 sigmoid(z), in object vectors and importance."""
 
 
-class Steps:
-    """Makes steps for waves of so many rows, once a pass: views made in the loop cost much more."""
+def wave_by_wave(
+    sizes: list[int], step: Callable[..., None], *tensors: Tensor, fixed: tuple[Any, ...] = ()
+) -> Callable[[int], None]:
+    """`step(*fixed, *rows)` by number of the wave, of so many rows; `tensors` are [R, ...].
 
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-
-    def __call__(
-        self, step: Callable[..., None], *tensors: Tensor, fixed: tuple[Any, ...] = ()
-    ) -> Callable[[int], None]:
-        """`step(*fixed, *rows)` by number of the wave; `tensors` are [R, ...]."""
-        rows = by_wave(tensors, self.sizes)
-        return lambda wave: step(*fixed, *rows[wave])
+    Made once a pass: views that are made in the loop cost much more.
+    """
+    rows = by_wave(tensors, sizes)
+    return lambda wave: step(*fixed, *rows[wave])
 
 
 def by_wave(tensors: Sequence[Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:

@@ -5,7 +5,7 @@ columns cells, A what dimensions, P the side of an object map. Inside the encode
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever it
 _BACKGROUND_HIDDEN = (10, 10)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: a CUDA graph that was recorded reads where they lie
 @torch.inference_mode(False)  # the cache outlives the mode
 def appearance_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype

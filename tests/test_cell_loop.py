@@ -93,7 +93,7 @@ def test_equals_the_readable_loop(variant: str, wheels: bool, height: int, width
         torch.testing.assert_close(actual[name], grad, rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize(("height", "width"), [(12, 12), (36, 48), (13, 60)])
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (36, 48), (13, 60), (60, 12)])
 @pytest.mark.parametrize("wheels", [False, True], ids=["free", "wheels"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_is_near_float64(
@@ -137,6 +137,25 @@ def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
         assert bool(value[1].isfinite().all()), field.name
     grads = gradients(model, score(latents))
     assert bool(grads["where_network.last.weight"].isnan().all())
+
+
+@pytest.mark.parametrize("variant", ["celu", "alone"])
+def test_threads_share_the_images_of_a_batch(variant: str) -> None:
+    model = build(VARIANTS[variant]).float()
+    coarse = torch.rand(5, 3, 3, 4)  # smooth, as above
+    images = F.interpolate(coarse, size=(36, 48), mode="bicubic").clamp(0, 1)
+    noise = model._draw(images, torch.Generator().manual_seed(1))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            latents = latents_of(model, images, noise, wheels=False, readable=False)
+            total = (latents.what.square() + latents.presence[..., None]).sum()
+            found.append([latents.boxes, *gradients(model, total).values()])
+    finally:
+        torch.set_num_threads(before)
+    for alone, shared in zip(*found, strict=True):
+        assert float((alone - shared).detach().norm() / alone.detach().norm()) < 1e-5
 
 
 def test_two_runs_give_the_same_bits() -> None:

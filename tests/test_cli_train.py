@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ import pytest
 import torch
 
 from spairkit.checkpoints import load_checkpoint
+from spairkit.cli import train as train_command
 from spairkit.cli.main import main
 from spairkit.images import read_image, write_png
 from spairkit.runs import Run
+from spairkit.training import Step
 
 TINY = """\
 [data]
@@ -435,3 +438,24 @@ def test_another_model_does_not_go_on_with_a_run(run: Runner) -> None:
     assert ended.status == 2
     assert "its model is spair, not air; leave --model out" in ended.err
     assert run("train", "--model", "airy").err.strip().endswith("(got 'airy')")
+
+
+def test_a_first_step_that_keeps_people_waiting_is_explained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said, heard = [], threading.Event()
+
+    def print_line(text: str) -> None:
+        said.append(text)
+        heard.set()
+
+    steps = [Step(number, 2, None, 0.0) for number in (1, 2)]
+
+    def slow_steps() -> Iterator[Step]:
+        assert heard.wait(20)
+        yield from steps
+
+    monkeypatch.setattr(train_command, "_PATIENCE_SECONDS", 0.01)
+    assert list(train_command._explained(slow_steps(), print_line)) == steps
+    (line,) = said
+    assert "compiled" in line
