@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spairkit.convolutions import convolve
+
 _ACTIVATIONS = {"relu": nn.ReLU, "celu": nn.CELU, "softplus": nn.Softplus}
 _KERNEL = 4  # of the strided layers
 
@@ -25,11 +27,6 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     for inputs, outputs in pairwise(sizes):
         layers += [linear(inputs, outputs), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
-
-
-def end_padding(size: int, kernel: int, stride: int) -> int:
-    """Zeros after the last pixel that make a convolution give ceil(size / stride) outputs."""
-    return max(kernel - (size % stride or stride), 0)
 
 
 class Backbone(nn.Module):
@@ -53,7 +50,7 @@ class Backbone(nn.Module):
         shapes = [(width, _KERNEL, stride) for width, stride in zip(widths, strides, strict=True)]
         shapes += [(width, pointwise_kernel, 1) for width in (widths[-1], widths[-1], features)]
         self.layers = nn.ModuleList()
-        self.shapes = [(kernel, stride) for _, kernel, stride in shapes]
+        self.strides = [stride for _, _, stride in shapes]
         inputs = 3
         for outputs, kernel, stride in shapes:
             layer = nn.Conv2d(inputs, outputs, kernel, stride)
@@ -69,12 +66,10 @@ class Backbone(nn.Module):
         if x.device.type == "cpu":
             # convolutions and their gradients take a tenth less time with the channels last
             x = x.contiguous(memory_format=torch.channels_last)
-        for index, (layer, (kernel, stride)) in enumerate(
-            zip(self.layers, self.shapes, strict=True)
-        ):
-            bottom = end_padding(x.shape[-2], kernel, stride)
-            right = end_padding(x.shape[-1], kernel, stride)
-            x = layer(F.pad(x, (0, right, 0, bottom)))
+        for index, (layer, stride) in enumerate(zip(self.layers, self.strides, strict=True)):
+            assert isinstance(layer, nn.Conv2d)
+            assert layer.bias is not None
+            x = convolve(x, layer.weight, layer.bias, stride)
             if index < len(self.layers) - 1:
                 x = self.activation(x)
         return x

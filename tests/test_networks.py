@@ -6,22 +6,12 @@ import pytest
 import torch
 
 from spairkit.config import SPAIRConfig
-from spairkit.networks import Backbone, LateralNetwork, end_padding, mlp, shared_weights
+from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
 
 
 def paper_backbone(channels: int = 8) -> Backbone:
     torch.manual_seed(0)
     return Backbone((2, 2, 3), (channels,), 10, pointwise_kernel=1, activation="relu")
-
-
-@pytest.mark.parametrize(
-    ("size", "paddings"),
-    [(48, (2, 2, 1)), (84, (2, 2, 1)), (210, (2, 3, 2)), (160, (2, 2, 3))],
-)
-def test_pads_as_the_specification_computes(size: int, paddings: tuple[int, ...]) -> None:
-    for stride, padding in zip((2, 2, 3), paddings, strict=True):
-        assert end_padding(size, 4, stride) == padding
-        size = (size + padding - 4) // stride + 1
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (1, 5), (13, 100), (210, 160)])

@@ -1,0 +1,161 @@
+"""Convolutions with padding at the end: sizes, and the kernel for stride 2 against float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spairkit.convolutions import convolve, end_padding
+from spairkit.kernels import convolution_cpu
+
+CHANNELS, OUTPUTS = 48, 64  # enough for the kernel
+
+
+def operands(*shape: int, channels: int = CHANNELS, outputs: int = OUTPUTS) -> list[Tensor]:
+    """Images, weight and bias that want gradients."""
+    torch.manual_seed(0)
+    batch, height, width = shape
+    images = torch.randn(batch, channels, height, width)
+    weight = torch.randn(outputs, channels, 4, 4) / (4 * channels**0.5)
+    return [x.requires_grad_() for x in (images, weight, torch.randn(outputs))]
+
+
+def halve(inputs: list[Tensor]) -> Tensor:
+    images, weight, bias = inputs
+    return convolve(images, weight, bias, 2)
+
+
+def expected(inputs: list[Tensor]) -> Tensor:
+    """By torch in float64, of images to which many zeros are added."""
+    images, weight, bias = (x.double() for x in inputs)
+    rows, columns = ((size + 1) // 2 for size in images.shape[2:])
+    return F.conv2d(F.pad(images, (0, 3, 0, 3)), weight, bias, 2)[..., :rows, :columns]
+
+
+def assert_near(found: Tensor, wanted: Tensor) -> None:
+    found, wanted = found.detach().double(), wanted.detach()
+    error = float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
+    assert error < 3e-6
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which functions of the kernel were called, as it goes."""
+    made: list[str] = []
+
+    def watched(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            made.append(name)
+            return original(*arguments)
+
+        return call
+
+    for name in ("convolve_cpu", "convolve_backward_cpu"):
+        monkeypatch.setattr(convolution_cpu, name, watched(name, getattr(convolution_cpu, name)))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("size", "paddings"),
+    [(48, (2, 2, 1)), (84, (2, 2, 1)), (210, (2, 3, 2)), (160, (2, 2, 3))],
+)
+def test_pads_as_the_specification_computes(size: int, paddings: tuple[int, ...]) -> None:
+    for stride, padding in zip((2, 2, 3), paddings, strict=True):
+        assert end_padding(size, 4, stride) == padding
+        size = (size + padding - 4) // stride + 1
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1),
+        (3, 2, 5),
+        (2, 9, 12),
+        (2, 11, 7),
+        (3, 24, 24),
+        (5, 44, 36),  # more tiles than are worked out at once, and images that are cut by it
+        (2, 6, 1300),  # more in a row than are worked out at once
+        (0, 8, 8),
+    ],
+)
+def test_stride_two_is_that_of_torch(shape: tuple[int, int, int], calls: list[str]) -> None:
+    inputs = operands(*shape)
+    found, wanted = halve(inputs), expected(inputs)
+    assert found.shape == wanted.shape
+    grad = torch.randn_like(found)
+    assert_near(found, wanted)
+    grads = torch.autograd.grad(found, inputs, grad)
+    assert calls == ["convolve_cpu", "convolve_backward_cpu"]
+    for got, exact in zip(grads, torch.autograd.grad(wanted, inputs, grad.double()), strict=True):
+        assert_near(got, exact)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_any_layout_of_memory_will_do(layout: torch.memory_format) -> None:
+    images, weight, bias = (x.detach() for x in operands(2, 10, 8))
+    images, weight = (x.contiguous(memory_format=layout) for x in (images, weight))
+    wide = torch.cat([images, images], dim=3)[..., :8]
+    wanted = expected([images, weight, bias])
+    for same in (images, wide):
+        assert_near(convolve(same, weight, bias, 2), wanted)
+
+
+def test_threads_share_the_images() -> None:
+    inputs = operands(5, 12, 16)
+    grad = torch.randn(5, OUTPUTS, 6, 8)
+    results, num_threads = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            values = halve(inputs)
+            results.append([values, *torch.autograd.grad(values, inputs, grad)])
+    finally:
+        torch.set_num_threads(num_threads)
+    for found in results[1:]:
+        for got, wanted in zip(found, results[0], strict=True):
+            assert_near(got, wanted.double())
+
+
+def test_a_gradient_can_be_derived_in_turn(calls: list[str]) -> None:
+    inputs = operands(2, 5, 6)
+
+    def derivatives(values: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(values.pow(2).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.pow(2).sum() for g in first]).sum(), inputs)
+
+    found = derivatives(halve(inputs))
+    assert calls[0] == "convolve_cpu"
+    for got, exact in zip(found, derivatives(expected(inputs)), strict=True):
+        assert_near(got, exact)
+
+
+@pytest.mark.parametrize(
+    ("channels", "outputs", "side", "stride", "dtype"),
+    [
+        (3, 64, 4, 2, torch.float32),
+        (48, 64, 4, 3, torch.float32),
+        (48, 64, 2, 2, torch.float32),
+        (48, 64, 4, 2, torch.float64),
+        (48, 64, 4, 2, torch.bfloat16),
+    ],
+)
+def test_all_others_are_torchs(
+    channels: int,
+    outputs: int,
+    side: int,
+    stride: int,
+    dtype: torch.dtype,
+    calls: list[str],
+) -> None:
+    images, weight, bias = operands(2, 13, 11, channels=channels, outputs=outputs)
+    inputs = images.to(dtype), weight[..., :side, :side].to(dtype), bias.to(dtype)
+    values = convolve(inputs[0], inputs[1], inputs[2], stride)
+    assert values.shape == (2, outputs, -(-13 // stride), -(-11 // stride))
+    padded = F.pad(inputs[0], (0, 3, 0, 3))
+    wanted = F.conv2d(padded, inputs[1], inputs[2], stride)[
+        ..., : values.shape[2], : values.shape[3]
+    ]
+    torch.testing.assert_close(values, wanted)
+    assert not calls
