@@ -215,6 +215,7 @@ def test_bench_train_prints_tables_or_json(tmp_path: Path) -> None:
     ]
     assert "share of parts, %" in table.stdout
     assert "times as long as the backbone's own forward and backward" in table.stdout
+    assert "times as long as the plain version's backbone" in table.stdout
     quiet = CliRunner().invoke(app, [*words, "--json", "--quiet"])
     assert quiet.stderr == f"added to {ledger}\n"
     document = json.loads(quiet.stdout)

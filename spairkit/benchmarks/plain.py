@@ -1,17 +1,19 @@
 """SPAIR's training step as a good torch user would write it, to be timed beside ours.
 
-The same mathematics and the same weights: a raster loop over the cells under autograd, the
-renderer by grid_sample, the KL divergence of the counts by a loop.
+The same mathematics and the same weights: torch's convolutions, a raster loop over the cells under
+autograd, the renderer by grid_sample, the KL divergence of the counts by a loop.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from spairkit.config import SPAIRConfig
+from spairkit.convolutions import end_padding
 from spairkit.densities import LOGIT_LIMIT, normal_kl, squash
 from spairkit.elbo import Losses
 from spairkit.latents import Latents, Noise, join
-from spairkit.networks import shared_weights
+from spairkit.networks import Backbone, shared_weights
 from spairkit.rendering import MIN_IMPORTANCE
 from spairkit.spair import SPAIR, appearance_constants
 from spairkit.wavefront import NEIGHBOURS
@@ -20,8 +22,30 @@ COPIES = 40
 """Planes of [B, N, H, W] that grid_sample and its gradients hold at their peak."""
 
 
+class PlainBackbone(Backbone):
+    """The backbone by torch's convolutions alone, with memory laid out as torch does by default."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images
+        for index, (layer, stride) in enumerate(zip(self.layers, self.strides, strict=True)):
+            assert isinstance(layer, nn.Conv2d)
+            kernel, (height, width) = layer.kernel_size[0], x.shape[-2:]
+            bottom, right = end_padding(height, kernel, stride), end_padding(width, kernel, stride)
+            x = layer(F.pad(x, (0, right, 0, bottom)))
+            if index < len(self.layers) - 1:
+                x = self.activation(x)
+        return x
+
+
 class PlainSPAIR(SPAIR):
     """SPAIR in training, the plain way; takes the state of a `SPAIR` of the same config."""
+
+    def __init__(self, config: SPAIRConfig) -> None:
+        super().__init__(config)
+        c = config
+        self.backbone = PlainBackbone(
+            c.strides, c.backbone_channels, c.features, c.pointwise_kernel, c.activation
+        )
 
     def _encode(
         self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool

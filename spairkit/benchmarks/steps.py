@@ -89,7 +89,7 @@ class Figure:
     cpu_ms: float | None = None
     """CPU time of all threads."""
     backbone_ms: float | None = None
-    """The backbone's own forward and backward, measured in turn with the steps; on a CPU only."""
+    """The own forward and backward of this way's backbone, in turn with the steps; CPUs only."""
     backbone_cpu_ms: float | None = None
     updates_per_second: float | None = None
     images_per_second: float | None = None
@@ -98,6 +98,10 @@ class Figure:
     times_backbone: float | None = None
     """The step over the backbone's own forward and backward ..."""
     times_backbone_cpu: float | None = None
+    """... and the same of CPU time."""
+    times_plain_backbone: float | None = None
+    """The step over the plain version's backbone, which is torch's own convolutions ..."""
+    times_plain_backbone_cpu: float | None = None
     """... and the same of CPU time."""
     ratio: float | None = None
     """Times slower than spairkit."""
@@ -202,8 +206,9 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
         for _ in range(WARM_UP + 1):
             ours.update()
     else:
-        calls["backbone"] = _backbone_call(ours, batch.images)
-        calls["backbone"]()
+        for way, trainer in trainers.items():
+            calls[_backbone(way)] = _backbone_call(trainer, batch.images)
+            calls[_backbone(way)]()
 
     def report_seconds(spent: float) -> None:
         doing = f"timing for at least {seconds:g} s"
@@ -214,9 +219,12 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
         wall[way] = [data + ms for ms in wall[way]]
         cpu[way] = [data_cpu + ms for ms in cpu[way]]
     # on a GPU the backbone alone, kernel by kernel, cannot be set against a graph
-    backbone, backbone_cpu = (t.get("backbone", [math.nan] * 3)[1] for t in (wall, cpu))
+    backbone, backbone_cpu = (
+        {way: times.get(_backbone(way), [math.nan] * 3)[1] for way in ("spairkit", "plain")}
+        for times in (wall, cpu)
+    )
     rest, rest_cpu = (
-        {way: times[way][1] - own for way in trainers}
+        {way: times[way][1] - own[way] for way in trainers}
         for times, own in ((wall, backbone), (cpu, backbone_cpu))
     )
     for way, trainer in trainers.items():
@@ -233,13 +241,15 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
             p20_ms=low,
             p80_ms=high,
             cpu_ms=cpu[way][1],
-            backbone_ms=_known(backbone),
-            backbone_cpu_ms=_known(backbone_cpu),
+            backbone_ms=_known(backbone[way]),
+            backbone_cpu_ms=_known(backbone_cpu[way]),
             updates_per_second=1e3 / step,
             images_per_second=1e3 * case.batch / step,
             cell_us=1e3 * step / (case.batch * number),
-            times_backbone=_ratio(step, backbone),
-            times_backbone_cpu=_ratio(cpu[way][1], backbone_cpu),
+            times_backbone=_ratio(step, backbone[way]),
+            times_backbone_cpu=_ratio(cpu[way][1], backbone_cpu[way]),
+            times_plain_backbone=_ratio(step, backbone["plain"]),
+            times_plain_backbone_cpu=_ratio(cpu[way][1], backbone_cpu["plain"]),
             ratio=step / wall["spairkit"][1],
             rest_ratio=_ratio(rest[way], rest["spairkit"]),
             rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
@@ -283,6 +293,10 @@ def _losses_and_gradients(model: SPAIR, images: Tensor) -> dict[str, Tensor]:
     grads = torch.autograd.grad(losses.total.mean(), list(parameters.values()))
     terms = {name: term.detach() for name, term in losses.terms().items()}
     return {**terms, **dict(zip(parameters, grads, strict=True))}
+
+
+def _backbone(way: str) -> str:
+    return f"backbone of {way}"
 
 
 def _backbone_call(trainer: Trainer, images: Tensor) -> Callable[[], object]:
