@@ -319,8 +319,8 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
                 f"{_times(figure.times_backbone_cpu)} times"
             )
             lines.append(
-                f"{case}: the step takes {_times(figure.times_plain_backbone)} times as long as the "
-                "plain version's backbone, which is torch's convolutions; of CPU time, "
+                f"{case}: the step takes {_times(figure.times_plain_backbone)} times as long as "
+                "the plain version's backbone, which is torch's convolutions; of CPU time, "
                 f"{_times(figure.times_plain_backbone_cpu)} times"
             )
         else:
