@@ -1,5 +1,6 @@
 """Fixtures for all tests: fresh memory is NaN, and kernels run where this machine can run them."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -20,6 +21,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> None:
+    """Collecting garbage takes a third of a second while it also looks through torch's compiler."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
