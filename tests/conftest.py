@@ -1,6 +1,8 @@
 """Fixtures for all tests: fresh memory is NaN, and kernels run where this machine can run them."""
 
+import gc
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Triton warns, once a compile, that its default will change; the gate counts registers under this
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+# a shell has what it starts in the background ignore Ctrl-C, of which some tests are
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> None:
+    """Collecting garbage takes a third of a second while it also looks through torch's compiler."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -208,18 +208,22 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(
     out = tmp_path / "run"
     words = ["train", "--config", str(workplace / "tiny.toml"), "--out", str(out)]
     many = ["--steps", "1000000", "--set", "train.validation_every=1000000"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "spairkit", *words, *many],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    printed, said = process.communicate(timeout=60)
+    ) as process:
+        try:
+            metrics = out / "metrics.jsonl"
+            while not metrics.exists() or not metrics.stat().st_size:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(number)
+            printed, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else it trains for ever where it did not stop
     assert process.returncode == status
     assert printed == ""
     assert f"saved; go on with: spairkit train --resume {out}" in said

@@ -342,27 +342,32 @@ def test_advice_follows_its_rules() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, workers: int) -> None:
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
     out = tmp_path / "own"
-    words = [sys.executable, "-m", "spairkit", "compare", "--out", str(out), "--seeds", "1"]
+    words = ["--out", str(out), "--seeds", "1", "--workers", str(workers)]
     many = ["--objects", "1", "--models", "spair,dair", "--budget", "60", *WORDS]
-    helped = ["--workers", str(workers)]
-    process = subprocess.Popen(
-        [*words, *many, *helped],
+    with subprocess.Popen(
+        [sys.executable, "-m", "spairkit", "compare", *words, *many],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    while not list(out.glob("runs/*/last")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    printed, said = process.communicate(timeout=100)
+    ) as process:
+        try:
+            while not list(out.glob("runs/*/last")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            printed, said = process.communicate(timeout=100)
+        finally:
+            process.kill()
     assert process.returncode == 143
     assert printed == ""
     assert f"stopped, saved; go on with: spairkit compare --out {out}" in said
     assert "Traceback" not in said
-    done = subprocess.run([*words, *helped, "--json"], capture_output=True, text=True, check=True)
-    values = json.loads(done.stdout)
+    status, printed, said = command(capsys, *words, "--json")
+    assert status == 0, said
+    values = json.loads(printed)
     assert math.isfinite(values["rows"][0]["models"]["dair"]["ap"]["mean"])

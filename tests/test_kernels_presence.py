@@ -177,19 +177,19 @@ def test_empty_batches(
 
 
 def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
-    """Ten inputs that operators trip over: strides, views, nothing, one of everything."""
-    logits, samples = make_inputs(3, 6, relaxed=relaxed, device=device)
+    """Inputs that operators trip over: strides, views, nothing, one of everything."""
+    logits, samples = make_inputs(2, 6, relaxed=relaxed, device=device)
     return [
         (logits, samples),
         make_inputs(1, 1, relaxed=relaxed, device=device),
         make_inputs(1, 5, relaxed=relaxed, device=device),
-        make_inputs(4, 1, relaxed=relaxed, device=device),
+        make_inputs(3, 1, relaxed=relaxed, device=device),
         make_inputs(0, 4, relaxed=relaxed, device=device),
         (logits.T.contiguous().T, samples),
         (logits, samples.T.contiguous().T),
         (logits[:, ::2], samples[:, 1::2]),
-        (logits[:1].expand(3, 6), samples[:1].expand(3, 6)),
-        (logits[:, :1].expand(3, 6), samples[:, :1].expand(3, 6)),
+        (logits[:1].expand(2, 6), samples[:1].expand(2, 6)),
+        (logits[:, :1].expand(2, 6), samples[:, :1].expand(2, 6)),
         (logits.bfloat16(), samples.half()),
     ]
 

@@ -1,11 +1,8 @@
 """What the loop promises: the same bits after a kill, nothing non-finite kept, the schedules."""
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -251,36 +248,44 @@ def test_another_seed_gives_other_scenes_and_other_noise(
             assert not torch.equal(drawn[one][1], drawn[other][1])
 
 
-SCRIPT = """
-import sys, torch
+KILLED_THREE_TIMES = """
+import os, random, signal, sys, time, torch, torch._dynamo
 from pathlib import Path
-from spairkit.config_values import load_toml, from_dict
+from spairkit.kernels import cells_op, presence_cpu, render_cpu
 from spairkit.runs import Run
 from spairkit.training import fit
-run = Run.open(Path(sys.argv[1]))
-with run.lock():
-    for event in fit(run.config, run, torch.device("cpu")):
-        print(event.step, flush=True)
+draw = random.Random(0)
+for _ in range(3):
+    steps, to_parent = os.pipe()
+    child = os.fork()
+    if child == 0:
+        run = Run.open(Path(sys.argv[1]))
+        with run.lock():
+            for event in fit(run.config, run, torch.device("cpu")):
+                os.write(to_parent, b".")
+        os._exit(0)
+    os.close(to_parent)
+    assert os.read(steps, 1), "it never trained"
+    time.sleep(draw.uniform(0, 0.3))  # it trains: now at any moment
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(steps)
+    latest = Run.open(Path(sys.argv[1])).latest()
+    print(latest.step if latest is not None else 0)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
+    """Forks share one import of torch."""
     config = tiny(steps=30, validation_every=3)
     whole = train(config, tmp_path / "whole")
     killed = Run.create(tmp_path / "killed", config)
-    draw = random.Random(0)
-    reached = []
-    for _ in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(killed.path)], stdout=subprocess.PIPE
-        ) as process:
-            assert process.stdout is not None
-            process.stdout.readline()  # it trains: now at any moment
-            time.sleep(draw.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-        latest = killed.latest()
-        reached.append(latest.step if latest is not None else 0)
+    words = [sys.executable, "-c", KILLED_THREE_TIMES, str(killed.path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    reached = [int(line) for line in done.stdout.split()]
+    assert len(reached) == 3
     assert reached == sorted(reached), "a kill must not lose a checkpoint"
     finished = train(config, killed.path)
     assert_same_bits(whole, finished)

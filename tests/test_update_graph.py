@@ -24,7 +24,7 @@ from spairkit.training import Trainer, fit
 from spairkit.update_graph import UpdateGraph
 
 CPU = torch.device("cpu")
-UPDATES, WHEELS = 14, 6  # so both graphs are recorded, and played more than once
+UPDATES, WHEELS = 12, 6  # so both graphs are recorded, and played more than once
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton: see test_interpreter.py"
 )
