@@ -318,6 +318,8 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
                 f"backbone's own forward and backward ({figure.backbone_ms:.1f} ms); of CPU time, "
                 f"{_times(figure.times_backbone_cpu)} times"
             )
+            if figure.times_plain_backbone is None:
+                continue
             lines.append(
                 f"{case}: the step takes {_times(figure.times_plain_backbone)} times as long as "
                 "the plain version's backbone, which is torch's convolutions; of CPU time, "

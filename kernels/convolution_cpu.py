@@ -10,13 +10,17 @@ gives two neighbouring outputs of a kernel (g0, g1), on blocks d0, d1 and d2, fr
 Down and across it gives a tile of 2 x 2 outputs from 9 products instead of 16 (Lavin and Gray,
 "Fast algorithms for convolutional neural networks", CVPR 2016, section 4). A product is one of
 matrices here: it sums over the four pixels of a block and the input channels. All factors are 1
-or -1, so float32 loses no digits to speak of. The way back is the transpose of every step.
+or -1, so rounding in float32 grows little: errors are at most twice those of torch's convolutions.
+The way back is the transpose of every step.
 
 An image of H x W pixels has ceil(H / 4) x ceil(W / 4) tiles, which read zeros beyond it: tile
-(i, j) reads pixels 4 i .. 4 i + 5 and 4 j .. 4 j + 5. A row of tiles is worked out at a time, and
-as many rows as fit the cache share their products. C channels come in and N go out; images lie as
-[B, H, W C], the colours of a pixel side by side, and the three steps down and across are the first
-axis, 9, of `tiles` [9, R, 4 C], `products` [9, R, N] and `factors` [9, N, 4 C].
+(i, j) reads pixels 4 i .. 4 i + 5 and 4 j .. 4 j + 5. Rows of tiles share their products, as many
+as have some 288 tiles, so that what lies between two steps stays in the cache. Where threads cut a
+batch, and what else is in it, may change the last bit of a result.
+
+C channels come in and N go out; images lie as [B, H, W C], the colours of a pixel side by side, and
+the three steps down and across are the first axis, 9, of `tiles` [9, R, 4 C], `products` [9, R, N]
+and `factors` [9, N, 4 C].
 """
 
 import numpy as np
@@ -208,7 +212,7 @@ def _accumulate(sums, more):
 
 @compiled
 def _convolve(
-    start,
+    start,  # of all rows of tiles
     stop,
     images,  # [B, H, W C]
     factors,  # [9, N, 4 C]
@@ -222,8 +226,8 @@ def _convolve(
     tiles = np.empty((9, at_once * across, inputs), np.float32)
     blocks = tiles.reshape((9, at_once * across, 2, inputs // 2))
     products = np.empty((9, at_once * across, outputs), np.float32)
-    for first in range(start * down, stop * down, at_once):
-        last = min(first + at_once, stop * down)
+    for first in range(start, stop, at_once):
+        last = min(first + at_once, stop)
         for row in range(first, last):
             for j in range(across):
                 _read(images[row // down], row % down, j, patch)
@@ -285,7 +289,7 @@ def convolve_cpu(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     values = images.new_empty(num_images, (height + 1) // 2, (width + 1) // 2, len(weight))
     operands = _lines(images), _factors_of(weight), bias.detach().contiguous().numpy()
     with single_threaded_blas():
-        over_images(_convolve, num_images, *operands, values.numpy())
+        over_images(_convolve, num_images * ((height + 3) // 4), *operands, values.numpy())
     return values.permute(0, 3, 1, 2)
 
 

@@ -1,5 +1,6 @@
 """Strided convolutions of images with zeros beyond their right and lower rim (spec section 3.1)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from spairkit.fused import fused
 
 _KERNEL, _STRIDE = 4, 2  # of the convolution that has a kernel of its own on the CPU
 _LEAST_WEIGHTS = 2048  # of a pixel of the kernel: with fewer there is little to save
+_LEAST_PIXELS = 1024  # of all images: with fewer it takes longer to prepare the weights
 
 
 def end_padding(size: int, kernel: int, stride: int) -> int:
@@ -32,6 +34,8 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
     if (
         (*kernel, stride) == (_KERNEL, _KERNEL, _STRIDE)
         and outputs * channels >= _LEAST_WEIGHTS
+        and images.numel() >= channels * _LEAST_PIXELS
+        and not torch.is_autocast_enabled("cpu")
         and runs_compiled(images, weight, bias)
     ):
         from spairkit.kernels.convolution_cpu import convolve_backward_cpu, convolve_cpu
