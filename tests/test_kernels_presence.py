@@ -176,6 +176,17 @@ def test_empty_batches(
     assert kl.shape == shape
 
 
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_strides_in_memory_change_no_bit(
+    relaxed: bool, kernel: Backend, kernel_device: torch.device
+) -> None:
+    inputs = make_inputs(2, 6, relaxed=relaxed, device=kernel_device)
+    logits, samples = (torch.stack([x, 1 - x], -1)[..., 0] for x in inputs)
+    found = values_and_gradients(logits, samples, 0.9, relaxed=relaxed, backend=kernel)
+    expected = values_and_gradients(*inputs, 0.9, relaxed=relaxed, backend=kernel)
+    assert all(map(torch.equal, found, expected))
+
+
 def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
     """Inputs that operators trip over: strides, views, nothing, one of everything."""
     logits, samples = make_inputs(2, 6, relaxed=relaxed, device=device)

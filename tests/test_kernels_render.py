@@ -194,6 +194,15 @@ def test_threads_do_not_change_a_bit(kernel: Backend, kernel_device: torch.devic
     assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
+def test_strides_in_memory_change_no_bit(kernel: Backend, kernel_device: torch.device) -> None:
+    scene = make_scene(2, 2, (3, 2), (7, 5), device=kernel_device)
+    strided = {name: torch.stack([x, x + 1], -1)[..., 0] for name, x in scene.items()}
+    image, grads = image_and_gradients(strided, backend=kernel)
+    expected, expected_grads = image_and_gradients(scene, backend=kernel)
+    assert torch.equal(image, expected)
+    assert all(map(torch.equal, grads, expected_grads))
+
+
 def awkward_samples(device: torch.device) -> list[Scene]:
     """Inputs that operators trip over: strides, views, nothing, one of everything."""
     plain = make_scene(2, 1, (3, 2), (7, 5), device=device)
