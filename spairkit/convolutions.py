@@ -18,7 +18,7 @@ def end_padding(size: int, kernel: int, stride: int) -> int:
 
 
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """A convolution of any stride with one output for each `stride` pixels, begun or whole.
+    """A convolution with zeros after the last pixel, so that every pixel is below an output.
 
     Args:
         images: [B, C, H, W].
@@ -41,15 +41,16 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
         from spairkit.kernels.convolution_cpu import convolve_backward_cpu, convolve_cpu
 
         return fused(_halve, convolve_cpu, convolve_backward_cpu, (images, weight, bias))
-    return _convolve(images, weight, bias, stride)
+    return convolve_by_torch(images, weight, bias, stride)
 
 
-def _halve(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _convolve(images, weight, bias, _STRIDE)
-
-
-def _convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+def convolve_by_torch(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """The same by torch's own convolution, on any device and in any dtype."""
     height, width = images.shape[-2:]
     kernel = weight.shape[-1]
     bottom, right = end_padding(height, kernel, stride), end_padding(width, kernel, stride)
     return F.conv2d(F.pad(images, (0, right, 0, bottom)), weight, bias, stride)
+
+
+def _halve(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return convolve_by_torch(images, weight, bias, _STRIDE)

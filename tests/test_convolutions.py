@@ -94,7 +94,7 @@ def test_stride_two_is_that_of_torch(shape: tuple[int, int, int], calls: list[st
     grad = torch.randn_like(found)
     results = [found, *torch.autograd.grad(found, inputs, grad)]
     assert calls == ["convolve_cpu", "convolve_backward_cpu"]
-    floats = convolutions._convolve(inputs[0], inputs[1], inputs[2], 2)
+    floats = convolutions.convolve_by_torch(inputs[0], inputs[1], inputs[2], 2)
     torchs = [floats, *torch.autograd.grad(floats, inputs, grad)]
     exact = [wanted, *torch.autograd.grad(wanted, inputs, grad.double())]
     for ours, theirs, exactly in zip(results, torchs, exact, strict=True):
@@ -112,7 +112,7 @@ def test_any_layout_of_memory_will_do(layout: torch.memory_format, calls: list[s
     assert len(calls) == 2
 
 
-def test_threads_share_the_images() -> None:
+def test_threads_share_the_images(calls: list[str]) -> None:
     inputs = operands(5, 28, 16)
     grad = torch.randn(5, OUTPUTS, 14, 8)
     results, num_threads = [], torch.get_num_threads()
@@ -123,6 +123,7 @@ def test_threads_share_the_images() -> None:
             results.append([values, *torch.autograd.grad(values, inputs, grad)])
     finally:
         torch.set_num_threads(num_threads)
+    assert calls == 3 * ["convolve_cpu", "convolve_backward_cpu"]
     for found in results[1:]:
         for got, wanted in zip(found, results[0], strict=True):
             assert_near(got, wanted.double())
@@ -183,4 +184,4 @@ def test_autocast_is_torchs(calls: list[str]) -> None:
 def test_a_few_pixels_are_torchs() -> None:
     images, weight, bias = operands(1, 24, 24)
     values = convolve(images, weight, bias, 2)
-    assert torch.equal(values, convolutions._convolve(images, weight, bias, 2))
+    assert torch.equal(values, convolutions.convolve_by_torch(images, weight, bias, 2))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.config import SPAIRConfig
-from spairkit.convolutions import end_padding
+from spairkit.convolutions import convolve_by_torch
 from spairkit.densities import LOGIT_LIMIT, normal_kl, squash
 from spairkit.elbo import Losses
 from spairkit.latents import Latents, Noise, join
@@ -29,9 +29,8 @@ class PlainBackbone(Backbone):
         x = images
         for index, (layer, stride) in enumerate(zip(self.layers, self.strides, strict=True)):
             assert isinstance(layer, nn.Conv2d)
-            kernel, (height, width) = layer.kernel_size[0], x.shape[-2:]
-            bottom, right = end_padding(height, kernel, stride), end_padding(width, kernel, stride)
-            x = layer(F.pad(x, (0, right, 0, bottom)))
+            assert layer.bias is not None
+            x = convolve_by_torch(x, layer.weight, layer.bias, stride)
             if index < len(self.layers) - 1:
                 x = self.activation(x)
         return x
