@@ -3,16 +3,12 @@
 import numpy as np
 from torch import Tensor
 
-from spairkit.kernels.elementary_cpu import exp
+from spairkit.kernels.squash_cpu import slope, squash
 from spairkit.kernels.threads import compiled, over_images
-
-_ZERO = np.float32(0.0)
-_ONE = np.float32(1.0)
-_LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.densities
 
 
 @compiled
-def _squash(
+def _squash_all(
     start,
     stop,
     logits,  # [R, n]
@@ -22,12 +18,7 @@ def _squash(
 ):
     for r in range(start, stop):
         for i in range(logits.shape[1]):
-            x = logits[r, i] * scale[i] + bias[i]
-            if x > _LOGIT_LIMIT:
-                x = _LOGIT_LIMIT
-            elif x < -_LOGIT_LIMIT:
-                x = -_LOGIT_LIMIT
-            values[r, i] = _ONE / (_ONE + exp(-x))
+            values[r, i] = squash(logits[r, i] * scale[i] + bias[i])
 
 
 @compiled
@@ -43,11 +34,8 @@ def _squash_backward(
 ):
     for r in range(start, stop):
         for i in range(logits.shape[1]):
-            # the value cannot tell: a logit a little below the limit has that of the limit
-            inside = abs(logits[r, i] * scale[i] + bias[i]) <= _LOGIT_LIMIT
-            value = values[r, i]
-            grad = grad_values[r, i] * value * (_ONE - value) * scale[i]
-            grad_logits[r, i] = grad if inside else _ZERO
+            steepness = slope(logits[r, i] * scale[i] + bias[i], values[r, i])
+            grad_logits[r, i] = grad_values[r, i] * steepness * scale[i]
 
 
 def squash_cpu(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -55,7 +43,7 @@ def squash_cpu(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     values = logits.new_empty(logits.shape)
     factors = _flat(scale), _flat(bias)
     rows = _rows(logits, scale)
-    over_images(_squash, len(rows), rows, *factors, _rows(values, scale))
+    over_images(_squash_all, len(rows), rows, *factors, _rows(values, scale))
     return values
 
 

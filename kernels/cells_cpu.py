@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from spairkit.kernels.elementary_cpu import exp
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
+from spairkit.kernels.squash_cpu import clip, kept, slope, squash
 from spairkit.kernels.threads import compiled, inlined, part
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
-_LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.densities
 _DEPTH_SCALE = np.float32(4.0)  # as in spairkit.cell_steps
 _BOX = 4
 
@@ -66,27 +66,6 @@ class Network(NamedTuple):
     weights: tuple[Array, ...]  # of the layers after the first
     biases: tuple[Array, ...]
     values: tuple[Array, ...]  # [R, outputs] of each layer, but for the last one's activated
-
-
-@inlined
-def _clip(logit):
-    if logit > _LOGIT_LIMIT:
-        logit = _LOGIT_LIMIT
-    elif logit < -_LOGIT_LIMIT:
-        logit = -_LOGIT_LIMIT
-    return logit
-
-
-@inlined
-def _squash(logit):
-    return _ONE / (_ONE + exp(-_clip(logit)))
-
-
-@inlined
-def _slope(logit, squashed):
-    """The derivative of `_squash`."""
-    inside = abs(logit) <= _LOGIT_LIMIT
-    return squashed * (_ONE - squashed) if inside else _ZERO
 
 
 @part
@@ -160,7 +139,7 @@ def _backward(lo, hi, network, grads, relu):
 @inlined
 def _draw(mean, raw, normal, record, i, size):
     """A sample; writes it, its mean and its standard deviation to the record."""
-    std = _TWO * _squash(raw)
+    std = _TWO * squash(raw)
     sample = mean + std * normal
     record[i], record[size + i], record[2 * size + i] = mean, std, sample
     return sample
@@ -170,9 +149,8 @@ def _draw(mean, raw, normal, record, i, size):
 def _moments_back(grad, raw, normal, grad_record, i, size):
     """Gradients of a mean and a raw, with `grad` what else reaches the sample."""
     grad_sample = grad_record[2 * size + i] + grad
-    squashed = _squash(raw)
-    slope = _TWO * _slope(raw, squashed)
-    return grad_record[i] + grad_sample, slope * (grad_record[size + i] + grad_sample * normal)
+    raw_slope = _TWO * slope(raw, squash(raw))
+    return grad_record[i] + grad_sample, raw_slope * (grad_record[size + i] + grad_sample * normal)
 
 
 @part
@@ -218,7 +196,7 @@ def _draw_where(
         corner = k // columns, k % columns
         for i in range(_BOX):
             sample = _draw(outputs[i], outputs[_BOX + i], normal[b, k, i], record[b, k], i, size)
-            placed = shift[i] + scale[i] * _squash(sample)
+            placed = shift[i] + scale[i] * squash(sample)
             pixels[i] = placed * to_pixels[i]
             own[passed + i] = placed
         for i in range(2):  # x, y
@@ -262,7 +240,7 @@ def _draw_depth(
             own[i] = own_of_depth[lo + r, i]
         j = size - 1
         sample = _draw(outputs[0], outputs[1], normal[b, k, j], record[b, k], j, size)
-        own[-1] = _DEPTH_SCALE * _squash(-sample)
+        own[-1] = _DEPTH_SCALE * squash(-sample)
 
 
 @part
@@ -287,7 +265,7 @@ def _draw_presence(
         place, image = first + r // n, r % n
         b, k = start + image, order[place]
         own = own_of_pres[lo + r]
-        logit = _clip(logits[lo + r, 0])
+        logit = clip(logits[lo + r, 0])
         present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / temperature))
         record[b, k, 3 * size], record[b, k, 3 * size + 1] = logit, present
         if contexts.shape[1] == 0:
@@ -406,8 +384,7 @@ def _presence_back(
         present = record[b, k, 3 * size + 1]
         grad = grad_record[b, k, 3 * size + 1] + grad_vectors[r, size]
         grad = grad * present * (_ONE - present) / temperature
-        inside = abs(logits[lo + r, 0]) <= _LOGIT_LIMIT
-        grads[lo + r, 0] = grad + grad_record[b, k, 3 * size] if inside else _ZERO
+        grads[lo + r, 0] = kept(logits[lo + r, 0], grad + grad_record[b, k, 3 * size])
 
 
 @part
@@ -434,8 +411,7 @@ def _depth_back(
         for i in range(size):
             grad_vectors[r, i] += grad_own[r, passed + i]
         sample = record[b, k, 2 * size + j]
-        nearness = _squash(-sample)
-        grad = -_DEPTH_SCALE * _slope(sample, nearness) * grad_vectors[r, j]
+        grad = -_DEPTH_SCALE * slope(sample, squash(-sample)) * grad_vectors[r, j]
         raw = outputs[lo + r, 1]
         mean, std = _moments_back(grad, raw, normal[b, k, j], grad_record[b, k], j, size)
         grads[lo + r, 0], grads[lo + r, 1] = mean, std
@@ -481,8 +457,8 @@ def _where_back(
             high = grad_boxes[r, 2 + edge] + grad_record[b, k, 3 * size + 4 + edge]
             pixels = low + high if i < 2 else _HALF * (high - low)
             sample = record[b, k, 2 * size + i]
-            slope = scale[i] * _slope(sample, _squash(sample))
-            grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * slope
+            placed_slope = scale[i] * slope(sample, squash(sample))
+            grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * placed_slope
             raw = outputs[lo + r, _BOX + i]
             mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
             grads[lo + r, i], grads[lo + r, _BOX + i] = mean, std

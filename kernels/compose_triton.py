@@ -79,7 +79,7 @@ def compose_triton(
     """What `compose_op` says."""
     num_images, num_glyphs = entries.shape
     num_channels = backgrounds.shape[1]
-    images = torch.empty(num_images, 3, height, width, device=table.device)
+    images = torch.empty(num_images, 3, height, width, device=table.device, dtype=torch.float32)
     blocks = triton.cdiv(height * width, COMPOSE_BLOCK)
     colours = colours.expand(num_images, num_glyphs, num_channels)
     if num_images:

@@ -152,7 +152,7 @@ def _count_posterior_backward(
 def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
     """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
     num_images, num_cells = samples.shape
-    kl = torch.empty(num_images, num_cells)
+    kl = torch.empty(num_images, num_cells, dtype=torch.float32)
     prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
     over_images(
         _presence_kl,
@@ -183,7 +183,7 @@ def count_posterior_backward_cpu(
     grad_logit: Tensor, samples: Tensor, success: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the samples and, an entry an image, of log(1 - success)."""
-    grad_samples = torch.empty(samples.shape)
+    grad_samples = torch.empty(samples.shape, dtype=torch.float32)
     grad_log_failure = torch.empty(len(samples), dtype=torch.double)
     over_images(
         _count_posterior_backward,

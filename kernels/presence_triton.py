@@ -258,7 +258,7 @@ def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tupl
     """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
     num_images, num_cells = samples.shape
     device = samples.device
-    kl = torch.empty(samples.shape, device=device)
+    kl = torch.empty(samples.shape, device=device, dtype=torch.float32)
     prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
     if samples.numel():
         odds = torch.empty(num_cells, num_cells, device=device, dtype=torch.float64)
@@ -285,7 +285,7 @@ def count_posterior_triton(samples: Tensor, success: Tensor) -> tuple[Tensor, Te
     num_images, num_cells = samples.shape
     device = samples.device
     prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
-    saved = torch.empty(saved_shape(num_images, num_cells), device=device)
+    saved = torch.empty(saved_shape(num_images, num_cells), device=device, dtype=torch.float32)
     counts, block, warps = walk_block(num_cells)
     if samples.numel():
         with on(device):
@@ -307,7 +307,7 @@ def count_posterior_backward_triton(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the samples and, an entry an image, of log(1 - success)."""
     num_images, num_cells = samples.shape
-    grad_samples = torch.empty(samples.shape, device=samples.device)
+    grad_samples = torch.empty(samples.shape, device=samples.device, dtype=torch.float32)
     grad_log_failure = torch.zeros(num_images, device=samples.device, dtype=torch.float64)
     counts, block, warps = walk_block(num_cells)
     if samples.numel():

@@ -285,8 +285,8 @@ def render_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """image, change, inverse and keep: the last three are for `render_backward_cpu`."""
     shape = background.shape
-    image, change = torch.empty(shape), torch.empty(shape)
-    inverse, keep = torch.empty(shape[0], *shape[2:]), torch.empty(shape[0], *shape[2:])
+    image, change = _empty(shape), _empty(shape)
+    inverse, keep = _empty(shape[:1] + shape[2:]), _empty(shape[:1] + shape[2:])
     inputs = _arrays(rgba, boxes, depth, presence, background)
     outputs = _arrays(image, change, inverse, keep)
     channels = (0,) * shape[1]
@@ -307,7 +307,7 @@ def render_backward_cpu(
     floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
-    grads = tuple(torch.empty(t.shape) for t in (rgba, boxes, depth, presence))
+    grads = tuple(_empty(t.shape) for t in (rgba, boxes, depth, presence))
     inputs = _arrays(grad_image, rgba, boxes, depth, presence, background, change, inverse)
     channels = (0,) * background.shape[1]
     over_images(
@@ -316,6 +316,11 @@ def render_backward_cpu(
     grad_rgba, grad_boxes, grad_depth, grad_presence = grads
     grad_background = (grad_image * keep[:, None]).contiguous()
     return grad_rgba.to(rgba.dtype), grad_boxes, grad_depth, grad_presence, grad_background
+
+
+def _empty(shape: torch.Size) -> Tensor:
+    # the dtype is said, or it would be the caller's default
+    return torch.empty(shape, dtype=torch.float32)
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

@@ -5,6 +5,8 @@ out. Nothing of the size of objects times pixels is ever in memory. What the bac
 with it stands here too; the formulas are those of `spairkit.kernels.render_cpu`.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -201,10 +203,11 @@ def render_triton(
     """image, change, inverse and keep: the last three are for `render_backward_triton`."""
     num_images, num_objects, map_height, map_width, channels = rgba.shape
     _, num_colours, height, width = background.shape
-    image = torch.empty(background.shape, device=rgba.device)
-    change = torch.empty(background.shape, device=rgba.device)
-    inverse = torch.empty(num_images, height, width, device=rgba.device)
-    keep = torch.empty(num_images, height, width, device=rgba.device)
+    empty = partial(torch.empty, device=rgba.device, dtype=torch.float32)
+    image = empty(background.shape)
+    change = empty(background.shape)
+    inverse = empty(num_images, height, width)
+    keep = empty(num_images, height, width)
     tile = forward_tile(num_objects, num_colours)
     tiles_x = triton.cdiv(width, tile["TILE_W"])
     tiles = tiles_x * triton.cdiv(height, tile["TILE_H"])

@@ -7,6 +7,8 @@ two small products with the weights of the taps, Wy^T G Wx. Further programs sca
 the background. The formulas are those of `spairkit.kernels.render_cpu`.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -340,10 +342,11 @@ def render_backward_triton(
     tile = backward_tile(map_height, map_width)
     parts = num_images, num_objects, tile["BANDS"]
     grad_rgba = torch.empty(rgba.shape, dtype=rgba.dtype, device=rgba.device)
-    grad_boxes = torch.empty(*parts, 4, device=rgba.device)
-    grad_depth = torch.empty(parts, device=rgba.device)
-    grad_presence = torch.empty(parts, device=rgba.device)
-    grad_background = torch.empty(background.shape, device=rgba.device)
+    empty = partial(torch.empty, device=rgba.device, dtype=torch.float32)
+    grad_boxes = empty(*parts, 4)
+    grad_depth = empty(parts)
+    grad_presence = empty(parts)
+    grad_background = empty(background.shape)
     programs = num_objects * tile["BANDS"] + triton.cdiv(height * width, tile["RUN"])
     if programs * num_images:
         with on(rgba.device):

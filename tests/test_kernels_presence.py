@@ -4,6 +4,9 @@ Here runs Numba, and Triton where there is a GPU; `test_interpreter.py` runs thi
 Triton's interpreter.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ def values_and_gradients(
         leaves += [samples.requires_grad_(), level.requires_grad_()]
     kl = presence_kl(leaves[0], samples, level, relaxed=relaxed, backend=backend)
     random = torch.Generator().manual_seed(1)
-    cotangent = torch.rand(kl.shape, generator=random).to(kl)
+    cotangent = torch.rand(kl.shape, generator=random, dtype=torch.float32).to(kl)
     return [kl.detach(), *torch.autograd.grad(kl, leaves, cotangent)]
 
 
@@ -103,6 +106,21 @@ def test_relaxed_gradients_hold_near_the_ends(kernel: Backend, kernel_device: to
     found = values_and_gradients(logits, samples, 0.9999, relaxed=True, backend=kernel)
     for actual, expected in zip(found, exact, strict=True):
         assert (actual.double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_the_default_dtype_changes_nothing(
+    relaxed: bool,
+    kernel: Backend,
+    kernel_device: torch.device,
+    float64_by_default: Callable[[], AbstractContextManager[None]],
+) -> None:
+    logits, samples = make_inputs(2, 9, relaxed=relaxed, device=kernel_device)
+    expected = values_and_gradients(logits, samples, 0.9, relaxed=relaxed, backend=kernel)
+    with float64_by_default():
+        found = values_and_gradients(logits, samples, 0.9, relaxed=relaxed, backend=kernel)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("relaxed", [False, True])

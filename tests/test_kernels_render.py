@@ -5,6 +5,8 @@ Triton's interpreter.
 """
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -52,7 +54,7 @@ def image_and_gradients(scene: Scene, **options: Any) -> tuple[Tensor, list[Tens
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in scene.items()}
     image = render(**leaves, **options)
     random = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(image.shape, generator=random).to(image)
+    cotangent = torch.randn(image.shape, generator=random, dtype=torch.float32).to(image)
     return image.detach(), list(torch.autograd.grad(image, list(leaves.values()), cotangent))
 
 
@@ -124,6 +126,19 @@ def test_faint_objects(presence: float, kernel: Backend, kernel_device: torch.de
     assert all(grad.isfinite().all() for grad in grads)
     if presence == 0:
         assert torch.equal(image, scene["background"])
+
+
+def test_the_default_dtype_changes_nothing(
+    kernel: Backend,
+    kernel_device: torch.device,
+    float64_by_default: Callable[[], AbstractContextManager[None]],
+) -> None:
+    scene = make_scene(1, 4, device=kernel_device)
+    image, grads = image_and_gradients(scene, backend=kernel)
+    with float64_by_default():
+        same_image, same_grads = image_and_gradients(scene, backend=kernel)
+    for actual, wanted in zip([same_image, *same_grads], [image, *grads], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])

@@ -16,6 +16,7 @@ FOLDERS = (
 RUNGS: list[set[str]] = [
     {"kernels.launch", "kernels.threads", "kernels.walk"},
     {"kernels.elementary_cpu"},
+    {"kernels.squash_cpu"},
     {
         "kernels.appearance_cpu",
         "kernels.compose_triton",
