@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spairkit.cli.bench_train import bench_train, time_to_ap
-from spairkit.cli.console import results, say
+from spairkit.cli.console import results, say, several
 from spairkit.cli.ledger import recorded
 from spairkit.cli.options import (
     Device,
@@ -97,9 +97,14 @@ def bench(
     )
     about = machine(where)
     with recorded(about, _print_table, ledger, json=json) as figures:
-        say(f"checking and timing {len(chosen)} cases on {where.type}")
+        cases_ = several(len(chosen), "case")
+        say(f"checking and timing {cases_} on {where.type}; those of many objects take minutes")
         for figure in run(
-            chosen, where, compiled=on_gpu if compiled is None else compiled, seconds=seconds
+            chosen,
+            where,
+            compiled=on_gpu if compiled is None else compiled,
+            seconds=seconds,
+            report=say,
         ):
             figures.append(figure)
             say(_line(figure))
@@ -111,9 +116,9 @@ def _line(figure: "Figure") -> str:
 
 
 def _case(figure: "Figure") -> str:
-    passes = "forward + backward" if figure.backward else "forward"
-    share = "" if figure.operator == "render" else f", {figure.share_on:.0%} on"
-    return f"{figure.operator} {figure.batch}x{figure.objects}{share}, {passes}"
+    from spairkit.benchmarks.operators import describe
+
+    return describe(figure, figure.backward)
 
 
 def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import progress_bar, results, say
+from spairkit.cli.console import progress_bar, results, say, several
 from spairkit.cli.figures import AUTHORS_RULE, called, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.ledger import recorded
@@ -108,7 +108,7 @@ def bench_train(
         recorded(about, _print_figures, ledger, json=json) as figures,
         _progress(quiet=quiet) as (report, print_line),
     ):
-        print_line(f"checking and timing {len(cases)} cases on {chosen.type}")
+        print_line(f"checking and timing {several(len(cases), 'case')} on {chosen.type}")
         for figure in run(cases, chosen, seconds, report):
             figures.append(figure)
             print_line(f"{_case(figure)}: {figure.way} {_ms(figure.step_ms) or figure.note}")
@@ -193,7 +193,7 @@ def time_to_ap(
     when its preset's training ends. Ctrl-C ends and keeps what was measured, the seed under way as
     broken off. Exit status: 0 if a seed succeeded, 2 if none.
     """
-    from spairkit.benchmarks.targets import attempts, paper_target, success_rate
+    from spairkit.benchmarks.targets import attempts, check_truth, paper_target, success_rate
     from spairkit.benchmarks.timing import machine
     from spairkit.presets import resolve
 
@@ -203,6 +203,7 @@ def time_to_ap(
     options["train"] = {name: value for name, value in loop.items() if value is not None}
     over = layers(config, options, set_)
     settings = resolve(choose_preset(preset, over), *over)
+    check_truth(settings.data)
     targets = {"ap_spair": paper_target(settings.data) if ap is None else ap}
     if ap is None:
         count = settings.data.max_objects

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.console import as_json, print_json, progress_bar, results, say, several
 from spairkit.cli.figures import AUTHORS_RULE, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spairkit.experiments.table import Row
 
 
-_LINE_EVERY_SECONDS = 30
+_LINE_EVERY_SECONDS = 10
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
     "ap_spair": f"AP paper ({AUTHORS_RULE})",
@@ -60,8 +60,9 @@ def compare(
         str | None,
         typer.Option(
             "--budget",
-            help="For each run: updates, as 2000, or training time, as 90s, 3m or 1.5h, which "
-            "becomes updates by the speed of a few. Default: the preset's updates.",
+            help="For each of the runs, 60 by default: updates, as 2000, or training time, as "
+            "90s, 3m or 1.5h, which becomes updates by the speed of a few. Default: the preset's "
+            "updates.",
         ),
     ] = None,
     data: DataOption = None,
@@ -90,8 +91,7 @@ def compare(
     from spairkit.experiments.folder import is_finished
 
     folder, settings = _begin(out, asked)
-    tasks = len(settings.tasks())
-    runs = "1 run" if tasks == 1 else f"{tasks} runs"
+    runs = several(len(settings.tasks()), "run")
     say(f"comparing in {folder} on {chosen.type}: {runs}, {settings.budget}")
     with Interrupts() as interrupts, _helpers(folder, workers - 1, device, interrupts):
         _follow(settings, folder, chosen, lambda: interrupts.number is not None, quiet=quiet)
@@ -224,7 +224,8 @@ def _follow(
                 name, began, line_at = event.task.name, True, 0.0
                 bar.reset(current, description=name, total=event.steps, visible=True)
                 why = ", by the speed of a few" if event.measured else ""
-                print_line(f"{name}: {event.steps} steps{why}")
+                place = f"run {finished + 1} of {len(tasks)}"
+                print_line(f"{place}: {name}, {several(event.steps, 'step')}{why}")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:

@@ -23,6 +23,11 @@ def say(message: str) -> None:
     typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), err=True)
 
 
+def several(number: int, word: str) -> str:
+    """1 run, 2 runs."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def as_json(value: Any) -> str:
     """A JSON document for people to read too."""
     return json.dumps(value, indent=2, allow_nan=False)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import counted, print_json, say
+from spairkit.cli.console import counted, print_json, say, several
 from spairkit.cli.options import (
     ConfigOption,
     DataOption,
@@ -83,7 +83,7 @@ def make(
                 truth.append(batch.truth()[len(truth) - first])
     size = (settings.image_width, settings.image_height)
     write_text(out / "annotations.json", json_format.dumps(_coco(truth, *size)))
-    say(f"wrote {count} images and annotations.json to {out}")
+    say(f"wrote {several(count, 'image')} and annotations.json to {out}")
 
 
 def _name(index: int) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spairkit.cli.console import counted, say
+from spairkit.cli.console import counted, say, several
 from spairkit.cli.options import (
     CheckpointOption,
     CountOption,
@@ -43,7 +43,8 @@ def detect(
     paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="What to read.")],
     checkpoint: CheckpointOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The file to write, else standard output.")
+        Path | None,
+        typer.Option("--out", help="The file to write or replace, else standard output."),
     ] = None,
     format_: Annotated[
         Format,
@@ -88,8 +89,8 @@ def detect(
     from spairkit.durable import write_text
 
     write_text(out, text)
-    objects = sum(len(detections) for _, _, detections in found)
-    say(f"wrote {out}: {objects} objects in {len(found)} images")
+    objects = several(sum(len(detections) for _, _, detections in found), "object")
+    say(f"wrote {out}: {objects} in {several(len(found), 'image')}")
 
 
 def _images(paths: list[Path]) -> "Iterator[tuple[str, int, Tensor]]":

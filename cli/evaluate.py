@@ -44,7 +44,8 @@ def evaluate(
     set_: SetOption = None,
     threshold: ThresholdOption = 0.5,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write the figures to this JSON file.")
+        Path | None,
+        typer.Option("--out", help="Also write the figures to this JSON file, or replace it."),
     ] = None,
     device: DeviceOption = Device.AUTO,
     json: JsonOption = False,

@@ -37,4 +37,5 @@ class Interrupts:
         self.number = number
         if not self.quiet:
             # print could be in the middle of printing
-            os.write(2, f"\n{self.doing}; once more leaves at once\n".encode())
+            below = "\n" if os.isatty(2) else ""  # the terminal has shown ^C on the line
+            os.write(2, f"{below}{self.doing}; once more leaves at once\n".encode())

@@ -3,6 +3,7 @@
 import shlex
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -61,7 +62,12 @@ def train(
         Path | None, typer.Option("--out", help="The run's folder, else ./runs/<data>-<preset>-N.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+        Path | None,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in this folder from its last checkpoint, which Ctrl-C and "
+            "every validation save.",
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -94,7 +100,7 @@ def train(
     Ctrl-C saves and ends; --resume goes on from there, to the bit. Several processes share each
     batch under torchrun --nproc-per-node=N -m spairkit train ...
     """
-    if resume and out:
+    if resume and out and out.resolve() != resume.resolve():
         raise InputError("--out names a new run and --resume an old one; give one of them")
     from spairkit.config_values import from_toml, to_toml
     from spairkit.data.datasets import open_splits
@@ -105,19 +111,27 @@ def train(
     from spairkit.runs import Run
     from spairkit.training import check, fit
 
-    run, shared = None, b""
+    run, saved, shared = None, None, b""
     ending = 0  # the same in all processes: the number of a signal, or 1 when the time is over
     with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
         if world.rank == 0:
-            over = layers(config, _options(model, data, steps, seed, select), set_)
-            settings = _resumed(resume, preset, over) if resume else _new(preset, over)
-            check(settings, chosen, world.size)
-            open_splits(settings)  # what is wrong with it shows before a run is made
-            run = Run.open(resume) if resume else Run.create(out, settings)
-            stack.enter_context(run.lock())
-            if settings.train.steps != run.config.train.steps:
-                run.extend(settings.train.steps)
+            try:
+                over = layers(config, _options(model, data, steps, seed, select), set_)
+                settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+                check(settings, chosen, world.size)
+                open_splits(settings)  # what is wrong with it shows before a run is made
+                run = Run.open(resume) if resume else Run.create(out, settings)
+                stack.enter_context(run.lock())
+                saved = _last_step(run)
+                if settings.train.steps != run.config.train.steps:
+                    run.extend(settings.train.steps)
+            except InputError:
+                world.from_first(b"")  # so that the others end without a word
+                raise
             shared = to_toml(run.config).encode()
+        shared = world.from_first(shared)
+        if not shared:
+            raise typer.Exit(2)
         began = time.monotonic()
         interrupts = stack.enter_context(Interrupts(quiet=run is None))
 
@@ -127,14 +141,15 @@ def train(
             ending = world.greatest(interrupts.number or int(over_time))
             return ending > 0
 
-        events = fit(from_toml(world.from_first(shared).decode()), run, chosen, stop, world)
+        events = fit(from_toml(shared.decode()), run, chosen, stop, world)
         if run:
-            _announce(run, chosen, world)
-            if resume:
-                _say_how_far(run)
-            elif not data:
-                _say_whose_figures(run.config)
-            step, validation = _follow(events, run, quiet=quiet)
+            if not quiet:
+                _announce(run, chosen, world)
+                if resume:
+                    _say_how_far(run, saved)
+                elif not data:
+                    _say_whose_figures(run.config)
+            step, validation = _follow(events, run, saved or 0, quiet=quiet)
         else:
             deque(events, maxlen=0)
     if not run:
@@ -188,14 +203,25 @@ def _say_whose_figures(config: "Config") -> None:
         )
 
 
-def _say_how_far(run: "Run") -> None:
+def _last_step(run: "Run") -> int | None:
+    """Of the checkpoint that training will go on from; None where there is none yet.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training itself warns of one that is passed over
+        checkpoint = run.latest()
+    return checkpoint.step if checkpoint else None
+
+
+def _say_how_far(run: "Run", saved: int | None) -> None:
     """Where a run that is resumed goes on."""
-    saved = run.checkpoints
-    if not saved:
+    if saved is None:
         say("no checkpoint is there yet: it begins with the first step")
         return
-    step, steps = saved[0][0], run.config.train.steps
-    say(f"goes on from its checkpoint of step {step}: {max(steps - step, 0)} of {steps} are left")
+    steps = run.config.train.steps
+    say(f"goes on from its checkpoint of step {saved}: {max(steps - saved, 0)} of {steps} are left")
 
 
 def _options(
@@ -248,13 +274,11 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
 
 
 def _follow(
-    events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
+    events: "Iterable[Step | Validation]", run: "Run", step: int, *, quiet: bool
 ) -> tuple[int, dict[str, float]]:
-    """Shows what happens; gives the last step and the figures of the last validation."""
+    """Shows what happens from `step` on; gives the last step and the last validation's figures."""
     from spairkit.training import Step
 
-    saved = run.checkpoints
-    step = saved[0][0] if saved else 0
     figures: dict[str, float] = {}
     losses, line_at = "", 0.0
     rate_from = step, 0.0
@@ -294,7 +318,9 @@ def _explained(
     events: "Iterable[Step | Validation]", print_line: Callable[[str], None]
 ) -> "Iterator[Step | Validation]":
     """The same; says why nothing is seen yet, if the first one keeps people waiting."""
-    words = "the first step is slow where kernels are compiled: up to a minute, once on a machine"
+    words = (
+        "the first step is slow where kernels are compiled: up to a minute, once for each preset"
+    )
     timer = threading.Timer(_PATIENCE_SECONDS, print_line, [words])
     timer.daemon = True
     timer.start()

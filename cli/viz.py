@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spairkit.cli.console import print_json
+from spairkit.cli.console import print_json, several
 from spairkit.cli.options import (
     CheckpointOption,
     CountOption,
@@ -26,7 +26,10 @@ def viz(
     checkpoint: CheckpointOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The picture, else <image>-spairkit.png in this folder."),
+        typer.Option(
+            "--out",
+            help="The picture to write or replace, else <image>-spairkit.png in this folder.",
+        ),
     ] = None,
     threshold: ThresholdOption = 0.5,
     count: CountOption = None,
@@ -55,8 +58,7 @@ def viz(
         reconstruction = detector.reconstruct(batch, counts=counts)[0].cpu()
         write_png(output, panel(image, found, reconstruction, objects))
         if not json:
-            plural = "object" if len(found) == 1 else "objects"
-            typer.echo(f"{path}: {len(found)} {plural} found; picture: {output}")
+            typer.echo(f"{path}: {several(len(found), 'object')} found; picture: {output}")
         drawn.append({"image": str(path), "picture": str(output), "count": len(found)})
     if json:
         print_json({"checkpoint": str(source), "pictures": drawn})

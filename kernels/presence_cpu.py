@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.kernels.elementary_cpu import exp64, log64
 from spairkit.kernels.threads import compiled, inlined, over_images
 
-_DEAD = -1e30  # log-weight of a count that the samples rule out
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
+_TINY = 1e-300  # likelihood of a count that the samples rule out; its logarithm is -691
 
 
 @compiled
@@ -67,14 +68,17 @@ def _shares(count, before, num_open):
 @inlined
 def _weigh(belief, before, num_open, weight):
     """Fills `weight` with the posterior over the count; probabilities of the next cell: on, off."""
-    largest = belief.max()
+    largest = belief[0]
+    for c in range(1, len(belief)):
+        largest = max(largest, belief[c])
     total, on, off = 0.0, 0.0, 0.0
     for c in range(len(belief)):
-        weight[c] = math.exp(belief[c] - largest)
-        share, rest = _shares(c, before, num_open)
-        total += weight[c]
-        on += weight[c] * share
-        off += weight[c] * rest
+        share, rest = _shares(np.float64(c), before, num_open)
+        w = exp64(belief[c] - largest)
+        weight[c] = w
+        total += w
+        on += w * share
+        off += w * rest
     for c in range(len(belief)):
         weight[c] /= total
     return on / total, off / total
@@ -84,9 +88,9 @@ def _weigh(belief, before, num_open, weight):
 def _condition(belief, sample, before, num_open, after):
     """The log-weights once the cell is known to be `sample`."""
     for c in range(len(belief)):
-        share, rest = _shares(c, before, num_open)
+        share, rest = _shares(np.float64(c), before, num_open)
         likelihood = sample * share + (1.0 - sample) * rest
-        after[c] = _DEAD if likelihood <= 0.0 else belief[c] + math.log(likelihood)
+        after[c] = belief[c] + log64(max(likelihood, _TINY))
 
 
 @compiled
@@ -98,9 +102,9 @@ def _count_posterior(start, stop, samples, log_failure, prior_logit):
         for c in range(n + 1):
             belief[c] = c * log_failure
         for k in range(n):
-            on, off = _weigh(belief, before, n - k, weight)
+            on, off = _weigh(belief, before, np.float64(n - k), weight)
             prior_logit[b, k] = math.log(max(on, _LEAST)) - math.log(max(off, _LEAST))
-            _condition(belief, np.float64(samples[b, k]), before, n - k, belief)
+            _condition(belief, np.float64(samples[b, k]), before, np.float64(n - k), belief)
             before += samples[b, k]
 
 
@@ -116,12 +120,13 @@ def _count_posterior_backward(
             beliefs[0, c] = c * log_failure
             tail[c] = 0.0
         for k in range(n):
-            _condition(beliefs[k], np.float64(samples[b, k]), before[k], n - k, beliefs[k + 1])
+            sample = np.float64(samples[b, k])
+            _condition(beliefs[k], sample, before[k], np.float64(n - k), beliefs[k + 1])
             before[k + 1] = before[k] + samples[b, k]
         grad_before = 0.0  # of the number of objects before any later cell
         for k in range(n - 1, -1, -1):
             sample = np.float64(samples[b, k])
-            num_open = n - k
+            num_open = np.float64(n - k)
             on, off = _weigh(beliefs[k], before[k], num_open, weight)
             grad = np.float64(grad_logit[b, k])
             # a probability below the least is read as a constant
@@ -130,17 +135,15 @@ def _count_posterior_backward(
             common = grad_on * on + grad_off * off
             grad_sample, grad_here = grad_before, 0.0
             for c in range(n + 1):
-                share, rest = _shares(c, before[k], num_open)
+                count = np.float64(c)
+                share, rest = _shares(count, before[k], num_open)
                 likelihood = sample * share + (1.0 - sample) * rest
-                grad_share, grad_rest = weight[c] * grad_on, weight[c] * grad_off
-                if likelihood > 0.0:
-                    grad_sample += tail[c] * (share - rest) / likelihood
-                    grad_share += tail[c] * sample / likelihood
-                    grad_rest += tail[c] * (1.0 - sample) / likelihood
-                else:
-                    tail[c] = 0.0
-                if c >= before[k] and c - before[k] <= num_open:
-                    grad_here += (grad_rest - grad_share) / num_open
+                grad_likelihood = tail[c] / likelihood if likelihood > 0.0 else 0.0
+                grad_sample += grad_likelihood * (share - rest)
+                grad_share = weight[c] * grad_on + grad_likelihood * sample
+                grad_rest = weight[c] * grad_off + grad_likelihood * (1.0 - sample)
+                inside = count >= before[k] and count - before[k] <= num_open
+                grad_here += (grad_rest - grad_share) / num_open if inside else 0.0
                 tail[c] += weight[c] * (grad_on * share + grad_off * rest - common)
             grad_samples[b, k] = grad_sample
             grad_before += grad_here

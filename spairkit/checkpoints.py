@@ -294,7 +294,9 @@ def _read(path: Path, limit: int) -> bytes:
         with path.open("rb") as file:
             return file.read(status.st_size)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; use another checkpoint"
+        ) from None
 
 
 def _resolved(path: Path) -> Path:

@@ -5,6 +5,7 @@ process waits for its GPU to learn whether to go on.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class World:
         length = torch.tensor(len(data))
         self._together(lambda: dist.broadcast(length, 0))
         shared = torch.zeros(int(length), dtype=torch.uint8)
-        if self.rank == 0:
+        if self.rank == 0 and data:
             shared = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self._together(lambda: dist.broadcast(shared, 0))
         return shared.numpy().tobytes()
@@ -108,6 +109,8 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
+    # torch's convolutions give gradients with the channels last, and to copy them costs little
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size()), device

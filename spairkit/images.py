@@ -69,7 +69,7 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-def read_image(path: Path) -> Tensor:  # [3, H, W] float32 in [0, 1]
+def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
     """The first frame of a picture, upright, in RGB; grey becomes three equal channels.
 
     Transparent pictures are laid on black, palettes and other colour spaces are converted. Of
@@ -83,7 +83,7 @@ def read_image(path: Path) -> Tensor:  # [3, H, W] float32 in [0, 1]
     return to_colour(read_pixels(path)).contiguous()
 
 
-def read_pixels(path: Path) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, W] float32
+def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, W] float32
     """What `read_image` reads, as small as it can be kept: bytes, one channel where it is grey.
 
     Pictures of more than 8 bits come as float32 in [0, 1]. Raises InputError as `read_image`.
@@ -111,14 +111,14 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     return scaled.expand(3, -1, -1)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path | str) -> tuple[int, int]:
     """Height and width of the upright picture, from its header. Raises InputError."""
     with _opened(path) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
-def write_png(path: Path, image: Tensor) -> None:
+def write_png(path: Path | str, image: Tensor) -> None:
     """Writes a [3, H, W] picture, uint8, or float clamped to [0, 1]; it is there whole or not.
 
     Raises:
@@ -135,10 +135,10 @@ def write_png(path: Path, image: Tensor) -> None:
         raise ValueError(f"image must be uint8 or floating point, got {image.dtype}")
     data = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(data, format="PNG")
-    write_bytes(path, data.getvalue())
+    write_bytes(Path(path), data.getvalue())
 
 
-def list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path | str) -> list[Path]:
     """The pictures in a folder and its subfolders by their suffix, sorted by path.
 
     Names that start with a dot are passed over, links to folders are not followed.
@@ -167,9 +167,9 @@ def list_images(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path | str) -> Iterator[Image.Image]:
     """The picture, its header read and found harmless; whatever Pillow raises, as InputError."""
-    name = printable(path)
+    path, name = Path(path), printable(path)
     try:
         # a pipe or a device would block or never end
         if not path.is_file():
@@ -219,7 +219,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _stretched(path: Path, values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _stretched(path: Path | str, values: NDArray[np.float64]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise InputError(f"{printable(path)}: holds values that are not finite; replace them")
     low, high = values.min(), values.max()

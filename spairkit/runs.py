@@ -165,15 +165,18 @@ class Run:
         Raises:
             InputError: there are checkpoints, and all are damaged.
         """
-        damage: InputError | None = None
-        for _, path in self.checkpoints:
+        damage: list[InputError] = []
+        for step, path in self.checkpoints:
             try:
-                return checkpoints.load_checkpoint(path, with_optimiser=True)
+                checkpoint = checkpoints.load_checkpoint(path, with_optimiser=True)
             except InputError as error:
-                warnings.warn(f"{error}; trying the one before", stacklevel=2)
-                damage = damage or error
+                damage.append(error)
+                continue
+            for reason in damage:
+                warnings.warn(f"{reason}; that of step {step} is whole", stacklevel=2)
+            return checkpoint
         if damage:
-            raise InputError(f"{self.path}: no checkpoint is whole; first: {damage}")
+            raise InputError(f"{self.path}: no checkpoint is whole; of the newest: {damage[0]}")
         return None
 
     def log(self, record: Mapping[str, Any]) -> None:

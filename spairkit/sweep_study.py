@@ -19,7 +19,7 @@ try:
     import optuna
 except ModuleNotFoundError:
     raise InputError(
-        "a sweep needs Optuna, which is not installed: pip install 'optuna>=5.0'"
+        "a sweep needs Optuna, which is not installed: pip install '.[search]' in spairkit's folder"
     ) from None
 
 from optuna.distributions import BaseDistribution

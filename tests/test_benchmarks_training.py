@@ -29,6 +29,7 @@ from spairkit.cli.main import main
 from spairkit.config import Config, DataConfig
 from spairkit.config_values import from_dict, merge
 from spairkit.errors import InputError
+from spairkit.images import write_png
 from spairkit.presets import resolve
 from spairkit.training import Validation, fit
 
@@ -374,6 +375,32 @@ def test_a_batch_is_given_in_one_place(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*words, "--set", "train.batch_size=4"])
     assert isinstance(refused.exception, InputError)
     assert "the batch is given by --batch" in str(refused.exception)
+
+
+def test_models_other_than_spair_are_refused_before_anything_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "train", "--device", "cpu", "--ledger", str(tmp_path / "ledger.jsonl")]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--preset", "quick", "--set", "model.kind=air"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "checking and timing 1 case on cpu",
+        "spairkit: only the updates of spair are timed, not of air",
+    ]
+
+
+def test_time_to_ap_of_images_without_boxes_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_png(tmp_path / "image.png", torch.zeros(3, 48, 48))
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "time-to-ap", "--data", str(tmp_path), "--device", "cpu"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"spairkit: {tmp_path}: to know an AP takes known boxes, and there is no annotations.json "
+        "(COCO)\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["train", "time-to-ap"])

@@ -152,10 +152,10 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
     assert ended.status == 0
     assert "ended after step 1 of 6; go on with: spairkit train --resume cut" in ended.err
     assert "goes on" not in ended.err
-    resumed = run("train", "--resume", "cut", "--quiet")
+    resumed = run("train", "--out", "cut", "--resume", "./cut")  # of one job that starts again
     assert resumed.status == 0
     assert "goes on from its checkpoint of step 1: 5 of 6 are left\n" in resumed.err
-    again = run("train", "--resume", "cut", "--quiet")
+    again = run("train", "--resume", "cut")
     assert "goes on from its checkpoint of step 6: 0 of 6 are left\n" in again.err
     whole = Path("runs/digits-quick-1")
     assert weights(Path("cut")) == weights(whole)
@@ -165,7 +165,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run: Runner) -> None:
     settings = Run.open(Path("runs/digits-quick-1")).config
     Run.create(Path("killed"), settings)
-    ended = run("train", "--resume", "killed", "--quiet")
+    ended = run("train", "--resume", "killed")
     assert ended.status == 0
     assert "no checkpoint is there yet: it begins with the first step\n" in ended.err
     assert weights(Path("killed")) == weights(Path("runs/digits-quick-1"))
@@ -182,6 +182,27 @@ def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) 
     assert run("train", "--resume", "long", "--steps", "5", "--quiet").status == 0
     assert load_checkpoint(Path("long/last")).step == 5
     assert Run.open(Path("long")).config.train.steps == 5
+
+
+def test_quiet_is_quiet(run: Runner) -> None:
+    assert run("train", "--config", "tiny.toml", "--out", "hush", "--quiet").err == ""
+    assert run("train", "--resume", "hush", "--steps", "7", "--quiet").err == ""
+
+
+def test_an_old_run_and_another_new_one_are_too_many(run: Runner) -> None:
+    ended = run("train", "--resume", "runs/digits-quick-1", "--out", "runs/digits-quick-2")
+    wanted = "spairkit: --out names a new run and --resume an old one; give one of them\n"
+    assert ended == Ended(2, "", wanted)
+
+
+def test_a_run_of_damaged_checkpoints_is_refused_in_one_line(run: Runner) -> None:
+    assert run("train", "--config", "tiny.toml", "--out", "worn", "--quiet").status == 0
+    for weights_ in Path("worn/checkpoints").glob("*/model.safetensors"):
+        weights_.write_bytes(weights_.read_bytes()[:100])
+    ended = run("train", "--resume", "worn")
+    assert ended.status == 2
+    assert ended.err.startswith("spairkit: worn: no checkpoint is whole; of the newest: ")
+    assert ended.err.count("\n") == 1
 
 
 def test_a_second_trainer_is_refused(run: Runner) -> None:
@@ -359,7 +380,7 @@ def test_selecting_by_ap_is_said(run: Runner) -> None:
 
 def test_laptop_without_data_says_that_its_figures_are_of_mnist(run: Runner) -> None:
     said = "the figures of the laptop preset are of MNIST: --data FILE takes it"
-    words = ["train", "--config", "tiny.toml", "--steps", "1", "--quiet"]
+    words = ["train", "--config", "tiny.toml", "--steps", "1"]
     laptop = [*words, "--preset", "laptop"]
     assert run(*laptop, "--out", "laptop").err.count(said) == 1
     assert said not in run(*laptop, "--out", "laptop-digits", "--data", "digits").err

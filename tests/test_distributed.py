@@ -125,6 +125,7 @@ def test_one_alone_agrees_with_itself() -> None:
     alone = World()
     assert alone.greatest(7) == 7
     assert alone.from_first(b"abc") == b"abc"
+    assert alone.from_first(b"") == b""
     assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
 
 
@@ -169,6 +170,19 @@ def test_two_processes_train_as_one(tmp_path: Path, config: Path, device: str) -
     steps = {k: float(v) for k, v in alone.optimiser.items() if k.startswith("step:")}
     assert set(steps.values()) == {14.0, 20.0}, "with and without training wheels"
     assert steps == {k: float(shared.optimiser[k]) for k in steps}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_is_refused_is_said_once(tmp_path: Path, config: Path) -> None:
+    batch = "train.batch_size=5"
+    with job("--config", config, "--out", tmp_path / "odd", "--set", batch) as process:
+        printed, said = process.communicate(timeout=280)
+    assert process.returncode != 0
+    assert printed == ""
+    assert said.count("spairkit: ") == 1
+    assert "spairkit: train.batch_size (5) must be a multiple of the number of processes" in said
+    assert not (tmp_path / "odd").exists()
 
 
 @pytest.mark.slow

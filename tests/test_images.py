@@ -45,6 +45,14 @@ def test_reads_colour(tmp_path: Path, suffix: str) -> None:
     torch.testing.assert_close(image, planes(RGB))
 
 
+def test_a_name_may_be_a_string(tmp_path: Path) -> None:
+    name = str(tmp_path / "x.png")
+    write_png(name, planes(RGB))
+    torch.testing.assert_close(read_image(name), planes(RGB))
+    assert image_size(name) == (5, 7)
+    assert list_images(str(tmp_path)) == [Path(name)]
+
+
 @pytest.mark.parametrize("suffix", ["png", "bmp", "pgm", "tif"])
 def test_grey_becomes_three_equal_channels(tmp_path: Path, suffix: str) -> None:
     path = saved(tmp_path / f"x.{suffix}", GREY)

@@ -343,6 +343,7 @@ def test_without_optuna_it_says_how_to_get_it(run: Runner, monkeypatch: pytest.M
     told = run("--config", "tiny.toml")
     assert told.status == 2
     assert told.err == (
-        "spairkit: a sweep needs Optuna, which is not installed: pip install 'optuna>=5.0'\n"
+        "spairkit: a sweep needs Optuna, which is not installed: pip install '.[search]' in "
+        "spairkit's folder\n"
     )
     assert not Path("runs").exists()

@@ -86,6 +86,13 @@ class Figure:
     note: str = ""
 
 
+def describe(case: Case | Figure, backward: bool) -> str:
+    """A case in words, as render 32x16, forward + backward."""
+    passes = "forward + backward" if backward else "forward"
+    share = "" if case.operator == "render" else f", {case.share_on:.0%} on"
+    return f"{case.operator} {case.batch}x{case.objects}{share}, {passes}"
+
+
 def cases(operators: list[Operator], batches: list[int], objects: list[int]) -> list[Case]:
     """Every operator at every size; the KLs with few cells on and with most."""
     found = []
@@ -101,7 +108,12 @@ def cases(operators: list[Operator], batches: list[int], objects: list[int]) -> 
 
 
 def run(
-    chosen: list[Case], device: torch.device, *, compiled: bool, seconds: float
+    chosen: list[Case],
+    device: torch.device,
+    *,
+    compiled: bool,
+    seconds: float,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Figure]:
     """Checks the operators, then yields the figures as they come.
 
@@ -111,11 +123,13 @@ def run(
         compiled: also time torch.compile of the rivals (minutes on a CPU, and needs a compiler);
             one that it cannot compile whole gets no figure but a note.
         seconds: to spend on a figure, if three repeats do not take longer.
+        report: is told what begins, never while a clock runs.
 
     Raises:
         RuntimeError: an operator is wrong on this machine; no figure has been taken.
     """
     for operator, objects in dict.fromkeys((case.operator, case.objects) for case in chosen):
+        report(f"{operator} of {objects}: checking")
         check(operator, objects, device)
     copied = _copy_bandwidth(device, seconds) if device.type == "cuda" else None
     for case in chosen:
@@ -127,6 +141,7 @@ def run(
                 if reason:
                     yield Figure(**labels, median_ms=None, note=reason)
                     continue
+                report(f"{describe(case, backward)}: timing {way}")
                 call = _call(function, inputs, count, backward)
                 try:
                     peak = peak_bytes(call, device)

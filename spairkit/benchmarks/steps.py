@@ -148,6 +148,8 @@ def run(
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
     for case in cases:
+        case.sized()  # what is not SPAIR's shows before anything is begun
+    for case in cases:
         report(Progress(case=case, doing="checking"))
         set_precision(replace(case.config.train, precision="float32"), device)
         check(case, device)

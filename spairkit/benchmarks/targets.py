@@ -47,6 +47,18 @@ class Attempt:
     cpu_minutes: float
 
 
+def check_truth(data: DataConfig) -> None:
+    """Refuses data of which no AP is known.
+
+    Raises:
+        InputError: they cannot be read or say nothing of boxes.
+    """
+    if not open_dataset(data, "validation").has_truth:
+        raise InputError(
+            f"{data.path}: to know an AP takes known boxes, and there is no annotations.json (COCO)"
+        )
+
+
 def paper_target(data: DataConfig) -> float:
     """The paper's `ap_spair` for as many digits as the data have at most.
 
@@ -83,8 +95,7 @@ def attempts(
     Raises:
         InputError: the data cannot be read or say nothing of boxes.
     """
-    if not open_dataset(config.data, "validation").has_truth:
-        raise InputError("only data whose boxes are known have such figures")
+    check_truth(config.data)
     for seed in seeds:
         if stop():
             return
