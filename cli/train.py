@@ -6,7 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,7 +126,8 @@ def train(
                 if settings.train.steps != run.config.train.steps:
                     run.extend(settings.train.steps)
             except InputError:
-                world.from_first(b"")  # so that the others end without a word
+                with suppress(InputError):  # that another one has ended is not the reason
+                    world.from_first(b"")  # so that the others end without a word
                 raise
             shared = to_toml(run.config).encode()
         shared = world.from_first(shared)
