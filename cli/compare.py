@@ -60,9 +60,9 @@ def compare(
         str | None,
         typer.Option(
             "--budget",
-            help="For each of the runs, 60 by default: updates, as 2000, or training time, as "
-            "90s, 3m or 1.5h, which becomes updates by the speed of a few. Default: the preset's "
-            "updates.",
+            help="For each of the runs (60 by default, of a folder 6): updates, as 2000, or "
+            "training time, as 90s, 3m or 1.5h, which becomes updates by the speed of a few. "
+            "Default: the preset's updates.",
         ),
     ] = None,
     data: DataOption = None,
@@ -224,7 +224,7 @@ def _follow(
                 name, began, line_at = event.task.name, True, 0.0
                 bar.reset(current, description=name, total=event.steps, visible=True)
                 why = ", by the speed of a few" if event.measured else ""
-                place = f"run {finished + 1} of {len(tasks)}"
+                place = f"run {tasks.index(event.task) + 1} of {len(tasks)}"
                 print_line(f"{place}: {name}, {several(event.steps, 'step')}{why}")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)

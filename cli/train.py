@@ -125,7 +125,7 @@ def train(
                 saved = _last_step(run)
                 if settings.train.steps != run.config.train.steps:
                     run.extend(settings.train.steps)
-            except InputError:
+            except Exception:
                 with suppress(InputError):  # that another one has ended is not the reason
                     world.from_first(b"")  # so that the others end without a word
                 raise
@@ -148,8 +148,8 @@ def train(
                 _announce(run, chosen, world)
                 if resume:
                     _say_how_far(run, saved)
-                elif not data:
-                    _say_whose_figures(run.config)
+            if not resume and not data:
+                _say_whose_figures(run.config)
             step, validation = _follow(events, run, saved or 0, quiet=quiet)
         else:
             deque(events, maxlen=0)
@@ -320,7 +320,8 @@ def _explained(
 ) -> "Iterator[Step | Validation]":
     """The same; says why nothing is seen yet, if the first one keeps people waiting."""
     words = (
-        "the first step is slow where kernels are compiled: up to a minute, once for each preset"
+        "the first step is slow where kernels are compiled: up to a minute, once for each kind of "
+        "network"
     )
     timer = threading.Timer(_PATIENCE_SECONDS, print_line, [words])
     timer.daemon = True

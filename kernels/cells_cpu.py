@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from spairkit.kernels.elementary_cpu import exp
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
-from spairkit.kernels.squash_cpu import clip, kept, slope, squash
+from spairkit.kernels.squash_cpu import clip, clip_backward, slope, squash
 from spairkit.kernels.threads import compiled, inlined, part
 
 _ZERO = np.float32(0.0)
@@ -384,7 +384,7 @@ def _presence_back(
         present = record[b, k, 3 * size + 1]
         grad = grad_record[b, k, 3 * size + 1] + grad_vectors[r, size]
         grad = grad * present * (_ONE - present) / temperature
-        grads[lo + r, 0] = kept(logits[lo + r, 0], grad + grad_record[b, k, 3 * size])
+        grads[lo + r, 0] = clip_backward(logits[lo + r, 0], grad + grad_record[b, k, 3 * size])
 
 
 @part

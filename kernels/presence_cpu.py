@@ -15,7 +15,9 @@ from spairkit.kernels.elementary_cpu import exp64, log64
 from spairkit.kernels.threads import compiled, inlined, over_images
 
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
-_TINY = 1e-300  # likelihood of a count that the samples rule out; its logarithm is -691
+# likelihood of a count that the samples rule out: -691 in logarithms, while a count beside it that
+# they allow is within some dozens of it, and no later cell tells between them
+_TINY = 1e-300
 
 
 @compiled
@@ -60,8 +62,10 @@ def _presence_kl(start, stop, logits, samples, odds, kl, prior_logit):
 @inlined
 def _shares(count, before, num_open):
     """Probability that the next of the open cells is on, and off, if `count` is the total."""
-    share = (count - before) / num_open
-    rest = (num_open - count + before) / num_open
+    # whole numbers are subtracted as such: LLVM may reorder sums of floats, and `before` may be so
+    # small that a whole number swallows it
+    share = (np.float64(np.int32(count)) - before) / num_open
+    rest = (np.float64(np.int32(num_open) - np.int32(count)) + before) / num_open
     return min(max(share, 0.0), 1.0), min(max(rest, 0.0), 1.0)
 
 
@@ -73,7 +77,7 @@ def _weigh(belief, before, num_open, weight):
         largest = max(largest, belief[c])
     total, on, off = 0.0, 0.0, 0.0
     for c in range(len(belief)):
-        share, rest = _shares(np.float64(c), before, num_open)
+        share, rest = _shares(c, before, num_open)
         w = exp64(belief[c] - largest)
         weight[c] = w
         total += w
@@ -88,7 +92,7 @@ def _weigh(belief, before, num_open, weight):
 def _condition(belief, sample, before, num_open, after):
     """The log-weights once the cell is known to be `sample`."""
     for c in range(len(belief)):
-        share, rest = _shares(np.float64(c), before, num_open)
+        share, rest = _shares(c, before, num_open)
         likelihood = sample * share + (1.0 - sample) * rest
         after[c] = belief[c] + log64(max(likelihood, _TINY))
 
@@ -102,9 +106,9 @@ def _count_posterior(start, stop, samples, log_failure, prior_logit):
         for c in range(n + 1):
             belief[c] = c * log_failure
         for k in range(n):
-            on, off = _weigh(belief, before, np.float64(n - k), weight)
+            on, off = _weigh(belief, before, n - k, weight)
             prior_logit[b, k] = math.log(max(on, _LEAST)) - math.log(max(off, _LEAST))
-            _condition(belief, np.float64(samples[b, k]), before, np.float64(n - k), belief)
+            _condition(belief, np.float64(samples[b, k]), before, n - k, belief)
             before += samples[b, k]
 
 
@@ -120,13 +124,12 @@ def _count_posterior_backward(
             beliefs[0, c] = c * log_failure
             tail[c] = 0.0
         for k in range(n):
-            sample = np.float64(samples[b, k])
-            _condition(beliefs[k], sample, before[k], np.float64(n - k), beliefs[k + 1])
+            _condition(beliefs[k], np.float64(samples[b, k]), before[k], n - k, beliefs[k + 1])
             before[k + 1] = before[k] + samples[b, k]
         grad_before = 0.0  # of the number of objects before any later cell
         for k in range(n - 1, -1, -1):
             sample = np.float64(samples[b, k])
-            num_open = np.float64(n - k)
+            num_open = n - k
             on, off = _weigh(beliefs[k], before[k], num_open, weight)
             grad = np.float64(grad_logit[b, k])
             # a probability below the least is read as a constant
@@ -135,14 +138,13 @@ def _count_posterior_backward(
             common = grad_on * on + grad_off * off
             grad_sample, grad_here = grad_before, 0.0
             for c in range(n + 1):
-                count = np.float64(c)
-                share, rest = _shares(count, before[k], num_open)
+                share, rest = _shares(c, before[k], num_open)
                 likelihood = sample * share + (1.0 - sample) * rest
                 grad_likelihood = tail[c] / likelihood if likelihood > 0.0 else 0.0
                 grad_sample += grad_likelihood * (share - rest)
                 grad_share = weight[c] * grad_on + grad_likelihood * sample
                 grad_rest = weight[c] * grad_off + grad_likelihood * (1.0 - sample)
-                inside = count >= before[k] and count - before[k] <= num_open
+                inside = c >= before[k] and c - before[k] <= num_open
                 grad_here += (grad_rest - grad_share) / num_open if inside else 0.0
                 tail[c] += weight[c] * (grad_on * share + grad_off * rest - common)
             grad_samples[b, k] = grad_sample

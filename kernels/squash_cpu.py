@@ -12,7 +12,7 @@ _LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.densities
 
 @inlined
 def clip(logit):
-    """To what `squash` can tell apart."""
+    """To [-10, 10], beyond which a squashed logit is constant."""
     if logit > _LOGIT_LIMIT:
         logit = _LOGIT_LIMIT
     elif logit < -_LOGIT_LIMIT:
@@ -27,7 +27,7 @@ def squash(logit):
 
 
 @inlined
-def kept(logit, grad):
+def clip_backward(logit, grad):
     """The gradient of a logit from that of the clipped one."""
     return grad if abs(logit) <= _LOGIT_LIMIT else _ZERO
 
@@ -35,4 +35,4 @@ def kept(logit, grad):
 @inlined
 def slope(logit, squashed):
     """The derivative of `squash`; the squashed logit cannot tell whether the logit was clipped."""
-    return kept(logit, squashed * (_ONE - squashed))
+    return clip_backward(logit, squashed * (_ONE - squashed))

@@ -59,7 +59,7 @@ def quick() -> dict[str, Any]:
 
 
 def laptop() -> dict[str, Any]:
-    """SPAIR on 1 to 9 digits of 48 x 48 pixels, in half an hour of one core of a laptop's CPU.
+    """SPAIR on 1 to 9 digits of 48 x 48 pixels, in less than half an hour of a laptop's one core.
 
     `spairkit train --preset laptop --data MNIST.npz`; test figures of three seeds, for each number
     of digits and without lateral connections too, are in BENCHMARKS.md. Without `--data` it trains
@@ -68,7 +68,7 @@ def laptop() -> dict[str, Any]:
     The recipe of `quick` with 32 numbers for what an object looks like in place of 16, KL terms
     that weigh 1.5 times in place of twice, a learning rate half as high again and eleven times the
     updates. Chosen among ten by 1,024 validation images after 5,000 updates of one run each: the
-    rate and the weight each made AP and counts better, the 32 numbers counts.
+    rate and the weight each made AP and counts better, and the 32 numbers counts.
     """
     return merge(
         quick(),

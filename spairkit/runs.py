@@ -173,7 +173,7 @@ class Run:
                 damage.append(error)
                 continue
             for reason in damage:
-                warnings.warn(f"{reason}; that of step {step} is whole", stacklevel=2)
+                warnings.warn(f"{reason}; goes on from step {step}, which is whole", stacklevel=2)
             return checkpoint
         if damage:
             raise InputError(f"{self.path}: no checkpoint is whole; of the newest: {damage[0]}")

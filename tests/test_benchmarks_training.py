@@ -377,7 +377,7 @@ def test_a_batch_is_given_in_one_place(tmp_path: Path) -> None:
     assert "the batch is given by --batch" in str(refused.exception)
 
 
-def test_models_other_than_spair_are_refused_before_anything_is_checked(
+def test_models_other_than_spair_are_refused_before_any_is_checked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["bench", "train", "--device", "cpu", "--ledger", str(tmp_path / "ledger.jsonl")]
@@ -398,8 +398,7 @@ def test_time_to_ap_of_images_without_boxes_is_refused_in_one_line(
         main(["bench", "time-to-ap", "--data", str(tmp_path), "--device", "cpu"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        f"spairkit: {tmp_path}: to know an AP takes known boxes, and there is no annotations.json "
-        "(COCO)\n"
+        f"spairkit: {tmp_path}: AP needs known boxes, and there is no annotations.json (COCO)\n"
     )
 
 

@@ -118,7 +118,7 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
     assert latest.optimiser is not None
     assert torch.equal(latest.optimiser["m"], torch.full((1000,), -200.0))
     damage(run.path / "last")
-    with pytest.warns(UserWarning, match="step-200.*damaged.*that of step 100 is whole"):
+    with pytest.warns(UserWarning, match="step-200.*damaged.*goes on from step 100"):
         latest = run.latest()
     assert latest is not None
     assert latest.step == 100

@@ -55,7 +55,7 @@ def check_truth(data: DataConfig) -> None:
     """
     if not open_dataset(data, "validation").has_truth:
         raise InputError(
-            f"{data.path}: to know an AP takes known boxes, and there is no annotations.json (COCO)"
+            f"{data.path}: AP needs known boxes, and there is no annotations.json (COCO)"
         )
 
 
