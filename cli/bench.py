@@ -97,8 +97,8 @@ def bench(
     )
     about = machine(where)
     with recorded(about, _print_table, ledger, json=json) as figures:
-        cases_ = several(len(chosen), "case")
-        say(f"checking and timing {cases_} on {where.type}; those of many objects take minutes")
+        number = several(len(chosen), "case")
+        say(f"checking and timing {number} on {where.type}; those of many objects take minutes")
         for figure in run(
             chosen,
             where,

@@ -223,15 +223,19 @@ def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
     monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
     monkeypatch.setattr(update_graph, "_record", fail)
     config = config_of("quick spair", training_wheels=0)
-    trainer = trainer_of(config)
-    trainer.captures = True
+
+    def losses() -> list[float]:
+        trainer = trainer_of(config)
+        trainer.captures = True
+        return trained(trainer)[1]
+
     with pytest.warns(RuntimeWarning, match="could not be recorded as a CUDA graph") as warned:
-        _, found = trained(trainer)
+        found = losses()
     assert len(warned) == 1
-    wanted = trained(trainer_of(config))[1]
-    assert len(found) == len(wanted)
-    # a rate in a tensor is rounded otherwise, which grows without training wheels
-    assert found[:6] == pytest.approx(wanted[:6], rel=1e-3)
+    monkeypatch.setattr(training, "UpdateGraph", lambda update, device: update)
+    assert found == losses()
+    # numbers in tensors are rounded otherwise, which grows: a part in 10^5 here, 200 in the end
+    assert found[:6] == pytest.approx(trained(trainer_of(config))[1][:6], rel=1e-4)
 
 
 def test_a_tape_gives_what_its_source_would() -> None:
