@@ -40,14 +40,15 @@ def viz(
     outputs = _outputs(images, out)
     for output in outputs:
         check_output(output)
+    from spairkit.checkpoints import load_checkpoint
     from spairkit.drawing import panel
     from spairkit.images import read_pixels, to_colour, write_png
-    from spairkit.models import load
+    from spairkit.models import from_checkpoint
 
     pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
-    source = choose_checkpoint(checkpoint)
+    loaded = load_checkpoint(choose_checkpoint(checkpoint))
     chosen = choose_device(device)
-    detector = load(source, chosen)
+    detector = from_checkpoint(loaded, chosen)
     counts = told_counts(count, detector.config)
     drawn = []
     for path, pixels, output in zip(images, pictures, outputs, strict=True):
@@ -61,7 +62,7 @@ def viz(
             typer.echo(f"{path}: {several(len(found), 'object')} found; picture: {output}")
         drawn.append({"image": str(path), "picture": str(output), "count": len(found)})
     if json:
-        print_json({"checkpoint": str(source), "pictures": drawn})
+        print_json({"checkpoint": str(loaded.path), "pictures": drawn})
 
 
 def _outputs(images: list[Path], out: Path | None) -> list[Path]:

@@ -340,7 +340,9 @@ def test_viz_draws_beside_the_current_folder_and_says_where(run: Runner, tmp_pat
     assert read_image(Path("scene-spairkit.png")).shape[2] > 3 * 31
     assert image.read_bytes() == content
     ended = run("viz", image, "--out", tmp_path / "panel.png", "--json", "--threshold", "0.01")
-    drawn = json.loads(ended.out)["pictures"]
+    answer = json.loads(ended.out)
+    assert load_checkpoint(Path(answer["checkpoint"])).path == Path(answer["checkpoint"])
+    drawn = answer["pictures"]
     assert [one["picture"] for one in drawn] == [str(tmp_path / "panel.png")]
     found = json.loads(run("detect", image, "--threshold", "0.01").out)
     assert drawn[0]["count"] == len(found)

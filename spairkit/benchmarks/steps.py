@@ -49,23 +49,27 @@ _UPDATES = 8  # whose scenes are made at once, where they are small
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A config's update at one size."""
+    """A SPAIR's update at one size.
+
+    Raises:
+        InputError: the config is of another model.
+    """
 
     config: Config
     batch: int
     cells: int
     """Along each side of a square image."""
 
-    def sized(self) -> Config:
-        """The config at this size.
+    def __post_init__(self) -> None:
+        if not isinstance(self.config.model, SPAIRConfig):
+            raise InputError(
+                f"only the updates of spair are timed, not of {self.config.model.kind}"
+            )
 
-        Raises:
-            InputError: its model is not SPAIR.
-        """
-        model = self.config.model
-        if not isinstance(model, SPAIRConfig):
-            raise InputError(f"only the updates of spair are timed, not of {model.kind}")
-        side = self.cells * model.cell
+    def sized(self) -> Config:
+        """The config at this size."""
+        assert isinstance(self.config.model, SPAIRConfig)
+        side = self.cells * self.config.model.cell
         data = replace(self.config.data, image_height=side, image_width=side)
         train = replace(self.config.train, batch_size=self.batch, training_wheels=0)
         return replace(self.config, data=data, train=train)
@@ -144,11 +148,9 @@ def run(
         report: is told what begins and how far it is, never while a clock runs.
 
     Raises:
-        InputError: a config is not SPAIR's, or its data cannot be read.
+        InputError: the data of a config cannot be read.
         RuntimeError: the plain version computes something else; no figure has been taken.
     """
-    for case in cases:
-        case.sized()  # what is not SPAIR's shows before anything is begun
     for case in cases:
         report(Progress(case=case, doing="checking"))
         set_precision(replace(case.config.train, precision="float32"), device)
