@@ -36,7 +36,7 @@ PresetOption = Annotated[
     str | None,
     typer.Option(
         "--preset",
-        help="Settings to start from: quick (the default, minutes on a CPU), laptop (half an hour) "
+        help="Settings to start from: quick (the default, minutes on a CPU), laptop (23 minutes) "
         "or paper (wants a GPU).",
     ),
 ]
@@ -62,7 +62,8 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A dataset's name (see `spairkit data list`), a folder of images, or an MNIST file.",
+        help="A dataset's name (see `spairkit data list`), a folder of images, or an MNIST file; an "
+        "EMNIST file has emnist in its name.",
     ),
 ]
 CheckpointOption = Annotated[
@@ -178,7 +179,7 @@ def data_layer(word: str) -> dict[str, Any]:
     if path.is_file():
         return {
             "data": {
-                "name": "emnist" if "emnist" in path.name else "mnist",
+                "name": "emnist" if "emnist" in path.name.lower() else "mnist",
                 "path": str(path.resolve()),
             }
         }

@@ -78,10 +78,13 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option("--minutes", min=0, help="Save and end after so long; --resume goes on."),
+        typer.Option(
+            "--minutes", min=0, help="Stop after this many minutes and save; --resume goes on."
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Of initial weights and noise. Default: 0.")
+        int | None,
+        typer.Option("--seed", help="Seed of the initial weights and the noise. Default: 0."),
     ] = None,
     select: Annotated[
         Select | None,
@@ -199,8 +202,8 @@ def _say_whose_figures(config: "Config") -> None:
     """A preset may have been measured on other images than those it takes by itself."""
     if config.preset == "laptop" and config.data.name == "digits":
         say(
-            "trains on the digits that ship with spairkit, and the figures of the laptop preset "
-            "are of MNIST: --data FILE takes it"
+            "the published figures of the laptop preset are of MNIST (--data FILE); this trains "
+            "on the digits that ship with spairkit"
         )
 
 

@@ -82,19 +82,19 @@ def _copy(out, a):
 
 
 @part
-def _less(out, a, b):
+def _difference(out, a, b):
     for i in range(len(out)):
         out[i] = a[i] - b[i]
 
 
 @part
-def _less_less(out, a, b, c, d):
+def _difference_of_differences(out, a, b, c, d):
     for i in range(len(out)):
         out[i] = (a[i] - b[i]) - (c[i] - d[i])
 
 
 @part
-def _rest(out, a, b, c):
+def _minus_both(out, a, b, c):
     for i in range(len(out)):
         out[i] = a[i] - b[i] - c[i]
 
@@ -136,12 +136,12 @@ def _split(patch, tiles, at):
         for end in range(2):
             d, step = patch[4 * end + q], 6 * end
             a0, a1, a2 = d[:pair], d[pair : 2 * pair], d[2 * pair :]
-            _less_less(tiles[step, at, q], a0, b0, a1, b1)
-            _less(tiles[step + 1, at, q], a1, b1)
-            _less_less(tiles[step + 2, at, q], a2, b2, a1, b1)
-        _less(tiles[3, at, q], b0, b1)
+            _difference_of_differences(tiles[step, at, q], a0, b0, a1, b1)
+            _difference(tiles[step + 1, at, q], a1, b1)
+            _difference_of_differences(tiles[step + 2, at, q], a2, b2, a1, b1)
+        _difference(tiles[3, at, q], b0, b1)
         _copy(tiles[4, at, q], b1)
-        _less(tiles[5, at, q], b2, b1)
+        _difference(tiles[5, at, q], b2, b1)
 
 
 @part
@@ -153,14 +153,14 @@ def _join(tiles, at, patch):
             d, step = patch[4 * end + q], 6 * end
             t0, t1, t2 = tiles[step, at, q], tiles[step + 1, at, q], tiles[step + 2, at, q]
             _copy(d[:pair], t0)
-            _rest(d[pair : 2 * pair], t1, t0, t2)
+            _minus_both(d[pair : 2 * pair], t1, t0, t2)
             _copy(d[2 * pair :], t2)
         d0, d1, d2 = patch[q], patch[2 + q], patch[4 + q]
         t3, t4, t5 = tiles[3, at, q], tiles[4, at, q], tiles[5, at, q]
         _copy(d1[:pair], t3)
-        _rest(d1[pair : 2 * pair], t4, t3, t5)
+        _minus_both(d1[pair : 2 * pair], t4, t3, t5)
         _copy(d1[2 * pair :], t5)
-        _rest(d1, d1, d0, d2)
+        _minus_both(d1, d1, d0, d2)
 
 
 @part

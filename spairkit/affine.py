@@ -1,4 +1,4 @@
-"""Affine maps between an image and a small object map, for axis-aligned boxes (spec section 7).
+"""Affine maps between an image and a small object map, for axis-aligned boxes (docs/model.md 7).
 
 A box is a scale (w, h) in (0, 1) and a shift (x, y) in (-1, 1), the image reaching from -1 to 1:
 the point (u, v) of the map lies at (w u + x, h v + y) of the image. Along an axis of n samples the

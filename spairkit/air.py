@@ -1,4 +1,4 @@
-"""AIR and DAIR, the baselines (spec sections 7 and 8): objects one after the other.
+"""AIR and DAIR, the baselines (docs/model.md 7 and 8): objects one after the other.
 
 A recurrent network looks at the whole image, or one without state at what the canvas still lacks,
 and says at every step where the next object is and whether there is one. B images, T steps, A
@@ -65,7 +65,7 @@ class AIR(nn.Module):
         config: the hyper-parameters, whose `kind` is "air" or "dair".
         size: height and width of the images, pixels; the networks take no other.
 
-    Source: supplement D.1 and the released code; spec sections 7 and 8.
+    Source: supplement D.1 and the released code; docs/model.md 7 and 8.
     """
 
     def __init__(self, config: AIRConfig, size: tuple[int, int]) -> None:
@@ -411,7 +411,7 @@ def _sum(weights: Tensor, placed: Tensor) -> Tensor:  # [B, T], [B, T, 3, H, W] 
 
 
 def _before_stop(presence: Tensor) -> Tensor:  # [B, T] -> [B, T] bool
-    """Which steps come before the sum of absences reaches the stop (section 7)."""
+    """Which steps come before the sum of absences reaches the stop (docs/model.md 7)."""
     return (1 - presence).cumsum(1) < _STOP
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
-    """The 8-bit colour that most pixels have, in [0, 1] (section 4.4, mode "mode").
+    """The 8-bit colour that most pixels have, in [0, 1] (docs/model.md 4.4, mode "mode").
 
     Args:
         images: float in [0, 1], or uint8. Of equally common colours the one with the least red

@@ -25,7 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**30)]
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how scenes are scattered where they are made (spec section 10)."""
+    """Which images, and how scenes are scattered where they are made (docs/model.md 10)."""
 
     name: Literal["digits", "mnist", "emnist", "folder"] = "digits"
     """`digits` ships with the package; the others read `path`."""
@@ -78,7 +78,7 @@ class DataConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class SPAIRConfig:
-    """The model (spec sections 1-5). Widths are numbers of units, sizes are pixels."""
+    """The model (docs/model.md 1-5). Widths are numbers of units, sizes are pixels."""
 
     kind: Literal["spair"] = "spair"
     cell: Annotated[int, Field(ge=2, le=64)] = 12
@@ -102,7 +102,7 @@ class SPAIRConfig:
     features: Width = 100
     """Channels that the backbone gives each cell."""
     lateral: bool = True
-    """Whether a cell sees its four neighbours that came before (section 4.3)."""
+    """Whether a cell sees its four neighbours that came before (main text, section 4.3)."""
     hidden: Width = 100
     """Units of both hidden layers of the where, depth and pres networks."""
     passthrough: Annotated[int, Field(ge=0, le=4096)] = 100
@@ -182,7 +182,7 @@ class SPAIRConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class ConnCompConfig:
-    """Connected components (spec section 9): what differs from the background is an object.
+    """Connected components (docs/model.md 9): what differs from the background is an object.
 
     `train.steps` is the number of thresholds that are tried, from .01 to 3 in equal steps.
     """
@@ -208,7 +208,7 @@ class ConnCompConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AIRConfig:
-    """The baselines AIR and DAIR (spec sections 7 and 8). Widths are numbers of units.
+    """The baselines AIR and DAIR (docs/model.md 7 and 8). Widths are numbers of units.
 
     The networks take images of one size alone, that of `data`.
     """
@@ -289,7 +289,7 @@ class AIRConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop (spec section 6)."""
+    """The loop (docs/model.md 6)."""
 
     seed: Seed = 0
     """Of initial weights and noise, and of which scenes of `data.seed` training takes."""

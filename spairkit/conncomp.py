@@ -1,6 +1,6 @@
 """ConnComp: what differs from the background and hangs together is an object.
 
-The baseline of the paper (section 5.1, supplement D.3; spec section 9). It is the cheapest
+The baseline of the paper (main text 5.1, supplement D.3; docs/model.md 9). It is the cheapest
 detector there is, and where objects do not touch none is better.
 """
 

@@ -1,4 +1,4 @@
-"""Strided convolutions of images with zeros beyond their right and lower rim (spec section 3.1)."""
+"""Strided convolutions, zeros beyond the right and lower rim of the image (docs/model.md 3.1)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Samples and Kullback-Leibler divergences of the continuous latents (spec sections 3.3, 5)."""
+"""Samples and Kullback-Leibler divergences of the continuous latents (docs/model.md 3.3, 5)."""
 
 import math
 from typing import Any
@@ -64,7 +64,7 @@ def limited(logits: Tensor, limit: float) -> Tensor:
 def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
     """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, elementwise.
 
-    The latents are normal before they are squashed, so no Jacobian enters (section 1).
+    The latents are normal before they are squashed, so no Jacobian enters (docs/model.md 1).
     """
     variance = (std / prior_std).square()
     distance = ((mean - prior_mean) / prior_std).square()
@@ -104,7 +104,7 @@ def _weighted_kls_torch(mean: Tensor, std: Tensor, weight: Tensor, *groups: Grou
 def logistic(uniform: Tensor) -> Tensor:
     """Draws from the standard logistic distribution, given draws from U[0, 1) of any shape.
 
-    Source: section 3.3; the authors' 1e-9 stands inside the logarithms.
+    Source: docs/model.md 3.3; the authors' 1e-9 stands inside the logarithms.
     """
     return (uniform + _EPSILON).log() - (1 - uniform + _EPSILON).log()
 
@@ -128,7 +128,7 @@ def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tens
         target: real-valued in [0, 1], the same shape.
         floor: positive, added inside both logarithms.
 
-    Source: section 5, "Reconstruction".
+    Source: docs/model.md 5, "Reconstruction".
     """
     fits = image.shape == target.shape and floor >= torch.finfo(torch.float32).tiny
     if not fits or target.requires_grad or not runs_compiled(image, target):
@@ -151,7 +151,7 @@ def count_success(step: int, start: float, end: float, decay: float, schedule: s
     "exponential": odds = (start - end) * .1^(step / decay) + end, the authors' schedule.
     "log-linear": log odds go from start to end on a straight line in `decay` updates.
 
-    Source: section 2.1.
+    Source: docs/model.md 2.1.
     """
     if schedule == "exponential":
         odds = (start - end) * math.pow(0.1, step / decay) + end

@@ -20,7 +20,7 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What a detector found in one image, in raster order of the cells; on the CPU, float32."""
+    """What a detector found in one image, on the CPU, float32. `Detector.detect` says the order."""
 
     boxes: Tensor  # [n, 4] xyxy, pixels; may leave the image
     scores: Tensor  # [n] in [0, 1], the probability of presence; they rank the boxes

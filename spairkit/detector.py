@@ -22,7 +22,7 @@ class Detector(Protocol):
 
         Args:
             images: [B, 3, H, W] in [0, 1], on the detector's device; any H and W from 1 pixel.
-            threshold: in [0, 1); only objects whose score is above it are given. A lower one
+            threshold: only objects whose score, in [0, 1], is above it are given. A lower one
                 gives the same objects and more: that is how candidates are ranked.
             deterministic: takes means and thresholds the probability of presence. False samples,
                 as the paper did, from torch's own generator; what is then present has score 1.
@@ -34,6 +34,7 @@ class Detector(Protocol):
 
         Raises:
             InputError: the model needs counts and got none, or takes images of another size.
+            ValueError: `images` has another shape or dtype, or holds what is not finite.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The training objective as named terms (spec section 5)."""
+"""The training objective as named terms (docs/model.md 5)."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +18,7 @@ class Losses:
     kl_what: Tensor
     kl_depth: Tensor | None = None
     kl_pres: Tensor | None = None
-    """z_pres under the count prior; in no way weighted."""
+    """z_pres under the count prior; never multiplied by `beta` or by presence."""
     beta: float = 1.0
     """Weight of the where, what and depth terms in `total`; 1 makes it the negative ELBO."""
 

@@ -1,4 +1,4 @@
-"""The spatial transformer that cuts glimpses out of images (spec section 3.4)."""
+"""The spatial transformer that cuts glimpses out of images (docs/model.md 3.4)."""
 
 import math
 from functools import cache
@@ -19,7 +19,7 @@ def extract_glimpses(
     coordinates map linearly to pixel indices 0 .. H - 1; outside, the border pixel is taken.
     The renderer uses pixel centres instead; the authors' code has the same difference.
 
-    Source: section 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
+    Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
     batch, channels, height, width = images.shape
     scale, steps = _constants(height, width, size, boxes.device, boxes.dtype)

@@ -1,4 +1,4 @@
-"""The networks of SPAIR (supplement D.2, spec section 3): weights only, no sampling."""
+"""The networks of SPAIR (supplement D.2, docs/model.md 3): weights only, no sampling."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,7 +14,7 @@ _KERNEL = 4  # of the strided layers
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer with Glorot-uniform weights and zero biases (spec section 3.1)."""
+    """A linear layer with Glorot-uniform weights and zero biases (docs/model.md 3.1)."""
     layer = nn.Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -30,7 +30,7 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
 
 
 class Backbone(nn.Module):
-    """A feature vector for each cell of any image (section 3.1).
+    """A feature vector for each cell of any image (docs/model.md 3.1).
 
     Strided 4 x 4 convolutions, then three of kernel `pointwise_kernel`, the last one linear. All
     zero padding is at the right and bottom, so the output cell (i, j) sees the same pixels,

@@ -150,7 +150,7 @@ def quick_air() -> dict[str, Any]:
 
 
 def paper_air() -> dict[str, Any]:
-    """AIR and DAIR as the SPAIR paper compared them, the true counts given (spec sections 7, 8).
+    """AIR and DAIR as the SPAIR paper compared them, the true counts given (docs/model.md 7, 8).
 
     Where every image has the same number of objects, 1, 3, 5, 7 or 9, the priors are those that
     the authors searched for this number (`PRIORS`); otherwise those for five. On a CPU this is
@@ -169,7 +169,7 @@ def quick_conncomp() -> dict[str, Any]:
 
 
 def paper_conncomp() -> dict[str, Any]:
-    """ConnComp as in the paper: 100 thresholds from .01 to 3, the background black (spec 9)."""
+    """ConnComp as in the paper: 100 thresholds from .01 to 3, on black (docs/model.md 9)."""
     return {"train": {"steps": 100}}
 
 
@@ -193,7 +193,7 @@ PRIORS: dict[str, dict[int, tuple[float, float, float]]] = {
 
 AIR's are those of the authors' code of 22 July 2018: they lie on the grid that the authors searched
 and came two days before the run in Fig. 2; the released file has others, off the grid. DAIR's are
-the released file's, the only ones there are (spec section 7).
+the released file's, the only ones there are (docs/model.md 7).
 """
 
 _PRESETS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {

@@ -86,7 +86,7 @@ def default_space(config: Config) -> Space:
     Raises:
         InputError: there is none for this kind of model.
 
-    Source: spec section 7, the grid of AIR, and its analogs.
+    Source: docs/model.md 7, the grid of AIR, and its analogs.
     """
     kind = config.model.kind
     if kind not in _DEFAULTS:
@@ -146,7 +146,7 @@ def as_word(key: str, value: Any) -> str:
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
-# spec section 7: mu_s, sigma_s and sigma_sh
+# docs/model.md 7: mu_s, sigma_s and sigma_sh
 _SIZE_MEANS = [round(math.log(share / (1 - share)), 4) for share in (0.05, 0.1, 0.2, 0.4)]
 _SIZE_STDS = [0.25, 0.5, 0.75, 1.0]
 _POSITION_STDS = [0.5, 1.0, 2.0]

@@ -1,6 +1,6 @@
 """SPAIR: convolutional, spatially invariant Attend-Infer-Repeat (Crawford & Pineau, AAAI 2019).
 
-The model of the supplement and the released code (spec sections 1-5). B images, K = rows x
+The model of the supplement and the released code (docs/model.md 1-5). B images, K = rows x
 columns cells, A what dimensions, P the side of an object map. Inside the encoder tensors are in
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
@@ -35,7 +35,7 @@ from spairkit.sampling import Source
 from spairkit.tight_boxes import tighten
 from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
-_BACKGROUND_SCALE = 10.0  # of the learned colour's logits (section 4.4)
+_BACKGROUND_SCALE = 10.0  # of the learned colour's logits (docs/model.md 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
 
@@ -58,7 +58,8 @@ class SPAIR(nn.Module):
     Args:
         config: the hyper-parameters; the defaults are those of Table 1.
 
-    Source: main text section 4, supplement A-D; numbers and deviations in the spec.
+    Source: main text section 4, supplement A-D; numbers and deviations in docs/model.md, which the
+    comments here cite.
     """
 
     background_colour: Tensor
@@ -118,7 +119,7 @@ class SPAIR(nn.Module):
         Args:
             images: any height and width.
             success: s of the count prior, in (0, 1); None is the schedule's end.
-            training_wheels: stop the gradients of where, depth and pres (section 2.2).
+            training_wheels: stop the gradients of where, depth and pres (docs/model.md 2.2).
             generator: of the sampling noise, of a part of a batch too; None is torch's own.
             counts: not looked at, here and below: SPAIR is never told.
 
@@ -236,7 +237,7 @@ class SPAIR(nn.Module):
     def _encode(
         self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool
     ) -> Latents:
-        """All cells, wave by wave: section 3. No noise means the means, and pres above 1/2."""
+        """All cells, wave by wave (docs/model.md 3). Without noise means, and pres above 1/2."""
         c = self.config
         features = self.backbone(images)  # [B, F, rows, columns]
         rows, columns = features.shape[-2:]
@@ -289,7 +290,7 @@ class SPAIR(nn.Module):
         training_wheels: bool,
         relaxed: bool,
     ) -> tuple[Latents, Tensor]:  # cells first: [n, B, ...]; object vectors [n, B, V]
-        """where, what, depth and pres of the cells of one wave (section 3.3)."""
+        """where, what, depth and pres of the cells of one wave (docs/model.md 3.3)."""
         c = self.config
         where_product, depth_product, presence_product = products.chunk(3, dim=-1)
 
@@ -353,7 +354,7 @@ class SPAIR(nn.Module):
         return mean, 2 * squash(raw)
 
     def _decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
-        """Colour and alpha of object maps, in [0, 1] (section 4.1)."""
+        """Colour and alpha of object maps, in [0, 1] (docs/model.md 4.1)."""
         c = self.config
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
         logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
@@ -361,7 +362,7 @@ class SPAIR(nn.Module):
         return scaled_squash(logits, scale, bias)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
-        """One colour for each image (section 4.4). The MLP's KL is in no loss, as in the code."""
+        """One colour for each image (docs/model.md 4.4); the MLP has no KL, as in the code."""
         batch = images.shape[0]
         kind = self.config.background
         if kind == "solid":
@@ -392,7 +393,7 @@ class SPAIR(nn.Module):
     def _losses(
         self, images: Tensor, latents: Latents, image: Tensor, success: float | Tensor | None
     ) -> Losses:
-        """Section 5: every term summed over all but the images."""
+        """Every term, summed over all but the images (docs/model.md 5)."""
         c = self.config
         if success is None:
             success = 1 / (1 + c.odds_end)

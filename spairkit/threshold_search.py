@@ -1,4 +1,4 @@
-"""The fit of ConnComp: thresholds tried in turn on the same training images (spec section 9)."""
+"""The fit of ConnComp: thresholds tried in turn on the same training images (docs/model.md 9)."""
 
 import time
 from collections.abc import Callable, Iterator

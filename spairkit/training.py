@@ -460,7 +460,7 @@ class _Given:
 
 
 def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -> None:
-    """Truncated normal noise that dies away (section 2.2)."""
+    """Truncated normal noise that dies away (docs/model.md 2.2)."""
     if isinstance(scale, float) and scale < _NEGLIGIBLE_NOISE:
         return
     sizes = [gradient.numel() for gradient in gradients]
@@ -483,7 +483,7 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
 
 
 def success_at(config: Config, step: int) -> float:
-    """s of the count prior after `step` updates (section 2.1)."""
+    """s of the count prior after `step` updates (docs/model.md 2.1)."""
     c = config.model
     assert not isinstance(c, ConnCompConfig)
     return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
-"""Row and column offsets: top-left, top, top-right, left (spec section 3.2)."""
+"""Row and column offsets: top-left, top, top-right, left (docs/model.md 3.2)."""
 
 LOOKBACK = 3
 """A neighbour lies at most so many waves back: top-left has 2 (i - 1) + (j - 1) = 2 i + j - 3."""

@@ -381,7 +381,7 @@ def test_selecting_by_ap_is_said(run: Runner) -> None:
 
 
 def test_laptop_without_data_says_that_its_figures_are_of_mnist(run: Runner) -> None:
-    said = "the figures of the laptop preset are of MNIST: --data FILE takes it"
+    said = "the published figures of the laptop preset are of MNIST (--data FILE); this trains on"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     laptop = [*words, "--preset", "laptop"]
     assert run(*laptop, "--out", "laptop").err.count(said) == 1

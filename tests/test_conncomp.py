@@ -22,7 +22,7 @@ PUBLISHED = {
     7: (0.6, 0.426),
     9: (0.52, 0.367),
 }
-"""Threshold and AP for each number of digits (Fig. 2; spec section 9 and 12.1)."""
+"""Threshold and AP for each number of digits (Fig. 2; docs/model.md 9 and 12.1)."""
 
 PACKAGED = {1: 1.0, 3: 0.5389, 5: 0.3195, 7: 0.2617, 9: 0.1617}
 """AP by the paper's rule on the first 96 test scenes of the packaged digits, by `authors_ap`."""
@@ -67,7 +67,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def authors_ap(found: list[list[Box]], true: list[list[Box]]) -> float:
-    """The authors' AP (spec section 11) on boxes of their kind, in batches of 32."""
+    """The authors' AP (docs/model.md 11) on boxes of their kind, in batches of 32."""
     total = 0.0
     for first in range(0, len(found), 32):
         batch = list(zip(found[first : first + 32], true[first : first + 32], strict=True))
@@ -169,7 +169,7 @@ def test_only_boxes_drawn_like_the_truth_lose_the_authors_pixel() -> None:
 @pytest.mark.skipif("SPAIRKIT_MNIST" not in os.environ, reason="SPAIRKIT_MNIST names no file")
 @pytest.mark.parametrize("objects", PUBLISHED)
 def test_published_figures_on_mnist(objects: int) -> None:
-    """Fig. 2's row of ConnComp, on digits of the paper's size (spec section 10)."""
+    """Fig. 2's row of ConnComp, on digits of the paper's size (docs/model.md 10)."""
     threshold, published = PUBLISHED[objects]
     path = os.environ["SPAIRKIT_MNIST"]
     data = DataConfig(name="mnist", path=path, min_objects=objects, max_objects=objects)

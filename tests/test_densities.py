@@ -1,4 +1,4 @@
-"""Divergences against samples and closed forms, the schedule against the spec's table."""
+"""Divergences against samples and closed forms, the schedule against docs/model.md 2.1."""
 
 import math
 

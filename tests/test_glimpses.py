@@ -1,4 +1,4 @@
-"""Glimpses against a loop over their pixels (spec section 3.4)."""
+"""Glimpses against a loop over their pixels (docs/model.md 3.4)."""
 
 import math
 from typing import Any

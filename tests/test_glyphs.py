@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from spairkit.cli.options import data_layer
 from spairkit.config import DataConfig
 from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.errors import InputError
@@ -275,3 +276,12 @@ def test_damaged_files_give_glyphs_or_a_reason(tmp_path: Path, form: str) -> Non
     assert read + len(reasons) == 200
     assert len(reasons) > 50
     assert not any("\n" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("mnist.npz", "mnist"), ("emnist.npz", "emnist"), ("EMNIST-A.npz", "emnist")]
+)
+def test_a_file_is_emnist_by_its_name(tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    path.touch()
+    assert data_layer(str(path)) == {"data": {"name": kind, "path": str(path)}}

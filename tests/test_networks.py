@@ -1,4 +1,4 @@
-"""The backbone's sizes, padding and receptive field (spec section 3.1), and the lateral MLP."""
+"""The backbone's sizes, padding and receptive field (docs/model.md 3.1), and the lateral MLP."""
 
 import math
 

@@ -60,7 +60,7 @@ def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> int:
 
 
 class SceneInLoops:
-    """One scene by the text of spec section 10: integers, loops, every position tried."""
+    """One scene by the text of docs/model.md 10: integers, loops, every position tried."""
 
     def __init__(self, config: DataConfig, split: Split, index: int) -> None:
         number = {"train": 0, "validation": 1, "test": 2}[split]

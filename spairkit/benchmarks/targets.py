@@ -11,11 +11,12 @@ import torch
 from spairkit.config import Config, DataConfig
 from spairkit.data.datasets import open_dataset
 from spairkit.errors import DivergedError, InputError
+from spairkit.experiments.published import FIGURE_2
 from spairkit.runs import Run
 from spairkit.training import Validation, fit
 
-PAPER_AP = {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
-"""`ap_spair` that SPAIR had on images of so many digits (Fig. 2, spec section 12.1)."""
+PAPER_AP = {digits: published.mean for digits, published in FIGURE_2["spair"].items()}
+"""`ap_spair` that SPAIR had on images of so many digits."""
 
 
 @dataclass(frozen=True, kw_only=True)

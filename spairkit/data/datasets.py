@@ -35,6 +35,8 @@ def open_dataset(config: DataConfig, split: Split, device: torch.device | str = 
 def described(data: DataConfig, split: str) -> str:
     """The images of a split in words, for `Report.measured_on`."""
     if data.name == "folder":
+        if split == "test":
+            return f"all images of {data.path}, those for training included"
         return f"{split} images of {data.path}"
     glyphs = (
         "UCI optical digits" if data.name == "digits" else f"{data.name}, {Path(data.path).name}"

@@ -26,7 +26,7 @@ _WINDOW = 4096
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CROPS, _WINDOWS = range(2)
 _FILE, _TOP, _LEFT = range(3)
-# a part of a box thinner than this is not there (spec section 10)
+# a part of a box thinner than this is not there (docs/model.md 10)
 _THIN_PX = 1e-6
 
 

@@ -64,14 +64,15 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
     """The glyphs of one split, in the order of the file.
 
     Of each class the first 80 % are for training, the next 10 % for validation and the last 10 %
-    for testing, as in the paper (spec section 10). An npz file that has a test set of its own
+    for testing, as in the paper (docs/model.md 10). An npz file that has a test set of its own
     keeps it: its training set is then split 90 to 10.
 
     `digits` needs no file. `mnist` and `emnist` read `config.path`: an npz with `x_train`,
     `y_train`, `x_test`, `y_test`, or with `images` and perhaps `labels`; or a file of images in
     IDX form, plain or gzipped, beside which the file of labels is found by its usual name.
     MNIST's images lose one pixel at every edge, which gives its digits the size of the paper's;
-    EMNIST's are transposed, since its files hold them lying, and only its digits are kept.
+    EMNIST's are transposed, since its files hold them lying; where there are labels, only its
+    digits are kept.
 
     Raises:
         InputError: there is no such file, it is damaged, too large or of another kind, or the

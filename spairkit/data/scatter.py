@@ -21,7 +21,7 @@ def scatter(
 
     A position is allowed if the whole square lies inside the image and the overlaps with the
     squares placed before it sum to at most `max_overlap_px2`. The paper draws positions until
-    one is allowed (spec section 10), which gives the same distribution.
+    one is allowed (docs/model.md 10), which gives the same distribution.
 
     The overlap of two squares is the product of the rows and the columns that they share, so
     the map of summed overlaps is a matrix product. It is exact in float32 as far as it matters:

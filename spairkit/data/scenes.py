@@ -64,7 +64,7 @@ class Batch:
 
 
 class Scenes:
-    """Images with glyphs scattered by the paper's rule (spec section 10).
+    """Images with glyphs scattered by the paper's rule (docs/model.md 10).
 
     A scene is a function of the dataset's name and options, `config.seed`, the split and the
     scene's index: the same bits on every machine and device and in every batch, since all

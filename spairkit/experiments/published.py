@@ -1,4 +1,4 @@
-"""Figures that the SPAIR paper published, read off its plots (spec section 12)."""
+"""Figures that the SPAIR paper published, read off its plots (docs/model.md 12)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,5 +51,5 @@ FIGURE_2: dict[str, dict[int, Published]] = {
     ),
     "conncomp": _shares({1: (98.9,), 3: (69.6,), 5: (50.7,), 7: (42.6,), 9: (36.7,)}),
 }
-"""Fig. 2 (spec section 12.1): `ap_spair` over the number of digits in every image of
+"""Fig. 2 (docs/model.md 12.1): `ap_spair` over the number of digits in every image of
 48 x 48 pixels, EMNIST digits of 14. AIR and DAIR are told the number."""
