@@ -62,8 +62,8 @@ DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="A dataset's name (see `spairkit data list`), a folder of images, or an MNIST file; an "
-        "EMNIST file has emnist in its name.",
+        help="A dataset's name (see `spairkit data list`), a folder of images, or an MNIST file "
+        "(EMNIST, where the name says emnist).",
     ),
 ]
 CheckpointOption = Annotated[
