@@ -173,6 +173,11 @@ class Trainer:
         world: the processes that share each batch; None is this one alone.
     """
 
+    # of the update under way, made by `update`
+    call: Callable[[], Losses]
+    tapes: tuple[Tape, Tape]
+    given: "_Given"
+
     def __init__(
         self,
         config: Config,
