@@ -297,7 +297,7 @@ def _print_figures(about: dict[str, Any], figures: "list[Figure]") -> None:
             whole.add_row(f"  {figure.way} ({figure.note})")
             continue
         whole.add_row(
-            f"  {figure.way}",
+            f"  {figure.way}" + (f" ({figure.note})" if figure.note else ""),
             f"{figure.step_ms:.1f}",
             f"{figure.p20_ms:.1f}-{figure.p80_ms:.1f}",
             f"{figure.cpu_ms:.1f}",

@@ -140,11 +140,14 @@ def choose_device(device: Device) -> "torch.device":
     """
     import torch
 
-    if device is Device.AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from spairkit.precision import set_precision
+
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; `spairkit doctor` says more")
-    return torch.device(device.value)
+    finds_gpu = device is Device.AUTO and torch.cuda.is_available()
+    chosen = torch.device("cuda" if finds_gpu or device is Device.CUDA else "cpu")
+    set_precision("float32", chosen)  # torch's own choice for convolutions is not
+    return chosen
 
 
 def told_counts(count: int | None, model: "ModelConfig") -> "Tensor | None":  # [1]

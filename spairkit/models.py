@@ -20,7 +20,7 @@ Model = SPAIR | AIR | ConnComp
 def build(config: Config) -> Model:
     """An untrained model, its weights a function of `train.seed`; torch's state stays as it is."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.train.seed)
+        torch.default_generator.manual_seed(config.train.seed)  # not those of GPUs
         return _new(config)
 
 

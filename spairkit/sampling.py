@@ -25,7 +25,8 @@ class Tape:
     """Noise that lies in the same memory at every pass, as a CUDA graph needs it.
 
     In the first pass it is drawn as it is asked for. Later it is drawn by `wind`, before a pass
-    that asks for the same, in the same order: the numbers are those that `source` would give.
+    that asks for the same, in the same order: the numbers are those that `source` would give. A
+    pass that is broken off can be made once more.
     """
 
     def __init__(self) -> None:
@@ -35,9 +36,13 @@ class Tape:
 
     def wind(self, source: torch.Generator) -> None:
         """Draws anew, for the next pass, all that was asked for in the first one."""
-        self._source, self._next = source, 0
+        self._source = source
         for draw, numbers in self._draws:
             draw(numbers, generator=source)
+
+    def rewind(self) -> None:
+        """Begins a pass."""
+        self._next = 0
 
     def take(self, draw: Callable[..., Tensor], like: Tensor, *shape: int) -> Tensor:
         """The next numbers, [*shape]; `draw` fills a tensor."""

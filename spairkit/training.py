@@ -28,6 +28,7 @@ from spairkit.distributed import World
 from spairkit.elbo import Losses
 from spairkit.errors import DivergedError, InputError
 from spairkit.models import build, from_checkpoint
+from spairkit.precision import computing_in
 from spairkit.runs import Run
 from spairkit.sampling import Part, Source, Tape, uniform
 from spairkit.threshold_search import fit_threshold
@@ -111,7 +112,14 @@ def fit(
         assert run
         yield from fit_threshold(config, run, device, stop)
         return
-    set_precision(config.train, device)
+    with computing_in(config.train.precision, device):
+        yield from _fit(config, run, device, stop, world)
+
+
+def _fit(
+    config: Config, run: Run | None, device: torch.device, stop: Callable[[], bool], world: World
+) -> Iterator[Step | Validation]:
+    """`fit` of a model that has losses."""
     train, validation = open_splits(config, device)
     trainer = Trainer(config, run, train, device, world)
     if run:
@@ -150,16 +158,6 @@ def fit(
         elif stop():
             trainer.save(metrics={}, is_best=False)
             return
-
-
-def set_precision(settings: TrainConfig, device: torch.device) -> None:
-    """Lets this process compute on a GPU as `train.precision` says, and alike each time."""
-    if device.type == "cuda":
-        # torch's own choice is tf32 for convolutions alone
-        torch.backends.cudnn.deterministic = True
-        precision = "tf32" if settings.precision == "tf32" else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
 
 
 class Trainer:
@@ -296,6 +294,8 @@ class Trainer:
     def _update(self) -> Losses:
         """The update that `given` asks for, with no look at what is on the device."""
         settings, given = self.config.train, self.given
+        for tape in self.tapes:
+            tape.rewind()
         batch = given.batch or self._scenes()
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
@@ -331,7 +331,8 @@ class Trainer:
 
     def validate(self, dataset: Dataset) -> Validation | None:
         """Figures and a picture of the validation split, and a checkpoint, where there is a run."""
-        result = self._validate(self.run, dataset) if self.run else None
+        with computing_in("float32", self.device):
+            result = self._validate(self.run, dataset) if self.run else None
         self.best_step = self.world.greatest(self.best_step)  # that of the first
         return result
 

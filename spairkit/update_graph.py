@@ -6,6 +6,7 @@ Launched one by one, the hundreds of small kernels of an update keep a GPU waiti
 import gc
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -40,20 +41,33 @@ class UpdateGraph:
             try:
                 self._play = _record(self._update, self._device)
             except RuntimeError as error:
+                # what broke the record comes first, and then that there is none
+                reason = error.__context__ or error
                 warnings.warn(
                     "an update could not be recorded as a CUDA graph, so all of them are launched "
-                    f"kernel by kernel, which is slower: {error}",
+                    f"kernel by kernel, which is slower: {reason}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
                 self._play = self._update
         return self._play()
 
+    @property
+    def plays(self) -> bool:
+        """Whether there is a record."""
+        return self._play not in (None, self._update)
+
+
+@cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all records: each stream has workspaces of cuBLAS of its own, for good."""
+    return torch.cuda.Stream(device)
+
 
 def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
     """On a stream of its own: autograd's nodes must not stay tied to the default stream."""
     with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, aside = torch.cuda.current_stream(), _own_stream(device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             losses = update()
@@ -64,14 +78,16 @@ def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
 def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
     """What plays the record, and gives the losses that it writes; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
+    here = torch.cuda.current_stream(device)
     # a graph that is destroyed while another one is recorded breaks the record
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=_own_stream(device)):
             losses = update()
     finally:
+        torch.cuda.set_stream(here)  # torch stays on the other one where the record breaks
         if collects:
             gc.enable()
 

@@ -206,7 +206,7 @@ def test_a_budget_in_time_becomes_updates_that_the_seeds_share(tmp_path: Path) -
 def test_the_command_prints_and_writes_the_result(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out, err = command(capsys, "--out", whole)
+    status, out, err = command(capsys, "--out", whole, "--device", "cpu")
     assert status == 0
     assert f"comparing in {whole} on cpu: 8 runs, 3 updates for each run that learns" in err
     for text in ("SPAIR", "DAIR", "ConnComp", "±", "1 to an image (0 % of", "budget"):

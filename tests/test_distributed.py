@@ -175,8 +175,8 @@ def test_two_processes_train_as_one(tmp_path: Path, config: Path, device: str) -
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_refused_is_said_once(tmp_path: Path, config: Path) -> None:
-    batch = "train.batch_size=5"
-    with job("--config", config, "--out", tmp_path / "odd", "--set", batch) as process:
+    odd = ("--device", "cpu", "--set", "train.batch_size=5")
+    with job("--config", config, "--out", tmp_path / "odd", *odd) as process:
         printed, said = process.communicate(timeout=280)
     assert process.returncode != 0
     assert printed == ""

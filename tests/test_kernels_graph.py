@@ -24,7 +24,7 @@ def test_capture_and_replay(relaxed: bool) -> None:
         image = render(rgba, boxes, logits, presence, background, importance_floor=0.01)
         kl = presence_kl(logits, presence, success, relaxed=relaxed)
         loss = image.square().sum() + kl.sum()
-        return [loss, *torch.autograd.grad(loss, [rgba, logits])]
+        return [loss.detach(), *torch.autograd.grad(loss, [rgba, logits])]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -42,6 +42,7 @@ RUNGS: list[set[str]] = [
         "detections",
         "elbo",
         "fused",
+        "precision",
         "sampling",
         "tight_boxes",
         "wavefront",

@@ -184,6 +184,7 @@ def test_a_box_that_shows_nothing_gets_zero_gradients(
 ) -> None:
     scene = make_scene(1, 1, dtype=torch.float32)
     scene["boxes"] = torch.tensor([[box]], dtype=torch.float32)
+    device = torch.device("cpu") if backend == "cpu" else device
     leaves = {name: tensor.to(device).requires_grad_() for name, tensor in scene.items()}
     image = render(**leaves, backend=backend)
     assert torch.equal(image, leaves["background"])

@@ -59,6 +59,8 @@ class PlainSPAIR(SPAIR):
         edge = self._edge().expand(1, len(images), -1) if c.lateral else None
         vectors: dict[tuple[int, int], Tensor] = {}  # [1, B, V]
         cells: list[Latents] = []
+        places = torch.arange(rows * columns, device=images.device)
+        corners = torch.stack([places // columns, places % columns], dim=-1).to(images.dtype)
         for k in range(rows * columns):
             i, j = divmod(k, columns)
             inputs = features[None, :, :, i, j]  # [1, B, F]
@@ -69,7 +71,7 @@ class PlainSPAIR(SPAIR):
             cell, vectors[i, j] = self._encode_wave(
                 images,
                 F.linear(inputs, weights, bias),
-                images.new_tensor([[[i, j]]]),
+                corners[k].expand(1, 1, 2),
                 drawn,
                 training_wheels,
                 relaxed,
@@ -104,9 +106,10 @@ class PlainSPAIR(SPAIR):
         where = where + normal_kl(size, size_std, c.size_prior_mean, c.size_prior_std).sum(-1)
         what = normal_kl(latents.what_mean, latents.what_std, 0.0, 1.0).sum(-1)
         depth = normal_kl(latents.depth_mean, latents.depth_std, 0.0, 1.0)
-        share = torch.as_tensor(success, dtype=torch.float64, device=images.device)
+        if not isinstance(success, Tensor):
+            success = torch.full((), success, dtype=torch.float64, device=images.device)
         weight = latents.presence
-        pres = presence_kl_by_loop(latents.presence_logit, weight.detach(), share)
+        pres = presence_kl_by_loop(latents.presence_logit, weight.detach(), success.double())
         return Losses(
             reconstruction=cross_entropy_of_images(image, images, c.likelihood_floor),
             kl_where=(weight * where).sum(1),

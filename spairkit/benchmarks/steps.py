@@ -23,9 +23,10 @@ from spairkit.data.datasets import Dataset, open_dataset
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
 from spairkit.models import build
+from spairkit.precision import computing_in
 from spairkit.spair import SPAIR
-from spairkit.training import Trainer, set_precision
-from spairkit.update_graph import WARM_UP
+from spairkit.training import Trainer
+from spairkit.update_graph import WARM_UP, UpdateGraph
 
 Way = Literal["spairkit", "plain"]
 
@@ -85,7 +86,7 @@ class Figure:
     """In an image."""
     way: Way
     note: str = ""
-    """Why there are no figures, if there are none."""
+    """Why there are no figures, or what they are not of."""
     repeats: int = 0
     step_ms: float | None = None
     p20_ms: float | None = None
@@ -153,11 +154,11 @@ def run(
     """
     for case in cases:
         report(Progress(case=case, doing="checking"))
-        set_precision(replace(case.config.train, precision="float32"), device)
-        check(case, device)
+        with computing_in("float32", device):
+            check(case, device)
     for case in cases:
-        set_precision(case.config.train, device)
-        yield from _figures(case, device, seconds, report)
+        with computing_in(case.config.train.precision, device):
+            yield from _figures(case, device, seconds, report)
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -231,6 +232,7 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
         {way: times[way][1] - own[way] for way in trainers}
         for times, own in ((wall, backbone), (cpu, backbone_cpu))
     )
+    played = not isinstance(ours.call, UpdateGraph) or ours.call.plays
     for way, trainer in trainers.items():
         low, step, high = wall[way]
 
@@ -240,6 +242,7 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
         yield Figure(
             **labels,
             way=way,
+            note="" if played or way == "plain" else "no CUDA graph: it could not be recorded",
             repeats=repeats,
             step_ms=step,
             p20_ms=low,

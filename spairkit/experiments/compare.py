@@ -187,6 +187,8 @@ def _affordable(
         run = Run.create(Path(folder) / "speed", config)
         with run.lock():
             for event in fit(config, run, device, stop):
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 moments.append((event, perf_counter()))
     if stop():
         return VALIDATIONS

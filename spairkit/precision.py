@@ -1,0 +1,38 @@
+"""How exactly a GPU multiplies float32, which torch keeps for the whole process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""As `train.precision`. What bf16 leaves in float32 is computed as float32 is."""
+
+_PRODUCTS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+)
+
+
+def set_precision(precision: Precision, device: torch.device) -> None:
+    """Lets this process compute on a GPU as `precision` says, and alike each time."""
+    if device.type == "cuda":
+        # torch's own choice is tf32 for convolutions alone
+        torch.backends.cudnn.deterministic = True
+        for products in _PRODUCTS:
+            products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+@contextmanager
+def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """`set_precision` for a while; what was set before comes back."""
+    deterministic = torch.backends.cudnn.deterministic
+    before = [products.fp32_precision for products in _PRODUCTS]
+    set_precision(precision, device)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+        for products, value in zip(_PRODUCTS, before, strict=True):
+            products.fp32_precision = value
