@@ -300,6 +300,7 @@ def test_a_folder_of_images_is_one_row(tmp_path: Path, capsys: pytest.CaptureFix
     assert "AIR and DAIR take images of one size and are left out" in err
     assert "these images (0 % of the boxes overlap another): ConnComp, AP 1.000, before" in out
     assert "one seed gives no intervals" in out
+    assert "measured on all of the images, those for training included" in out
     assert "(0." not in out
     assert (tmp_path / "own" / "figure.png").is_file()
 

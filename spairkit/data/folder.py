@@ -85,10 +85,10 @@ class ImageFolder:
         )
 
     def __len__(self) -> int:
-        """Crops of the validation split, files of the test split; TypeError for train."""
+        """Files of the validation or the test split; TypeError for train."""
         if self.split == "train":
             raise TypeError("the train split has no length: any index is a crop")
-        return self.config.validation_images if self.split == "validation" else len(self._names)
+        return len(self._names)
 
     def batch(self, indices: Tensor) -> Batch:
         """The crops of these indices ([B] int64), on the dataset's device.
