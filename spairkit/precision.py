@@ -16,7 +16,10 @@ _PRODUCTS: tuple[Any, ...] = (
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
-    """Lets this process compute on a GPU as `precision` says, and alike each time."""
+    """Lets this process compute on a GPU as `precision` says, and alike each time.
+
+    Torch's older flags, `allow_tf32`, can then not be read: they do not tell one from the other.
+    """
     if device.type == "cuda":
         # torch's own choice is tf32 for convolutions alone
         torch.backends.cudnn.deterministic = True

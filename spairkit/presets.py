@@ -86,8 +86,8 @@ def paper() -> dict[str, Any]:
     Two things are not the authors': the glyphs (`--data` takes EMNIST or MNIST, and they trained
     on 1, 3, 5, 7 or 9 of them exactly), and that `best` is by the ELBO (`--select ap` is theirs).
 
-    `spairkit train --preset paper`: 3 to 5 updates a second on one thread of a small virtual
-    machine (48 x 48, 2026-11-23), so that its 300,000 want a GPU. The score was not measured.
+    `spairkit train --preset paper`: some 5 updates a second on one thread of a small virtual
+    machine (48 x 48, 2026-11-26), so that its 300,000 want a GPU. The score was not measured.
     """
     return {}
 

@@ -112,14 +112,6 @@ def fit(
         assert run
         yield from fit_threshold(config, run, device, stop)
         return
-    with computing_in(config.train.precision, device):
-        yield from _fit(config, run, device, stop, world)
-
-
-def _fit(
-    config: Config, run: Run | None, device: torch.device, stop: Callable[[], bool], world: World
-) -> Iterator[Step | Validation]:
-    """`fit` of a model that has losses."""
     train, validation = open_splits(config, device)
     trainer = Trainer(config, run, train, device, world)
     if run:
@@ -127,7 +119,8 @@ def _fit(
     settings = config.train
     started = time.perf_counter()
     while trainer.step < settings.steps:
-        losses = trainer.update()
+        with computing_in(config.train.precision, device):
+            losses = trainer.update()
         step, means = trainer.step, None
         validates = step % settings.validation_every == 0 or step == settings.steps
         reports = step % REPORT_EVERY == 0

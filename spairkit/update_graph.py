@@ -59,15 +59,15 @@ class UpdateGraph:
 
 
 @cache
-def _own_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all records: each stream has workspaces of cuBLAS of its own, for good."""
-    return torch.cuda.Stream(device)
+def _own_stream(index: int) -> torch.cuda.Stream:
+    """One of each GPU for all records: every stream has workspaces of cuBLAS, for good."""
+    return torch.cuda.Stream(index)
 
 
 def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
     """On a stream of its own: autograd's nodes must not stay tied to the default stream."""
     with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), _own_stream(device)
+        here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             losses = update()
@@ -78,18 +78,19 @@ def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
 def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
     """What plays the record, and gives the losses that it writes; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
-    here = torch.cuda.current_stream(device)
     # a graph that is destroyed while another one is recorded breaks the record
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
-    try:
-        with torch.cuda.device(device), torch.cuda.graph(graph, stream=_own_stream(device)):
-            losses = update()
-    finally:
-        torch.cuda.set_stream(here)  # torch stays on the other one where the record breaks
-        if collects:
-            gc.enable()
+    with torch.cuda.device(device):
+        here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
+        try:
+            with torch.cuda.graph(graph, stream=aside):
+                losses = update()
+        finally:
+            torch.cuda.set_stream(here)  # torch stays on the other one where the record breaks
+            if collects:
+                gc.enable()
 
     def play() -> Losses:
         graph.replay()

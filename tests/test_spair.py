@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spairkit.config import SPAIRConfig
 from spairkit.latents import Latents, Noise
@@ -65,7 +65,7 @@ def encode_cell(
     logistic: Tensor,  # [B]
     relaxed: bool,
 ) -> tuple[Latents, Tensor]:
-    """docs/model.md 3.3, row by row of its table; no part of it is the model's."""
+    """docs/model.md 3.3, row by row of its table; only weights are the model's."""
     config = model.config
 
     def lateral(network: LateralNetwork, *inputs: Tensor) -> Tensor:
@@ -95,7 +95,8 @@ def encode_cell(
         torch.stack([across, down], dim=1), [len(images), 3, side, side], align_corners=True
     )
     glimpse = F.grid_sample(images, grid, padding_mode="border", align_corners=True)
-    what_mean, what_std = moments(model.encoder(glimpse.flatten(1)))
+    first, last = (layer for layer in model.encoder if isinstance(layer, nn.Linear))
+    what_mean, what_std = moments(last(first(glimpse.flatten(1)).relu()))
     what = what_mean + what_std * normal[:, 4:-1]
 
     placed = torch.stack([b_y, b_x, z_h.sigmoid(), z_w.sigmoid()], dim=-1)
