@@ -133,7 +133,7 @@ def choose_checkpoint(given: Path | None) -> Path:
 
 
 def choose_device(device: Device) -> "torch.device":
-    """The device that the word means here.
+    """The device that the word means here; a GPU computes in float32 from now on.
 
     Raises:
         InputError: a GPU is asked for and there is none that torch can use.

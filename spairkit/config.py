@@ -320,8 +320,7 @@ class TrainConfig:
     """Of products and convolutions. `tf32`, for NVIDIA GPUs alone, keeps 10 bits behind the point.
     `bf16` computes SPAIR's backbone and decoder, and all networks of AIR and DAIR, in bfloat16 (7
     bits); weights, Adam, losses, the operators and SPAIR's cells from one to the next stay float32,
-    as do validation and all commands. A CPU without instructions for bfloat16
-    is slower in it."""
+    as do validation and all commands. A CPU without instructions for bfloat16 is slower in it."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
 
