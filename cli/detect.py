@@ -12,6 +12,7 @@ import typer
 
 from spairkit.cli.console import counted, say, several
 from spairkit.cli.options import (
+    BoxContrastOption,
     CheckpointOption,
     CountOption,
     Device,
@@ -22,6 +23,7 @@ from spairkit.cli.options import (
     choose_checkpoint,
     choose_device,
     told_counts,
+    with_box_contrast,
 )
 from spairkit.errors import InputError
 
@@ -55,6 +57,7 @@ def detect(
         ),
     ] = Format.COCO,
     threshold: ThresholdOption = 0.5,
+    box_contrast: BoxContrastOption = None,
     count: CountOption = None,
     device: DeviceOption = Device.AUTO,
     quiet: QuietOption = False,
@@ -70,11 +73,13 @@ def detect(
             raise InputError(f"{path}: no such image or folder")
     if out is not None:
         check_output(out)
-    from spairkit.models import load
+    from spairkit.checkpoints import load_checkpoint
+    from spairkit.models import from_checkpoint
 
     images = _images(paths)
     chosen = choose_device(device)
-    detector = load(choose_checkpoint(checkpoint), chosen)
+    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
+    detector = from_checkpoint(loaded, chosen)
     counts = told_counts(count, detector.config)
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:

@@ -10,6 +10,7 @@ import typer
 from spairkit.cli.console import as_json, print_json, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.cli.options import (
+    BoxContrastOption,
     CheckpointOption,
     DataOption,
     Device,
@@ -23,6 +24,7 @@ from spairkit.cli.options import (
     choose_device,
     data_layer,
     layers,
+    with_box_contrast,
 )
 from spairkit.errors import InputError
 
@@ -43,6 +45,7 @@ def evaluate(
     split: Annotated[SplitName, typer.Option("--split", help="Which images.")] = SplitName.TEST,
     set_: SetOption = None,
     threshold: ThresholdOption = 0.5,
+    box_contrast: BoxContrastOption = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", help="Also write the figures to this JSON file, or replace it."),
@@ -62,7 +65,7 @@ def evaluate(
     from spairkit.durable import write_text
     from spairkit.models import from_checkpoint
 
-    loaded = load_checkpoint(choose_checkpoint(checkpoint))
+    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
     settings = _data(loaded.config, over)
     chosen = choose_device(device)
     report = measure(

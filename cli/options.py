@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from spairkit.checkpoints import Checkpoint
     from spairkit.config import ModelConfig
 
 
@@ -85,6 +87,15 @@ ThresholdOption = Annotated[
     float,
     typer.Option("--threshold", callback=_below_one, help="Score above which an object counts."),
 ]
+BoxContrastOption = Annotated[
+    float | None,
+    typer.Option(
+        "--box-contrast",
+        callback=lambda value: value if value is None else _below_one(value),
+        help="Where boxes end: the share of an object's strongest contrast. 0.5 suits blurred "
+        "edges; 0 takes the model's own boxes. Default: the run's model.box_contrast.",
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="CPU threads. Default: as many as torch takes."),
@@ -148,6 +159,23 @@ def choose_device(device: Device) -> "torch.device":
     chosen = torch.device("cuda" if finds_gpu or device is Device.CUDA else "cpu")
     set_precision("float32", chosen)  # torch's own choice for convolutions is not
     return chosen
+
+
+def with_box_contrast(loaded: "Checkpoint", given: float | None) -> "Checkpoint":
+    """The checkpoint with boxes drawn as `--box-contrast` says, or as they were trained to be.
+
+    Raises:
+        InputError: it is given, and the model's boxes do not depend on it.
+    """
+    from spairkit.config import ConnCompConfig
+
+    if given is None:
+        return loaded
+    model = loaded.config.model
+    if isinstance(model, ConnCompConfig):
+        raise InputError("--box-contrast: conncomp's boxes hold whole components; leave it out")
+    model = replace(model, box_contrast=given)
+    return replace(loaded, config=replace(loaded.config, model=model))
 
 
 def told_counts(count: int | None, model: "ModelConfig") -> "Tensor | None":  # [1]

@@ -7,6 +7,7 @@ import typer
 
 from spairkit.cli.console import print_json, several
 from spairkit.cli.options import (
+    BoxContrastOption,
     CheckpointOption,
     CountOption,
     Device,
@@ -17,6 +18,7 @@ from spairkit.cli.options import (
     choose_checkpoint,
     choose_device,
     told_counts,
+    with_box_contrast,
 )
 from spairkit.errors import InputError
 
@@ -32,6 +34,7 @@ def viz(
         ),
     ] = None,
     threshold: ThresholdOption = 0.5,
+    box_contrast: BoxContrastOption = None,
     count: CountOption = None,
     device: DeviceOption = Device.AUTO,
     json: JsonOption = False,
@@ -46,7 +49,7 @@ def viz(
     from spairkit.models import from_checkpoint
 
     pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
-    loaded = load_checkpoint(choose_checkpoint(checkpoint))
+    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
     chosen = choose_device(device)
     detector = from_checkpoint(loaded, chosen)
     counts = told_counts(count, detector.config)

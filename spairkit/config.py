@@ -152,7 +152,8 @@ class SPAIRConfig:
 
     box_contrast: Unit = 0.0
     """Boxes that are reported are drawn, in whole pixels, round what stands out from the background
-    by more than this; 0 reports z_where's own boxes, as the paper does."""
+    by more than this share of what stands out most in the object: .5 for half the height of blurred
+    ones; 0 reports z_where's own boxes, as the paper does."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
     """Added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0
@@ -274,8 +275,8 @@ class AIRConfig:
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Unit = 0.0
-    """Boxes that are reported hold, in whole pixels, what is lighter than this; 0 reports scale
-    and shift as they are, as the paper does."""
+    """Boxes that are reported hold, in whole pixels, what is lighter than this share of what is
+    lightest in the object; 0 reports scale and shift as they are, as the paper does."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
     """Added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0

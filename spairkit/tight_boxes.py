@@ -12,14 +12,17 @@ def tighten(
 ) -> Tensor:  # [B, K, 4] xyxy, whole pixels
     """Each box cut down to the rows and columns of its map that can be seen.
 
-    A texel is seen if alpha * |colour - background| exceeds `contrast` in some channel. Edges go
+    How far a texel stands out is alpha * |colour - background| in the channel where that is most.
+    It is seen if this exceeds `contrast` times the most of all texels of the object: at .5 a box
+    ends at half the height of a blurred object, however dim that is. Edges go
     to the nearest edge of a pixel, and are at least a pixel apart. An object of which nothing is
     seen keeps its box, brought to whole pixels. z_where's own boxes are a pixel or two wider than
     their objects all round, or cut them short: nothing in the loss holds them close.
     """
     colour, alpha = maps[..., :3], maps[..., 3]
     difference = (colour - background.flatten(1)[:, None, None, None]).abs().amax(-1)
-    seen = alpha * difference > contrast  # [B, K, P, P]
+    difference = alpha * difference  # [B, K, P, P]
+    seen = difference > contrast * difference.amax((-2, -1), keepdim=True)
     y1, y2 = _span(seen.any(-1))
     x1, x2 = _span(seen.any(-2))
     first, last = torch.stack([x1, y1], dim=-1), torch.stack([x2, y2], dim=-1)

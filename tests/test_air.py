@@ -315,7 +315,8 @@ def test_tight_boxes_hold_what_is_drawn() -> None:
     for b, item in enumerate(model.detect(images(), threshold=0.0)):
         assert item.whole_pixels
         for t, box in enumerate(item.boxes.tolist()):
-            lit = (steps.placed[b, t].amax(0) > 0.3).nonzero().tolist()
+            light = steps.placed[b, t].amax(0)
+            lit = (light > 0.3 * steps.maps[b, t].max()).nonzero().tolist()
             if not lit:
                 continue
             rows, columns = [row for row, _ in lit], [column for _, column in lit]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli import train as train_command
@@ -346,6 +347,32 @@ def test_viz_draws_beside_the_current_folder_and_says_where(run: Runner, tmp_pat
     assert [one["picture"] for one in drawn] == [str(tmp_path / "panel.png")]
     found = json.loads(run("detect", image, "--threshold", "0.01").out)
     assert drawn[0]["count"] == len(found)
+
+
+def test_where_boxes_end_can_be_chosen_after_training(run: Runner, tmp_path: Path) -> None:
+    image, option = tmp_path / "scene.png", "--box-contrast"
+    write_png(image, torch.rand(3, 30, 31))
+
+    def boxes(*words: str) -> Tensor:
+        found = json.loads(run("detect", image, "--threshold", "0.01", *words).out)
+        return torch.tensor([one["bbox"] for one in found])
+
+    trained, own, close = (boxes(*words) for words in ([], [option, "0"], [option, "0.95"]))
+    assert len(trained) > 0
+    assert torch.equal(boxes(option, "0.05"), trained)  # the preset's
+    assert (close == close.round()).all()
+    assert (own != own.round()).any()
+    assert (close[:, 2:].prod(1) <= trained[:, 2:].prod(1)).all()
+    assert (close[:, 2:].prod(1) < trained[:, 2:].prod(1)).any()
+    figures = [
+        json.loads(run("eval", "--json", "--threshold", "0.01", option, share).out)
+        for share in ("0", "0.95")
+    ]
+    assert figures[0]["overall"]["count_error"] == figures[1]["overall"]["count_error"]
+    assert figures[0]["overall"]["ap"] != figures[1]["overall"]["ap"]
+    assert run("viz", image, option, "0.5").status == 0
+    ended = run("viz", image, option, "1.5")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
 
 
 def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(

@@ -184,6 +184,10 @@ def test_the_commands_take_it(
     drawn = json.loads(run("viz", str(next(Path("scenes").glob("*.png"))), "--json"))
     found = json.loads(run("detect", drawn["pictures"][0]["image"]))
     assert drawn["pictures"][0]["count"] == len(found)
+    with pytest.raises(SystemExit) as refused:
+        main(["eval", "--checkpoint", trained["run"], "--box-contrast", "0.5"])
+    assert refused.value.code == 2
+    assert "--box-contrast" in capsys.readouterr().err
     assert not image.exists()  # made for the person, and not with --json
     page = Path(run("report", trained["run"]).strip()).read_text()
     assert "Threshold search" in page

@@ -16,13 +16,14 @@ def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:
     actual = tighten(boxes, maps, background, 0.2)
     for b in range(2):
         for k in range(5):
-            seen = []
+            contrasts = {}
             for r in range(7):
                 for c in range(7):
                     red, green, blue, alpha = maps[b, k, r, c].tolist()
                     colour = zip((red, green, blue), background[b, :, 0, 0].tolist(), strict=True)
-                    if max(alpha * abs(one - other) for one, other in colour) > 0.2:
-                        seen.append((r, c))
+                    contrasts[r, c] = max(alpha * abs(one - other) for one, other in colour)
+            most = max(contrasts.values())
+            seen = [place for place, contrast in contrasts.items() if contrast > 0.2 * most]
             rows, columns = [r for r, _ in seen] or [0, 6], [c for _, c in seen] or [0, 6]
             x1, y1, x2, y2 = boxes[b, k].tolist()
             h, w = (y2 - y1) / 7, (x2 - x1) / 7
@@ -36,6 +37,17 @@ def test_a_thin_object_gets_a_box_of_a_pixel() -> None:
     maps = torch.ones(1, 1, 4, 4, 4)
     found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05)
     assert found.tolist() == [[[3.0, 3.0, 4.0, 9.0]]]
+
+
+def test_a_dim_object_gets_the_box_of_a_bright_one() -> None:
+    """A blurred spot of any height, cut at half of it."""
+    place = torch.arange(13.0) - 6
+    spot = torch.exp(-(place[:, None] ** 2 + place**2) / 8)
+    boxes = torch.tensor([[[10.0, 20.0, 23.0, 33.0]] * 3])
+    maps = torch.ones(1, 3, 13, 13, 4)
+    maps[..., :3] = (torch.tensor([1.0, 0.3, 0.02])[:, None, None] * spot)[None, ..., None]
+    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.5)
+    assert found.tolist() == [[[14.0, 24.0, 19.0, 29.0]] * 3]  # 8 ln 2 is 5.5: two texels each way
 
 
 def test_an_object_that_cannot_be_seen_keeps_its_box() -> None:
