@@ -74,17 +74,18 @@ def detect(
     if out is not None:
         check_output(out)
     from spairkit.checkpoints import load_checkpoint
+    from spairkit.images import stretched
     from spairkit.models import from_checkpoint
 
-    images = _images(paths)
+    images = _images(paths)  # one that is no picture shows before any work
     chosen = choose_device(device)
     loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
     detector = from_checkpoint(loaded, chosen)
-    counts = told_counts(count, detector.config)
+    counts, saturated = told_counts(count, detector.config), loaded.config.data.saturated
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:
         for name, number, image in images:
-            batch = image[None].to(chosen)
+            batch = stretched(image, saturated)[None].to(chosen)
             found.append((name, number, detector.detect(batch, threshold, counts=counts)[0]))
             show_done(len(found))
     text = _WRITERS[format_](found)

@@ -45,7 +45,7 @@ def viz(
         check_output(output)
     from spairkit.checkpoints import load_checkpoint
     from spairkit.drawing import panel
-    from spairkit.images import read_pixels, to_colour, write_png
+    from spairkit.images import read_pixels, stretched, to_colour, write_png
     from spairkit.models import from_checkpoint
 
     pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
@@ -55,7 +55,7 @@ def viz(
     counts = told_counts(count, detector.config)
     drawn = []
     for path, pixels, output in zip(images, pictures, outputs, strict=True):
-        image = to_colour(pixels).contiguous()
+        image = stretched(to_colour(pixels), loaded.config.data.saturated).contiguous()
         batch = image[None].to(chosen)
         found = detector.detect(batch, threshold, counts=counts)[0]
         objects = detector.appearance(batch, threshold, counts=counts)[0].cpu()

@@ -49,6 +49,9 @@ class DataConfig:
     """Of the glyphs; `random` draws a bright colour for each."""
     background: Literal["black", "random"] = "black"
     """`random` draws one dark colour for each image."""
+    saturated: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
+    """Of `folder`: intensities are stretched until this share of an image's pixels is black, and as
+    many are white; 0 leaves them as they are."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Scenes of the validation split; a folder's are its own files."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
@@ -61,6 +64,8 @@ class DataConfig:
             raise ValueError(
                 f"min_objects ({self.min_objects}) must not exceed max_objects ({self.max_objects})"
             )
+        if self.saturated and self.name != "folder":
+            raise ValueError("saturated must be 0, as only images of a folder are stretched")
         side = self.glyph_size + self.glyph_jitter
         if self.name != "folder" and side > min(self.image_height, self.image_width):
             raise ValueError(

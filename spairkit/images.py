@@ -12,6 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,44 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     """What `read_image` makes of `read_pixels`; the channels of a grey picture share memory."""
     scaled = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     return scaled.expand(3, -1, -1)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Which intensities of an image become black and white; by default those that are."""
+
+    black: float = 0.0
+    white: float = 1.0
+
+    @classmethod
+    def of(cls, image: Tensor, saturated: float) -> "Levels":
+        """Those that leave a share of the pixels of an image black, and as many white.
+
+        A pixel is as dark as its darkest channel and as light as its lightest. An image that
+        has no range between these levels is left as it is.
+
+        Args:
+            image: [3, H, W] in [0, 1].
+            saturated: the share, in [0, .5); 0 leaves the image as it is.
+        """
+        if not saturated:
+            return cls()
+        darkest, lightest = image.amin(0).flatten(), image.amax(0).flatten()
+        rank = round(saturated * (len(darkest) - 1))
+        black = float(darkest.kthvalue(1 + rank).values)
+        white = float(lightest.kthvalue(len(lightest) - rank).values)
+        return cls(black, white) if white > black else cls()
+
+    def stretch(self, image: Tensor) -> Tensor:  # any shape, in [0, 1]
+        """The image or a part of it, in [0, 1]; what lies beyond a level is cut off."""
+        if self == Levels():
+            return image
+        return ((image - self.black) / (self.white - self.black)).clamp(0, 1)
+
+
+def stretched(image: Tensor, saturated: float) -> Tensor:  # [3, H, W] in [0, 1]
+    """An image as a model with `data.saturated` saw those that it was trained on; see `Levels`."""
+    return Levels.of(image, saturated).stretch(image)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -22,7 +22,9 @@ from torch import Tensor
 from spairkit.checkpoints import load_checkpoint
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
-from spairkit.images import read_image, write_png
+from spairkit.drawing import panel
+from spairkit.images import read_image, stretched, write_png
+from spairkit.models import load
 from spairkit.runs import Run
 from spairkit.training import Step
 
@@ -389,6 +391,32 @@ def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
     ended = run("eval", "--checkpoint", "own")
     assert ended.status == 2
     assert "nothing to compare with: no annotations.json" in ended.err
+
+
+def test_images_are_stretched_as_those_of_training_were(run: Runner, tmp_path: Path) -> None:
+    for index in range(3):
+        write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40) * 0.3 + 0.2)
+    words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "dim", "--steps", "2"]
+    assert run("train", *words, "--set", "data.saturated=0.05").status == 0
+    model = load("dim")
+    image = read_image(tmp_path / "1.png")
+    scores = [
+        model.detect(picture[None], 0.0)[0].scores for picture in (stretched(image, 0.05), image)
+    ]
+    words = ["--checkpoint", "dim", "--threshold", "0"]
+    found = json.loads(run("detect", tmp_path / "1.png", *words).out)
+    assert [one["score"] for one in found] == pytest.approx(scores[0].tolist())
+    assert [one["score"] for one in found] != pytest.approx(scores[1].tolist())
+    assert run("viz", tmp_path / "1.png", "--checkpoint", "dim", "--out", "dim.png").status == 0
+    batch = stretched(image, 0.05)[None]
+    expected = panel(
+        batch[0], model.detect(batch)[0], model.reconstruct(batch)[0], model.appearance(batch)[0]
+    )
+    write_png("expected.png", expected)
+    assert torch.equal(read_image("dim.png"), read_image("expected.png"))
+    ended = run("eval", "--checkpoint", "dim", "--data", "digits")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "saturated must be 0" in ended.err
 
 
 def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ def test_every_number_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        ({"saturated": 0.01}, "saturated must be 0"),
         ({"min_objects": 5, "max_objects": 4}, "min_objects (5) must not exceed max_objects (4)"),
         ({"image_height": 10}, "a glyph of 14 px does not fit an image of 10x48 px"),
         ({"glyph_size": 8, "glyph_jitter": 8}, "glyph_jitter (8) must be less than glyph_size (8)"),

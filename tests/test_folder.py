@@ -19,7 +19,7 @@ from spairkit.data.folder import ImageFolder
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
-from spairkit.images import read_image, read_pixels
+from spairkit.images import read_image, read_pixels, stretched
 
 
 def fill(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
@@ -81,6 +81,18 @@ def test_crops_are_slices_from_everywhere(tmp_path: Path) -> None:
     assert len(seen[0]) + len(seen[1]) == 300
     assert len(seen[1]) == pytest.approx(150, abs=40)
     assert set(seen[0]) == {(top, left) for top in range(3) for left in range(4)}
+
+
+def test_crops_are_slices_of_stretched_images(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (10, 12), "b.png": (8, 9)})
+    images = [stretched(read_image(tmp_path / name), 0.2) for name in ("a.png", "b.png")]
+    assert all(int((image == 0).sum()) > 14 for image in images)
+    folder = opened(tmp_path, saturated=0.2)
+    crops = folder.batch(torch.arange(20)).images
+    assert all(any(place(crop, image) for image in images) for crop in crops)
+    assert all(
+        torch.equal(one[2], image) for one, image in zip(folder.images(), images, strict=True)
+    )
 
 
 def test_small_images_are_continued_with_their_last_pixels(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from spairkit.images import (
     printable,
     read_image,
     read_pixels,
+    stretched,
     write_png,
 )
 
@@ -218,6 +219,26 @@ def test_tiff_is_read_in_its_simple_compressions_only(tmp_path: Path) -> None:
     for compression, array in (("jpeg", RGB), ("group4", GREY > 127)):
         with pytest.raises(InputError, match=f"compressed by {compression}"):
             read_image(saved(path, array, compression=compression))
+
+
+def test_stretching_cuts_off_a_share_at_both_ends() -> None:
+    generator = torch.Generator().manual_seed(0)
+    grey = torch.rand(1, 20, 50, generator=generator) * 0.2 + 0.3
+    image = grey.expand(3, -1, -1)
+    found = stretched(image, 0.01)
+    assert (int((found[0] == 0).sum()), int((found[0] == 1).sum())) == (11, 11)  # and the levels
+    black, white = np.quantile(grey.numpy(), [0.01, 0.99], method="nearest")
+    expected = ((image - black) / (white - black)).clamp(0, 1)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.equal(stretched(image, 0), image)
+
+
+def test_stretching_keeps_colours_apart() -> None:
+    """One pair of levels for all channels, from the darkest and the lightest of each pixel."""
+    image = torch.tensor([0.2, 0.3, 0.4])[:, None, None].expand(3, 4, 5)
+    assert torch.allclose(stretched(image, 0.1)[:, 0, 0], torch.tensor([0.0, 0.5, 1.0]), atol=1e-6)
+    flat = torch.full((3, 4, 5), 0.3)
+    assert torch.equal(stretched(flat, 0.1), flat), "there is nothing to stretch"
 
 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:

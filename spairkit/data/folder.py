@@ -16,7 +16,16 @@ from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scenes import Batch
 from spairkit.detections import Truth
 from spairkit.errors import InputError
-from spairkit.images import image_size, list_images, printable, read_image, read_pixels, to_colour
+from spairkit.images import (
+    Levels,
+    image_size,
+    list_images,
+    printable,
+    read_image,
+    read_pixels,
+    stretched,
+    to_colour,
+)
 
 ANNOTATIONS = "annotations.json"
 
@@ -42,6 +51,8 @@ class ImageFolder:
     names, `config.seed`, the split and the index. Decoded images are kept, as bytes, up to
     512 MiB; where the split needs more, each 4,096 indices in turn share as many files as fit, so
     that a file is decoded once for many crops.
+
+    Intensities are stretched as `config.saturated` says, those of a crop by the whole image's.
 
     Truth comes from `annotations.json` (COCO) in the folder, if it is there. Its boxes are
     clipped to the image or the crop.
@@ -75,7 +86,7 @@ class ImageFolder:
             if name in annotated:
                 _refuse_misfits(annotations, name, size, annotated[name])
         largest = max(3 * height * width for height, width in self._sizes)
-        self._cache: OrderedDict[int, Tensor] = OrderedDict()
+        self._cache: OrderedDict[int, tuple[Tensor, Levels]] = OrderedDict()
         self._cached_bytes = 0
         self._kept = len(self._names)
         if sum(3 * height * width for height, width in self._sizes) > _CACHE_BYTES:
@@ -115,8 +126,9 @@ class ImageFolder:
             rows, columns = self._sizes[file]
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
-            crop = self._pixels(file)[:, top : top + height, left : left + width]
-            crops.append(_continued(to_colour(crop), height, width))
+            pixels, levels = self._decoded(file)
+            crop = to_colour(pixels[:, top : top + height, left : left + width])
+            crops.append(_continued(levels.stretch(crop), height, width))
             truth = self._truth(self._names[file])
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
@@ -136,16 +148,16 @@ class ImageFolder:
             InputError: a file is damaged.
         """
         for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
-            image = read_image(self._folder / name).to(self.device)
+            image = stretched(read_image(self._folder / name), self.config.saturated)
             truth = self._truth(name)
             if truth is not None:
                 truth = _clipped(truth, (0, 0, columns, rows))
-            yield name, self._numbers[name], image, truth
+            yield name, self._numbers[name], image.to(self.device), truth
 
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None
 
-    def _pixels(self, file: int) -> Tensor:
+    def _decoded(self, file: int) -> tuple[Tensor, Levels]:
         """The decoded file, from memory if it is there; what was used longest ago makes room."""
         if file in self._cache:
             self._cache.move_to_end(file)
@@ -154,12 +166,13 @@ class ImageFolder:
         pixels = read_pixels(path)
         if tuple(pixels.shape[1:]) != self._sizes[file]:
             raise InputError(f"{printable(path)}: changed while it was in use; start again")
-        self._cache[file] = pixels
+        levels = Levels.of(to_colour(pixels), self.config.saturated)
+        self._cache[file] = pixels, levels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-            _, oldest = self._cache.popitem(last=False)
+            _, (oldest, _) = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
-        return pixels
+        return pixels, levels
 
 
 def stacked(
