@@ -39,7 +39,7 @@ _SHADOW = (0, 0, 0)
 _TRUE = (255, 255, 255)
 
 _GAP = 16
-_LEGIBLE_SIDE = 384  # pixels; the longer side of a smaller image is brought near this
+_LEGIBLE_SIDE = 384  # pixels; the longer side of a smaller image is brought to this at least
 _MAX_SCALE = 16
 _TILE_SIDE = 192  # the longer side of an image in a sheet, likewise
 _MAX_TILE_SIDE = 512
@@ -53,8 +53,8 @@ _MAX_HIDDEN = 0.4  # boxes or labels that a label may hide
 
 
 def legible_scale(height: int, width: int) -> int:
-    """The whole factor that brings the longer side near 384 pixels; 1 for larger images."""
-    return max(1, min(_MAX_SCALE, _LEGIBLE_SIDE // max(height, width)))
+    """The whole factor, up to 16, from which on the longer side has 384 pixels."""
+    return _enlargement(max(height, width), _LEGIBLE_SIDE)
 
 
 def draw_boxes(
@@ -323,9 +323,13 @@ def _object(
 
 
 def _scale(height: int, width: int, side: int, max_side: int) -> float:
-    """A whole factor up to `side` pixels for small images, below 1 for those over `max_side`."""
+    """A whole factor, to `side` pixels or more; below 1 for images longer than `max_side`."""
     longer = max(height, width)
-    return max(1, min(_MAX_SCALE, side // longer)) if longer <= max_side else max_side / longer
+    return _enlargement(longer, side) if longer <= max_side else max_side / longer
+
+
+def _enlargement(longer: int, side: int) -> int:
+    return min(_MAX_SCALE, -(-side // longer))
 
 
 def _picture(image: Tensor, scale: float) -> Image.Image:
