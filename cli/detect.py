@@ -85,7 +85,7 @@ def detect(
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:
         for name, number, image in images:
-            batch = stretched(image, saturated)[None].to(chosen)
+            batch = stretched(image, saturated=saturated)[None].to(chosen)
             found.append((name, number, detector.detect(batch, threshold, counts=counts)[0]))
             show_done(len(found))
     text = _WRITERS[format_](found)

@@ -85,6 +85,7 @@ def evaluate(
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "split": split.value,
+        "box_contrast": getattr(loaded.config.model, "box_contrast", None),
         "data": dataclasses.asdict(settings),
         **report.to_json(),
     }
@@ -96,6 +97,15 @@ def evaluate(
     else:
         typer.echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
+        if box_contrast is not None:
+            typer.echo(f"Boxes: {_ending(box_contrast)}.")
+
+
+def _ending(box_contrast: float) -> str:
+    """Where boxes end that were asked for, for people."""
+    if not box_contrast:
+        return "the model's own"
+    return f"to {box_contrast:g} of each object's strongest contrast"
 
 
 def _data(config: "Config", over: list[Any]) -> "DataConfig":

@@ -194,7 +194,7 @@ def told_counts(count: int | None, model: "ModelConfig") -> "Tensor | None":  # 
 
 
 def data_layer(word: str) -> dict[str, Any]:
-    """The config values that `--data word` stands for.
+    """The config values that `--data word` stands for; scenes are not stretched.
 
     Raises:
         InputError: it is neither the name of a dataset nor a folder nor a file.
@@ -203,7 +203,7 @@ def data_layer(word: str) -> dict[str, Any]:
 
     names = [name for name in dataset_names() if name != "folder"]
     if word in names:
-        return {"data": {"name": word}}
+        return {"data": {"name": word, "saturated": 0.0}}
     path = Path(word)
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
@@ -212,6 +212,7 @@ def data_layer(word: str) -> dict[str, Any]:
             "data": {
                 "name": "emnist" if "emnist" in path.name.lower() else "mnist",
                 "path": str(path.resolve()),
+                "saturated": 0.0,
             }
         }
     raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")

@@ -55,7 +55,7 @@ def viz(
     counts = told_counts(count, detector.config)
     drawn = []
     for path, pixels, output in zip(images, pictures, outputs, strict=True):
-        image = stretched(to_colour(pixels), loaded.config.data.saturated).contiguous()
+        image = stretched(to_colour(pixels), saturated=loaded.config.data.saturated).contiguous()
         batch = image[None].to(chosen)
         found = detector.detect(batch, threshold, counts=counts)[0]
         objects = detector.appearance(batch, threshold, counts=counts)[0].cpu()

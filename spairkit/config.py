@@ -14,6 +14,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Width = Annotated[int, Field(ge=1, le=4096)]
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0.0, le=1e9)]
 Real = Annotated[float, Field(ge=-1e3, le=1e3)]
@@ -50,8 +51,8 @@ class DataConfig:
     background: Literal["black", "random"] = "black"
     """`random` draws one dark colour for each image."""
     saturated: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Of `folder`: intensities are stretched until this share of an image's pixels is black, and as
-    many are white; 0 leaves them as they are."""
+    """Of `folder`: each image's intensities are stretched until this share of its pixels is cut off
+    at 0, and as many at 1; 0 leaves them as they are."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Scenes of the validation split; a folder's are its own files."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
@@ -155,7 +156,7 @@ class SPAIRConfig:
     """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
-    box_contrast: Unit = 0.0
+    box_contrast: Share = 0.0
     """Boxes that are reported are drawn, in whole pixels, round what stands out from the background
     by more than this share of what stands out most in the object: .5 for half the height of blurred
     ones; 0 reports z_where's own boxes, as the paper does."""
@@ -279,7 +280,7 @@ class AIRConfig:
     """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
-    box_contrast: Unit = 0.0
+    box_contrast: Share = 0.0
     """Boxes that are reported hold, in whole pixels, what is lighter than this share of what is
     lightest in the object; 0 reports scale and shift as they are, as the paper does."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9

@@ -96,7 +96,7 @@ def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, 
         if mode.startswith("I;16"):
             return _tensor(np.asarray(upright).astype(np.float32)[None] / np.float32(65535))
         if mode in ("I", "F"):
-            return _tensor(_stretched(path, np.asarray(upright).astype(np.float64))[None])
+            return _tensor(_ranged(path, np.asarray(upright).astype(np.float64))[None])
         if mode in _TRANSPARENT or "transparency" in upright.info:
             layer = upright.convert("RGBA")
             black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
@@ -114,39 +114,55 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
 
 @dataclass(frozen=True)
 class Levels:
-    """Which intensities of an image become black and white; by default those that are."""
+    """Which intensities of an image become 0 and 1; by default those that are."""
 
-    black: float = 0.0
-    white: float = 1.0
+    low: float = 0.0
+    high: float = 1.0
 
     @classmethod
     def of(cls, image: Tensor, saturated: float) -> "Levels":
-        """Those that leave a share of the pixels of an image black, and as many white.
+        """Those that cut off a share of an image's pixels at 0, and as many at 1.
 
-        A pixel is as dark as its darkest channel and as light as its lightest. An image that
-        has no range between these levels is left as it is.
+        A pixel is cut off at 0 where its darkest channel is, at 1 where its lightest is, so that
+        all channels have the same levels and colours stay what they are. Where so much of an
+        image is of one intensity that both levels fall on it, they are its least and its greatest.
+        An image of a single intensity is left as it is.
 
         Args:
             image: [3, H, W] in [0, 1].
-            saturated: the share, in [0, .5); 0 leaves the image as it is.
+            saturated: the share, at each end, in [0, .5); 0 leaves the image as it is.
+
+        Raises:
+            ValueError: the image has another shape, or the share lies outside.
         """
+        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+            raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
+        if not 0 <= saturated < 0.5:
+            raise ValueError(f"saturated must lie in [0, 0.5), got {saturated}")
         if not saturated:
             return cls()
         darkest, lightest = image.amin(0).flatten(), image.amax(0).flatten()
         rank = round(saturated * (len(darkest) - 1))
-        black = float(darkest.kthvalue(1 + rank).values)
-        white = float(lightest.kthvalue(len(lightest) - rank).values)
-        return cls(black, white) if white > black else cls()
+        low = float(darkest.kthvalue(1 + rank).values)
+        high = float(lightest.kthvalue(len(lightest) - rank).values)
+        if low >= high:
+            low, high = float(darkest.min()), float(lightest.max())
+        return cls(low, high) if low < high else cls()
 
     def stretch(self, image: Tensor) -> Tensor:  # any shape, in [0, 1]
         """The image or a part of it, in [0, 1]; what lies beyond a level is cut off."""
         if self == Levels():
             return image
-        return ((image - self.black) / (self.white - self.black)).clamp(0, 1)
+        return ((image - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
-def stretched(image: Tensor, saturated: float) -> Tensor:  # [3, H, W] in [0, 1]
-    """An image as a model with `data.saturated` saw those that it was trained on; see `Levels`."""
+def stretched(image: Tensor, *, saturated: float) -> Tensor:  # [3, H, W] in [0, 1]
+    """An image as a model with `data.saturated` saw those that it was trained on.
+
+    A model that is loaded from Python does not know that share: its images have to be stretched
+    before `detect`, as `spairkit detect` does it. Shapes, ranges and errors are those of
+    `Levels.of`.
+    """
     return Levels.of(image, saturated).stretch(image)
 
 
@@ -258,14 +274,14 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _stretched(path: Path | str, values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _ranged(path: Path | str, values: NDArray[np.float64]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         raise InputError(f"{printable(path)}: holds values that are not finite; replace them")
     low, high = values.min(), values.max()
     # halves, because the difference of two numbers may be too large for one
     half = high / 2 - low / 2
-    stretched: NDArray[np.float64] = (values / 2 - low / 2) / (half if half > 0 else 1)
-    return stretched.astype(np.float32)
+    ranged: NDArray[np.float64] = (values / 2 - low / 2) / (half if half > 0 else 1)
+    return ranged.astype(np.float32)
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

@@ -8,16 +8,17 @@ def tighten(
     boxes: Tensor,  # [B, K, 4] xyxy, pixels
     maps: Tensor,  # [B, K, P, P, 4] colour and alpha in [0, 1]
     background: Tensor,  # [B, 3, 1, 1] in [0, 1]
-    contrast: float,
+    contrast: float,  # in [0, 1)
 ) -> Tensor:  # [B, K, 4] xyxy, whole pixels
     """Each box cut down to the rows and columns of its map that can be seen.
 
     How far a texel stands out is alpha * |colour - background| in the channel where that is most.
     It is seen if this exceeds `contrast` times the most of all texels of the object: at .5 a box
-    ends at half the height of a blurred object, however dim that is. Edges go
-    to the nearest edge of a pixel, and are at least a pixel apart. An object of which nothing is
-    seen keeps its box, brought to whole pixels. z_where's own boxes are a pixel or two wider than
-    their objects all round, or cut them short: nothing in the loss holds them close.
+    ends at half the height of a blurred object, however dim that is, and a single bright texel has
+    a box of its own. Edges go to the nearest edge of a pixel, and are at least a pixel apart. An
+    object of which nothing is seen keeps its box, brought to whole pixels. z_where's own boxes are
+    a pixel or two wider than their objects all round, or cut them short: nothing in the loss holds
+    them close.
     """
     colour, alpha = maps[..., :3], maps[..., 3]
     difference = (colour - background.flatten(1)[:, None, None, None]).abs().amax(-1)

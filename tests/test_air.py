@@ -36,9 +36,9 @@ SIZE = 11, 9
 COUNTS = torch.tensor([2, 0, 3])
 
 
-def build(config: AIRConfig, **changes: Any) -> AIR:
+def build(config: AIRConfig, size: tuple[int, int] = SIZE, **changes: Any) -> AIR:
     torch.manual_seed(0)
-    model = AIR(replace(config, **changes), SIZE).double()
+    model = AIR(replace(config, **changes), size).double()
     for parameter in model.parameters():  # so that steps and images differ
         nn.init.normal_(parameter, std=0.4)
     return model
@@ -325,6 +325,29 @@ def test_tight_boxes_hold_what_is_drawn() -> None:
     assert len(apart) >= 12
     assert max(apart) <= 1.0, "the edge of a pixel that is half covered"
     assert sum(apart) / len(apart) < 0.35
+
+
+@pytest.mark.parametrize("contrast", [0.3, 0.45, 0.6, 0.75])
+def test_tight_boxes_end_at_a_share_of_the_most_light(contrast: float) -> None:
+    """As wide and high as the texels that are lit, on an image where that is many pixels."""
+    height, width = 121, 91
+    model = build(EXACT, size=(height, width), box_contrast=contrast)
+    rim = (torch.arange(6.0) - 2.5).abs()
+    with torch.no_grad():
+        last_bias(model.decoder)[:] = (8 - 4 * (rim[:, None] + rim)).expand(3, 6, 6).flatten()
+    pictures = torch.rand(20, 3, height, width, dtype=torch.float64)
+    steps = model._find(pictures, 3, None, None)
+    cut = 0
+    for b, item in enumerate(model.detect(pictures, threshold=0.0)):
+        for t, (x1, y1, x2, y2) in enumerate(item.boxes.tolist()):
+            light = steps.maps[b, t].amax(0)
+            lit = light > contrast * light.max()
+            texels = [int(lit.any(axis).nonzero().flatten().diff().sum()) + 1 for axis in (0, 1)]
+            w, h = (steps.scale[b, t] / 5).tolist()  # from the first of six texels to the last
+            assert x2 - x1 == pytest.approx(max(1, texels[0] * w * (width - 1)), abs=1)
+            assert y2 - y1 == pytest.approx(max(1, texels[1] * h * (height - 1)), abs=1)
+            cut += texels != [6, 6]
+    assert cut > 5
 
 
 def test_scores_are_the_chance_that_an_object_and_all_before_it_are_there() -> None:

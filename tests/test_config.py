@@ -78,6 +78,18 @@ def test_values_must_fit_each_other(data: dict[str, Any], message: str) -> None:
     assert f"data: {message}" in refusal({"data": data})
 
 
+@pytest.mark.parametrize(
+    ("name", "largest", "beyond"),
+    [("data.saturated", 0.49, 0.5), ("model.box_contrast", 0.99, 1.0)],
+)
+def test_shares_stay_below_their_limits(name: str, largest: float, beyond: float) -> None:
+    part, key = name.split(".")
+    folder = {"name": "folder", "path": "."} if part == "data" else {}
+    assert getattr(getattr(from_dict({part: {**folder, key: largest}}), part), key) == largest
+    for value in (beyond, -0.01):
+        assert name in refusal({part: {**folder, key: value}})
+
+
 @pytest.mark.parametrize("name", ["odds_start", "odds_end"])
 def test_no_odds_make_the_count_prior_certain(name: str) -> None:
     for extreme in (1e-6, 1e9):

@@ -207,6 +207,14 @@ def contains(picture: Tensor, part: Tensor) -> bool:
     return any(torch.equal(picture[:, y : y + height, x : x + width], part) for y, x in corners)
 
 
+def test_panels_and_sheets_enlarge_images_of_any_small_size() -> None:
+    image = dark_image(150, 256)
+    assert contains(panel(image, NONE, image), enlarged(image, 2))
+    image = dark_image(60, 100)
+    sheet = reconstruction_sheet(image[None], image[None], [NONE])
+    assert contains(sheet, enlarged(image, 2))
+
+
 def test_panel_is_bounded() -> None:
     image = dark_image(40, 60)
 

@@ -85,7 +85,7 @@ def test_crops_are_slices_from_everywhere(tmp_path: Path) -> None:
 
 def test_crops_are_slices_of_stretched_images(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 12), "b.png": (8, 9)})
-    images = [stretched(read_image(tmp_path / name), 0.2) for name in ("a.png", "b.png")]
+    images = [stretched(read_image(tmp_path / name), saturated=0.2) for name in ("a.png", "b.png")]
     assert all(int((image == 0).sum()) > 14 for image in images)
     folder = opened(tmp_path, saturated=0.2)
     crops = folder.batch(torch.arange(20)).images

@@ -278,6 +278,15 @@ def test_takes_images_of_any_size(model: SPAIR, height: int, width: int) -> None
     assert bool(model(images).total.isfinite().all())
 
 
+@pytest.mark.parametrize("contrast", [0.0, 0.3])
+def test_boxes_say_whether_they_are_in_whole_pixels(model: SPAIR, contrast: float) -> None:
+    model.config = replace(model.config, box_contrast=contrast)
+    for found in model.detect(torch.rand(2, 3, 24, 30), threshold=0.0):
+        assert len(found) > 0
+        assert found.whole_pixels == (contrast > 0)
+        assert torch.equal(found.boxes, found.boxes.round()) == (contrast > 0)
+
+
 def test_moving_the_image_by_a_cell_moves_the_boxes(model: SPAIR) -> None:
     config = replace(SMALL, lateral=False)
     torch.manual_seed(0)

@@ -148,7 +148,7 @@ class ImageFolder:
             InputError: a file is damaged.
         """
         for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
-            image = stretched(read_image(self._folder / name), self.config.saturated)
+            image = stretched(read_image(self._folder / name), saturated=self.config.saturated)
             truth = self._truth(name)
             if truth is not None:
                 truth = _clipped(truth, (0, 0, columns, rows))
