@@ -53,7 +53,7 @@ _MAX_HIDDEN = 0.4  # boxes or labels that a label may hide
 
 
 def legible_scale(height: int, width: int) -> int:
-    """The whole factor, up to 16, from which on the longer side has 384 pixels."""
+    """The least whole factor that makes the longer side 384 pixels or more; 16 at most."""
     return _enlargement(max(height, width), _LEGIBLE_SIDE)
 
 
