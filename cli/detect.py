@@ -81,11 +81,11 @@ def detect(
     chosen = choose_device(device)
     loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
     detector = from_checkpoint(loaded, chosen)
-    counts, saturated = told_counts(count, detector.config), loaded.config.data.saturated
+    counts, data = told_counts(count, detector.config), loaded.config.data
     found: list[tuple[str, int, Detections]] = []
     with counted("images", None, quiet=quiet) as show_done:
         for name, number, image in images:
-            batch = stretched(image, saturated=saturated)[None].to(chosen)
+            batch = stretched(image, black=data.black, white=data.white)[None].to(chosen)
             found.append((name, number, detector.detect(batch, threshold, counts=counts)[0]))
             show_done(len(found))
     text = _WRITERS[format_](found)

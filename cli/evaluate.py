@@ -74,6 +74,7 @@ def evaluate(
         split.value,
         chosen,
         threshold=threshold,
+        trained_on=settings.path == loaded.config.data.path,
         quiet=quiet,
     )
     if report is None:

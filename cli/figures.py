@@ -39,9 +39,13 @@ def measure(
     device: "torch.device",
     *,
     threshold: float = 0.5,
+    trained_on: bool = True,
     quiet: bool = False,
 ) -> "Report | None":
-    """The detector's figures on a split; None where nobody knows what is in the images."""
+    """The detector's figures on a split; None where nobody knows what is in the images.
+
+    `trained_on` says whether the detector was trained on this folder, where it is one.
+    """
     from spairkit.data.datasets import described, evaluation_batches, open_dataset
     from spairkit.evaluation import evaluate
 
@@ -51,7 +55,8 @@ def measure(
     total = None if data.name == "folder" else len(dataset)
     batches = evaluation_batches(dataset, _BATCH_SIZE)
     with counted(f"{split} images", total, quiet=quiet) as show_done:
-        return evaluate(detector, batches, threshold, show_done, measured_on=described(data, split))
+        words = described(data, split, trained_on=trained_on)
+        return evaluate(detector, batches, threshold, show_done, measured_on=words)
 
 
 def print_report(report: "Report") -> None:

@@ -193,6 +193,9 @@ def told_counts(count: int | None, model: "ModelConfig") -> "Tensor | None":  # 
     return torch.tensor([count])
 
 
+_AS_THEY_ARE = {"black": 0.0, "white": 1.0}
+
+
 def data_layer(word: str) -> dict[str, Any]:
     """The config values that `--data word` stands for; scenes are not stretched.
 
@@ -203,7 +206,7 @@ def data_layer(word: str) -> dict[str, Any]:
 
     names = [name for name in dataset_names() if name != "folder"]
     if word in names:
-        return {"data": {"name": word, "saturated": 0.0}}
+        return {"data": {"name": word, **_AS_THEY_ARE}}
     path = Path(word)
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
@@ -212,7 +215,7 @@ def data_layer(word: str) -> dict[str, Any]:
             "data": {
                 "name": "emnist" if "emnist" in path.name.lower() else "mnist",
                 "path": str(path.resolve()),
-                "saturated": 0.0,
+                **_AS_THEY_ARE,
             }
         }
     raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")

@@ -37,12 +37,14 @@ if TYPE_CHECKING:
     import torch
 
     from spairkit.config import Config
+    from spairkit.data.datasets import Dataset
     from spairkit.distributed import World
     from spairkit.runs import Run
     from spairkit.training import Step, Validation
 
 _LINE_EVERY_SECONDS = 10
 _PATIENCE_SECONDS = 3.0
+_NARROW = 0.5  # of the range of intensities
 
 
 class Select(StrEnum):
@@ -122,7 +124,9 @@ def train(
                 over = layers(config, _options(model, data, steps, seed, select), set_)
                 settings = _resumed(resume, preset, over) if resume else _new(preset, over)
                 check(settings, chosen, world.size)
-                open_splits(settings)  # what is wrong with it shows before a run is made
+                images, _ = open_splits(settings)  # what is wrong shows before a run is made
+                if not (resume or quiet or json):
+                    _say_if_dim(images)
                 run = Run.open(resume) if resume else Run.create(out, settings)
                 stack.enter_context(run.lock())
                 saved = _last_step(run)
@@ -243,6 +247,20 @@ def _options(
         **(data_layer(data) if data else {}),
         **({"train": loop} if loop else {}),
     }
+
+
+def _say_if_dim(images: "Dataset") -> None:
+    """Says which levels would stretch a folder's images, where they use little of the range."""
+    from spairkit.data.folder import ImageFolder
+
+    if not isinstance(images, ImageFolder) or (images.config.black, images.config.white) != (0, 1):
+        return
+    low, high = (float(f"{level:.3g}") for level in images.levels())
+    if low < high < low + _NARROW:
+        say(
+            f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; where "
+            f"objects are missed, try --set data.black={low:g} --set data.white={high:g}"
+        )
 
 
 def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":

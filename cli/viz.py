@@ -50,12 +50,12 @@ def viz(
 
     pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
     loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
-    chosen = choose_device(device)
+    data, chosen = loaded.config.data, choose_device(device)
     detector = from_checkpoint(loaded, chosen)
     counts = told_counts(count, detector.config)
     drawn = []
     for path, pixels, output in zip(images, pictures, outputs, strict=True):
-        image = stretched(to_colour(pixels), saturated=loaded.config.data.saturated).contiguous()
+        image = stretched(to_colour(pixels), black=data.black, white=data.white).contiguous()
         batch = image[None].to(chosen)
         found = detector.detect(batch, threshold, counts=counts)[0]
         objects = detector.appearance(batch, threshold, counts=counts)[0].cpu()

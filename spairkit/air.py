@@ -172,7 +172,7 @@ class AIR(nn.Module):
         boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
         if contrast:
             black = images.new_zeros(len(images), 3, 1, 1)
-            boxes = tighten(boxes, _opaque(objects.maps), black, contrast)
+            boxes = tighten(boxes, _opaque(objects.maps), black, contrast, self.size)
         return [
             Detections(
                 boxes=boxes[b, on].float().cpu(),

@@ -50,9 +50,10 @@ class DataConfig:
     """Of the glyphs; `random` draws a bright colour for each."""
     background: Literal["black", "random"] = "black"
     """`random` draws one dark colour for each image."""
-    saturated: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
-    """Of `folder`: each image's intensities are stretched until this share of its pixels is cut off
-    at 0, and as many at 1; 0 leaves them as they are."""
+    black: Unit = 0.0
+    """Of `folder`: intensities from here, as a share of what the file could hold, ..."""
+    white: Unit = 1.0
+    """... to here are stretched to 0 to 1, and what lies beyond is cut off."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Scenes of the validation split; a folder's are its own files."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
@@ -65,8 +66,10 @@ class DataConfig:
             raise ValueError(
                 f"min_objects ({self.min_objects}) must not exceed max_objects ({self.max_objects})"
             )
-        if self.saturated and self.name != "folder":
-            raise ValueError("saturated must be 0, as only images of a folder are stretched")
+        if self.black >= self.white:
+            raise ValueError(f"black ({self.black:g}) must be less than white ({self.white:g})")
+        if self.name != "folder" and (self.black, self.white) != (0, 1):
+            raise ValueError("black must be 0 and white 1: only images of a folder are stretched")
         side = self.glyph_size + self.glyph_jitter
         if self.name != "folder" and side > min(self.image_height, self.image_width):
             raise ValueError(

@@ -12,7 +12,6 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -112,58 +111,20 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     return scaled.expand(3, -1, -1)
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Which intensities of an image become 0 and 1; by default those that are."""
+def stretched(image: Tensor, *, black: float, white: float) -> Tensor:  # any shape, in [0, 1]
+    """Intensities from `black` to `white` brought to 0 to 1; what lies beyond is cut off.
 
-    low: float = 0.0
-    high: float = 1.0
+    So a model whose run has `data.black` and `data.white` saw the images that it was trained on,
+    and so `spairkit detect` shows it others. A model that is loaded from Python does not know them.
 
-    @classmethod
-    def of(cls, image: Tensor, saturated: float) -> "Levels":
-        """Those that cut off a share of an image's pixels at 0, and as many at 1.
-
-        A pixel is cut off at 0 where its darkest channel is, at 1 where its lightest is, so that
-        all channels have the same levels and colours stay what they are. Where so much of an
-        image is of one intensity that both levels fall on it, they are its least and its greatest.
-        An image of a single intensity is left as it is.
-
-        Args:
-            image: [3, H, W] in [0, 1].
-            saturated: the share, at each end, in [0, .5); 0 leaves the image as it is.
-
-        Raises:
-            ValueError: the image has another shape, or the share lies outside.
-        """
-        if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-            raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
-        if not 0 <= saturated < 0.5:
-            raise ValueError(f"saturated must lie in [0, 0.5), got {saturated}")
-        if not saturated:
-            return cls()
-        darkest, lightest = image.amin(0).flatten(), image.amax(0).flatten()
-        rank = round(saturated * (len(darkest) - 1))
-        low = float(darkest.kthvalue(1 + rank).values)
-        high = float(lightest.kthvalue(len(lightest) - rank).values)
-        if low >= high:
-            low, high = float(darkest.min()), float(lightest.max())
-        return cls(low, high) if low < high else cls()
-
-    def stretch(self, image: Tensor) -> Tensor:  # any shape, in [0, 1]
-        """The image or a part of it, in [0, 1]; what lies beyond a level is cut off."""
-        if self == Levels():
-            return image
-        return ((image - self.low) / (self.high - self.low)).clamp(0, 1)
-
-
-def stretched(image: Tensor, *, saturated: float) -> Tensor:  # [3, H, W] in [0, 1]
-    """An image as a model with `data.saturated` saw those that it was trained on.
-
-    A model that is loaded from Python does not know that share: its images have to be stretched
-    before `detect`, as `spairkit detect` does it. Shapes, ranges and errors are those of
-    `Levels.of`.
+    Raises:
+        ValueError: not 0 <= black < white <= 1.
     """
-    return Levels.of(image, saturated).stretch(image)
+    if not 0 <= black < white <= 1:
+        raise ValueError(f"black and white must lie in order in [0, 1], got {black} and {white}")
+    if (black, white) == (0, 1):
+        return image
+    return ((image - black) / (white - black)).clamp(0, 1)
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -47,7 +47,8 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
     """The detector in a run folder, a checkpoint folder or its model file.
 
-    It takes images as they are: for a run with `data.saturated`, `spairkit.images.stretched` ones.
+    It takes images as they are: for a run with `data.black` and `data.white` give it those that
+    `spairkit.images.stretched` makes.
 
     Raises:
         InputError: nothing is there, or it is damaged, foreign or of another version.

@@ -161,7 +161,8 @@ class SPAIR(nn.Module):
         boxes = latents.boxes
         if self.config.box_contrast:
             maps = self._decode(latents.what)
-            boxes = tighten(boxes, maps, background, self.config.box_contrast)
+            size = images.shape[-2], images.shape[-1]
+            boxes = tighten(boxes, maps, background, self.config.box_contrast, size)
         return [
             Detections(
                 boxes=boxes[b, on].float().cpu(),

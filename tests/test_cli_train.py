@@ -402,25 +402,32 @@ def test_images_are_stretched_as_those_of_training_were(run: Runner, tmp_path: P
     for index in range(3):
         write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40) * 0.3 + 0.2)
     words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "dim", "--steps", "2"]
-    assert run("train", *words, "--set", "data.saturated=0.05").status == 0
-    model = load("dim")
+    ended = run("train", *words)
+    assert ended.status == 0
+    black, white = re.findall(r"--set data\.(?:black|white)=([.\d]+)", ended.err)
+    assert (float(black), float(white)) == pytest.approx((0.23, 0.49), abs=0.03)
+    words[words.index("dim")] = "stretched"
+    ended = run("train", *words, "--set", f"data.black={black}", "--set", f"data.white={white}")
+    assert ended.status == 0
+    assert "data.black" not in ended.err
+    model = load("stretched")
     image = read_image(tmp_path / "1.png")
-    scores = [
-        model.detect(picture[None], 0.0)[0].scores
-        for picture in (stretched(image, saturated=0.05), image)
-    ]
-    words = ["--checkpoint", "dim", "--threshold", "0"]
+    bright = stretched(image, black=float(black), white=float(white))
+    scores = [model.detect(picture[None], 0.0)[0].scores for picture in (bright, image)]
+    words = ["--checkpoint", "stretched", "--threshold", "0"]
     found = json.loads(run("detect", tmp_path / "1.png", *words).out)
     assert [one["score"] for one in found] == pytest.approx(scores[0].tolist())
     assert [one["score"] for one in found] != pytest.approx(scores[1].tolist())
-    assert run("viz", tmp_path / "1.png", "--checkpoint", "dim", "--out", "dim.png").status == 0
-    batch = stretched(image, saturated=0.05)[None]
+    assert (
+        run("viz", tmp_path / "1.png", "--checkpoint", "stretched", "--out", "dim.png").status == 0
+    )
+    batch = bright[None]
     expected = panel(
         batch[0], model.detect(batch)[0], model.reconstruct(batch)[0], model.appearance(batch)[0]
     )
     write_png("expected.png", expected)
     assert torch.equal(read_image("dim.png"), read_image("expected.png"))
-    assert run("eval", "--checkpoint", "dim", "--data", "digits").status == 0  # as they are
+    assert run("eval", "--checkpoint", "stretched", "--data", "digits").status == 0  # as they are
 
 
 def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) -> None:

@@ -85,14 +85,33 @@ def test_crops_are_slices_from_everywhere(tmp_path: Path) -> None:
 
 def test_crops_are_slices_of_stretched_images(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 12), "b.png": (8, 9)})
-    images = [stretched(read_image(tmp_path / name), saturated=0.2) for name in ("a.png", "b.png")]
-    assert all(int((image == 0).sum()) > 14 for image in images)
-    folder = opened(tmp_path, saturated=0.2)
+    images = [
+        stretched(read_image(tmp_path / name), black=0.2, white=0.7) for name in ("a.png", "b.png")
+    ]
+    assert all(int((image == level).sum()) > 30 for image in images for level in (0, 1))
+    folder = opened(tmp_path, black=0.2, white=0.7)
     crops = folder.batch(torch.arange(20)).images
     assert all(any(place(crop, image) for image in images) for crop in crops)
     assert all(
         torch.equal(one[2], image) for one, image in zip(folder.images(), images, strict=True)
     )
+
+
+def test_levels_leave_out_a_hundredth_at_either_end(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(40, 90, (3, 50, 60, 3)).astype(np.uint8)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    low, high = opened(tmp_path, black=0.1).levels()
+    expected = np.quantile(images.min(-1), 0.01), np.quantile(images.max(-1), 0.99)
+    assert (low, high) == pytest.approx((expected[0] / 255, expected[1] / 255))
+
+
+def test_levels_of_specks_on_one_intensity_are_its_range(tmp_path: Path) -> None:
+    image = np.full((50, 60), 7, dtype=np.uint8)
+    image[10, 20], image[30, 40] = 90, 3
+    Image.fromarray(image).save(tmp_path / "a.png")
+    assert opened(tmp_path).levels() == pytest.approx((3 / 255, 90 / 255))
 
 
 def test_small_images_are_continued_with_their_last_pixels(tmp_path: Path) -> None:

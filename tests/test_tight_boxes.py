@@ -13,7 +13,7 @@ def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:
     boxes = torch.rand(2, 5, 4) * 10
     boxes[..., 2:] += boxes[..., :2] + 9
     background = torch.tensor([[0.1, 0.2, 0.3], [0.0, 0.0, 0.0]])[:, :, None, None]
-    actual = tighten(boxes, maps, background, 0.2)
+    actual = tighten(boxes, maps, background, 0.2, (30, 30))
     for b in range(2):
         for k in range(5):
             contrasts = {}
@@ -32,10 +32,18 @@ def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:
             assert actual[b, k].tolist() == [*start, *np.maximum(stop, start + 1)]
 
 
+def test_boxes_end_at_the_rim_of_the_image() -> None:
+    boxes = torch.tensor([[-3.0, -0.3, 5.0, 6.0], [8.0, 5.0, 14.0, 12.0], [-9.0, 20.0, -2.0, 30.0]])
+    maps = torch.ones(1, 3, 4, 4, 4)
+    found = tighten(boxes[None], maps, torch.zeros(1, 3, 1, 1), 0.05, (10, 12))[0].tolist()
+    assert found == [[0, 0, 5, 6], [8, 5, 12, 10], [0, 9, 1, 10]]
+    assert str(found[0][1]) == "0.0"
+
+
 def test_a_thin_object_gets_a_box_of_a_pixel() -> None:
     boxes = torch.tensor([[[3.3, 3.3, 3.4, 9.0]]])
     maps = torch.ones(1, 1, 4, 4, 4)
-    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05)
+    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05, (20, 20))
     assert found.tolist() == [[[3.0, 3.0, 4.0, 9.0]]]
 
 
@@ -46,12 +54,12 @@ def test_a_dim_object_gets_the_box_of_a_bright_one() -> None:
     boxes = torch.tensor([[[10.0, 20.0, 23.0, 33.0]] * 3])
     maps = torch.ones(1, 3, 13, 13, 4)
     maps[..., :3] = (torch.tensor([1.0, 0.3, 0.02])[:, None, None] * spot)[None, ..., None]
-    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.5)
+    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.5, (40, 40))
     assert found.tolist() == [[[14.0, 24.0, 19.0, 29.0]] * 3]  # 8 ln 2 is 5.5: two texels each way
 
 
 def test_an_object_that_cannot_be_seen_keeps_its_box() -> None:
     boxes = torch.tensor([[[1.2, 2.4, 5.0, 8.9]]])
     maps = torch.zeros(1, 1, 4, 4, 4)
-    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05)
+    found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05, (20, 20))
     assert found.tolist() == [[[1.0, 2.0, 5.0, 9.0]]]

@@ -32,11 +32,15 @@ def open_dataset(config: DataConfig, split: Split, device: torch.device | str = 
     return kind(config, split, device)
 
 
-def described(data: DataConfig, split: str) -> str:
-    """The images of a split in words, for `Report.measured_on`."""
+def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:
+    """The images of a split in words, for `Report.measured_on`.
+
+    `trained_on` says whether some of a folder's were trained on.
+    """
     if data.name == "folder":
         if split == "test":
-            return f"all images of {data.path}, those for training included"
+            included = ", those for training included" if trained_on else ""
+            return f"all images of {data.path}{included}"
         return f"{split} images of {data.path}"
     glyphs = (
         "UCI optical digits" if data.name == "digits" else f"{data.name}, {Path(data.path).name}"

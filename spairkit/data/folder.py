@@ -17,7 +17,6 @@ from spairkit.data.scenes import Batch
 from spairkit.detections import Truth
 from spairkit.errors import InputError
 from spairkit.images import (
-    Levels,
     image_size,
     list_images,
     printable,
@@ -32,6 +31,8 @@ ANNOTATIONS = "annotations.json"
 _CACHE_BYTES = 1 << 29
 # crops drawn from one choice of images, where not all can be kept in memory
 _WINDOW = 4096
+# files, and pixels of each, whose intensities tell those of all
+_LOOKED_AT, _PIXELS_LOOKED_AT = 16, 1 << 18
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CROPS, _WINDOWS = range(2)
 _FILE, _TOP, _LEFT = range(3)
@@ -52,7 +53,7 @@ class ImageFolder:
     512 MiB; where the split needs more, each 4,096 indices in turn share as many files as fit, so
     that a file is decoded once for many crops.
 
-    Intensities are stretched as `config.saturated` says, those of a crop by the whole image's.
+    Intensities are stretched as `config.black` and `config.white` say.
 
     Truth comes from `annotations.json` (COCO) in the folder, if it is there. Its boxes are
     clipped to the image or the crop.
@@ -86,7 +87,7 @@ class ImageFolder:
             if name in annotated:
                 _refuse_misfits(annotations, name, size, annotated[name])
         largest = max(3 * height * width for height, width in self._sizes)
-        self._cache: OrderedDict[int, tuple[Tensor, Levels]] = OrderedDict()
+        self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cached_bytes = 0
         self._kept = len(self._names)
         if sum(3 * height * width for height, width in self._sizes) > _CACHE_BYTES:
@@ -126,9 +127,8 @@ class ImageFolder:
             rows, columns = self._sizes[file]
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
-            pixels, levels = self._decoded(file)
-            crop = to_colour(pixels[:, top : top + height, left : left + width])
-            crops.append(_continued(levels.stretch(crop), height, width))
+            crop = self._pixels(file)[:, top : top + height, left : left + width]
+            crops.append(_continued(self._stretched(to_colour(crop)), height, width))
             truth = self._truth(self._names[file])
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
@@ -148,16 +148,39 @@ class ImageFolder:
             InputError: a file is damaged.
         """
         for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
-            image = stretched(read_image(self._folder / name), saturated=self.config.saturated)
+            image = self._stretched(read_image(self._folder / name))
             truth = self._truth(name)
             if truth is not None:
                 truth = _clipped(truth, (0, 0, columns, rows))
             yield name, self._numbers[name], image.to(self.device), truth
 
+    def levels(self) -> tuple[float, float]:
+        """Between which intensities, as they are stored, all but 1 % of the pixels at each end lie.
+
+        A pixel is as dark as its darkest channel and as light as its lightest. Of 16 files at
+        most. Where so many pixels are of one intensity that both levels fall on it: the least
+        and the greatest.
+
+        Raises:
+            InputError: a file is damaged.
+        """
+        darkest, lightest = [], []
+        for file in range(0, len(self._names), -(-len(self._names) // _LOOKED_AT)):
+            image = to_colour(self._pixels(file))
+            every = -(-image[0].numel() // _PIXELS_LOOKED_AT)
+            darkest.append(image.amin(0).flatten()[::every])
+            lightest.append(image.amax(0).flatten()[::every])
+        dark, light = torch.cat(darkest), torch.cat(lightest)
+        low, high = float(dark.quantile(0.01)), float(light.quantile(0.99))
+        return (low, high) if low < high else (float(dark.min()), float(light.max()))
+
+    def _stretched(self, image: Tensor) -> Tensor:
+        return stretched(image, black=self.config.black, white=self.config.white)
+
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None
 
-    def _decoded(self, file: int) -> tuple[Tensor, Levels]:
+    def _pixels(self, file: int) -> Tensor:
         """The decoded file, from memory if it is there; what was used longest ago makes room."""
         if file in self._cache:
             self._cache.move_to_end(file)
@@ -166,13 +189,12 @@ class ImageFolder:
         pixels = read_pixels(path)
         if tuple(pixels.shape[1:]) != self._sizes[file]:
             raise InputError(f"{printable(path)}: changed while it was in use; start again")
-        levels = Levels.of(to_colour(pixels), self.config.saturated)
-        self._cache[file] = pixels, levels
+        self._cache[file] = pixels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
-            _, (oldest, _) = self._cache.popitem(last=False)
+            _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
-        return pixels, levels
+        return pixels
 
 
 def stacked(
