@@ -284,4 +284,4 @@ def test_damaged_files_give_glyphs_or_a_reason(tmp_path: Path, form: str) -> Non
 def test_a_file_is_emnist_by_its_name(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     path.touch()
-    assert data_layer(str(path)) == {"data": {"name": kind, "path": str(path)}}
+    assert data_layer(str(path))["data"].items() >= {"name": kind, "path": str(path)}.items()
