@@ -304,6 +304,11 @@ def test_detect_writes_results_that_coco_reads(run: Runner, workplace: Path) -> 
     truth.loadRes("found.json")
 
     assert json.loads(run(*words).out) == found
+    files = sorted(Path("for-coco").glob("*.png"))
+    alone = json.loads(run("detect", *files, *words[2:]).out)
+    assert [(one["bbox"], one["score"]) for one in alone] == [
+        (one["bbox"], one["score"]) for one in found
+    ]
     lines = run(*words, "--format", "csv").out.splitlines()
     assert lines[0] == "image,image_id,x1,y1,x2,y2,score"
     assert len(lines) == 1 + len(found)
