@@ -143,7 +143,7 @@ def _begin(out: Path | None, asked: dict[str, Any]) -> "tuple[Path, Settings]":
     from spairkit.experiments.settings import MODELS, OBJECTS, settings_from
     from spairkit.experiments.settings import to_json as plain
     from spairkit.presets import DEFAULT
-    from spairkit.runs import next_folder
+    from spairkit.storage.runs import next_folder
 
     before = read_settings(out) if out is not None else None
     if before is not None and out is not None:
@@ -203,7 +203,7 @@ def _follow(
     """Shows what happens while the runs are made."""
     from spairkit.experiments.compare import Finished, Probing, Started
     from spairkit.experiments.compare import compare as run_all
-    from spairkit.training import Step
+    from spairkit.training.loop import Step
 
     tasks = settings.tasks()
     finished, line_at = 0, 0.0
@@ -243,9 +243,9 @@ def _follow(
 
 def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
     """Writes table.txt, results.json and figure.png, and prints the table or the JSON."""
-    from spairkit.durable import write_bytes, write_text
     from spairkit.experiments.picture import draw_comparison
     from spairkit.experiments.table import summary, tabulated
+    from spairkit.storage.durable import write_bytes, write_text
 
     rows = tabulated(settings, folder)
     values = {"comparison": str(folder), **summary(settings, rows)}

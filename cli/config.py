@@ -48,7 +48,7 @@ def copy(
 ) -> None:
     """Write every setting to a new TOML file, to be edited and given to `train --config`."""
     from spairkit.config_values import to_toml
-    from spairkit.durable import write_text
+    from spairkit.storage.durable import write_text
 
     if file.exists():
         raise InputError(f"{file}: exists already; name a new file")

@@ -68,8 +68,8 @@ def make(
     import torch
 
     from spairkit.data.datasets import open_dataset
-    from spairkit.durable import write_folder, write_text
     from spairkit.images import write_png
+    from spairkit.storage.durable import write_folder, write_text
 
     scenes = open_dataset(settings, "test")
     write_folder(out, {})

@@ -73,9 +73,9 @@ def detect(
             raise InputError(f"{path}: no such image or folder")
     if out is not None:
         check_output(out)
-    from spairkit.checkpoints import load_checkpoint
     from spairkit.images import stretched
-    from spairkit.models import from_checkpoint
+    from spairkit.models.loading import from_checkpoint
+    from spairkit.storage.checkpoints import load_checkpoint
 
     images = _images(paths)  # one that is no picture shows before any work
     chosen = choose_device(device)
@@ -92,7 +92,7 @@ def detect(
     if out is None:
         typer.echo(text, nl=False)
         return
-    from spairkit.durable import write_text
+    from spairkit.storage.durable import write_text
 
     write_text(out, text)
     objects = several(sum(len(detections) for _, _, detections in found), "object")

@@ -84,8 +84,8 @@ def _try_backend(backend: Literal["torch", "cpu", "triton"], device: str) -> str
 
 
 def _try_model() -> str:
-    from spairkit.models import load
-    from spairkit.runs import pretrained
+    from spairkit.models.loading import load
+    from spairkit.storage.runs import pretrained
 
     try:
         load(pretrained())

@@ -61,9 +61,9 @@ def evaluate(
         raise InputError(f"--set {others[0]}: only data can be set here, as data.max_objects=5")
     if out is not None:
         check_output(out)
-    from spairkit.checkpoints import load_checkpoint
-    from spairkit.durable import write_text
-    from spairkit.models import from_checkpoint
+    from spairkit.models.loading import from_checkpoint
+    from spairkit.storage.checkpoints import load_checkpoint
+    from spairkit.storage.durable import write_text
 
     loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
     settings = _data(loaded.config, over)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from spairkit.checkpoints import Checkpoint
     from spairkit.config import ModelConfig
+    from spairkit.storage.checkpoints import Checkpoint
 
 
 class Device(StrEnum):
@@ -127,7 +127,7 @@ def choose_checkpoint(given: Path | None) -> Path:
     Raises:
         InputError: `last` or `best` is asked for, and there is no run.
     """
-    from spairkit.runs import ROOT, newest_run, pretrained
+    from spairkit.storage.runs import ROOT, newest_run, pretrained
 
     if given is not None and (given.exists() or str(given) not in ("last", "best")):
         return given
@@ -151,7 +151,7 @@ def choose_device(device: Device) -> "torch.device":
     """
     import torch
 
-    from spairkit.precision import set_precision
+    from spairkit.training.process import set_precision
 
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; `spairkit doctor` says more")

@@ -13,7 +13,7 @@ def report(
 ) -> None:
     """Write report.html into a run's folder: figures, curves, pictures, settings."""
     from spairkit.report.page import write_report
-    from spairkit.runs import ROOT, newest_run
+    from spairkit.storage.runs import ROOT, newest_run
 
     folder = run or newest_run()
     if folder is None:

@@ -32,7 +32,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from spairkit.sweeps import Ended, Progress, Sweep, Trial
+    from spairkit.sweeps.sweep import Ended, Progress, Sweep, Trial
 
 PICTURE = "sweep.png"
 
@@ -143,8 +143,8 @@ def _begun(
         InputError: it is not.
     """
     from spairkit.config_values import from_dict, merge, model_kind, to_dict
-    from spairkit.search_space import load_space
-    from spairkit.sweeps import Sweep
+    from spairkit.sweeps.search_space import load_space
+    from spairkit.sweeps.sweep import Sweep
 
     found = Sweep.find(out, storage) if out is not None else None
     if found is not None:
@@ -167,9 +167,9 @@ def _begin(
 ) -> "Sweep":
     from spairkit.data.datasets import open_dataset
     from spairkit.presets import resolve
-    from spairkit.search_space import default_space, load_space
-    from spairkit.sweep_study import Definition
-    from spairkit.sweeps import Sweep
+    from spairkit.sweeps.search_space import default_space, load_space
+    from spairkit.sweeps.study import Definition
+    from spairkit.sweeps.sweep import Sweep
 
     settings = resolve(choose_preset(preset, over), *over)
     tried = load_space(space, settings) if space else default_space(settings)
@@ -190,8 +190,8 @@ def _work(
     quiet: bool,
 ) -> None:
     """Shows what happens while the trials are made."""
-    from spairkit.sweep_processes import work_in_processes
-    from spairkit.sweeps import Ended, Progress
+    from spairkit.sweeps.processes import work_in_processes
+    from spairkit.sweeps.sweep import Ended, Progress
 
     with progress_bar(quiet=quiet) as bar:
         tasks: dict[int, Any] = {}
@@ -229,10 +229,10 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
     """The results as JSON and as a picture in the sweep's folder; gives those for JSON."""
     from dataclasses import asdict
 
-    from spairkit.durable import write_bytes, write_text
     from spairkit.report.trials import trials_chart
-    from spairkit.search_space import Range, as_word
-    from spairkit.sweeps import RESULTS
+    from spairkit.storage.durable import write_bytes, write_text
+    from spairkit.sweeps.search_space import Range, as_word
+    from spairkit.sweeps.sweep import RESULTS
 
     complete = [(trial, trial.figure) for trial in trials if trial.figure is not None]
     space = sweep.definition.space.settings

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from spairkit.config import Config
     from spairkit.data.datasets import Dataset
-    from spairkit.distributed import World
-    from spairkit.runs import Run
-    from spairkit.training import Step, Validation
+    from spairkit.storage.runs import Run
+    from spairkit.training.distributed import World
+    from spairkit.training.loop import Step, Validation
 
 _LINE_EVERY_SECONDS = 10
 _PATIENCE_SECONDS = 3.0
@@ -109,12 +109,12 @@ def train(
         raise InputError("--out names a new run and --resume an old one; give one of them")
     from spairkit.config_values import from_toml, to_toml
     from spairkit.data.datasets import open_splits
-    from spairkit.distributed import joined
-    from spairkit.durable import write_text
-    from spairkit.models import load
+    from spairkit.models.loading import load
     from spairkit.report.page import write_report
-    from spairkit.runs import Run
-    from spairkit.training import check, fit
+    from spairkit.storage.durable import write_text
+    from spairkit.storage.runs import Run
+    from spairkit.training.distributed import joined
+    from spairkit.training.loop import check, fit
 
     run, saved, shared = None, None, b""
     ending = 0  # the same in all processes: the number of a signal, or 1 when the time is over
@@ -276,7 +276,7 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
         InputError: there is no run, or a setting is asked for that is not the run's.
     """
     from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
-    from spairkit.runs import Run
+    from spairkit.storage.runs import Run
 
     config = Run.open(path).config
     kind = model_kind(merge(*over))
@@ -299,7 +299,7 @@ def _follow(
     events: "Iterable[Step | Validation]", run: "Run", step: int, *, quiet: bool
 ) -> tuple[int, dict[str, float]]:
     """Shows what happens from `step` on; gives the last step and the last validation's figures."""
-    from spairkit.training import Step
+    from spairkit.training.loop import Step
 
     figures: dict[str, float] = {}
     losses, line_at = "", 0.0

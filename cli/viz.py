@@ -43,10 +43,10 @@ def viz(
     outputs = _outputs(images, out)
     for output in outputs:
         check_output(output)
-    from spairkit.checkpoints import load_checkpoint
-    from spairkit.drawing import panel
     from spairkit.images import read_pixels, stretched, to_colour, write_png
-    from spairkit.models import from_checkpoint
+    from spairkit.models.loading import from_checkpoint
+    from spairkit.report.drawing import panel
+    from spairkit.storage.checkpoints import load_checkpoint
 
     pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
     loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)

@@ -1,4 +1,4 @@
-"""Numba twin of `spairkit.cell_loop`, float32: all waves of some images in one call each way.
+"""Numba twin of `spairkit.models.cell_loop` in float32: one call forward, one backward.
 
 The images of a call, n of them, are those of one thread, and no two calls share a row. Row
 start * K + place * n + (image - start) belongs to a cell and an image: the cells of a wave lie one
@@ -29,14 +29,14 @@ _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
-_DEPTH_SCALE = np.float32(4.0)  # as in spairkit.cell_steps
+_DEPTH_SCALE = np.float32(4.0)  # as in spairkit.models.cell_steps
 _BOX = 4
 
 Array = NDArray[Any]
 
 
 class Grid(NamedTuple):
-    """Which cell is worked out when: `spairkit.wavefront` as arrays of int64."""
+    """Which cell is worked out when: `spairkit.models.wavefront` as arrays of int64."""
 
     starts: Array  # [waves + 1] the first place of each wave, then K
     order: Array  # [K] the raster index of each place
@@ -319,7 +319,7 @@ def cells_forward(
     depth,
     pres,
     contexts,  # [R, 4 V], or no columns; to be filled
-    record,  # [B, K, 3 M + 6], columns as in `spairkit.latents.unpack`; to be filled
+    record,  # [B, K, 3 M + 6], columns as in `spairkit.models.latents.unpack`; to be filled
 ):
     """Latents of the images from start to stop, and what their gradients will need."""
     starts, order = grid.starts, grid.order

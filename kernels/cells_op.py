@@ -1,9 +1,9 @@
 """The compiled loop over cells as one function of torch with a gradient, for the CPU and float32.
 
-Weights come in the order of `spairkit.cell_loop`: those of the first layers for the context, then
-for where, depth and pres those of the first layer for the network's own inputs, then weight and
-bias of the second and of the last layer, and at last weight and bias of each layer of the encoder,
-which has two at least.
+Weights come in the order of `spairkit.models.cell_loop`: those of the first layers for the
+context; for where, depth and pres those of the first layer for the network's own inputs, then
+weight and bias of the second and of the last layer; last, weight and bias of each layer of the
+encoder, which has at least two.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def encode_cells_cpu(
     jitter: Tensor,  # [B, K] standard logistic
     edge: Tensor | None,  # [V]
     weights: list[Tensor],
-) -> Tensor:  # [B, K, 3 M + 6], columns as in `spairkit.latents.unpack`
+) -> Tensor:  # [B, K, 3 M + 6], columns as in `spairkit.models.latents.unpack`
     """Latents in raster order, with gradients to products, edge and weights.
 
     Raises:

@@ -1,7 +1,7 @@
 """Triton twin of the placement of squares: one launch, in which a program lays out one scene.
 
 A program makes all attempts, each with all squares in turn, so that the host need not know which
-scenes must be begun anew. All arithmetic is on integers, and equals that of `spairkit.data.scatter`
+scenes must be begun anew. All arithmetic is on integers, and equals that of `spairkit.data.scenes`
 and `spairkit.data.hashing` to the bit; there is the rule explained.
 """
 

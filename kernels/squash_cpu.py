@@ -1,4 +1,4 @@
-"""The squash of `spairkit.densities`, a sigmoid of clipped logits, for compiled kernels."""
+"""The squash of `spairkit.models.densities`, a sigmoid of clipped logits, for compiled kernels."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from spairkit.kernels.threads import inlined
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-_LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.densities
+_LOGIT_LIMIT = np.float32(10.0)  # as in spairkit.models.densities
 
 
 @inlined

@@ -59,13 +59,3 @@ class Detector(Protocol):
     ) -> list[Tensor]:
         """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
         ...
-
-
-def check_images(images: Tensor) -> None:
-    """Raises ValueError where `images` is no batch of images: [B, 3, H, W], floating-point."""
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
-        )
-    if not images.is_floating_point():
-        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from spairkit.durable import write_bytes
 from spairkit.errors import InputError
+from spairkit.storage.durable import write_bytes
 
 MAX_PIXELS = 64_000_000
 """The largest image that is read."""
@@ -125,6 +125,20 @@ def stretched(image: Tensor, *, black: float, white: float) -> Tensor:  # any sh
     if (black, white) == (0, 1):
         return image
     return ((image - black) / (white - black)).clamp(0, 1)
+
+
+def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
+    """The 8-bit colour that most pixels have, in [0, 1] (docs/model.md 4.4, mode "mode").
+
+    Args:
+        images: float in [0, 1], or uint8. Of equally common colours the one with the least red
+            is taken, then green, then blue.
+    """
+    levels = images if images.dtype == torch.uint8 else (images * 255).round()
+    red, green, blue = levels.long().unbind(-3)
+    values, counts = ((red << 16) + (green << 8) + blue).flatten().unique(return_counts=True)
+    code = values[counts.argmax()]
+    return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
 
 
 def image_size(path: Path | str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.affine import cut, place
+from spairkit.models.affine import cut, place
 
 
 def sample(image: list[list[float]], row: float, column: float) -> float:

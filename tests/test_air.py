@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.relaxed_bernoulli import LogitRelaxedBernoulli
 
-from spairkit import affine
-from spairkit.air import AIR, _before_stop, _concrete_log_density, _Noise, _Objects
 from spairkit.config import AIRConfig
-from spairkit.elbo import Losses
 from spairkit.errors import InputError
-from spairkit.sampling import Part
+from spairkit.models import affine
+from spairkit.models.air import AIR, _before_stop, _concrete_log_density, _Noise, _Objects
+from spairkit.models.elbo import Losses
+from spairkit.models.noise import Part
 
 SMALL = AIRConfig(
     units=10,

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spairkit import densities
 from spairkit.benchmarks import plain, steps, targets
 from spairkit.benchmarks.steps import PARTS, Case, check, run
 from spairkit.benchmarks.targets import (
@@ -30,8 +29,9 @@ from spairkit.config import Config, DataConfig
 from spairkit.config_values import from_dict, merge
 from spairkit.errors import InputError
 from spairkit.images import write_png
+from spairkit.models import densities
 from spairkit.presets import resolve
-from spairkit.training import Validation, fit
+from spairkit.training.loop import Validation, fit
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spairkit import backends
 from spairkit.config import SPAIRConfig
-from spairkit.latents import Latents, Noise
-from spairkit.spair import SPAIR
+from spairkit.models.latents import Latents, Noise
+from spairkit.models.spair import SPAIR
 
 SMALL = SPAIRConfig(
     backbone_channels=(8,),

@@ -17,10 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from spairkit.checkpoints import environment, load_checkpoint, save_checkpoint
 from spairkit.config import Config, DataConfig
-from spairkit.durable import remove_folder, replace_link
 from spairkit.errors import InputError
+from spairkit.storage.checkpoints import environment, load_checkpoint, save_checkpoint
+from spairkit.storage.durable import remove_folder, replace_link
 
 CONFIG = Config(preset="quick", data=DataConfig(max_objects=4))
 

@@ -26,7 +26,7 @@ from spairkit.cli.options import choose_checkpoint
 from spairkit.config_values import from_toml
 from spairkit.errors import InputError
 from spairkit.presets import names, resolve
-from spairkit.runs import Run, pretrained
+from spairkit.storage.runs import Run, pretrained
 
 COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config", "report")
 

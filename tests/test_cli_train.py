@@ -19,14 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.checkpoints import load_checkpoint
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
-from spairkit.drawing import panel
 from spairkit.images import read_image, stretched, write_png
-from spairkit.models import load
-from spairkit.runs import Run
-from spairkit.training import Step
+from spairkit.models.loading import load
+from spairkit.report.drawing import panel
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import Run
+from spairkit.training.loop import Step
 
 TINY = """\
 [data]

@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
 from spairkit.experiments.compare import Finished, Started, compare
 from spairkit.experiments.folder import begin, is_finished
@@ -26,8 +25,9 @@ from spairkit.experiments.published import FIGURE_2
 from spairkit.experiments.settings import Settings, settings_from
 from spairkit.experiments.table import Cell, Row, advice, summary, tabulated
 from spairkit.images import write_png
-from spairkit.runs import Run
-from spairkit.training import Step
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import Run
+from spairkit.training.loop import Step
 
 CPU = torch.device("cpu")
 NETWORK = {"what": 4, "encoder_hidden": [8], "decoder_hidden": [8]}

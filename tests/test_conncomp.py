@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spairkit.config import ConnCompConfig, DataConfig
-from spairkit.conncomp import ConnComp, otsu
 from spairkit.data.datasets import open_dataset
 from spairkit.detector import Detector
 from spairkit.evaluation import evaluate
 from spairkit.metrics import ap_spair
+from spairkit.models.conncomp import ConnComp, otsu
 
 PUBLISHED = {
     1: (0.01, 0.989),

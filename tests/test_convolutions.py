@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit import convolutions
-from spairkit.convolutions import convolve, end_padding
 from spairkit.kernels import convolution_cpu
+from spairkit.models import convolutions
+from spairkit.models.convolutions import convolve, end_padding
 
 CHANNELS, OUTPUTS = 48, 64  # enough for the kernel
 ROUNDING = 3e-7  # torch's own is less on some processors than on others

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spairkit.densities import (
+from spairkit.models.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
     count_success,

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
 from spairkit.config_values import from_dict
-from spairkit.distributed import World
-from spairkit.elbo import Losses
 from spairkit.errors import InputError
-from spairkit.models import build
-from spairkit.runs import Run
-from spairkit.sampling import Part, Source, normal, uniform
-from spairkit.training import check
+from spairkit.models.elbo import Losses
+from spairkit.models.loading import build
+from spairkit.models.noise import Part, Source, normal, uniform
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import Run
+from spairkit.training.distributed import World
+from spairkit.training.loop import check
 
 CPU = torch.device("cpu")
 TINY = """\

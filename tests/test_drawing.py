@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from spairkit.detections import Detections, Truth
-from spairkit.drawing import (
+from spairkit.report.drawing import (
     COLOURS,
     MAX_OBJECTS,
     draw_boxes,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from spairkit import durable
 from spairkit.errors import InputError
+from spairkit.storage import durable
 
 
 class SystemCalls:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spairkit.elbo import Losses
+from spairkit.models.elbo import Losses
 
 TERMS = {
     "reconstruction": [100.0, 300.0],

@@ -15,7 +15,7 @@ from spairkit.data.scenes import Batch, Scenes
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 from spairkit.evaluation import Figures, evaluate
-from spairkit.models import build
+from spairkit.models.loading import build
 
 
 class Oracle:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit import backends, densities
-from spairkit.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
-from spairkit.fused import fused
+from spairkit import backends
+from spairkit.backends import fused
+from spairkit.models import densities
+from spairkit.models.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
 
 Function = Callable[..., Tensor]
 GROUPS = (2, 0.0, 1.0), (2, -2.1972, 0.5), (5, 0.0, 1.0), (1, 0.3, 0.7)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.glimpses import box_gradient, extract_glimpses, glimpse_rows
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
 from spairkit.kernels.threads import compiled
+from spairkit.models.glimpses import box_gradient, extract_glimpses, glimpse_rows
 
 
 def glimpse_by_loop(image: Tensor, box: list[float], size: int) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from spairkit.config import Config, DataConfig, SPAIRConfig
 from spairkit.data.scenes import Scenes
-from spairkit.densities import count_success
-from spairkit.models import build
+from spairkit.models.densities import count_success
+from spairkit.models.loading import build
 
 LOSSES = [
     4590.182026,

@@ -17,6 +17,7 @@ from PIL import Image
 from spairkit.errors import InputError
 from spairkit.images import (
     MAX_PIXELS,
+    commonest_colour,
     image_size,
     list_images,
     printable,
@@ -344,3 +345,12 @@ def test_says_when_a_folder_has_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="Not a directory"):
         list_images(tmp_path / "file")
+
+
+def test_commonest_colour_matches_a_count() -> None:
+    torch.manual_seed(0)
+    levels = torch.randint(0, 3, (4, 3, 5, 6))
+    pixels = [tuple(p) for p in levels.permute(0, 2, 3, 1).reshape(-1, 3).tolist()]
+    expected = max(sorted(set(pixels)), key=pixels.count)
+    for images in (levels / 255, levels.to(torch.uint8)):
+        assert (commonest_colour(images) * 255).round().long().tolist() == list(expected)

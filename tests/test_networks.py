@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spairkit.config import SPAIRConfig
-from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
+from spairkit.models.networks import Backbone, LateralNetwork, mlp, shared_weights
 
 
 def paper_backbone(channels: int = 8) -> Backbone:

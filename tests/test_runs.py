@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from spairkit.checkpoints import environment, load_checkpoint
 from spairkit.config import Config, TrainConfig
 from spairkit.config_values import load_toml
 from spairkit.errors import InputError
-from spairkit.runs import Run, newest_run, pretrained
+from spairkit.storage.checkpoints import environment, load_checkpoint
+from spairkit.storage.runs import Run, newest_run, pretrained
 
 CONFIG = Config(preset="quick", train=TrainConfig(steps=500))
 
@@ -173,8 +173,8 @@ def test_a_second_trainer_is_refused_and_told_of_the_first(tmp_path: Path) -> No
 TRAINER = """
 import sys, torch
 from pathlib import Path
-from spairkit.checkpoints import environment
-from spairkit.runs import Run
+from spairkit.storage.checkpoints import environment
+from spairkit.storage.runs import Run
 
 run = Run.open(Path(sys.argv[1]))
 with run.lock():
@@ -198,7 +198,7 @@ def test_kill_9_loses_no_checkpoint_and_frees_the_lock(tmp_path: Path) -> None:
     code = f"""
 import os, random, signal, sys, time
 rng = random.Random(0)
-import torch, spairkit.runs
+import torch, spairkit.storage.runs
 for _ in range(20):
     child = os.fork()
     if child == 0:

@@ -12,8 +12,7 @@ from torch import Tensor
 from spairkit.config import DataConfig
 from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.data.hashing import below, draws, hashed, seeded
-from spairkit.data.scatter import scatter
-from spairkit.data.scenes import Batch, Scenes
+from spairkit.data.scenes import Batch, Scenes, scatter
 from spairkit.errors import InputError
 
 WORD = (1 << 64) - 1

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from spairkit import search_space
 from spairkit.config import AIRConfig, Config
 from spairkit.config_values import assignments, to_dict
 from spairkit.errors import InputError
 from spairkit.presets import resolve
-from spairkit.search_space import as_word, default_space, laid_over, load_space, parse
+from spairkit.sweeps import search_space
+from spairkit.sweeps.search_space import as_word, default_space, laid_over, load_space, parse
 
 QUICK = resolve("quick")
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.config import SPAIRConfig
-from spairkit.latents import Latents, Noise
-from spairkit.networks import LateralNetwork
+from spairkit.models.latents import Latents, Noise
+from spairkit.models.networks import LateralNetwork
+from spairkit.models.spair import SPAIR
 from spairkit.presence import presence_kl
-from spairkit.spair import SPAIR
 
 SMALL = SPAIRConfig(
     backbone_channels=(8,),

@@ -13,18 +13,18 @@ import optuna
 import pytest
 import torch
 
-from spairkit import sweeps
-from spairkit.checkpoints import load_checkpoint
 from spairkit.cli.main import main
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.runs import Run
-from spairkit.search_space import parse
-from spairkit.sweep_processes import work_in_processes
-from spairkit.sweep_study import Definition
-from spairkit.sweeps import Ended, Progress, Sweep
-from spairkit.training import fit
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import Run
+from spairkit.sweeps import sweep as sweeps
+from spairkit.sweeps.processes import work_in_processes
+from spairkit.sweeps.search_space import parse
+from spairkit.sweeps.study import Definition
+from spairkit.sweeps.sweep import Ended, Progress, Sweep
+from spairkit.training.loop import fit
 
 CPU = torch.device("cpu")
 TINY = """\
@@ -338,7 +338,7 @@ def test_a_damaged_journal_is_told_in_one_line(run: Runner) -> None:
 
 def test_without_optuna_it_says_how_to_get_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for name in ("spairkit.sweep_study", "spairkit.sweeps"):
+    for name in ("spairkit.sweeps.study", "spairkit.sweeps.sweep"):
         monkeypatch.delitem(sys.modules, name)
     told = run("--config", "tiny.toml")
     assert told.status == 2

@@ -11,14 +11,14 @@ import torch
 from spairkit.cli.main import main
 from spairkit.config import Config
 from spairkit.config_values import from_dict
-from spairkit.conncomp import ConnComp
 from spairkit.data.datasets import open_dataset
 from spairkit.errors import InputError
 from spairkit.images import write_png
 from spairkit.metrics import average_precision, count_error
-from spairkit.models import load
-from spairkit.runs import Run
-from spairkit.training import Step, Validation, fit
+from spairkit.models.conncomp import ConnComp
+from spairkit.models.loading import load
+from spairkit.storage.runs import Run
+from spairkit.training.loop import Step, Validation, fit
 
 CPU = torch.device("cpu")
 DATA = {"image_height": 30, "image_width": 32, "max_objects": 3, "validation_images": 6}

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from spairkit.tight_boxes import tighten
+from spairkit.models.tight_boxes import tighten
 
 
 def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:

@@ -13,18 +13,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit import cell_loop, checkpoints, densities, durable, presets, training
-from spairkit.checkpoints import load_checkpoint
+from spairkit import presets
 from spairkit.config import Config, TrainConfig
 from spairkit.config_values import from_dict, merge
 from spairkit.data.datasets import open_dataset
 from spairkit.data.scenes import Batch
-from spairkit.elbo import Losses
 from spairkit.errors import InputError
 from spairkit.images import write_png
-from spairkit.runs import Run
-from spairkit.spair import SPAIR
-from spairkit.training import (
+from spairkit.models import cell_loop, densities
+from spairkit.models.elbo import Losses
+from spairkit.models.spair import SPAIR
+from spairkit.storage import checkpoints, durable
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import Run
+from spairkit.training import loop as training
+from spairkit.training.loop import (
     Step,
     Validation,
     fit,
@@ -252,8 +255,8 @@ KILLED_THREE_TIMES = """
 import os, random, signal, sys, time, torch, torch._dynamo
 from pathlib import Path
 from spairkit.kernels import cells_op, presence_cpu, render_cpu
-from spairkit.runs import Run
-from spairkit.training import fit
+from spairkit.storage.runs import Run
+from spairkit.training.loop import fit
 draw = random.Random(0)
 for _ in range(3):
     steps, to_parent = os.pipe()

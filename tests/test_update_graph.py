@@ -11,18 +11,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spairkit import backends, presets, training, update_graph
+from spairkit import backends, presets
 from spairkit.config import Config
 from spairkit.data import scenes as scenes_module
 from spairkit.data.datasets import open_dataset
 from spairkit.data.scenes import Scenes
-from spairkit.elbo import Losses
 from spairkit.errors import InputError
-from spairkit.precision import set_precision
-from spairkit.runs import Run
-from spairkit.sampling import Tape, normal, uniform
-from spairkit.training import Trainer, fit
-from spairkit.update_graph import UpdateGraph
+from spairkit.models.elbo import Losses
+from spairkit.models.noise import Tape, normal, uniform
+from spairkit.storage.runs import Run
+from spairkit.training import loop as training
+from spairkit.training import update_graph
+from spairkit.training.loop import Trainer, fit
+from spairkit.training.process import set_precision
+from spairkit.training.update_graph import UpdateGraph
 
 CPU = torch.device("cpu")
 UPDATES, WHEELS = 12, 6  # so both graphs are recorded, and played more than once

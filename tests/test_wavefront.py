@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
+from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
 
 @pytest.mark.parametrize(

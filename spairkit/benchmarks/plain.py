@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.config import SPAIRConfig
-from spairkit.convolutions import convolve_by_torch
-from spairkit.densities import LOGIT_LIMIT, normal_kl, squash
-from spairkit.elbo import Losses
-from spairkit.latents import Latents, Noise, join
-from spairkit.networks import Backbone, shared_weights
+from spairkit.models.convolutions import convolve_by_torch
+from spairkit.models.densities import LOGIT_LIMIT, normal_kl, squash
+from spairkit.models.elbo import Losses
+from spairkit.models.latents import Latents, Noise, join
+from spairkit.models.networks import Backbone, shared_weights
+from spairkit.models.spair import SPAIR, appearance_constants
+from spairkit.models.wavefront import NEIGHBOURS
 from spairkit.rendering import MIN_IMPORTANCE
-from spairkit.spair import SPAIR, appearance_constants
-from spairkit.wavefront import NEIGHBOURS
 
 COPIES = 40
 """Planes of [B, N, H, W] that grid_sample and its gradients hold at their peak."""

@@ -22,11 +22,11 @@ from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import Dataset, open_dataset
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
-from spairkit.models import build
-from spairkit.precision import computing_in
-from spairkit.spair import SPAIR
-from spairkit.training import Trainer
-from spairkit.update_graph import WARM_UP, UpdateGraph
+from spairkit.models.loading import build
+from spairkit.models.spair import SPAIR
+from spairkit.training.loop import Trainer
+from spairkit.training.process import computing_in
+from spairkit.training.update_graph import WARM_UP, UpdateGraph
 
 Way = Literal["spairkit", "plain"]
 

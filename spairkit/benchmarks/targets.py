@@ -12,8 +12,8 @@ from spairkit.config import Config, DataConfig
 from spairkit.data.datasets import open_dataset
 from spairkit.errors import DivergedError, InputError
 from spairkit.experiments.published import FIGURE_2
-from spairkit.runs import Run
-from spairkit.training import Validation, fit
+from spairkit.storage.runs import Run
+from spairkit.training.loop import Validation, fit
 
 PAPER_AP = {digits: published.mean for digits, published in FIGURE_2["spair"].items()}
 """`ap_spair` that SPAIR had on images of so many digits."""

@@ -19,17 +19,17 @@ from time import perf_counter
 import torch
 from filelock import FileLock, Timeout
 
-from spairkit import durable
 from spairkit.config_values import differences
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate
 from spairkit.experiments.folder import measured_figures
 from spairkit.experiments.settings import VALIDATIONS, Settings, Task, config_of
-from spairkit.models import load
-from spairkit.runs import Run
-from spairkit.training import fit
-from spairkit.validation import Step, Validation
+from spairkit.models.loading import load
+from spairkit.storage import durable
+from spairkit.storage.runs import Run
+from spairkit.training.loop import fit
+from spairkit.training.validation import Step, Validation
 
 _PROBE = 12  # updates whose speed is measured
 _BATCH_SIZE = 32
@@ -80,11 +80,11 @@ def compare(
             what follows is left to another call.
 
     Yields:
-        `Probing` where a budget is in seconds, `Started`, then what `spairkit.training.fit` yields,
-        then `Finished`; the last alone for what was done before.
+        `Probing` where a budget is in seconds, `Started`, then what `spairkit.training.loop.fit`
+        yields, then `Finished`; the last alone for what was done before.
 
     Raises:
-        InputError: as `spairkit.training.fit`, or a run is not as the settings say.
+        InputError: as `spairkit.training.loop.fit`, or a run is not as the settings say.
     """
     runs = folder / "runs"
     runs.mkdir(exist_ok=True)

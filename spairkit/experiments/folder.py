@@ -5,10 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from spairkit import durable
 from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.errors import InputError
 from spairkit.experiments.settings import Settings, Task, config_of, settings_from, to_json
+from spairkit.storage import durable
 
 FIGURES = ("ap", "ap_spair", "count_accuracy", "count_error")
 """What is averaged over the seeds."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from spairkit.boxes import box_iou
-from spairkit.checkpoints import environment
 from spairkit.config import DataConfig
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.experiments.folder import FIGURES, measured_figures
@@ -15,6 +14,7 @@ from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.published import FIGURE_2, Published
 from spairkit.experiments.settings import MODELS, Settings, Task, config_of, to_json
 from spairkit.metrics import PROTOCOLS
+from spairkit.storage.checkpoints import environment
 
 _BATCH_SIZE = 32
 

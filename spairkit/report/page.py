@@ -11,12 +11,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from spairkit import __version__, durable
+from spairkit import __version__
 from spairkit.config_values import to_toml
 from spairkit.errors import InputError
 from spairkit.metrics import NAMES, PROTOCOLS
 from spairkit.report.curves import Line, chart, is_plottable, line
-from spairkit.runs import Run
+from spairkit.storage import durable
+from spairkit.storage.runs import Run
 
 _PICTURE = re.compile(r"step-(\d{1,10})\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"

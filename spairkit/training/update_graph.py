@@ -10,7 +10,7 @@ from functools import cache
 
 import torch
 
-from spairkit.elbo import Losses
+from spairkit.models.elbo import Losses
 
 WARM_UP = 3
 """Updates before the recording: kernels are compiled and chosen, what is cached is made."""

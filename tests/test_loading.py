@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import spairkit
-from spairkit.checkpoints import environment, load_checkpoint, save_checkpoint
 from spairkit.config import Config, SPAIRConfig, TrainConfig
 from spairkit.errors import InputError
-from spairkit.models import build, from_checkpoint, load
-from spairkit.runs import pretrained
-from spairkit.spair import SPAIR
+from spairkit.models.loading import build, from_checkpoint, load
+from spairkit.models.spair import SPAIR
+from spairkit.storage.checkpoints import environment, load_checkpoint, save_checkpoint
+from spairkit.storage.runs import pretrained
 
 SMALL = SPAIRConfig(
     backbone_channels=(4,), features=6, hidden=6, what=3, encoder_hidden=(5,), decoder_hidden=(5,)

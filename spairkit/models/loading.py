@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spairkit.air import AIR
-from spairkit.checkpoints import Checkpoint, load_checkpoint
 from spairkit.config import AIRConfig, Config, ConnCompConfig
-from spairkit.conncomp import ConnComp
 from spairkit.errors import InputError
-from spairkit.spair import SPAIR
+from spairkit.models.air import AIR
+from spairkit.models.conncomp import ConnComp
+from spairkit.models.spair import SPAIR
+from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 
 Model = SPAIR | AIR | ConnComp
 """Each is a `Detector`; the first two are trained, and the third one's threshold is fitted."""

@@ -1,11 +1,29 @@
-"""What torch is told of a GPU's float32, on any machine: the settings are there without one."""
+"""Settings of the process: freed memory is used again; a GPU's float32 is as told."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from spairkit.precision import Precision, computing_in
+from spairkit.training.process import Precision, computing_in
 
 CUDA = torch.device("cuda")
+PROGRAM = """
+import resource
+import numpy as np
+from spairkit.training.process import keep_freed_memory
+
+assert keep_freed_memory()
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 25)  # 256 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first, second = page_faults(), page_faults()
+print(first, second)
+"""
 
 
 def settings() -> tuple[str, str, bool]:
@@ -41,3 +59,13 @@ def test_a_cpu_is_told_nothing() -> None:
     before = settings()
     with computing_in("tf32", torch.device("cpu")):
         assert settings() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
+def test_freed_memory_is_used_again() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+    )
+    first, second = map(int, run.stdout.split())
+    assert first > 100
+    assert second < first / 10

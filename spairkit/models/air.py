@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spairkit.affine import cut, place
 from spairkit.config import AIRConfig
-from spairkit.densities import (
+from spairkit.detections import Detections
+from spairkit.errors import InputError
+from spairkit.models.affine import cut, place
+from spairkit.models.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
     limited,
@@ -21,13 +23,10 @@ from spairkit.densities import (
     squash,
     weighted_kls,
 )
-from spairkit.detections import Detections
-from spairkit.detector import check_images
-from spairkit.elbo import Losses
-from spairkit.errors import InputError
-from spairkit.networks import linear, mlp
-from spairkit.sampling import Source, normal, uniform
-from spairkit.tight_boxes import tighten
+from spairkit.models.elbo import Losses
+from spairkit.models.networks import check_images, linear, mlp
+from spairkit.models.noise import Source, normal, uniform
+from spairkit.models.tight_boxes import tighten
 
 _WHERE = 4  # scale w, h and shift x, y
 _STOP = 0.99  # of the absences so far, summed

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from spairkit import durable
 from spairkit.config import Config
 from spairkit.config_values import differences, to_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.runs import Run, next_folder
-from spairkit.search_space import Space, laid_over
-from spairkit.sweep_study import (
+from spairkit.storage import durable
+from spairkit.storage.runs import Run, next_folder
+from spairkit.sweeps.search_space import Space, laid_over
+from spairkit.sweeps.study import (
     JOURNAL,
     Definition,
     Draws,
@@ -43,7 +43,7 @@ from spairkit.sweep_study import (
     storage_errors,
     suggest,
 )
-from spairkit.training import REPORT_EVERY, Step, criterion, fit
+from spairkit.training.loop import REPORT_EVERY, Step, criterion, fit
 
 if TYPE_CHECKING:
     import optuna

@@ -13,7 +13,7 @@ from typing import Any
 from spairkit.config import Config
 from spairkit.config_values import from_dict
 from spairkit.errors import InputError
-from spairkit.search_space import Choices, Range, Space, parse
+from spairkit.sweeps.search_space import Choices, Range, Space, parse
 
 try:
     import optuna

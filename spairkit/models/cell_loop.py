@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from spairkit import cell_steps
 from spairkit.backends import runs_compiled
-from spairkit.cell_steps import DEPTH_SCALE, by_wave, wave_by_wave
 from spairkit.config import SPAIRConfig
-from spairkit.densities import LOGIT_LIMIT, squash
-from spairkit.glimpses import box_gradient, glimpse_rows
-from spairkit.latents import BOX, Latents, Noise, unpack
-from spairkit.networks import LateralNetwork, shared_weights
-from spairkit.wavefront import NEIGHBOURS, Wavefront
+from spairkit.models import cell_steps
+from spairkit.models.cell_steps import DEPTH_SCALE, by_wave, wave_by_wave
+from spairkit.models.densities import LOGIT_LIMIT, squash
+from spairkit.models.glimpses import box_gradient, glimpse_rows
+from spairkit.models.latents import BOX, Latents, Noise, unpack
+from spairkit.models.networks import LateralNetwork, shared_weights
+from spairkit.models.wavefront import NEIGHBOURS, Wavefront
 
 if TYPE_CHECKING:
     from spairkit.kernels.cells_cpu import Grid, Numbers

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spairkit.convolutions import convolve
+from spairkit.models.convolutions import convolve
 
 _ACTIVATIONS = {"relu": nn.ReLU, "celu": nn.CELU, "softplus": nn.Softplus}
 _KERNEL = 4  # of the strided layers
@@ -104,3 +104,13 @@ def shared_weights(
 ) -> Tensor:  # [len(networks) * hidden, stop - start]
     """First-layer weights of all networks for the inputs start .. stop, one above the other."""
     return torch.cat([network.first.weight[:, start:stop] for network in networks])
+
+
+def check_images(images: Tensor) -> None:
+    """Raises ValueError where `images` is no batch of images: [B, 3, H, W], floating-point."""
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(
+            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from spairkit.densities import logistic
-from spairkit.sampling import Source, normal, uniform
+from spairkit.models.densities import logistic
+from spairkit.models.noise import Source, normal, uniform
 
 BOX = 4
 """Numbers of a box: y, x, h, w."""

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import spairkit
-from spairkit import durable
 from spairkit.config import Config
 from spairkit.config_values import from_dict, to_dict
 from spairkit.errors import InputError
+from spairkit.storage import durable
 
 FORMAT = 1
 """Goes up by one whenever an older spairkit could not read what a newer one writes."""

@@ -16,26 +16,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from spairkit.allocator import keep_freed_memory
-from spairkit.checkpoints import Checkpoint, Scalar, environment
-from spairkit.colours import commonest_colour
 from spairkit.config import Config, ConnCompConfig, TrainConfig
-from spairkit.conncomp import ConnComp
 from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
 from spairkit.data.scenes import Batch, Scenes
-from spairkit.densities import count_success
-from spairkit.distributed import World
-from spairkit.elbo import Losses
 from spairkit.errors import DivergedError, InputError
-from spairkit.models import build, from_checkpoint
-from spairkit.precision import computing_in
-from spairkit.runs import Run
-from spairkit.sampling import Part, Source, Tape, uniform
-from spairkit.threshold_search import fit_threshold
-from spairkit.update_graph import UpdateGraph
-from spairkit.validation import Step as Step
-from spairkit.validation import Validation as Validation
-from spairkit.validation import box_figures, draw
+from spairkit.images import commonest_colour
+from spairkit.models.conncomp import ConnComp
+from spairkit.models.densities import count_success
+from spairkit.models.elbo import Losses
+from spairkit.models.loading import build, from_checkpoint
+from spairkit.models.noise import Part, Source, Tape, uniform
+from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
+from spairkit.storage.runs import Run
+from spairkit.training.distributed import World
+from spairkit.training.process import computing_in, keep_freed_memory
+from spairkit.training.threshold import fit_threshold
+from spairkit.training.update_graph import UpdateGraph
+from spairkit.training.validation import Step as Step
+from spairkit.training.validation import Validation as Validation
+from spairkit.training.validation import box_figures, draw
 
 REPORT_EVERY = 20
 """Updates between two `Step`s that carry losses: reading them waits for the device."""

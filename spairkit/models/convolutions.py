@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.backends import runs_compiled
-from spairkit.fused import fused
+from spairkit.backends import fused, runs_compiled
 
 _KERNEL, _STRIDE = 4, 2  # of the convolution that has a kernel of its own on the CPU
 _LEAST_WEIGHTS = 2048  # of a pixel of the kernel: with fewer there is little to save

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spairkit.backends import runs_compiled
-from spairkit.fused import fused
+from spairkit.backends import fused, runs_compiled
 
 _EPSILON = 1e-9
 LOGIT_LIMIT = 10.0

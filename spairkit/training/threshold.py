@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spairkit.checkpoints import environment
 from spairkit.config import Config, ConnCompConfig
-from spairkit.conncomp import ConnComp, find_components, otsu
 from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
 from spairkit.metrics import average_precision, count_accuracy, count_error
-from spairkit.runs import Run
-from spairkit.validation import Step, Validation, box_figures, draw
+from spairkit.models.conncomp import ConnComp, find_components, otsu
+from spairkit.storage.checkpoints import environment
+from spairkit.storage.runs import Run
+from spairkit.training.validation import Step, Validation, box_figures, draw
 
 LOWEST, HIGHEST = 0.01, 3.0
 """The ends of the grid, as in the authors' code."""
@@ -39,8 +39,8 @@ def fit_threshold(
     found, and on them each of `train.steps` thresholds is tried. The best one is kept, the lowest
     of equals. Where the threshold is given, or Otsu's, there is nothing to try.
 
-    Arguments and what is yielded are those of `spairkit.training.fit`; there is one validation, at
-    the end, and its figures have the threshold among them.
+    Arguments and what is yielded are those of `spairkit.training.loop.fit`; there is one
+    validation, at the end, and its figures have the threshold among them.
 
     Raises:
         InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.boxes import xyxy_from_centre
-from spairkit.cell_loop import encode_cells
-from spairkit.cell_steps import DEPTH_SCALE
 from spairkit.config import SPAIRConfig
-from spairkit.densities import (
+from spairkit.detections import Detections
+from spairkit.models.cell_loop import encode_cells
+from spairkit.models.cell_steps import DEPTH_SCALE
+from spairkit.models.densities import (
     LOGIT_LIMIT,
     bernoulli_cross_entropy,
     concrete_sample,
@@ -23,17 +24,15 @@ from spairkit.densities import (
     squash,
     weighted_kls,
 )
-from spairkit.detections import Detections
-from spairkit.detector import check_images
-from spairkit.elbo import Losses
-from spairkit.glimpses import extract_glimpses
-from spairkit.latents import BOX, Latents, Noise, join
-from spairkit.networks import Backbone, LateralNetwork, mlp, shared_weights
+from spairkit.models.elbo import Losses
+from spairkit.models.glimpses import extract_glimpses
+from spairkit.models.latents import BOX, Latents, Noise, join
+from spairkit.models.networks import Backbone, LateralNetwork, check_images, mlp, shared_weights
+from spairkit.models.noise import Source
+from spairkit.models.tight_boxes import tighten
+from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
-from spairkit.sampling import Source
-from spairkit.tight_boxes import tighten
-from spairkit.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (docs/model.md 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size

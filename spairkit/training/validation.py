@@ -5,10 +5,10 @@ from pathlib import Path
 
 from spairkit.data.datasets import Dataset, evaluation_batches
 from spairkit.detector import Detector
-from spairkit.drawing import reconstruction_sheet
 from spairkit.evaluation import evaluate
 from spairkit.images import write_png
-from spairkit.runs import Run
+from spairkit.report.drawing import reconstruction_sheet
+from spairkit.storage.runs import Run
 
 _PICTURED = 8  # images in a picture
 

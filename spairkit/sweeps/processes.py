@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from spairkit.errors import InputError
-from spairkit.sweeps import Ended, Progress, Sweep
+from spairkit.sweeps.sweep import Ended, Progress, Sweep
 
 
 def work_in_processes(

@@ -1,7 +1,7 @@
 """What the loop over cells does between matrix products: elementwise steps for the rows of a wave.
 
-Shapes and letters are those of `spairkit.cell_loop`, n for a wave's rows. What a step fills comes
-last. An own input holds what is passed on, the box, what, nearness.
+Shapes and letters are those of `spairkit.models.cell_loop`, n for a wave's rows. What a step
+fills comes last. An own input holds what is passed on, the box, what, nearness.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from spairkit.boxes import xyxy_from_centre
-from spairkit.densities import LOGIT_LIMIT, squash
-from spairkit.latents import BOX
-from spairkit.wavefront import NEIGHBOURS
+from spairkit.models.densities import LOGIT_LIMIT, squash
+from spairkit.models.latents import BOX
+from spairkit.models.wavefront import NEIGHBOURS
 
 DEPTH_SCALE = 4.0
 """The authors' depth is 4 sigmoid(z), in object vectors and importance."""

@@ -1,5 +1,7 @@
-"""How exactly a GPU multiplies float32, which torch keeps for the whole process."""
+"""Settings of the whole process: the precision of GPU products, and memory kept on the CPU."""
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,6 +15,8 @@ _PRODUCTS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]
 )
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
@@ -39,3 +43,18 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
         for products, value in zip(_PRODUCTS, before, strict=True):
             products.fp32_precision = value
+
+
+def keep_freed_memory() -> bool:
+    """Keeps for later tensors what earlier ones have freed, until the process ends.
+
+    glibc gives large blocks back to the system at once, so that every update of training would
+    have its pages made, and filled with zeros, anew. Says whether it could be done: where there
+    is another C library nothing changes.
+    """
+    if sys.platform != "linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor, nn
 
-from spairkit.colours import commonest_colour
 from spairkit.config import ConnCompConfig
 from spairkit.detections import Detections
-from spairkit.detector import check_images
+from spairkit.images import commonest_colour
+from spairkit.models.networks import check_images
 
 Array = npt.NDArray[Any]
 

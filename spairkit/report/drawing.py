@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from spairkit.colours import commonest_colour
 from spairkit.detections import Detections, Truth
+from spairkit.images import commonest_colour
 
 COLOURS = (
     (86, 180, 233),

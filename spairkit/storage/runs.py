@@ -21,11 +21,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from spairkit import checkpoints, durable
-from spairkit.checkpoints import Checkpoint, Scalar
+import spairkit
 from spairkit.config import Config
 from spairkit.config_values import from_dict, load_toml, to_toml
 from spairkit.errors import InputError
+from spairkit.storage import checkpoints, durable
+from spairkit.storage.checkpoints import Checkpoint, Scalar
 
 ROOT = Path("runs")
 """Where runs go unless told otherwise: below the current folder."""
@@ -215,7 +216,7 @@ def newest_run(root: Path = ROOT) -> Path | None:
 
 def pretrained() -> Path:
     """The checkpoint that ships with the package: the `quick` preset on the digits."""
-    return Path(__file__).parent / "pretrained" / "quick"
+    return Path(spairkit.__file__).parent / "pretrained" / "quick"
 
 
 def next_folder(stem: str) -> Path:

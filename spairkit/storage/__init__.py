@@ -1,0 +1,1 @@
+"""Runs, checkpoints and files that are written whole or not at all."""

@@ -1,0 +1,1 @@
+"""Random search over settings, in many processes."""
