@@ -26,14 +26,9 @@ from spairkit.models.spair import SPAIR
 from spairkit.storage import checkpoints, durable
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
-from spairkit.training import loop as training
-from spairkit.training.loop import (
-    Step,
-    Validation,
-    fit,
-    learning_rate,
-    success_at,
-)
+from spairkit.training import trainer as trainer_module
+from spairkit.training.loop import Step, Validation, fit
+from spairkit.training.trainer import Trainer, learning_rate, success_at
 
 NoWaiting = Callable[[], AbstractContextManager[object]]
 
@@ -218,7 +213,7 @@ def test_resuming_elsewhere_says_what_has_changed(
 ) -> None:
     train(tiny(), tmp_path / "run", 1)
     elsewhere = checkpoints.environment() | {"threads": 64}
-    monkeypatch.setattr(training, "environment", lambda: elsewhere)
+    monkeypatch.setattr(trainer_module, "environment", lambda: elsewhere)
     with pytest.warns(UserWarning, match="not to the same bits: threads was 1 and is 64"):
         train(tiny(), tmp_path / "run", 1)
 
@@ -327,9 +322,7 @@ def test_an_update_that_is_not_finite_changes_nothing(
     run = Run.create(tmp_path / "run", tiny())
     states = []
     with run.lock():
-        trainer = training.Trainer(
-            run.config, run, open_dataset(run.config.data, "train", CPU), CPU
-        )
+        trainer = Trainer(run.config, run, open_dataset(run.config.data, "train", CPU), CPU)
         for _ in range(5):
             trainer.update()
             trainer.save({}, is_best=False)
@@ -383,7 +376,7 @@ def test_an_update_never_waits_for_the_device(
     config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
     run = Run.create(tmp_path / "run", config)
     data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
-    trainer = training.Trainer(config, run, data, CPU)
+    trainer = Trainer(config, run, data, CPU)
     trainer.update()  # makes what is made once
     with no_waiting():
         trainer.update()

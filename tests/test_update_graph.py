@@ -20,11 +20,12 @@ from spairkit.errors import InputError
 from spairkit.models.elbo import Losses
 from spairkit.models.noise import Tape, normal, uniform
 from spairkit.storage.runs import Run
-from spairkit.training import loop as training
-from spairkit.training import update_graph
-from spairkit.training.loop import Trainer, fit
+from spairkit.training import loop, update_graph
+from spairkit.training.distributed import World
+from spairkit.training.loop import fit
 from spairkit.training.process import set_precision
-from spairkit.training.update_graph import UpdateGraph
+from spairkit.training.trainer import Trainer
+from spairkit.training.update_graph import RecordingTrainer, make_trainer
 
 CPU = torch.device("cpu")
 UPDATES, WHEELS = 12, 6  # so both graphs are recorded, and played more than once
@@ -64,16 +65,20 @@ def config_of(recipe: str, data: dict[str, Any] | None = None, **loop: Any) -> C
     return presets.resolve(preset, {"data": data, "model": model, "train": train})
 
 
-def trainer_of(config: Config, device: torch.device = CPU) -> Trainer:
-    torch.manual_seed(0)
+def plain_trainer(config: Config, device: torch.device = CPU) -> Trainer:
     set_precision(config.train.precision, device)
     return Trainer(config, None, open_dataset(config.data, "train", device), device)
 
 
+def recording_trainer(config: Config, device: torch.device = CPU) -> RecordingTrainer:
+    set_precision(config.train.precision, device)
+    return RecordingTrainer(config, None, open_dataset(config.data, "train", device), device)
+
+
 def make_scenes(trainer: Trainer) -> None:
-    """Has it record updates, with the making of their scenes, as on a GPU."""
+    """Has it make its scenes inside the record, as on a GPU."""
     assert isinstance(trainer.train, Scenes)
-    trainer.captures = trainer.train.fused = True
+    trainer.train.fused = True
 
 
 def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
@@ -123,12 +128,10 @@ def test_what_is_played_is_what_would_have_been_computed(
     config = config_of(recipe)
     with monkeypatch.context() as patch:
         patch.setattr(update_graph, "WARM_UP", UPDATES)
-        unrecorded = trainer_of(config)
-        unrecorded.captures = True
+        unrecorded = recording_trainer(config)
         wanted, wanted_totals = trained(unrecorded)
         assert not records
-    trainer = trainer_of(config)
-    trainer.captures = True
+    trainer = recording_trainer(config)
     found, found_totals = trained(trainer)
     assert len(records) == 2
     assert min(records) > 100
@@ -136,7 +139,7 @@ def test_what_is_played_is_what_would_have_been_computed(
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one, other)
 
-    _, plain_totals = trained(trainer_of(config))
+    _, plain_totals = trained(plain_trainer(config))
     assert found_totals == pytest.approx(plain_totals, rel=1e-3), "the rate is rounded to float32"
 
 
@@ -145,11 +148,10 @@ def test_what_is_played_is_what_would_have_been_computed(
 def test_scenes_are_part_of_what_is_played(recipe: str, records: list[int]) -> None:
     """New ones every time, and those that plain torch makes, of which the record knows nothing."""
     config = config_of(recipe)
-    given = trainer_of(config)
-    given.captures = True
+    given = recording_trainer(config)
     wanted, wanted_totals = trained(given)
     assert not given.makes_scenes
-    trainer = trainer_of(config)
+    trainer = recording_trainer(config)
     make_scenes(trainer)
     found, found_totals = trained(trainer)
     assert trainer.makes_scenes
@@ -168,18 +170,18 @@ def test_a_scene_without_a_layout_ends_training(
     records: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """At the next look at the device, played or not, and before a checkpoint of it is written."""
-    init = Trainer.__init__
 
-    def capturing(self: Trainer, *arguments: Any) -> None:
-        init(self, *arguments)
-        make_scenes(self)
+    def recording(*arguments: Any) -> Trainer:
+        trainer = RecordingTrainer(*arguments)
+        make_scenes(trainer)
+        return trainer
 
-    monkeypatch.setattr(Trainer, "__init__", capturing)
+    monkeypatch.setattr(loop, "make_trainer", recording)
     monkeypatch.setattr(scenes_module, "_MAX_ATTEMPTS", 2)
-    monkeypatch.setattr(training, "REPORT_EVERY", 4)
+    monkeypatch.setattr(loop, "REPORT_EVERY", 4)
     data = {"glyph_size": 10, "max_overlap": 0.0, "min_objects": 3, "max_objects": 3}
-    loop = {"training_wheels": 0, "validation_every": 50, "steps": 50}
-    config = config_of("quick spair", data=data, **loop)
+    settings = {"training_wheels": 0, "validation_every": 50, "steps": 50}
+    config = config_of("quick spair", data=data, **settings)
     run = Run.create(tmp_path / "run", config)
     reached = 0
     with run.lock(), pytest.raises(InputError, match="no layout in 2 attempts"):  # noqa: PT012
@@ -191,7 +193,7 @@ def test_a_scene_without_a_layout_ends_training(
 
 @INTERPRETED
 def test_no_checkpoint_has_been_trained_on_a_scene_without_a_layout() -> None:
-    trainer = trainer_of(config_of("quick spair"))
+    trainer = recording_trainer(config_of("quick spair"))
     make_scenes(trainer)
     assert isinstance(trainer.train, Scenes)
     trainer.save({}, is_best=False)
@@ -203,8 +205,7 @@ def test_no_checkpoint_has_been_trained_on_a_scene_without_a_layout() -> None:
 def test_what_is_not_finite_changes_nothing_when_it_is_played(
     records: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = trainer_of(config_of("quick spair", training_wheels=0))
-    trainer.captures = True
+    trainer = recording_trainer(config_of("quick spair", training_wheels=0))
     for _ in range(5):
         trainer.update()
     assert len(records) == 1
@@ -222,7 +223,7 @@ def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
-        trainer: Trainer = update.__self__  # type: ignore[attr-defined]
+        trainer: RecordingTrainer = update.__self__  # type: ignore[attr-defined]
         trainer.tapes[0].rewind()
         trainer.tapes[0].take(Tensor.normal_, trainer.skipped)  # it breaks after the first noise
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -232,17 +233,15 @@ def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
     config = config_of("quick spair", training_wheels=0)
 
     def losses() -> list[float]:
-        trainer = trainer_of(config)
-        trainer.captures = True
-        return trained(trainer)[1]
+        return trained(recording_trainer(config))[1]
 
     with pytest.warns(RuntimeWarning, match="could not be recorded as a CUDA graph") as warned:
         found = losses()
     assert len(warned) == 1
-    monkeypatch.setattr(training, "UpdateGraph", lambda update, device: update)
+    monkeypatch.setattr(update_graph, "UpdateGraph", lambda update, device: update)
     assert found == losses()
     # numbers in tensors are rounded otherwise, which grows: a part in 10^5 here, 200 in the end
-    assert found[:6] == pytest.approx(trained(trainer_of(config))[1][:6], rel=1e-4)
+    assert found[:6] == pytest.approx(trained(plain_trainer(config))[1][:6], rel=1e-4)
 
 
 def test_a_tape_gives_what_its_source_would() -> None:
@@ -263,8 +262,23 @@ def test_a_tape_gives_what_its_source_would() -> None:
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_models_that_are_told_counts_are_not_captured() -> None:
-    assert not trainer_of(config_of("paper air")).captures
+@pytest.mark.parametrize(
+    ("recipe", "device", "size", "records"),
+    [
+        ("quick spair", "cuda", 1, True),
+        ("quick spair", "cuda", 2, False),
+        ("quick spair", "cpu", 1, False),
+        ("paper air", "cuda", 1, False),
+    ],
+)
+def test_updates_are_recorded_on_one_gpu_unless_the_model_is_told_counts(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, device: str, size: int, records: bool
+) -> None:
+    monkeypatch.setattr(update_graph, "Trainer", lambda *_: "plain")
+    monkeypatch.setattr(update_graph, "RecordingTrainer", lambda *_: "recording")
+    config, dataset = config_of(recipe), open_dataset(config_of(recipe).data, "train")
+    made = make_trainer(config, None, dataset, torch.device(device), World(0, size))
+    assert made == ("recording" if records else "plain")  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.gpu
@@ -276,25 +290,24 @@ def test_a_gpu_plays_what_it_would_have_computed(
 ) -> None:
     device = torch.device("cuda")
     config = config_of(recipe, precision=precision)
-    trainer = trainer_of(config, device)
+    trainer = recording_trainer(config, device)
     assert trainer.makes_scenes
     _, found = trained(trainer)
-    assert isinstance(trainer.call, UpdateGraph)
-    again = trainer_of(config, device)
+    assert trainer.graph.plays
+    again = recording_trainer(config, device)
     assert trained(again)[1] == found, "to the bit, and beside the graph of another trainer"
-    given = trainer_of(config, device)
+    given = recording_trainer(config, device)
     assert isinstance(given.train, Scenes)
     given.train.fused = False
     assert trained(given)[1] == found, "the scenes that plain torch makes outside of the graph"
     tolerance = 1e-2 if precision == "bf16" else 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(update_graph, "WARM_UP", UPDATES)
-        unrecorded = trained(trainer_of(config, device))[1]
+        unrecorded = trained(recording_trainer(config, device))[1]
     assert found == pytest.approx(unrecorded, rel=tolerance)
     for wheels in (WHEELS, 0):  # so that each of the two graphs is played in the first six
         config = config_of(recipe, precision=precision, training_wheels=wheels)
-        plain = trainer_of(config, device)
-        plain.captures = False
-        played, wanted = trained(trainer_of(config, device))[1], trained(plain)[1]
+        played = trained(recording_trainer(config, device))[1]
+        wanted = trained(plain_trainer(config, device))[1]
         # numbers in tensors are rounded otherwise, which grows
         assert played[:6] == pytest.approx(wanted[:6], rel=tolerance)

@@ -24,9 +24,10 @@ from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
 from spairkit.models.loading import build
 from spairkit.models.spair import SPAIR
-from spairkit.training.loop import Trainer
+from spairkit.training.distributed import World
 from spairkit.training.process import computing_in
-from spairkit.training.update_graph import WARM_UP, UpdateGraph
+from spairkit.training.trainer import Trainer
+from spairkit.training.update_graph import WARM_UP, RecordingTrainer, make_trainer
 
 Way = Literal["spairkit", "plain"]
 
@@ -197,17 +198,20 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
     side = config.data.image_height
     needed = 4 * COPIES * case.batch * number * side**2
     if needed < 0.7 * free_bytes(device):
-        trainers["plain"] = _trainer(config, device)
+        train = open_dataset(config.data, "train", device)
+        trainers["plain"] = Trainer(config, None, train, device)
         _make_plain(trainers["plain"])
     calls: dict[str, Callable[[], object]] = {way: t.update for way, t in trainers.items()}
     peaks = {way: peak_bytes(call, device) for way, call in calls.items()}  # and a warm-up
     data, data_cpu = _scenes_ms(ours.train, case.batch, device)
     batch = ours.train.batch(torch.arange(case.batch))
     same: Any = _SameBatch(batch)
-    timed_apart = [way for way, trainer in trainers.items() if not trainer.makes_scenes]
+    recorded = isinstance(ours, RecordingTrainer)
+    makes_scenes = isinstance(ours, RecordingTrainer) and ours.makes_scenes
+    timed_apart = [way for way in trainers if way == "plain" or not makes_scenes]
     for way in timed_apart:
         trainers[way].train = same
-    if ours.captures:
+    if recorded:
         for _ in range(WARM_UP + 1):
             ours.update()
     else:
@@ -232,7 +236,7 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
         {way: times[way][1] - own[way] for way in trainers}
         for times, own in ((wall, backbone), (cpu, backbone_cpu))
     )
-    played = not isinstance(ours.call, UpdateGraph) or ours.call.plays
+    played = not isinstance(ours, RecordingTrainer) or ours.graph.plays
     for way, trainer in trainers.items():
         low, step, high = wall[way]
 
@@ -261,7 +265,9 @@ def _figures(case: Case, device: torch.device, seconds: float, report: Report) -
             rest_ratio=_ratio(rest[way], rest["spairkit"]),
             rest_ratio_cpu=_ratio(rest_cpu[way], rest_cpu["spairkit"]),
             peak_bytes=peaks[way],
-            parts_ms=_parts(trainer, same, device, repeats, report_updates) | {"data": data},
+            parts_ms=_parts(trainer, same, device, repeats, report_updates) | {"data": data}
+            if not isinstance(trainer, RecordingTrainer)
+            else {},
         )
     if "plain" not in trainers:
         yield Figure(**labels, way="plain", note=f"needs about {needed / 2**30:.0f} GiB")
@@ -281,14 +287,14 @@ def _plain(model: Any) -> PlainSPAIR:
 
 
 def _trainer(config: Config, device: torch.device) -> Trainer:
-    return Trainer(config, None, open_dataset(config.data, "train", device), device)
+    train = open_dataset(config.data, "train", device)
+    return make_trainer(config, None, train, device, World())
 
 
 def _make_plain(trainer: Trainer) -> None:
     """Puts the plain version into a trainer that has made no update yet."""
     trainer.model = _plain(trainer.model)
     trainer.parameters = dict(trainer.model.named_parameters())
-    trainer.captures = False
     rate = trainer.config.train.learning_rate
     trainer.optimiser = PlainAdam(trainer.parameters.values(), lr=rate)
 
@@ -392,7 +398,7 @@ def _parts(
 ) -> dict[str, float]:
     """Median milliseconds of each part of an update, but for its scenes, which are the `same`."""
     model = trainer.model
-    trainer.captures, trainer.wheels = False, None  # the parts of a CUDA graph cannot be told apart
+    trainer.wheels = None
     trainer.train = same
     watched = [
         (model, "forward", "noise"),

@@ -43,7 +43,8 @@ from spairkit.sweeps.study import (
     storage_errors,
     suggest,
 )
-from spairkit.training.loop import REPORT_EVERY, Step, criterion, fit
+from spairkit.training.loop import REPORT_EVERY, Step, fit
+from spairkit.training.trainer import criterion
 
 if TYPE_CHECKING:
     import optuna

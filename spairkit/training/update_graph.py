@@ -1,4 +1,4 @@
-"""An update of training as a CUDA graph: recorded once, then handed to the GPU as a whole.
+"""A trainer whose updates are a CUDA graph: recorded once, then launched as a whole.
 
 Launched one by one, the hundreds of small kernels of an update keep a GPU waiting for the host.
 """
@@ -6,25 +6,126 @@ Launched one by one, the hundreds of small kernels of an update keep a GPU waiti
 import gc
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from spairkit.config import Config
+from spairkit.data.datasets import Dataset
+from spairkit.data.scenes import Batch, Scenes
 from spairkit.models.elbo import Losses
+from spairkit.models.noise import Tape
+from spairkit.storage.runs import Run
+from spairkit.training.distributed import World
+from spairkit.training.trainer import Inputs, Trainer
 
 WARM_UP = 3
 """Updates before the recording: kernels are compiled and chosen, what is cached is made."""
 
 
-class UpdateGraph:
-    """Calls of `update`, of which all but the first three are played from a record.
+def make_trainer(
+    config: Config, run: Run | None, train: Dataset, device: torch.device, world: World
+) -> Trainer:
+    """A `RecordingTrainer` where an update can be recorded, else a `Trainer`.
 
-    Where nothing can be recorded there is one warning, and every call is `update` itself.
+    A record needs one GPU in one process. A model that is told the true counts takes as many steps
+    as they say, so that its updates differ in shape.
+    """
+    records = device.type == "cuda" and world.size == 1 and not config.model.told
+    return (RecordingTrainer if records else Trainer)(config, run, train, device, world)
+
+
+class RecordingTrainer(Trainer):
+    """A `Trainer` that records an update once and replays it; see `Trainer` for its arguments.
+
+    A record reads its inputs from tensors that stay in one place: `_place` fills them before each
+    update. Scenes that one kernel makes are part of the record, which is given their index.
+    """
+
+    capturable = True
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run | None,
+        train: Dataset,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        super().__init__(config, run, train, device, world)
+        self.places: dict[str, Tensor] = {}
+
+    @property
+    def makes_scenes(self) -> bool:
+        """Whether the scenes of an update are made inside its record."""
+        return isinstance(self.train, Scenes) and self.train.fused
+
+    def update(self) -> Losses:
+        """As `Trainer.update`; the losses lie in the memory of the last update's."""
+        if self._set_wheels(self.step < self.config.train.training_wheels):
+            self.graph = UpdateGraph(self._recorded, self.device)
+            self.tapes = Tape(), Tape()
+        self.placed = self._placed(self._inputs(self.step))
+        losses = self.graph()
+        self.step += 1
+        return losses
+
+    def _batch(self, step: int) -> Batch | None:
+        return None if self.makes_scenes else super()._batch(step)
+
+    def _placed(self, inputs: Inputs) -> Inputs:
+        """The inputs in the tensors that the record reads, and noise on tapes."""
+        for tape, source in zip(self.tapes, (inputs.noise, inputs.gradient_noise), strict=True):
+            assert isinstance(source, torch.Generator)
+            tape.wind(source)
+        batch = inputs.batch
+        if batch is None:
+            self._place("first", self._first_image(self.step), torch.int64)
+        else:
+            images, counts = (self._place(n, getattr(batch, n)) for n in ("images", "counts"))
+            batch = replace(batch, images=images, counts=counts)
+        return Inputs(
+            batch=batch,
+            success=self._place("success", inputs.success),
+            rate=self._place("rate", inputs.rate, torch.float32),
+            noise=self.tapes[0],
+            gradient_scale=self._place("gradient_scale", inputs.gradient_scale),
+            gradient_noise=self.tapes[1],
+        )
+
+    def _place(
+        self, name: str, value: float | Tensor, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Copies `value` into the persistent tensor `name`; `dtype` is that of a number."""
+        if name not in self.places:
+            number = torch.empty((), dtype=dtype, device=self.device)
+            self.places[name] = torch.empty_like(value) if isinstance(value, Tensor) else number
+        place = self.places[name]
+        return place.copy_(value) if isinstance(value, Tensor) else place.fill_(value)
+
+    def _recorded(self) -> Losses:
+        """The update that is recorded."""
+        for tape in self.tapes:
+            tape.rewind()
+        inputs = self.placed
+        if inputs.batch is None:
+            assert isinstance(self.train, Scenes)
+            rows = torch.arange(self.config.train.batch_size, device=self.device)
+            inputs = replace(inputs, batch=self.train.unchecked(self.places["first"] + rows))
+        return self._apply(inputs)
+
+
+class UpdateGraph:
+    """Calls of `update`: the first three run it, the fourth records it, and later ones replay.
+
+    Where recording fails there is one warning, and every call runs `update`.
 
     Args:
-        update: reads and writes tensors that stay where they are, and waits for no result. What
-            it reads of Python is as in the call that is recorded, for good.
-        device: where, a GPU.
+        update: reads and writes tensors that stay in one place, and waits for no result. Python
+            values that it reads keep the value that they had when it was recorded.
+        device: a GPU.
     """
 
     def __init__(self, update: Callable[[], Losses], device: torch.device) -> None:
@@ -33,7 +134,7 @@ class UpdateGraph:
         self._play: Callable[[], Losses] | None = None
 
     def __call__(self) -> Losses:
-        """One update. From the fourth call on its losses lie in the memory of the last one's."""
+        """One update. From the fourth call on its losses lie in the memory of the last ones."""
         self._calls += 1
         if self._calls <= WARM_UP:
             return _aside(self._update, self._device)
@@ -54,7 +155,7 @@ class UpdateGraph:
 
     @property
     def plays(self) -> bool:
-        """Whether there is a record."""
+        """Whether a record exists."""
         return self._play not in (None, self._update)
 
 
@@ -76,7 +177,7 @@ def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
 
 
 def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
-    """What plays the record, and gives the losses that it writes; nothing is computed yet."""
+    """A function that replays the record and returns its losses; recording computes nothing."""
     graph = torch.cuda.CUDAGraph()
     # a graph that is destroyed while another one is recorded breaks the record
     gc.collect()

@@ -1,0 +1,338 @@
+"""One update after the other: a model, its optimiser, their checkpoints and validations."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from hashlib import sha256
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from spairkit.config import Config, ConnCompConfig, TrainConfig
+from spairkit.data.datasets import Dataset, evaluation_batches
+from spairkit.data.scenes import Batch, Scenes
+from spairkit.errors import InputError
+from spairkit.images import commonest_colour
+from spairkit.models.conncomp import ConnComp
+from spairkit.models.densities import count_success
+from spairkit.models.elbo import Losses
+from spairkit.models.loading import build, from_checkpoint
+from spairkit.models.noise import Part, Source, uniform
+from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
+from spairkit.storage.runs import Run
+from spairkit.training.distributed import World
+from spairkit.training.process import computing_in
+from spairkit.training.validation import Validation, box_figures, draw
+
+_MODE_IMAGES = 256  # whose commonest colour is the background "mode"
+_NEGLIGIBLE_NOISE = 1e-12
+_WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
+_SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # purposes of a random stream
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Inputs of one update; in a CUDA graph the numbers are 0-d tensors."""
+
+    batch: Batch | None
+    """None where a CUDA graph makes the scenes itself."""
+    success: float | Tensor
+    """s of the count prior, in (0, 1)."""
+    rate: float | Tensor
+    """Learning rate of Adam."""
+    noise: Source
+    """Of the latents."""
+    gradient_scale: float | Tensor
+    """Standard deviation of the noise on gradients, before it is truncated."""
+    gradient_noise: Source
+    """Of the gradients."""
+
+
+class Trainer:
+    """A model, its optimiser and the number of updates made.
+
+    Args:
+        config: of the run; not ConnComp's.
+        run: receives metrics and checkpoints and is resumed from its last one; None: no files.
+        train: the images of updates.
+        device: of the model and the images.
+        world: the processes that share each batch; None is this one alone.
+    """
+
+    capturable = False
+    """Whether Adam keeps its counts on the device, as a CUDA graph needs them."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: Run | None,
+        train: Dataset,
+        device: torch.device,
+        world: World | None = None,
+    ) -> None:
+        self.config, self.run, self.train, self.device = config, run, train, device
+        self.world = world or World()
+        self.step = 0
+        self.best = float("-inf")
+        self.best_step = 0
+        self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
+        checkpoint = run.latest() if run else None
+        model = (
+            build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
+        )
+        assert not isinstance(model, ConnComp)
+        self.model = model.train()
+        if checkpoint is None and config.model.background == "mode":
+            images = train.batch(torch.arange(_MODE_IMAGES)).images
+            self.model.set_background(commonest_colour(images))
+        self.parameters = dict(self.model.named_parameters())
+        self.optimiser = torch.optim.Adam(
+            self.parameters.values(),
+            lr=config.train.learning_rate,
+            fused=True,
+            capturable=self.capturable,
+        )
+        if run and checkpoint:
+            self._resume(run, checkpoint)
+        if self.world.size > 1:
+            state = self._state() | {"updates": torch.tensor(self.step)}
+            data = self.world.from_first(safetensors.torch.save(state))
+            shared = safetensors.torch.load(data)
+            self._restore(shared)
+            self.step = int(shared["updates"])
+        self.replica: nn.Module = self.model
+        self.wheels: bool | None = None  # whether training wheels are on in `replica`
+
+    def update(self) -> Losses:
+        """One step of Adam, which changes nothing where gradients are not finite.
+
+        Nothing here waits for the device, except for images that are not made on it: Adam's own
+        kernel looks at `found_inf`. The losses hold until the next update.
+        """
+        self._set_wheels(self.step < self.config.train.training_wheels)
+        losses = self._apply(self._inputs(self.step))
+        self.step += 1
+        return losses
+
+    def _set_wheels(self, wheels: bool) -> bool:
+        """Makes the replica for updates with or without training wheels; True where it is new."""
+        if wheels is self.wheels:
+            return False
+        self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
+        return True
+
+    def _inputs(self, step: int) -> "Inputs":
+        """Everything that the update of `step` depends on, besides weights and moments."""
+        settings = self.config.train
+        sample, gradient = (self._generator(purpose, step) for purpose in (_SAMPLE, _GRADIENT))
+        return Inputs(
+            batch=self._batch(step),
+            success=success_at(self.config, step),
+            rate=learning_rate(settings, step),
+            noise=Part(sample, self.world.rank, self.world.size) if self.world.size > 1 else sample,
+            gradient_scale=settings.gradient_noise * 0.1 ** (step / settings.gradient_noise_decay),
+            gradient_noise=gradient,
+        )
+
+    def _batch(self, step: int) -> Batch | None:
+        first = self._first_image(step)
+        rows = self.config.train.batch_size // self.world.size
+        return self.train.batch(torch.arange(first, first + rows))
+
+    def _first_image(self, step: int) -> int:
+        """Index of the first image of this process in the update of `step`."""
+        settings = self.config.train
+        rows = settings.batch_size // self.world.size
+        # no scene of another seed
+        return (settings.seed << 32) + step * settings.batch_size + self.world.rank * rows
+
+    def _apply(self, inputs: "Inputs") -> Losses:
+        """The update with these inputs; reads nothing that is on the device."""
+        settings, batch = self.config.train, inputs.batch
+        assert batch is not None
+        bf16 = settings.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            losses: Losses = self.replica(
+                batch.images,
+                success=inputs.success,
+                training_wheels=self.wheels,
+                generator=inputs.noise,
+                **self._told(batch),
+            )
+        self.optimiser.zero_grad(set_to_none=True)
+        self.world.backward(losses.total.mean())
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        broken = (~norm.isfinite()).float()
+        self.skipped.add_(1).mul_(broken)
+        if settings.clip_norm:
+            scale = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        if settings.gradient_noise:
+            _add_noise(gradients, inputs.gradient_scale, inputs.gradient_noise)
+        for group in self.optimiser.param_groups:
+            group["lr"] = inputs.rate
+        self.optimiser.found_inf = broken  # type: ignore[attr-defined]
+        self.optimiser.step()
+        return losses.detach()
+
+    def _told(self, batch: Batch) -> dict[str, Tensor]:
+        """The true counts, for a model that is told them."""
+        return {"counts": batch.counts} if self.config.model.told else {}
+
+    def means(self, losses: Losses) -> dict[str, float]:
+        """Over the whole batch; reading them waits for the device."""
+        means = losses.means()
+        values = self.world.mean(torch.stack(list(means.values())))
+        return dict(zip(means, values.tolist(), strict=True))
+
+    def validate(self, dataset: Dataset) -> Validation | None:
+        """Figures and a picture of the validation split, and a checkpoint, where there is a run."""
+        with computing_in("float32", self.device):
+            result = self._validate(self.run, dataset) if self.run else None
+        self.best_step = self.world.greatest(self.best_step)  # that of the first
+        return result
+
+    def _validate(self, run: Run, dataset: Dataset) -> Validation:
+        self.model.eval()
+        figures = {"elbo": self._elbo(dataset)}
+        if dataset.has_truth:
+            figures |= box_figures(self.model, dataset, self.config.train.batch_size)
+        picture = draw(self.model, dataset, run, self.step)
+        self.model.train()
+        score = figures[criterion(self.config.train)]
+        is_best = score > self.best
+        if is_best:
+            self.best, self.best_step = score, self.step
+        # a line without its checkpoint is cut off by resuming, a missing one would stay missing
+        run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
+        self.save(figures, is_best)
+        return Validation(self.step, figures, picture, is_best)
+
+    def check_scenes(self) -> None:
+        """Waits for the device.
+
+        Raises:
+            InputError: a scene found no layout, and was trained on.
+        """
+        if isinstance(self.train, Scenes):
+            self.train.check()
+
+    def save(self, metrics: dict[str, float], is_best: bool) -> None:
+        """Writes a checkpoint of this step, where there is a run.
+
+        Raises:
+            InputError: what `check_scenes` says, or the folder cannot be written.
+        """
+        self.check_scenes()
+        if self.run:
+            self.run.save(
+                step=self.step,
+                model=self.model.state_dict(),
+                optimiser=self._state(),
+                metrics=metrics,
+                environment=self._environment(),
+                is_best=is_best,
+            )
+
+    def _state(self) -> dict[str, Tensor]:
+        """Of Adam, and the best validation so far."""
+        state = {"best": torch.tensor([self.best, self.best_step], dtype=torch.float64)}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimiser.state[parameter].items():
+                state[f"{key}:{name}"] = value
+        return state
+
+    def _restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what `_state` gave. Raises KeyError or IndexError where it does not fit."""
+        self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
+        for name, parameter in self.parameters.items():
+            # what never had a gradient has no moments, as after training wheels
+            if f"step:{name}" not in state:
+                continue
+            moments = {
+                key: state[f"{key}:{name}"].to(self.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            if moments["exp_avg"].shape != parameter.shape:
+                raise KeyError(name)
+            self.optimiser.state[parameter] = moments
+
+    def _environment(self) -> dict[str, Scalar]:
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else self.device.type
+        return environment() | {"processes": self.world.size, "device": name}
+
+    def _resume(self, run: Run, checkpoint: Checkpoint) -> None:
+        try:
+            self._restore(checkpoint.optimiser or {})
+        except (KeyError, IndexError):
+            raise InputError(
+                f"{checkpoint.path}: its optimiser does not fit its model; resume from another "
+                "checkpoint or train anew"
+            ) from None
+        self.step = checkpoint.step
+        here = self._environment()
+        changed = [
+            f"{name} was {before} and is {here.get(name)}"
+            for name, before in checkpoint.environment.items()
+            if before != here.get(name)
+        ]
+        if changed:
+            warnings.warn(
+                f"{run.path}: goes on, but not to the same bits: {', '.join(changed)}",
+                stacklevel=2,
+            )
+        if self.best_step == self.step:  # a kill may have come before the link
+            run.mark_best(self.step)
+
+    def _elbo(self, dataset: Dataset) -> float:
+        """Mean ELBO in nats under the final count prior, with the same noise every time."""
+        total, images = 0.0, 0
+        for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
+            with torch.no_grad():
+                losses = self.model(
+                    batch.images,
+                    generator=self._generator(_VALIDATE, index),
+                    **self._told(batch),
+                )
+            total += float(losses.elbo.sum())
+            images += len(batch.images)
+        return total / images
+
+    def _generator(self, purpose: int, step: int) -> torch.Generator:
+        # mixed: of a seed the CPU's generator takes the low 32 bits alone
+        words = f"{self.config.train.seed} {purpose} {step}".encode()
+        seed = int.from_bytes(sha256(words).digest()[:8], "big")
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -> None:
+    """Truncated normal noise that dies away (docs/model.md 2.2)."""
+    if isinstance(scale, float) and scale < _NEGLIGIBLE_NOISE:
+        return
+    sizes = [gradient.numel() for gradient in gradients]
+    noise = uniform(source, gradients[0], sum(sizes)).mul(2 * _WITHIN).sub_(_WITHIN)
+    # the inverse of the distribution: to draw again what lies outside would wait for the device
+    parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
+    noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
+    torch._foreach_add_(gradients, noises)
+
+
+def criterion(settings: TrainConfig) -> str:
+    """The validation figure that decides which checkpoint is best: higher is better."""
+    return "elbo" if settings.select == "elbo" else "ap_spair"
+
+
+def learning_rate(settings: TrainConfig, step: int) -> float:
+    """On a straight line from `learning_rate` at step 0 to `learning_rate_end` at the end."""
+    share = step / settings.steps
+    return settings.learning_rate + share * (settings.learning_rate_end - settings.learning_rate)
+
+
+def success_at(config: Config, step: int) -> float:
+    """s of the count prior after `step` updates (docs/model.md 2.1)."""
+    c = config.model
+    assert not isinstance(c, ConnCompConfig)
+    return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)
