@@ -25,7 +25,6 @@ from spairkit.cli.options import (
     ThreadsOption,
     choose_device,
     choose_preset,
-    data_layer,
     layers,
 )
 from spairkit.errors import InputError
@@ -198,7 +197,9 @@ def time_to_ap(
     from spairkit.presets import resolve
 
     chosen = choose_device(device)
-    options: dict[str, Any] = data_layer(data) if data else {}
+    from spairkit.data.datasets import data_settings
+
+    options: dict[str, Any] = data_settings(data) if data else {}
     loop = {"validation_every": every, "threads": threads}
     options["train"] = {name: value for name, value in loop.items() if value is not None}
     over = layers(config, options, set_)

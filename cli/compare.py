@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import as_json, print_json, progress_bar, results, say, several
+from spairkit.cli.console import json_text, print_json, progress_bar, results, say, several
 from spairkit.cli.figures import AUTHORS_RULE, listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
@@ -24,7 +24,6 @@ from spairkit.cli.options import (
     QuietOption,
     SetOption,
     choose_device,
-    data_layer,
 )
 from spairkit.errors import InputError
 
@@ -129,7 +128,9 @@ def _asked(
     if seeds is not None:
         asked["seeds"] = seeds
     if data is not None:
-        asked["data"] = data_layer(data)["data"]
+        from spairkit.data.datasets import data_settings
+
+        asked["data"] = data_settings(data)["data"]
     if preset is not None:
         asked["preset"] = preset
     if set_:
@@ -253,7 +254,7 @@ def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
     dashed = "; dashed: the paper, on EMNIST digits" if rows[0].is_papers else ""
     note = f"{rows[0].measured_on}{_others(rows)}\n{_seeds(settings)}; {settings.budget}{dashed}"
     write_bytes(folder / "figure.png", draw_comparison(rows, note))
-    write_text(folder / "results.json", f"{as_json(values)}\n")
+    write_text(folder / "results.json", f"{json_text(values)}\n")
     write_text(folder / "table.txt", text)
     if json:
         print_json(values)

@@ -1,4 +1,4 @@
-"""`spairkit config`: the settings that a run would have."""
+"""`spairkit config`: the settings of a preset or a config file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,13 +27,13 @@ def show(
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print every setting as TOML."""
     from spairkit.config_values import to_dict, to_toml
 
     resolved = _resolved(preset, config, set_)
-    if json:
+    if as_json:
         print_json(to_dict(resolved))
     else:
         typer.echo(to_toml(resolved), nl=False)
@@ -46,12 +46,12 @@ def copy(
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Write every setting to a new TOML file, to be edited and given to `train --config`."""
+    """Write every setting to a new TOML file, to edit and pass to `train --config`."""
     from spairkit.config_values import to_toml
     from spairkit.storage.durable import write_text
 
     if file.exists():
-        raise InputError(f"{file}: exists already; name a new file")
+        raise InputError(f"{file} already exists; name a new file")
     write_text(file, to_toml(_resolved(preset, config, set_)))
     say(f"wrote {file}; train with: spairkit train --config {file}")
 

@@ -1,4 +1,4 @@
-"""What goes to the person: messages and progress on stderr, results on stdout."""
+"""Messages and progress on stderr, results on stdout."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-_TABLE_WIDTH = 80  # that of the figures by number of objects
+_TABLE_WIDTH = 80  # of the figures by number of objects
 
 
 def say(message: str) -> None:
-    """One line on stderr; what is not printable in it (a file's name, say) is escaped."""
+    """One line on stderr; unprintable characters, as in file names, are escaped."""
     line = " ".join(message.split("\n"))
     typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), err=True)
 
@@ -28,18 +28,18 @@ def several(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def as_json(value: Any) -> str:
-    """A JSON document for people to read too."""
+def json_text(value: Any) -> str:
+    """An indented JSON document."""
     return json.dumps(value, indent=2, allow_nan=False)
 
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    typer.echo(as_json(value))
+    typer.echo(json_text(value))
 
 
 def results(least_width: int = _TABLE_WIDTH) -> "Console":
-    """Where tables go: stdout, never so narrow that rich would cut figures off."""
+    """A console on stdout for tables, wide enough that rich cuts no figure off."""
     from rich.console import Console
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
@@ -48,10 +48,10 @@ def results(least_width: int = _TABLE_WIDTH) -> "Console":
 
 
 def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress":
-    """A bar on stderr, to be used as a context; none without a terminal that can redraw a line.
+    """A progress bar on stderr, as a context; hidden without a terminal that can redraw a line.
 
-    Its note stands on lines of its own, so that it takes no room from the bar. Without
-    `auto_refresh` it is redrawn when it is told to, and no thread does so while something is timed.
+    Its note takes lines of its own below the bar. Without `auto_refresh` no thread redraws the bar
+    while something is timed.
     """
     from rich.console import Console, RenderableType
     from rich.progress import (
@@ -83,7 +83,7 @@ def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress
 
 @contextmanager
 def counted(description: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """A bar and a function that sets how many are done."""
+    """A progress bar, and a function that sets the number done."""
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task(description, total=total, note="")
         yield lambda done: bar.update(task, completed=done)

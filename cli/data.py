@@ -1,6 +1,6 @@
-"""`spairkit data`: what there is to train on, and how it looks."""
+"""`spairkit data`: the datasets, and scenes as image files."""
 
-import json as json_format
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,6 @@ from spairkit.cli.options import (
     QuietOption,
     SetOption,
     choose_preset,
-    data_layer,
     layers,
 )
 from spairkit.errors import InputError
@@ -23,24 +22,24 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     from spairkit.detections import Truth
 
-app = typer.Typer(no_args_is_help=True, help="List datasets, or write one out as pictures.")
+app = typer.Typer(no_args_is_help=True, help="List datasets, or write scenes as image files.")
 
 _ABOUT = {
     "digits": "scenes of UCI optical digits, which ship with spairkit",
     "mnist": "scenes of MNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
     "emnist": "the same with EMNIST's digits",
-    "folder": "your own images: --data FOLDER; with an annotations.json (COCO) eval can compare",
+    "folder": "your own images: --data FOLDER; eval needs an annotations.json (COCO) in it",
 }
 _BATCH_SIZE = 64
 
 
 @app.command("list")
-def list_(json: JsonOption = False) -> None:
-    """Print the datasets there are."""
+def list_(as_json: JsonOption = False) -> None:
+    """List the datasets."""
     from spairkit.data.datasets import dataset_names
 
     about = {name: _ABOUT.get(name, "") for name in dataset_names()}
-    if json:
+    if as_json:
         print_json(about)
     else:
         typer.echo("\n".join(f"{name:<8}{text}" for name, text in about.items()))
@@ -56,15 +55,16 @@ def make(
     set_: SetOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write test scenes as PNG files with an annotations.json (COCO), as `--data FOLDER` reads."""
+    """Write test scenes as PNG files with annotations.json (COCO), for `--data FOLDER`."""
+    from spairkit.data.datasets import data_settings
     from spairkit.presets import resolve
 
-    over = layers(config, data_layer(data) if data else {}, set_)
+    over = layers(config, data_settings(data) if data else {}, set_)
     settings = resolve(choose_preset(preset, over), *over).data
     if settings.name == "folder":
-        raise InputError("--data: name a dataset that makes scenes; a folder has images already")
+        raise InputError("--data: name a dataset of scenes; a folder holds image files already")
     if out.exists():
-        raise InputError(f"{out}: exists already; name a new folder")
+        raise InputError(f"{out} already exists; name a new folder")
     import torch
 
     from spairkit.data.datasets import open_dataset
@@ -82,7 +82,7 @@ def make(
                 write_png(out / _name(len(truth)), image)
                 truth.append(batch.truth()[len(truth) - first])
     size = (settings.image_width, settings.image_height)
-    write_text(out / "annotations.json", json_format.dumps(_coco(truth, *size)))
+    write_text(out / "annotations.json", json.dumps(_coco(truth, *size)))
     say(f"wrote {several(count, 'image')} and annotations.json to {out}")
 
 

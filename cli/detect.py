@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,21 +19,16 @@ from spairkit.cli.options import (
     QuietOption,
     ThresholdOption,
     check_output,
-    choose_checkpoint,
-    choose_device,
-    told_counts,
-    with_box_contrast,
+    open_detector,
 )
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from spairkit.detections import Detections
 
 
 class Format(StrEnum):
-    """How the boxes are written."""
+    """Formats of the output."""
 
     COCO = "coco"
     CSV = "csv"
@@ -42,18 +36,25 @@ class Format(StrEnum):
 
 
 def detect(
-    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="What to read.")],
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images or folders.")
+    ],
     checkpoint: CheckpointOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The file to write or replace, else standard output."),
+        typer.Option(
+            "--out",
+            rich_help_panel="Output",
+            help="The file to write. Default: standard output.",
+        ),
     ] = None,
     format_: Annotated[
         Format,
         typer.Option(
             "--format",
+            rich_help_panel="Output",
             help="coco: a list of COCO results. csv: a line for each box. "
-            "jsonl: a line for each image, with appearance codes.",
+            "jsonl: a line for each image, with appearance embeddings.",
         ),
     ] = Format.COCO,
     threshold: ThresholdOption = 0.5,
@@ -62,31 +63,23 @@ def detect(
     device: DeviceOption = Device.AUTO,
     quiet: QuietOption = False,
 ) -> None:
-    """Find objects in images of any size. Boxes are pixels from the upper left corner.
+    """Find objects in images of any size. Boxes are in pixels from the upper left corner.
 
-    Images are numbered from 1 as they come, a folder's by name.
-
-    Those of a single folder with annotations.json have its ids, as COCO's tools expect.
+    Images are numbered from 1 in the order given, those of a folder in the order of their names. A
+    single folder with annotations.json keeps its image ids, as COCO's tools expect.
     """
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such image or folder")
     if out is not None:
         check_output(out)
-    from spairkit.images import stretched
-    from spairkit.models.loading import from_checkpoint
-    from spairkit.storage.checkpoints import load_checkpoint
-
-    images = _images(paths)  # one that is no picture shows before any work
-    chosen = choose_device(device)
-    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
-    detector = from_checkpoint(loaded, chosen)
-    counts, data = told_counts(count, detector.config), loaded.config.data
+    files = _files(paths)  # a file that is no image shows before any work
+    detector = open_detector(checkpoint, device, box_contrast)
+    many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
     found: list[tuple[str, int, Detections]] = []
-    with counted("images", None, quiet=quiet) as show_done:
-        for name, number, image in images:
-            batch = stretched(image, black=data.black, white=data.white)[None].to(chosen)
-            found.append((name, number, detector.detect(batch, threshold, counts=counts)[0]))
+    with counted("images", len(files), quiet=quiet) as show_done:
+        for (path, number), detections in zip(files, many, strict=True):
+            found.append((str(path), number, detections))
             show_done(len(found))
     text = _WRITERS[format_](found)
     if out is None:
@@ -99,28 +92,22 @@ def detect(
     say(f"wrote {out}: {objects} in {several(len(found), 'image')}")
 
 
-def _images(paths: list[Path]) -> "Iterator[tuple[str, int, Tensor]]":
-    """Name, id and pixels of each image. What is no picture is refused before the first is read.
+def _files(paths: list[Path]) -> list[tuple[Path, int]]:
+    """The image files and their ids; a folder's annotations give ids to its files.
 
     Raises:
-        InputError: a folder has no picture in it, a file is none, or annotations are wrong.
+        InputError: a folder holds no image, a file is none, or annotations are wrong.
     """
-    from spairkit.images import image_size, list_images, read_image
+    from spairkit.config import DataConfig
+    from spairkit.data.folder import ANNOTATIONS, ImageFolder
+    from spairkit.images import image_size, list_images
 
-    if len(paths) == 1 and (paths[0] / "annotations.json").exists():
-        return _annotated(paths[0])
+    if len(paths) == 1 and (paths[0] / ANNOTATIONS).exists():
+        return ImageFolder(DataConfig(name="folder", path=str(paths[0])), "test").files()
     files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
     for file in files:
         image_size(file)
-    return ((str(file), number, read_image(file)) for number, file in enumerate(files, start=1))
-
-
-def _annotated(folder: Path) -> "Iterator[tuple[str, int, Tensor]]":
-    from spairkit.config import DataConfig
-    from spairkit.data.folder import ImageFolder
-
-    images = ImageFolder(DataConfig(name="folder", path=str(folder)), "test")
-    return ((str(folder / name), number, image) for name, number, image, _ in images.images())
+    return [(file, number) for number, file in enumerate(files, start=1)]
 
 
 def _coco(found: "list[tuple[str, int, Detections]]") -> str:

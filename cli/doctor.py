@@ -1,4 +1,4 @@
-"""`spairkit doctor`: what is installed here, and whether it works."""
+"""`spairkit doctor`: versions, devices and backends, and whether each works."""
 
 import os
 import platform
@@ -16,8 +16,8 @@ from spairkit.errors import InputError
 _PACKAGES = ("torch", "triton", "numba", "numpy", "safetensors", "pillow", "pydantic", "typer")
 
 
-def doctor(json: JsonOption = False) -> None:
-    """Say which versions, devices and kernels there are. Paste it when you report a bug."""
+def doctor(as_json: JsonOption = False) -> None:
+    """Print versions, devices and backends. Include the output when you report a bug."""
     import torch
 
     findings: dict[str, str] = {
@@ -36,7 +36,7 @@ def doctor(json: JsonOption = False) -> None:
         ),
         "packaged model": _try_model(),
     }
-    if json:
+    if as_json:
         print_json(findings)
         return
     width = max(len(name) for name in findings) + 2
@@ -84,11 +84,10 @@ def _try_backend(backend: Literal["torch", "cpu", "triton"], device: str) -> str
 
 
 def _try_model() -> str:
-    from spairkit.models.loading import load
-    from spairkit.storage.runs import pretrained
+    from spairkit.detector import load
 
     try:
-        load(pretrained())
+        load(device="cpu")
     except InputError as error:
         return f"broken: {error}"
     return "works"

@@ -1,4 +1,4 @@
-"""`spairkit eval`: how well a model does, by protocol and by number of objects."""
+"""`spairkit eval`: figures of a model, by protocol and by number of objects."""
 
 import dataclasses
 from enum import StrEnum
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import as_json, print_json, say
+from spairkit.cli.console import json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.cli.options import (
     BoxContrastOption,
@@ -22,9 +22,7 @@ from spairkit.cli.options import (
     check_output,
     choose_checkpoint,
     choose_device,
-    data_layer,
     layers,
-    with_box_contrast,
 )
 from spairkit.errors import InputError
 
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class SplitName(StrEnum):
-    """Scenes that no model was trained on; of a folder, files held back or all of them."""
+    """Scenes that no model was trained on; of a folder, the files held back or all of them."""
 
     VALIDATION = "validation"
     TEST = "test"
@@ -42,58 +40,63 @@ class SplitName(StrEnum):
 def evaluate(
     checkpoint: CheckpointOption = None,
     data: DataOption = None,
-    split: Annotated[SplitName, typer.Option("--split", help="Which images.")] = SplitName.TEST,
+    split: Annotated[SplitName, typer.Option("--split", rich_help_panel="Data")] = SplitName.TEST,
     set_: SetOption = None,
     threshold: ThresholdOption = 0.5,
     box_contrast: BoxContrastOption = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Also write the figures to this JSON file, or replace it."),
+        typer.Option(
+            "--out", rich_help_panel="Output", help="Also write the figures to this JSON file."
+        ),
     ] = None,
     device: DeviceOption = Device.AUTO,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure average precision and counts, on the model's own data unless told otherwise."""
-    over = layers(None, data_layer(data) if data else {}, set_)
+    """Measure average precision and counts, by default on the data of the run."""
+    from spairkit.data.datasets import data_settings
+
+    over = layers(None, data_settings(data) if data else {}, set_)
     others = sorted({key for layer in over for key in layer if key != "data"})
     if others:
-        raise InputError(f"--set {others[0]}: only data can be set here, as data.max_objects=5")
+        raise InputError(f"--set {others[0]}: eval takes settings of data only: data.max_objects=5")
     if out is not None:
         check_output(out)
+    from spairkit.detector import Detector
     from spairkit.models.loading import from_checkpoint
     from spairkit.storage.checkpoints import load_checkpoint
     from spairkit.storage.durable import write_text
 
-    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
+    loaded, chosen = load_checkpoint(choose_checkpoint(checkpoint)), choose_device(device)
+    network = from_checkpoint(loaded, chosen)
+    detector = Detector(network, loaded.config, box_contrast=box_contrast)
     settings = _data(loaded.config, over)
-    chosen = choose_device(device)
     report = measure(
-        from_checkpoint(loaded, chosen),
+        detector,
         settings,
         split.value,
-        chosen,
         threshold=threshold,
         trained_on=settings.path == loaded.config.data.path,
         quiet=quiet,
     )
     if report is None:
         raise InputError(
-            f"{settings.path}: nothing to compare with: no annotations.json (COCO) in it; "
-            "`spairkit detect` finds objects without one"
+            f"{settings.path}: no annotations.json (COCO), so there is no ground truth; "
+            "`spairkit detect` needs none"
         )
     figures = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
         "split": split.value,
-        "box_contrast": getattr(loaded.config.model, "box_contrast", None),
+        "box_contrast": detector.box_contrast,
         "data": dataclasses.asdict(settings),
         **report.to_json(),
     }
     if out is not None:
-        write_text(out, f"{as_json(figures)}\n")
+        write_text(out, f"{json_text(figures)}\n")
         say(f"wrote {out}")
-    if json:
+    if as_json:
         print_json(figures)
     else:
         typer.echo(f"{loaded.path} (step {loaded.step})")
@@ -103,14 +106,14 @@ def evaluate(
 
 
 def _ending(box_contrast: float) -> str:
-    """Where boxes end that were asked for, for people."""
+    """The boxes of `--box-contrast`, in words."""
     if not box_contrast:
         return "the model's own"
-    return f"to {box_contrast:g} of each object's strongest contrast"
+    return f"tightened to {box_contrast:g} of each object's maximum contrast"
 
 
 def _data(config: "Config", over: list[Any]) -> "DataConfig":
-    """The data that the model was trained on, with `over` laid over it."""
+    """The data of the run, with `over` applied."""
     from spairkit.config_values import from_dict, merge, to_dict
 
     return from_dict(merge(to_dict(config), *over), "--set").data

@@ -1,4 +1,4 @@
-"""A model's figures on a split: computed, and printed as a table. For `train` and `eval`."""
+"""Figures of a model on a split, and their table, for `train` and `eval`."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING
 from spairkit.cli.console import counted, results
 
 if TYPE_CHECKING:
-    import torch
-
     from spairkit.config import DataConfig
     from spairkit.data.glyphs import Split
     from spairkit.detector import Detector
     from spairkit.evaluation import Figures, Report
 
 AUTHORS_RULE = "the rule of the SPAIR authors' code"
-"""What AP paper is, wherever it is named first or beneath a table."""
+"""Definition of AP paper."""
 
 _COLUMNS = ("ap", "ap_spair", "ap_coco", "ap50", "count_accuracy", "count_error", "count_bias")
 _BATCH_SIZE = 32
 
 
 def called(key: str) -> str:
-    """The name of a figure, for people; one that has none is called by its key."""
+    """The name of a figure in tables; its key if it has none."""
     from spairkit.metrics import NAMES
 
     return NAMES.get(key, key.replace("_", " "))
@@ -36,20 +34,19 @@ def measure(
     detector: "Detector",
     data: "DataConfig",
     split: "Split",
-    device: "torch.device",
     *,
     threshold: float = 0.5,
     trained_on: bool = True,
     quiet: bool = False,
 ) -> "Report | None":
-    """The detector's figures on a split; None where nobody knows what is in the images.
+    """The detector's figures on a split; None where there is no ground truth.
 
-    `trained_on` says whether the detector was trained on this folder, where it is one.
+    `trained_on` says whether the detector was trained on this folder.
     """
     from spairkit.data.datasets import described, evaluation_batches, open_dataset
     from spairkit.evaluation import evaluate
 
-    dataset = open_dataset(data, split, device)
+    dataset = open_dataset(data, split, detector.device)
     if not dataset.has_truth:
         return None
     total = None if data.name == "folder" else len(dataset)

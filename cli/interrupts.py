@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while something runs that first has to be saved."""
+"""Ctrl-C and SIGTERM during work that is saved before it ends."""
 
 import os
 import signal
@@ -7,10 +7,10 @@ from typing import Any, Self
 
 
 class Interrupts:
-    """Notes the first signal to end and lets the second one end at once, as a context.
+    """As a context: notes the first signal, and lets the second one end the process at once.
 
-    Not so under torchrun, which passes on a signal that a scheduler may have sent to all: one that
-    left alone would leave the others waiting. It kills them itself, 30 s after.
+    Under torchrun the second signal is ignored: a process that left alone would keep the others
+    waiting. Torchrun itself kills them after 30 s.
     """
 
     number: int | None = None
@@ -38,4 +38,4 @@ class Interrupts:
         if not self.quiet:
             # print could be in the middle of printing
             below = "\n" if os.isatty(2) else ""  # the terminal has shown ^C on the line
-            os.write(2, f"{below}{self.doing}; once more leaves at once\n".encode())
+            os.write(2, f"{below}{self.doing}; press Ctrl-C again to quit now\n".encode())

@@ -1,11 +1,12 @@
-"""The `spairkit` command: the list of its commands, and the border where every error ends.
+"""The `spairkit` command: its subcommands, and the place where every error becomes one line.
 
-Exit status: 0; 2 for what the person can fix, in one line; 1 for a bug of ours; 130 and 143 when
-stopped by Ctrl-C and SIGTERM.
+Exit status: 0; 2 for a user error; 1 for an internal error; 130 and 143 when stopped by Ctrl-C and
+SIGTERM.
 """
 
 import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -28,7 +29,7 @@ from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
@@ -42,12 +43,23 @@ app.command()(doctor)
 app.add_typer(bench.app, name="bench")
 
 
-# what Typer raises when words on the command line are wrong; it has no public name
+# raised by Typer for wrong words on the command line; it has no public name
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
+# names that people try, and the commands that they mean
+_SYNONYMS = {
+    **dict.fromkeys(("predict", "infer", "find", "segment", "count", "run"), "detect"),
+    **dict.fromkeys(("evaluate", "test", "validate"), "eval"),
+    **dict.fromkeys(("visualize", "visualise", "show", "plot", "draw"), "viz"),
+    **dict.fromkeys(("fit", "learn"), "train"),
+    **dict.fromkeys(("benchmark", "time"), "bench"),
+    "version": "--version",
+}
+
+
 class _Stopped(SystemExit):
-    """A signal to end came. Typer lets SystemExit pass."""
+    """Stopped by a signal. Typer lets SystemExit pass."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -71,8 +83,10 @@ def _root(
 ) -> None:
     """Find, box and count many small things in images, without labels.
 
-    Begin with `spairkit train`, or `spairkit viz IMAGE`. Exit status: 0; 2 for what you can mend,
-    said in one line; 1 for a bug of spairkit's; 130 and 143 when stopped by Ctrl-C and SIGTERM.
+    Start with `spairkit viz IMAGE` or `spairkit train --data FOLDER`.
+
+    Exit status: 0; 2: user error (one-line message); 1: internal error; 130 and 143: stopped by
+    Ctrl-C and SIGTERM.
     """
 
 
@@ -80,7 +94,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and ends the process with its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # names of files may hold anything
+            # file names may hold any bytes
             stream.reconfigure(errors="backslashreplace")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
@@ -96,7 +110,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str] | None) -> int:
-    """The exit status of the command; what went wrong is said."""
+    """Runs the command, prints its error, and gives the exit status."""
     try:
         status = _exit_status(arguments)
         sys.stdout.flush()
@@ -104,7 +118,7 @@ def _run(arguments: list[str] | None) -> int:
         say(f"spairkit: stopped by {signal.Signals(stopped.number).name}")
         return 128 + stopped.number
     except BrokenPipeError:
-        # whoever read our output has gone; Python would complain when it flushes at the end
+        # the reader of our output has gone; Python would complain when it flushes at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -136,7 +150,9 @@ def _say_usage(error: Exception) -> None:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "spairkit"
     if message:
-        say(f"spairkit: {message[:1].lower()}{message[1:]}; see {command} --help")
+        meant = _SYNONYMS.get(next(iter(re.findall("No such command '(.*?)'", message)), ""))
+        hint = f"; did you mean {meant}?" if meant else ""
+        say(f"spairkit: {message[:1].lower()}{message[1:]}{hint}; see {command} --help")
 
 
 def _exit_status(arguments: list[str] | None) -> int:

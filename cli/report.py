@@ -1,4 +1,4 @@
-"""`spairkit report`: a run as one page."""
+"""`spairkit report`: one page about a run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +9,13 @@ from spairkit.errors import InputError
 
 
 def report(
-    run: Annotated[Path | None, typer.Argument(help="A run's folder, else the newest.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run. Default: the newest.")] = None,
 ) -> None:
-    """Write report.html into a run's folder: figures, curves, pictures, settings."""
+    """Write report.html into the folder of a run: figures, curves, pictures, settings."""
     from spairkit.report.page import write_report
     from spairkit.storage.runs import ROOT, newest_run
 
     folder = run or newest_run()
     if folder is None:
-        raise InputError(f"no run under ./{ROOT}; name one, or make one with `spairkit train`")
+        raise InputError(f"there is no run under ./{ROOT}; name one, or run `spairkit train`")
     typer.echo(write_report(folder))

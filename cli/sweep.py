@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.console import json_text, print_json, progress_bar, results, say
 from spairkit.cli.figures import AUTHORS_RULE, called
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
@@ -23,7 +23,6 @@ from spairkit.cli.options import (
     SetOption,
     choose_device,
     choose_preset,
-    data_layer,
     layers,
 )
 from spairkit.cli.train import Select
@@ -91,7 +90,9 @@ def sweep(
     The same command goes on with its folder, and helps it from another terminal or machine.
     Ctrl-C saves the trial in progress.
     """
-    options: dict[str, Any] = data_layer(data) if data else {}
+    from spairkit.data.datasets import data_settings
+
+    options: dict[str, Any] = data_settings(data) if data else {}
     if model:
         options["model"] = {"kind": model}
     if select:
@@ -261,7 +262,7 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
         if best
         else None,
     }
-    write_text(sweep.path / RESULTS, f"{as_json(summary)}\n")
+    write_text(sweep.path / RESULTS, f"{json_text(summary)}\n")
     return summary
 
 

@@ -1,4 +1,4 @@
-"""`spairkit train`: from images to a run with figures, and what to try next."""
+"""`spairkit train`: from images to a run with figures, and the commands to try next."""
 
 import shlex
 import threading
@@ -7,13 +7,14 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import as_json, print_json, progress_bar, results, say
+from spairkit.cli.console import json_text, print_json, progress_bar, results, say
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
@@ -28,7 +29,6 @@ from spairkit.cli.options import (
     SetOption,
     choose_device,
     choose_preset,
-    data_layer,
     layers,
 )
 from spairkit.errors import InputError
@@ -48,133 +48,236 @@ _NARROW = 0.5  # of the range of intensities
 
 
 class Select(StrEnum):
-    """What the best checkpoint is best at."""
+    """The validation figure of the best checkpoint."""
 
     ELBO = "elbo"
     AP = "ap"
 
 
 def train(
+    data: DataOption = None,
     preset: PresetOption = None,
     model: ModelOption = None,
-    data: DataOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="The run's folder, else ./runs/<data>-<preset>-N.")
+        Path | None,
+        typer.Option(
+            "--out",
+            rich_help_panel="Output",
+            help="The folder of the run. Default: ./runs/<data>-<preset>-N.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             "--resume",
-            help="Go on with the run in this folder from its last checkpoint, which Ctrl-C and "
-            "every validation save.",
+            rich_help_panel="Training",
+            help="Continue the run in this folder from its last checkpoint.",
         ),
     ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             "--steps",
-            help="Updates to make in all, while the learning rate falls. Default: the preset's.",
+            rich_help_panel="Training",
+            help="Number of updates; the learning rate falls over them. Default: the preset's.",
         ),
     ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
-            "--minutes", min=0, help="Stop after this many minutes and save; --resume goes on."
+            "--minutes",
+            min=0,
+            rich_help_panel="Training",
+            help="Stop after this many minutes with a checkpoint; --resume continues.",
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", help="Seed of the initial weights and the noise. Default: 0."),
+        typer.Option(
+            "--seed",
+            rich_help_panel="Training",
+            help="Seed of the initial weights and the noise. Default: 0.",
+        ),
     ] = None,
     select: Annotated[
         Select | None,
         typer.Option(
             "--select",
-            help="The best checkpoint has the highest validation ELBO (elbo, the default, without "
-            f"labels) or AP paper (ap, with labels): {AUTHORS_RULE}.",
+            rich_help_panel="Training",
+            help="The best checkpoint has the highest validation ELBO (elbo, default; needs no "
+            f"labels) or AP paper (ap; needs labels): {AUTHORS_RULE}.",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
-    Ctrl-C saves and ends; --resume goes on from there, to the bit. Several processes share each
-    batch under torchrun --nproc-per-node=N -m spairkit train ...
+    A checkpoint is written at every validation and on Ctrl-C; --resume continues from it.
+
+    torchrun --nproc-per-node=N -m spairkit train ... shares each batch among N processes.
     """
     if resume and out and out.resolve() != resume.resolve():
         raise InputError("--out names a new run and --resume an old one; give one of them")
-    from spairkit.config_values import from_toml, to_toml
-    from spairkit.data.datasets import open_splits
-    from spairkit.models.loading import load
-    from spairkit.report.page import write_report
-    from spairkit.storage.durable import write_text
-    from spairkit.storage.runs import Run
     from spairkit.training.distributed import joined
-    from spairkit.training.loop import check, fit
 
-    run, saved, shared = None, None, b""
-    ending = 0  # the same in all processes: the number of a signal, or 1 when the time is over
+    began = time.monotonic()
     with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
-        if world.rank == 0:
-            try:
-                over = layers(config, _options(model, data, steps, seed, select), set_)
-                settings = _resumed(resume, preset, over) if resume else _new(preset, over)
-                check(settings, chosen, world.size)
-                images, _ = open_splits(settings)  # what is wrong shows before a run is made
-                if not (resume or quiet or json):
-                    _say_if_dim(images)
-                run = Run.open(resume) if resume else Run.create(out, settings)
-                stack.enter_context(run.lock())
-                saved = _last_step(run)
-                if settings.train.steps != run.config.train.steps:
-                    run.extend(settings.train.steps)
-            except Exception:
-                with suppress(InputError):  # that another one has ended is not the reason
-                    world.from_first(b"")  # so that the others end without a word
-                raise
-            shared = to_toml(run.config).encode()
-        shared = world.from_first(shared)
-        if not shared:
-            raise typer.Exit(2)
-        began = time.monotonic()
-        interrupts = stack.enter_context(Interrupts(quiet=run is None))
 
-        def stop() -> bool:
-            over_time = minutes is not None and time.monotonic() - began >= minutes * 60
-            nonlocal ending
-            ending = world.greatest(interrupts.number or int(over_time))
-            return ending > 0
+        def prepare() -> _Prepared:
+            over = layers(config, _options(model, data, steps, seed, select), set_)
+            settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+            hints = not (resume or quiet or as_json)
+            return _prepare(settings, resume, out, chosen, world, stack, hints=hints)
 
-        events = fit(from_toml(shared.decode()), run, chosen, stop, world)
-        if run:
-            if not quiet:
-                _announce(run, chosen, world)
-                if resume:
-                    _say_how_far(run, saved)
-            if not resume and not data:
-                _say_whose_figures(run.config)
-            step, validation = _follow(events, run, saved or 0, quiet=quiet)
-        else:
-            deque(events, maxlen=0)
-    if not run:
+        prepared, settings = _on_first(prepare, world)
+        # one for all processes: the number of a signal, or 1 when the time is over
+        ending, step, validation = _train(
+            prepared,
+            settings,
+            chosen,
+            world,
+            stack,
+            minutes,
+            data,
+            resumed=bool(resume),
+            quiet=quiet,
+        )
+    if prepared is None:
         raise typer.Exit(128 + ending if ending > 1 else 0)
+    run = prepared.run
     command = "spairkit" if world.size == 1 else "torchrun ... -m spairkit"
-    go_on = f"{command} train --resume {shlex.quote(str(run.path))}"
+    continues = f"continue with: {command} train --resume {shlex.quote(str(run.path))}"
     if ending > 1:
-        say(f"stopped after step {step}, saved; go on with: {go_on}")
+        say(f"stopped after step {step}, checkpoint saved; {continues}")
         raise typer.Exit(128 + ending)
     if step < run.config.train.steps:
-        say(f"ended after step {step} of {run.config.train.steps}; go on with: {go_on}")
+        say(f"ended after step {step} of {run.config.train.steps}; {continues}")
+    _finish(run, chosen, step, validation, began, as_json=as_json, quiet=quiet)
 
-    report = measure(load(run.path, chosen), run.config.data, "test", chosen, quiet=quiet)
+
+@dataclass
+class _Prepared:
+    """The run of the first process, which alone writes."""
+
+    run: "Run"
+    saved: int | None
+    """The step of its last checkpoint; None where there is none."""
+
+
+def _prepare(
+    settings: "Config",
+    resume: Path | None,
+    out: Path | None,
+    device: "torch.device",
+    world: "World",
+    stack: ExitStack,
+    *,
+    hints: bool,
+) -> _Prepared:
+    """Checks settings and data, then makes or opens the run and locks it until `stack` ends."""
+    from spairkit.data.datasets import open_splits
+    from spairkit.storage.runs import Run
+    from spairkit.training.loop import check
+
+    check(settings, device, world.size)
+    images, _ = open_splits(settings)  # mistakes show before a run is made
+    if hints:
+        _say_if_dim(images, settings)
+    run = Run.open(resume) if resume else Run.create(out, settings)
+    stack.enter_context(run.lock())
+    saved = _last_step(run)
+    if settings.train.steps != run.config.train.steps:
+        run.extend(settings.train.steps)
+    return _Prepared(run, saved)
+
+
+def _on_first(
+    prepare: Callable[[], _Prepared], world: "World"
+) -> "tuple[_Prepared | None, Config]":
+    """Prepares on the first process, and sends the config to all; where it fails, all end."""
+    from spairkit.config_values import from_toml, to_toml
+
+    prepared, shared = None, b""
+    if world.rank == 0:
+        try:
+            prepared = prepare()
+        except Exception:
+            with suppress(InputError):  # another process that has ended is not the reason
+                world.from_first(b"")  # lets the others end without a message
+            raise
+        shared = to_toml(prepared.run.config).encode()
+    shared = world.from_first(shared)
+    if not shared:
+        raise typer.Exit(2)
+    return prepared, from_toml(shared.decode())
+
+
+def _train(
+    prepared: _Prepared | None,
+    settings: "Config",
+    device: "torch.device",
+    world: "World",
+    stack: ExitStack,
+    minutes: float | None,
+    data: str | None,
+    *,
+    resumed: bool,
+    quiet: bool,
+) -> tuple[int, int, dict[str, float]]:
+    """Trains; gives why it ended, the last step and the figures of the last validation.
+
+    It ends for 0 when all steps are made, 1 when the time is over, or the number of a signal.
+    """
+    from spairkit.training.loop import fit
+
+    began, ending = time.monotonic(), 0
+    interrupts = stack.enter_context(Interrupts(quiet=prepared is None))
+
+    def stop() -> bool:
+        over_time = minutes is not None and time.monotonic() - began >= minutes * 60
+        nonlocal ending
+        ending = world.greatest(interrupts.number or int(over_time))
+        return ending > 0
+
+    events = fit(settings, prepared.run if prepared else None, device, stop, world)
+    if prepared is None:
+        deque(events, maxlen=0)
+        return ending, 0, {}
+    run, saved = prepared.run, prepared.saved
+    if not quiet:
+        _announce(run, device, world)
+        if resumed:
+            _say_how_far(run, saved)
+    if not resumed and not data:
+        _say_whose_figures(run.config)
+    step, validation = _follow(events, run, saved or 0, quiet=quiet)
+    return ending, step, validation
+
+
+def _finish(
+    run: "Run",
+    device: "torch.device",
+    step: int,
+    validation: dict[str, float],
+    began: float,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measures the best checkpoint on test images, writes the report and prints both."""
+    from spairkit.detector import load
+    from spairkit.report.page import write_report
+    from spairkit.storage.durable import write_text
+
+    report = measure(load(run.path, device), run.config.data, "test", quiet=quiet)
     if report:
-        write_text(run.path / "test.json", f"{as_json(report.to_json())}\n")
+        write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
     page = write_report(run.path)
-    if json:
+    if as_json:
         print_json(
             {
                 "run": str(run.path),
@@ -197,39 +300,39 @@ def _announce(run: "Run", device: "torch.device", world: "World") -> None:
     processes = f" by {world.size} processes" if world.size > 1 else ""
     say(f"training in {run.path} on {device.type}{processes}, {run.config.train.steps} steps")
     if run.config.model.kind == "conncomp":
-        say("connected components have no weights: the steps are thresholds that are tried")
+        say("connected components have no weights: each step tries one threshold")
     elif run.config.train.select == "ap":
-        say(f"the best checkpoint is that of the highest validation AP paper: {AUTHORS_RULE}")
+        say(f"the best checkpoint has the highest validation AP paper: {AUTHORS_RULE}")
 
 
 def _say_whose_figures(config: "Config") -> None:
-    """A preset may have been measured on other images than those it takes by itself."""
+    """Warns where the published figures of a preset are of other images."""
     if config.preset == "laptop" and config.data.name == "digits":
         say(
-            "the published figures of the laptop preset are of MNIST (--data FILE); this trains "
-            "on the digits that ship with spairkit"
+            "the published figures of the laptop preset are for MNIST (--data FILE); this run uses "
+            "the packaged digits"
         )
 
 
 def _last_step(run: "Run") -> int | None:
-    """Of the checkpoint that training will go on from; None where there is none yet.
+    """The step of the newest whole checkpoint; None where there is none yet.
 
     Raises:
         InputError: there are checkpoints, and all are damaged.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # training itself warns of one that is passed over
+        warnings.simplefilter("ignore")  # training itself warns of a damaged one
         checkpoint = run.latest()
     return checkpoint.step if checkpoint else None
 
 
 def _say_how_far(run: "Run", saved: int | None) -> None:
-    """Where a run that is resumed goes on."""
+    """Says from which step a run is resumed."""
     if saved is None:
-        say("no checkpoint is there yet: it begins with the first step")
+        say("there is no checkpoint yet: starting at the first step")
         return
     steps = run.config.train.steps
-    say(f"goes on from its checkpoint of step {saved}: {max(steps - saved, 0)} of {steps} are left")
+    say(f"resuming from step {saved}: {max(steps - saved, 0)} of {steps} steps left")
 
 
 def _options(
@@ -239,27 +342,30 @@ def _options(
     seed: int | None,
     select: Select | None,
 ) -> dict[str, Any]:
-    """The config values that have an option of their own."""
+    """The settings that have options of their own."""
+    from spairkit.data.datasets import data_settings
+
     given = {"steps": steps, "seed": seed, "select": select.value if select else None}
     loop = {name: value for name, value in given.items() if value is not None}
     return {
         **({"model": {"kind": model}} if model else {}),
-        **(data_layer(data) if data else {}),
+        **(data_settings(data) if data else {}),
         **({"train": loop} if loop else {}),
     }
 
 
-def _say_if_dim(images: "Dataset") -> None:
-    """Says which levels would stretch a folder's images, where they use little of the range."""
+def _say_if_dim(images: "Dataset", config: "Config") -> None:
+    """Proposes levels where the images of a folder use little of the range."""
     from spairkit.data.folder import ImageFolder
 
-    if not isinstance(images, ImageFolder) or (images.config.black, images.config.white) != (0, 1):
+    levels = config.prepare.black, config.prepare.white
+    if not isinstance(images, ImageFolder) or levels != (0, 1):
         return
     low, high = (float(f"{level:.3g}") for level in images.levels())
     if low < high < low + _NARROW:
         say(
-            f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; where "
-            f"objects are missed, try --set data.black={low:g} --set data.white={high:g}"
+            f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; if objects "
+            f"are missed, try --set prepare.black={low:g} --set prepare.white={high:g}"
         )
 
 
@@ -270,10 +376,10 @@ def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    """The config of the run in the folder `path`, which may be given other steps.
+    """The config of the run in the folder `path`, with other `train.steps` if asked for.
 
     Raises:
-        InputError: there is no run, or a setting is asked for that is not the run's.
+        InputError: there is no run, or another setting is asked for.
     """
     from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
     from spairkit.storage.runs import Run
@@ -282,15 +388,15 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     kind = model_kind(merge(*over))
     if kind not in (None, config.model.kind):
         raise InputError(
-            f"--resume {path}: its model is {config.model.kind}, not {kind}; leave --model out, or "
-            "begin a new run"
+            f"--resume {path}: the model of this run is {config.model.kind}, not {kind}; remove "
+            "--model, or start a new run"
         )
     asked = from_dict(merge(to_dict(config), *over, {"preset": preset} if preset else {}))
     changes = [line for line in differences(config, asked) if not line.startswith("train.steps:")]
     if changes:
         raise InputError(
-            f"--resume {path}: a run keeps its settings, and these differ: {'; '.join(changes)}; "
-            "leave them out, or begin a new run"
+            f"--resume {path}: a run keeps its settings, but these differ: {'; '.join(changes)}; "
+            "remove them, or start a new run"
         )
     return asked
 
@@ -298,7 +404,7 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
 def _follow(
     events: "Iterable[Step | Validation]", run: "Run", step: int, *, quiet: bool
 ) -> tuple[int, dict[str, float]]:
-    """Shows what happens from `step` on; gives the last step and the last validation's figures."""
+    """Shows events from `step` on; gives the last step and the figures of the last validation."""
     from spairkit.training.loop import Step
 
     figures: dict[str, float] = {}
@@ -321,7 +427,7 @@ def _follow(
             if event.losses:
                 losses = _elbo(event.losses)
             if not rate_from[1]:
-                # the first step compiles, and says nothing of those to come
+                # the first step compiles, so its time says nothing of the others
                 rate_from = step, event.seconds
                 continue
             rate = (step - rate_from[0]) / max(event.seconds - rate_from[1], 1e-9)
@@ -339,11 +445,8 @@ def _follow(
 def _explained(
     events: "Iterable[Step | Validation]", print_line: Callable[[str], None]
 ) -> "Iterator[Step | Validation]":
-    """The same; says why nothing is seen yet, if the first one keeps people waiting."""
-    words = (
-        "the first step is slow where kernels are compiled: up to a minute, once for each kind of "
-        "network"
-    )
+    """The events; explains the wait if the first one takes long."""
+    words = "compiling kernels for the first step: up to a minute, once for each kind of network"
     timer = threading.Timer(_PATIENCE_SECONDS, print_line, [words])
     timer.daemon = True
     timer.start()
@@ -372,7 +475,7 @@ def _duration(seconds: float) -> str:
 
 
 def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
-    """Where the run is, and two commands that work as they stand."""
+    """The path of the run, and two commands to copy."""
     path = shlex.quote(str(run.path))
     image = shlex.quote(str(_example(run)))
     folder = shlex.quote(run.config.data.path)
@@ -389,7 +492,7 @@ def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
 
 
 def _example(run: "Run") -> Path:
-    """An image for the person to look at: the first test scene, or the first of their own."""
+    """An image to look at: the first test scene, or the first image of the folder."""
     import torch
 
     from spairkit.data.datasets import open_dataset

@@ -1,4 +1,4 @@
-"""`spairkit viz`: a picture of what a model sees in an image."""
+"""`spairkit viz`: a picture of an image, its boxes, its reconstruction and its objects."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,10 +15,7 @@ from spairkit.cli.options import (
     JsonOption,
     ThresholdOption,
     check_output,
-    choose_checkpoint,
-    choose_device,
-    told_counts,
-    with_box_contrast,
+    open_detector,
 )
 from spairkit.errors import InputError
 
@@ -30,52 +27,47 @@ def viz(
         Path | None,
         typer.Option(
             "--out",
-            help="The picture to write or replace, else <image>-spairkit.png in this folder.",
+            rich_help_panel="Output",
+            help="The picture to write. Default: <image>-spairkit.png in this folder.",
         ),
     ] = None,
     threshold: ThresholdOption = 0.5,
     box_contrast: BoxContrastOption = None,
     count: CountOption = None,
     device: DeviceOption = Device.AUTO,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw boxes on an image, beside its reconstruction and the objects found."""
     outputs = _outputs(images, out)
     for output in outputs:
         check_output(output)
-    from spairkit.images import read_pixels, stretched, to_colour, write_png
-    from spairkit.models.loading import from_checkpoint
+    from spairkit.images import read_image, write_png
     from spairkit.report.drawing import panel
-    from spairkit.storage.checkpoints import load_checkpoint
 
-    pictures = [read_pixels(path) for path in images]  # one that is damaged shows before any work
-    loaded = with_box_contrast(load_checkpoint(choose_checkpoint(checkpoint)), box_contrast)
-    data, chosen = loaded.config.data, choose_device(device)
-    detector = from_checkpoint(loaded, chosen)
-    counts = told_counts(count, detector.config)
+    pictures = [read_image(path) for path in images]  # a damaged file shows before any work
+    detector = open_detector(checkpoint, device, box_contrast)
     drawn = []
-    for path, pixels, output in zip(images, pictures, outputs, strict=True):
-        image = stretched(to_colour(pixels), black=data.black, white=data.white).contiguous()
-        batch = image[None].to(chosen)
-        found = detector.detect(batch, threshold, counts=counts)[0]
-        objects = detector.appearance(batch, threshold, counts=counts)[0].cpu()
-        reconstruction = detector.reconstruct(batch, counts=counts)[0].cpu()
-        write_png(output, panel(image, found, reconstruction, objects))
-        if not json:
-            typer.echo(f"{path}: {several(len(found), 'object')} found; picture: {output}")
-        drawn.append({"image": str(path), "picture": str(output), "count": len(found)})
-    if json:
-        print_json({"checkpoint": str(loaded.path), "pictures": drawn})
+    for path, image, output in zip(images, pictures, outputs, strict=True):
+        explanation = detector.explain(image, threshold=threshold, count=count)
+        write_png(output, panel(explanation))
+        found = len(explanation.detections)
+        if not as_json:
+            typer.echo(f"{path}: {several(found, 'object')} found; picture: {output}")
+        drawn.append({"image": str(path), "picture": str(output), "count": found})
+    if as_json:
+        print_json({"checkpoint": detector.name, "pictures": drawn})
 
 
 def _outputs(images: list[Path], out: Path | None) -> list[Path]:
-    """Where each picture goes. Raises InputError where one would take another's place."""
+    """The file of each picture. Raises InputError if two share one, or if it is an image."""
     if out is not None and len(images) > 1:
-        raise InputError("--out names one picture; leave it out, or give one image at a time")
+        raise InputError(
+            "--out names one picture and there are several images; remove it, or give one image"
+        )
     outputs = [out or Path(f"{image.stem}-spairkit.png") for image in images]
     for index, output in enumerate(outputs):
         if output in outputs[:index]:
-            raise InputError(f"two of the images are called {images[index].stem}; draw them apart")
+            raise InputError(f"two images are called {images[index].stem}; run viz once for each")
         if output.exists() and any(image.exists() and output.samefile(image) for image in images):
-            raise InputError(f"{output}: is one of the images; name another picture with --out")
+            raise InputError(f"{output} is one of the images; name another file with --out")
     return outputs

@@ -50,10 +50,6 @@ class DataConfig:
     """Of the glyphs; `random` draws a bright colour for each."""
     background: Literal["black", "random"] = "black"
     """`random` draws one dark colour for each image."""
-    black: Unit = 0.0
-    """Of `folder`: intensities from here, as a share of what the file could hold, ..."""
-    white: Unit = 1.0
-    """... to here are stretched to 0 to 1, and what lies beyond is cut off."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Scenes of the validation split; a folder's are its own files."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
@@ -66,10 +62,6 @@ class DataConfig:
             raise ValueError(
                 f"min_objects ({self.min_objects}) must not exceed max_objects ({self.max_objects})"
             )
-        if self.black >= self.white:
-            raise ValueError(f"black ({self.black:g}) must be less than white ({self.white:g})")
-        if self.name != "folder" and (self.black, self.white) != (0, 1):
-            raise ValueError("black must be 0 and white 1: only images of a folder are stretched")
         side = self.glyph_size + self.glyph_jitter
         if self.name != "folder" and side > min(self.image_height, self.image_width):
             raise ValueError(
@@ -83,6 +75,20 @@ class DataConfig:
             )
         if self.name == "folder" and not self.path:
             raise ValueError("name = 'folder' needs path, the folder of images")
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
+class PrepareConfig:
+    """Preparation of every image, in training and wherever the model is used."""
+
+    black: Unit = 0.0
+    """Intensity, as a share of the file's range, that becomes 0; all below it too."""
+    white: Unit = 1.0
+    """Intensity, as a share of the file's range, that becomes 1; all above it too."""
+
+    def __post_init__(self) -> None:
+        if self.black >= self.white:
+            raise ValueError(f"black ({self.black:g}) must be less than white ({self.white:g})")
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -346,5 +352,6 @@ class Config:
     preset: str = "paper"
     """The preset that this config was made from."""
     data: DataConfig = Field(default_factory=DataConfig)
+    prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     model: ModelConfig = Field(default_factory=SPAIRConfig, discriminator="kind")
     train: TrainConfig = Field(default_factory=TrainConfig)

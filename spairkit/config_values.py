@@ -8,13 +8,14 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from spairkit.config import Config, DataConfig, ModelConfig, SPAIRConfig, TrainConfig
+from spairkit.config import Config, DataConfig, ModelConfig, PrepareConfig, SPAIRConfig, TrainConfig
 from spairkit.errors import InputError
 
 _MAX_FILE_BYTES = 1 << 20
@@ -96,16 +97,19 @@ def assignments(words: Iterable[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
+        if not equals or not all(key.strip().split(".")):
             raise InputError(f"--set {word}: write key=value, for example train.steps=2000")
-        table = values
-        for part in parts[:-1]:
-            table = table.setdefault(part, {})
-            if not isinstance(table, dict):
-                raise InputError(f"--set {word}: {part} is a value, not a table")
-        table[parts[-1]] = _value(text.strip())
+        values = merge(values, nested({key.strip(): _value(text.strip())}))
     return values
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    tables: dict[str, Any] = {}
+    for key, value in values.items():
+        *path, last = key.split(".")
+        tables = merge(tables, reduce(lambda inner, part: {part: inner}, path[::-1], {last: value}))
+    return tables
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +186,12 @@ def _suggest(location: list[str], kind: str) -> str:
     """The key that was meant, perhaps; `kind` is the model's."""
     from difflib import get_close_matches
 
-    tables: dict[str, Any] = {"": Config, "data": DataConfig, "train": TrainConfig}
+    tables: dict[str, Any] = {
+        "": Config,
+        "data": DataConfig,
+        "prepare": PrepareConfig,
+        "train": TrainConfig,
+    }
     table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
     names = [field.name for field in fields(table)] if table else []
     close = get_close_matches(location[-1], names, n=1)

@@ -1,14 +1,22 @@
 """The values that flow between models, data, metrics and pictures: `Detections` and `Truth`."""
 
-from dataclasses import dataclass
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from spairkit.images import ImageLike, as_image
+
+_PLOT_INCHES = 6.0
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is known to be in one image."""
+    """The true objects of one image."""
 
     boxes: Tensor  # [n, 4] xyxy, pixels, half-open
     labels: Tensor  # [n] int64, the class of each object, -1 where it has none
@@ -18,22 +26,99 @@ class Truth:
         return self.boxes.shape[0]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Detections:
-    """What a detector found in one image, on the CPU, float32. `Detector.detect` says the order."""
+    """The objects found in one image. Tensors are float32 on the CPU, a row for each object.
+
+    `found[mask]`, `found[indices]` and `found[2]` select objects; `len(found)` is the count.
+    """
 
     boxes: Tensor  # [n, 4] xyxy, pixels; may leave the image
     scores: Tensor  # [n] in [0, 1], the probability of presence; they rank the boxes
-    what: Tensor  # [n, A] appearance codes, A may be 0
+    what: Tensor  # [n, A] appearance embedding, A may be 0
     depth: Tensor  # [n] z_depth, lower is nearer
-    whole_pixels: bool = False
-    """Whether boxes are drawn as the true ones are, from the first to the last pixel of an object.
-    `ap_spair`, for which the true boxes end a pixel earlier, then takes the same pixel from these.
-    """
+    image: ImageLike | None = field(default=None)
+    """The image, as it was given to the detector: `plot` draws on it."""
 
     def __len__(self) -> int:
         """The count."""
         return self.boxes.shape[0]
+
+    def __repr__(self) -> str:
+        """The count and the range of scores, in one line."""
+        if not len(self):
+            return "Detections(0 objects)"
+        low, high = float(self.scores.min()), float(self.scores.max())
+        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
+        return f"Detections({objects}, scores {low:.2f} to {high:.2f})"
+
+    def __getitem__(self, index: Any) -> "Detections":
+        """The selected objects, as in `found[found.scores > 0.9]`.
+
+        Args:
+            index: a boolean mask [n], integer indices, a slice, or one integer. Torch tensors,
+                NumPy arrays and lists are taken.
+
+        Raises:
+            IndexError: `index` does not fit the number of objects.
+        """
+        if isinstance(index, int):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"index {index} is out of range for {len(self)} objects")
+            index = [index]
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            if not index.numel() and index.dtype != torch.bool:
+                index = index.long()
+        parts = {name: getattr(self, name)[index] for name in _FIELDS}
+        return replace(self, **parts)
+
+    def __iter__(self) -> Iterator["Detections"]:
+        """Each object by itself."""
+        return (self[index] for index in range(len(self)))
+
+    def plot(self, image: ImageLike | None = None, *, ax: Any = None) -> Any:
+        """Draws the boxes on the image and returns the matplotlib axes.
+
+        Args:
+            image: the image to draw on; by default the one that the objects were found in.
+            ax: matplotlib axes to draw into; by default those of a new pyplot figure.
+
+        Raises:
+            ValueError: no image is known.
+        """
+        from matplotlib import pyplot
+        from matplotlib.collections import PatchCollection
+        from matplotlib.patches import Rectangle
+
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("these detections hold no image; give one: found.plot(image)")
+        pixels = as_image(image)
+        if ax is None:
+            _, ax = pyplot.subplots(figsize=(_PLOT_INCHES, _PLOT_INCHES), layout="constrained")
+        height, width = pixels.shape[1:]
+        ax.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+        corners = self.boxes.tolist()
+        boxes = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]
+        outlines = PatchCollection(boxes, facecolor="none", edgecolor="tab:orange", linewidth=1.5)
+        ax.add_collection(outlines)
+        ax.set_axis_off()
+        ax.set_title(f"{len(self)} found", fontsize="medium")
+        return ax
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the picture of `plot`, or one line of text where no image is known."""
+        if self.image is None:
+            return f"<p>{self!r}</p>"
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(_PLOT_INCHES, _PLOT_INCHES), layout="constrained")
+        self.plot(ax=figure.add_subplot())
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        data = base64.b64encode(png.getvalue()).decode()
+        return f'<img alt="{self!r}" src="data:image/png;base64,{data}">'
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
         """Results in COCO's form: `bbox` is x, y, width, height in pixels; category 1."""
@@ -50,13 +135,7 @@ class Detections:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists under the names of the fields, ready for `json.dumps`."""
-        return {
-            "count": len(self),
-            "boxes": self.boxes.tolist(),
-            "scores": self.scores.tolist(),
-            "what": self.what.tolist(),
-            "depth": self.depth.tolist(),
-        }
+        return {"count": len(self)} | {name: getattr(self, name).tolist() for name in _FIELDS}
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`. Raises ImportError where that package is missing."""
@@ -68,3 +147,16 @@ class Detections:
             confidence=self.scores.numpy(),
             class_id=np.zeros(len(self), dtype=int),
         )
+
+
+_FIELDS = ("boxes", "scores", "what", "depth")
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """One image as a model explains it, all on the CPU."""
+
+    detections: Detections
+    image: Tensor  # [3, H, W] in [0, 1], as the model sees it: after its preparation
+    reconstruction: Tensor  # [3, H, W] in [0, 1]
+    appearances: Tensor  # [n, P, P, 4] colour and alpha of each detection, in [0, 1]

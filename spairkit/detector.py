@@ -1,61 +1,230 @@
-"""What every trained model offers, whatever it is made of, and the images that it takes."""
+"""`Detector`: everything between a stranger's pixels and boxes in those pixels.
 
-from typing import Protocol
+detector = spairkit.load()                # the packaged model, or a run, or a checkpoint
+found = detector.detect("cells.tif")
+"""
 
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 from torch import Tensor
 
-from spairkit.detections import Detections
+from spairkit.config import Config, ConnCompConfig
+from spairkit.detections import Detections, Explanation
+from spairkit.errors import InputError
+from spairkit.images import ImageLike, as_image, list_images, prepare
+from spairkit.models.loading import Network, from_checkpoint
+from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.storage.runs import pretrained
+
+_MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
 
 
-class Detector(Protocol):
-    """Finds objects in images of any size. Nothing that it returns carries a gradient."""
+class Detector:
+    """A trained network, and the preparation of images that it was trained with.
+
+    Every command, validation and comparison finds objects through this class.
+
+    Args:
+        network: in evaluation mode, on the device to compute on.
+        config: of its run.
+        box_contrast: tightens boxes to this share of an object's strongest contrast, in [0, 1); 0
+            keeps the network's own boxes, None takes `config.model.box_contrast`.
+        name: for `repr`.
+
+    Raises:
+        InputError: `box_contrast` is given, and the network has none.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: Config,
+        *,
+        box_contrast: float | None = None,
+        name: str = "",
+    ) -> None:
+        self.network, self.config, self.name = network, config, name
+        self.box_contrast = box_contrast
+        if isinstance(config.model, ConnCompConfig):
+            if box_contrast is not None:
+                raise InputError(
+                    "conncomp draws boxes around whole components; remove --box-contrast"
+                )
+        elif box_contrast is None:
+            self.box_contrast = config.model.box_contrast
+        elif not 0 <= box_contrast < 1:
+            raise ValueError(f"box_contrast must lie in [0, 1), got {box_contrast}")
+
+    def __repr__(self) -> str:
+        """The model, where it came from and its device, in one line."""
+        source = f" from {self.name}" if self.name else ""
+        return f"Detector({self.config.model.kind}{source}, on {self.device})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        device: torch.device = next(iter(self.network.state_dict().values())).device
+        return device
+
+    @property
+    def told(self) -> bool:
+        """Whether the network needs the true number of objects (AIR and DAIR, count "given")."""
+        return self.config.model.told
+
+    @property
+    def whole_pixels(self) -> bool:
+        """Whether boxes end at the edges of pixels; see `metrics.ap_spair`."""
+        return self.box_contrast is None or self.box_contrast > 0
 
     def detect(
-        self,
-        images: Tensor,  # [B, 3, H, W]
-        threshold: float = 0.5,
-        *,
-        deterministic: bool = True,
-        counts: Tensor | None = None,  # [B] int64
-    ) -> list[Detections]:
-        """What is in each image, in raster order or in the order of its finding.
+        self, image: ImageLike, *, threshold: float = 0.5, count: int | None = None
+    ) -> Detections:
+        """The objects in one image of any size, with boxes in its pixels.
 
         Args:
-            images: [B, 3, H, W] in [0, 1], on the detector's device; any H and W from 1 pixel.
-            threshold: only objects whose score, in [0, 1], is above it are given. A lower one
-                gives the same objects and more: that is how candidates are ranked.
-            deterministic: takes means and thresholds the probability of presence. False samples,
-                as the paper did, from torch's own generator; what is then present has score 1.
-            counts: how many objects there truly are, for a model that was told so in training
-                (AIR and DAIR with `count = "given"`), and needs it. Every other ignores them.
-
-        Returns:
-            One `Detections` per image, on the CPU.
+            image: a path, a NumPy array [H, W], [H, W, 3] or [H, W, 4], a PIL image or a tensor
+                [3, H, W]; see `images.as_image`.
+            threshold: objects with a score above it are returned, in [0, 1).
+            count: the true number of objects, for AIR and DAIR that were trained with it.
 
         Raises:
-            InputError: the model needs counts and got none, or takes images of another size.
-            ValueError: `images` has another shape or dtype, or holds what is not finite.
+            TypeError: `image` is of another type.
+            ValueError: its shape, dtype or values are others.
+            InputError: a file cannot be read; the network takes images of another size; or it
+                needs the count and gets none, or infers the count and gets one.
         """
-        ...
+        _refuse_folder(image)
+        return self._detect([image], [as_image(image)], threshold, count)[0]
 
-    def reconstruct(
+    def detect_many(
         self,
-        images: Tensor,  # [B, 3, H, W]
+        images: str | os.PathLike[str] | Iterable[ImageLike],
         *,
-        counts: Tensor | None = None,  # [B]
-    ) -> Tensor:  # [B, 3, H, W]
-        """The images as the detector explains them, in [0, 1], on the same device.
-
-        A detector that has no idea of appearance gives its found objects in flat colours.
-        """
-        ...
-
-    def appearance(
-        self,
-        images: Tensor,  # [B, 3, H, W]
         threshold: float = 0.5,
-        *,
-        counts: Tensor | None = None,  # [B]
-    ) -> list[Tensor]:
-        """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
-        ...
+        count: int | None = None,
+        batch_size: int = 32,
+    ) -> Iterator[Detections]:
+        """The objects in each of many images, in order; neighbours of one size share a batch.
+
+        Images are read when their turn comes, and no more than one batch is held.
+
+        Args:
+            images: a folder, whose image files are taken in the order of their paths, or images as
+                `detect` takes them. They may differ in size.
+            threshold: as in `detect`.
+            count: the true number of objects in every image, as in `detect`.
+            batch_size: images in a batch, at most; large images make smaller batches.
+
+        Raises:
+            TypeError, ValueError, InputError: as `detect`, at the image concerned.
+        """
+        sources: Iterable[ImageLike] = (
+            list_images(Path(images)) if isinstance(images, (str, os.PathLike)) else images
+        )
+        held: list[ImageLike] = []
+        pixels: list[Tensor] = []
+        for source in sources:
+            image = as_image(source)
+            area = (len(pixels) + 1) * image[0].numel()
+            full = len(pixels) == batch_size or area > _MAX_BATCH_PIXELS
+            if pixels and (full or pixels[0].shape != image.shape):
+                yield from self._detect(held, pixels, threshold, count)
+                held, pixels = [], []
+            held.append(source)
+            pixels.append(image)
+        if pixels:
+            yield from self._detect(held, pixels, threshold, count)
+
+    def explain(
+        self, image: ImageLike, *, threshold: float = 0.5, count: int | None = None
+    ) -> Explanation:
+        """The objects in one image, their appearances and the reconstruction, in one pass.
+
+        Arguments and errors as in `detect`.
+        """
+        _refuse_folder(image)
+        return self.explain_batch(as_image(image)[None], threshold, self._counts(count, 1))[0]
+
+    def detect_batch(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1], before their preparation
+        threshold: float = 0.5,
+        counts: Tensor | None = None,  # [B] int64, for a network that is told them
+    ) -> list[Detections]:
+        """The objects in each image of a batch that is already read, for training and metrics."""
+        images = prepare(images.to(self.device), self.config.prepare)
+        return self.network.detect(images, **self._options(threshold, counts))
+
+    def explain_batch(
+        self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
+    ) -> list[Explanation]:
+        """`explain` for a batch that is already read; arguments as in `detect_batch`."""
+        images = prepare(images.to(self.device), self.config.prepare)
+        return self.network.explain(images, **self._options(threshold, counts))
+
+    def _detect(
+        self, sources: list[ImageLike], images: list[Tensor], threshold: float, count: int | None
+    ) -> list[Detections]:
+        found = self.detect_batch(torch.stack(images), threshold, self._counts(count, len(images)))
+        return [
+            Detections(item.boxes, item.scores, item.what, item.depth, image=source)
+            for item, source in zip(found, sources, strict=True)
+        ]
+
+    def _counts(self, count: int | None, images: int) -> Tensor | None:
+        if count is None:
+            return None
+        if not self.told:
+            raise InputError("this model infers the count; remove --count")
+        return torch.full((images,), count)
+
+    def _options(self, threshold: float, counts: Tensor | None) -> dict[str, Any]:
+        """The arguments that the network takes besides images."""
+        if not 0 <= threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        if isinstance(self.config.model, ConnCompConfig):
+            return {}
+        options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
+        return options | ({"counts": counts} if self.told else {})
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    device: torch.device | Literal["auto", "cpu", "cuda"] = "auto",
+    *,
+    box_contrast: float | None = None,
+) -> Detector:
+    """The detector of a run, a checkpoint folder or its model file; by default the packaged one.
+
+    Args:
+        path: of a run its best checkpoint is taken. None is the model that ships with spairkit:
+            the preset `quick`, trained on digits.
+        device: "auto" takes a GPU if there is one.
+        box_contrast: as in `Detector`.
+
+    Raises:
+        InputError: there is nothing at `path`, or it is damaged, foreign or of another version.
+
+    Example:
+        >>> import spairkit
+        >>> spairkit.load(device="cpu")
+        Detector(spair from the packaged model, on cpu)
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = load_checkpoint(pretrained() if path is None else Path(path))
+    return Detector(
+        from_checkpoint(checkpoint, device),
+        checkpoint.config,
+        box_contrast=box_contrast,
+        name="the packaged model" if path is None else str(checkpoint.path),
+    )
+
+
+def _refuse_folder(image: Any) -> None:
+    if isinstance(image, (str, os.PathLike)) and os.path.isdir(image):
+        raise InputError(f"{os.fspath(image)}: is a folder; use detect_many")

@@ -82,9 +82,9 @@ def evaluate(
     24 bytes for each candidate and 16 for each true object.
 
     Args:
-        detector: satisfies the protocol of `spairkit.detector`.
-        batches: with ground truth, on the detector's device. `ap_spair` is computed for batches
-            of 32 images in this order, whatever the size of these.
+        detector: finds the objects.
+        batches: with ground truth. `ap_spair` is computed for batches of 32 images in this order,
+            whatever the size of these.
         threshold: in [0, 1).
         progress: called after each batch with the number of images done so far.
         measured_on: what the images are, for `Report.measured_on`.
@@ -98,7 +98,8 @@ def evaluate(
     truth: list[Truth] = []
     for batch in batches:
         least = min(CANDIDATE_THRESHOLD, threshold)
-        found = detector.detect(batch.images, least, counts=batch.counts)
+        told = batch.counts if detector.told else None
+        found = detector.detect_batch(batch.images, least, told)
         candidates += [_boxes_alone(item) for item in found]
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
         if progress is not None:
@@ -111,21 +112,25 @@ def evaluate(
             [item for item, count in zip(candidates, counts, strict=True) if count == n],
             [item for item in truth if len(item) == n],
             threshold,
+            detector.whole_pixels,
         )
         for n in sorted(set(counts))
     }
-    return Report(measured_on, threshold, _figures(candidates, truth, threshold), by_objects)
+    overall = _figures(candidates, truth, threshold, detector.whole_pixels)
+    return Report(measured_on, threshold, overall, by_objects)
 
 
-def _figures(candidates: list[Detections], truth: list[Truth], threshold: float) -> Figures:
-    found = [_above(item, threshold) for item in candidates]
+def _figures(
+    candidates: list[Detections], truth: list[Truth], threshold: float, whole_pixels: bool
+) -> Figures:
+    found = [item[item.scores > threshold] for item in candidates]
     found_counts, true_counts = [len(item) for item in found], [len(item) for item in truth]
     coco = metrics.ap_coco(candidates, truth)
     return Figures(
         images=len(truth),
         objects=sum(true_counts),
         ap=metrics.average_precision(candidates, truth),
-        ap_spair=metrics.ap_spair(found, truth),
+        ap_spair=metrics.ap_spair(found, truth, whole_pixels=whole_pixels),
         ap_coco=coco.ap,
         ap50=coco.ap50,
         ap75=coco.ap75,
@@ -138,14 +143,3 @@ def _figures(candidates: list[Detections], truth: list[Truth], threshold: float)
 def _boxes_alone(item: Detections) -> Detections:
     """Without appearance codes, which the figures do not need."""
     return replace(item, what=torch.zeros(len(item), 0))
-
-
-def _above(item: Detections, threshold: float) -> Detections:
-    kept = item.scores > threshold
-    return replace(
-        item,
-        boxes=item.boxes[kept],
-        scores=item.scores[kept],
-        what=item.what[kept],
-        depth=item.depth[kept],
-    )

@@ -1,7 +1,7 @@
-"""Picture files: strangers' in, ours out.
+"""Reads untrusted images; takes arrays and tensors for images; writes PNG.
 
 PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF (plain, packbits, LZW or deflate) are read, nothing
-else, and nothing of a file is decoded before its size is known from its header.
+else, and no file is decoded before its header has given its size.
 """
 
 import io
@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from spairkit.config import PrepareConfig
 from spairkit.errors import InputError
 from spairkit.storage.durable import write_bytes
 
 MAX_PIXELS = 64_000_000
-"""The largest image that is read."""
+"""Largest image that is read, in pixels."""
 
 # Pillow logs what is wrong with a TIFF before it raises; without a handler that goes to stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -36,7 +38,7 @@ _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_defl
 _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
-# what Pillow raises on damaged files
+# raised by Pillow on damaged files
 _DAMAGED = (
     OSError,
     EOFError,
@@ -56,7 +58,7 @@ _DAMAGED = (
 )
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
-# what brings a picture of each orientation upright, by the numbers of EXIF
+# the turn that brings an image upright, by EXIF orientation
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -69,53 +71,127 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
-def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
-    """The first frame of a picture, upright, in RGB; grey becomes three equal channels.
+ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
+"""What `as_image` takes."""
 
-    Transparent pictures are laid on black, palettes and other colour spaces are converted. Of
-    16-bit grey, 0 to 65,535 becomes 0 to 1; 32-bit integers and floats, which have no such range,
-    are stretched from their least value to their greatest (a constant picture is black).
+
+def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on the CPU
+    """An image in any of the usual forms, in RGB; grey becomes three equal channels.
+
+    Args:
+        source: a path (see `read_image`); a NumPy array [H, W], [H, W, 3] or [H, W, 4] of uint8,
+            uint16 or bool (the whole range becomes 0 to 1) or of floats in [0, 1]; a PIL image; or
+            a tensor [3, H, W], uint8 or float in [0, 1]. Transparent pixels are laid on black.
 
     Raises:
-        InputError: it is not there, not a regular file, not a picture of a known kind, damaged,
+        TypeError: `source` is of another type.
+        ValueError: its shape, dtype or values are others.
+        InputError: a file cannot be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_image(os.fspath(source))
+    if isinstance(source, Image.Image):
+        return to_colour(_pixels(source, "the PIL image")).contiguous()
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Tensor):
+        if source.dim() != 3 or source.shape[0] != 3 or 0 in source.shape:
+            raise ValueError(f"a tensor must be [3, H, W], got {list(source.shape)}")
+        return _in_range(source.detach().cpu().contiguous())
+    hint = "; for several images use detect_many" if isinstance(source, (list, tuple)) else ""
+    raise TypeError(
+        "an image must be a path, a NumPy array [H, W], [H, W, 3] or [H, W, 4], a PIL image or a "
+        f"tensor [3, H, W], got {type(source).__name__}{hint}"
+    )
+
+
+def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
+    """The first frame of an image file, upright, in RGB; grey becomes three equal channels.
+
+    Transparent pixels are laid on black, palettes and other colour spaces are converted. Of 16-bit
+    grey, 0 to 65,535 becomes 0 to 1; 32-bit integers and floats, which have no such range, are
+    stretched from their least value to their greatest (a constant image is black).
+
+    Raises:
+        InputError: it is not there, not a regular file, not an image of a known format, damaged,
             larger than 64 million pixels or 512 MiB, or holds values that are not finite.
     """
     return to_colour(read_pixels(path)).contiguous()
 
 
 def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, W] float32
-    """What `read_image` reads, as small as it can be kept: bytes, one channel where it is grey.
+    """The pixels of `read_image` as compactly as possible: bytes, one channel for grey.
 
-    Pictures of more than 8 bits come as float32 in [0, 1]. Raises InputError as `read_image`.
+    More than 8 bits become float32 in [0, 1]. Raises InputError as `read_image`.
     """
     with _opened(path) as image:
         orientation = _orientation(image)
         upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        mode = upright.mode
-        if mode.startswith("I;16"):
-            return _tensor(np.asarray(upright).astype(np.float32)[None] / np.float32(65535))
-        if mode in ("I", "F"):
-            return _tensor(_ranged(path, np.asarray(upright).astype(np.float64))[None])
-        if mode in _TRANSPARENT or "transparency" in upright.info:
-            layer = upright.convert("RGBA")
-            black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-            upright = Image.alpha_composite(black, layer)
-        elif mode in ("1", "L"):
-            return _tensor(np.asarray(upright.convert("L"))[None])
-        return _tensor(np.asarray(upright.convert("RGB")).transpose(2, 0, 1))
+        return _pixels(upright, printable(path))
+
+
+def _pixels(image: Image.Image, name: str) -> Tensor:  # as `read_pixels`
+    mode = image.mode
+    if mode.startswith("I;16"):
+        return _tensor(np.asarray(image).astype(np.float32)[None] / np.float32(65535))
+    if mode in ("I", "F"):
+        return _tensor(_ranged(name, np.asarray(image).astype(np.float64))[None])
+    if mode in _TRANSPARENT or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, layer)
+    elif mode in ("1", "L"):
+        return _tensor(np.asarray(image.convert("L"))[None])
+    return _tensor(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def _from_array(array: NDArray[Any]) -> Tensor:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(
+            f"an array must be [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}"
+        )
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if array.dtype.kind == "u" and array.itemsize == 2:  # in either byte order
+        array = array.astype(np.float32) / np.float32(65535)
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise ValueError(
+            f"an array must be uint8, uint16, bool or floats in [0, 1], got {array.dtype}; "
+            "convert it"
+        )
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    pixels = _in_range(_tensor(array.reshape(*array.shape[:2], channels).transpose(2, 0, 1)))
+    if channels == 4:
+        pixels = pixels[:3] * pixels[3:]
+    return to_colour(pixels).contiguous()
+
+
+def _in_range(image: Tensor) -> Tensor:
+    """In [0, 1]: bytes are divided by 255; floats must lie there."""
+    if image.dtype == torch.uint8:
+        return image / 255
+    if not image.is_floating_point():
+        raise ValueError(f"a tensor must be uint8 or floating-point in [0, 1], got {image.dtype}")
+    image = image.float()
+    low, high = image.aminmax()
+    if not (low >= 0 and high <= 1):  # false for NaN
+        raise ValueError(
+            f"floats must lie in [0, 1], got {float(low):g} to {float(high):g}; "
+            "divide by the largest value that the camera can give"
+        )
+    return image
 
 
 def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 in [0, 1]
-    """What `read_image` makes of `read_pixels`; the channels of a grey picture share memory."""
+    """RGB in [0, 1] of `read_pixels`; the channels of a grey image share memory."""
     scaled = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     return scaled.expand(3, -1, -1)
 
 
-def stretched(image: Tensor, *, black: float, white: float) -> Tensor:  # any shape, in [0, 1]
-    """Intensities from `black` to `white` brought to 0 to 1; what lies beyond is cut off.
-
-    So a model whose run has `data.black` and `data.white` saw the images that it was trained on,
-    and so `spairkit detect` shows it others. A model that is loaded from Python does not know them.
+def stretch(images: Tensor, black: float, white: float) -> Tensor:  # any shape, in [0, 1]
+    """Maps intensities from `black` to `white` onto 0 to 1 and cuts off those beyond.
 
     Raises:
         ValueError: not 0 <= black < white <= 1.
@@ -123,8 +199,13 @@ def stretched(image: Tensor, *, black: float, white: float) -> Tensor:  # any sh
     if not 0 <= black < white <= 1:
         raise ValueError(f"black and white must lie in order in [0, 1], got {black} and {white}")
     if (black, white) == (0, 1):
-        return image
-    return ((image - black) / (white - black)).clamp(0, 1)
+        return images
+    return ((images - black) / (white - black)).clamp(0, 1)
+
+
+def prepare(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape, in [0, 1]
+    """Images as a model sees them: the preparation that a run's config asks for."""
+    return stretch(images, config.black, config.white)
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
@@ -142,14 +223,14 @@ def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Height and width of the upright picture, from its header. Raises InputError."""
+    """Height and width of the upright image, from its header. Raises InputError."""
     with _opened(path) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
 def write_png(path: Path | str, image: Tensor) -> None:
-    """Writes a [3, H, W] picture, uint8, or float clamped to [0, 1]; it is there whole or not.
+    """Writes a [3, H, W] image, uint8 or float clamped to [0, 1]; the file is never half-written.
 
     Raises:
         ValueError: the shape or the type is another, or a value is not a number.
@@ -169,12 +250,12 @@ def write_png(path: Path | str, image: Tensor) -> None:
 
 
 def list_images(folder: Path | str) -> list[Path]:
-    """The pictures in a folder and its subfolders by their suffix, sorted by path.
+    """The image files in a folder and its subfolders, by suffix, sorted by path.
 
-    Names that start with a dot are passed over, links to folders are not followed.
+    Names that start with a dot are skipped; links to folders are not followed.
 
     Raises:
-        InputError: it is no folder, cannot be read, or holds no picture.
+        InputError: it is no folder, cannot be read, or holds no image.
     """
     refusals: list[OSError] = []
     found = []
@@ -191,22 +272,22 @@ def list_images(folder: Path | str) -> list[Path]:
         raise InputError(f"{printable(where)}: cannot be read as a folder: {refused.strerror}")
     if not found:
         raise InputError(
-            f"{printable(folder)}: no pictures in this folder (PNG, JPEG, BMP, PPM or TIFF)"
+            f"{printable(folder)}: no images in this folder (PNG, JPEG, BMP, PPM or TIFF)"
         )
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The picture, its header read and found harmless; whatever Pillow raises, as InputError."""
+    """The image, after its header was checked; Pillow's exceptions become InputError."""
     path, name = Path(path), printable(path)
     try:
         # a pipe or a device would block or never end
         if not path.is_file():
             missing = "not a regular file" if path.exists() else "no such file"
-            raise InputError(f"{name}: {missing}; name a picture")
+            raise InputError(f"{name}: {missing}; name an image file")
         if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{name}: larger than 512 MiB; cut it into smaller pictures")
+            raise InputError(f"{name}: larger than 512 MiB; cut it into smaller images")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
@@ -214,10 +295,10 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
                 if width * height > MAX_PIXELS:
                     raise InputError(
                         f"{name}: {width}x{height} pixels are more than 64 million; "
-                        "cut it into smaller pictures"
+                        "cut it into smaller images"
                     )
                 if width * height == 0:
-                    raise InputError(f"{name}: a picture of {width}x{height} pixels")
+                    raise InputError(f"{name}: an image of {width}x{height} pixels")
                 compression = image.info.get("compression")
                 if image.format == "TIFF" and compression not in _COMPRESSIONS:
                     raise InputError(
@@ -229,19 +310,19 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise
     except Image.DecompressionBombError:
         raise InputError(
-            f"{name}: more than 64 million pixels; cut it into smaller pictures"
+            f"{name}: more than 64 million pixels; cut it into smaller images"
         ) from None
     except UnidentifiedImageError:
         raise InputError(
-            f"{name}: not a picture that can be read (PNG, JPEG, BMP, PPM or TIFF)"
+            f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM or TIFF)"
         ) from None
     except _DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: a damaged picture: {printable(reason[:200])}") from None
+        raise InputError(f"{name}: a damaged image: {printable(reason[:200])}") from None
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number, from what stands before the pixels; Pillow itself turns TIFF."""
+    """The EXIF orientation from the header; Pillow itself turns TIFF."""
     if image.format == "TIFF":
         return 1
     # the method of the class: PNG's own decodes the picture to look behind it
@@ -249,9 +330,9 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _ranged(path: Path | str, values: NDArray[np.float64]) -> NDArray[np.float32]:
+def _ranged(name: str, values: NDArray[np.float64]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
-        raise InputError(f"{printable(path)}: holds values that are not finite; replace them")
+        raise InputError(f"{name}: holds values that are not finite; replace them")
     low, high = values.min(), values.max()
     # halves, because the difference of two numbers may be too large for one
     half = high / 2 - low / 2
@@ -264,5 +345,5 @@ def _tensor(array: NDArray[np.generic]) -> Tensor:
 
 
 def printable(text: object) -> str:
-    """A name that may hold any character, fit to stand in a message of one line."""
+    """A name with unprintable characters escaped, for a message of one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

@@ -113,7 +113,13 @@ def ap_coco(found: Sequence[Detections], truth: Sequence[Truth]) -> CocoAP:
     return CocoAP(float(precision.mean()), float(precision[0]), float(precision[5]))
 
 
-def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size: int = 32) -> float:
+def ap_spair(
+    found: Sequence[Detections],
+    truth: Sequence[Truth],
+    *,
+    whole_pixels: bool = False,
+    batch_size: int = 32,
+) -> float:
     """AP as the SPAIR authors' code counts it, for figures to hold against the paper's.
 
     What differs from `average_precision`:
@@ -127,9 +133,8 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     - the true boxes of the authors' data span from the first to the last pixel of a glyph, so one
       pixel is taken from the right and lower edges of the half-open boxes given. A perfect
       detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention:
-      where `whole_pixels` says that found boxes are drawn as the true ones are, they lose the
-      same pixel, as those of the authors' ConnComp do. Their SPAIR's boxes, z_where's own, did not:
-      for those set `model.box_contrast` to 0;
+      with `whole_pixels` the found boxes lose the same pixel, as those of the authors' ConnComp
+      do. Their SPAIR's boxes, z_where's own, do not;
     - AP is computed for batches of images in order, and averaged with their sizes as weights.
 
     A batch without detections, or without true boxes, has AP 0. (For no detection at all the
@@ -138,6 +143,8 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     Args:
         found: one `Detections` per image, raster order.
         truth: one `Truth` per image, boxes half-open, in whole pixels.
+        whole_pixels: the found boxes end at the edges of pixels, as the true ones do: boxes
+            tightened to an object's pixels, and those of connected components.
         batch_size: 32 as in the authors' code.
 
     Returns:
@@ -149,9 +156,8 @@ def ap_spair(found: Sequence[Detections], truth: Sequence[Truth], *, batch_size:
     _check_lengths(found, truth)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    found_boxes = [
-        _boxes(item, "found") - (_LAST_PIXEL if item.whole_pixels else 0) for item in found
-    ]
+    last_pixel = _LAST_PIXEL if whole_pixels else 0
+    found_boxes = [_boxes(item, "found") - last_pixel for item in found]
     # of two true boxes that overlap a detection equally the authors take the first, COCO the last
     true_boxes = [(_boxes(item, "truth") - _LAST_PIXEL)[::-1] for item in truth]
     above = np.nextafter(IOU_THRESHOLDS, 1.0)

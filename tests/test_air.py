@@ -281,13 +281,14 @@ def test_gradients_reach_every_weight_and_not_past_the_training_wheels(kind: str
 def test_given_counts_are_what_is_found() -> None:
     for kind in ("air", "dair"):
         model = build(SMALL, kind=kind)
-        for deterministic in (True, False):
-            found = model.detect(images(), counts=COUNTS, deterministic=deterministic)
+        for sample in (False, True):
+            found = model.detect(images(), counts=COUNTS, sample=sample)
             assert [len(item) for item in found] == [2, 0, 3]
             assert all(item.scores.tolist() == [1.0] * len(item) for item in found)
-        assert [len(maps) for maps in model.appearance(images(), counts=COUNTS)] == [2, 0, 3]
+        shown = model.explain(images(), counts=COUNTS)
+        assert [len(item.appearances) for item in shown] == [2, 0, 3]
         none = torch.zeros(3, dtype=torch.int64)
-        assert not model.reconstruct(images(), counts=none).any()
+        assert not any(item.reconstruction.any() for item in model.explain(images(), counts=none))
         run(model, none).total.sum().backward()  # a batch of empty images is no error
 
 
@@ -313,7 +314,7 @@ def test_tight_boxes_hold_what_is_drawn() -> None:
     steps = model._find(images(), 3, None, None)
     apart = []
     for b, item in enumerate(model.detect(images(), threshold=0.0)):
-        assert item.whole_pixels
+        assert torch.equal(item.boxes, item.boxes.round())
         for t, box in enumerate(item.boxes.tolist()):
             light = steps.placed[b, t].amax(0)
             lit = (light > 0.3 * steps.maps[b, t].max()).nonzero().tolist()
@@ -372,7 +373,7 @@ def test_sampled_counts_follow_the_posterior(kind: str) -> None:
         last_bias(model.encoder)[4:] = -10.0
     many = images()[:1].expand(2000, -1, -1, -1)
     torch.manual_seed(0)
-    found = [len(item) for item in model.detect(many, deterministic=False)]
+    found = [len(item) for item in model.detect(many, sample=True)]
     reached = model._find(images()[:1], 3, None, None).logit.sigmoid().cumprod(1)[0].tolist()
     for t, chance in enumerate(reached):
         share = sum(number > t for number in found) / 2000
@@ -383,16 +384,16 @@ def test_refuses_what_it_cannot_take() -> None:
     told, counting = build(SMALL), build(EXACT)
     with pytest.raises(InputError, match=r"images of 11x9 px and takes no other, got 12x9 px"):
         counting.detect(torch.zeros(1, 3, 12, 9, dtype=torch.float64))
-    with pytest.raises(InputError, match=r"this AIR is told .*--count N, or train one with"):
+    with pytest.raises(InputError, match=r"this AIR was trained with the number .* --count N, or"):
         told.detect(images())
-    with pytest.raises(InputError, match="this DAIR is told"):
+    with pytest.raises(InputError, match="this DAIR was trained with"):
         build(SMALL, kind="dair")(images())
     with pytest.raises(InputError, match="counts up to 256, got 10000"):
         told.detect(images(1), counts=torch.tensor([10_000]))
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]"):
         counting.detect(torch.zeros(3, *SIZE, dtype=torch.float64))
     with pytest.raises(ValueError, match="images must be finite"):
-        counting.reconstruct(images() * float("nan"))
+        counting.explain(images() * float("nan"))
 
 
 @pytest.mark.parametrize("kind", ["air", "dair"])

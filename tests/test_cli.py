@@ -119,21 +119,24 @@ def test_wrong_usage_is_one_line_and_2(run: Runner, words: list[str]) -> None:
         (["train", "--out", "file", "--steps", "1"], "cannot make the folder file: File exists"),
         (["eval", "--checkpoint", "absent"], "absent: no such checkpoint; `spairkit train` makes"),
         (["eval", "--checkpoint", "last"], "--checkpoint last: no run under ./runs"),
-        (["eval", "--set", "train.steps=3"], "--set train: only data can be set here"),
+        (["eval", "--set", "train.steps=3"], "--set train: eval takes settings of data only"),
         (["viz", "a.png", "b.png", "--out", "c.png"], "--out names one picture"),
-        (["viz", "a/x.png", "b/x.png"], "two of the images are called x; draw them apart"),
-        (["viz", "file", "--out", "./file"], "file: is one of the images"),
-        (["viz", "file"], "file: not a picture that can be read"),
-        (["viz", "file", "--out", "a/b.png"], "--out a/b.png: there is no folder a; make it first"),
+        (["viz", "a/x.png", "b/x.png"], "two images are called x; run viz once for each"),
+        (["viz", "file", "--out", "./file"], "file is one of the images"),
+        (["viz", "file"], "file: not an image that can be read"),
+        (
+            ["viz", "file", "--out", "a/b.png"],
+            "--out a/b.png: there is no folder a; create it first",
+        ),
         (["viz", "file", "--out", "."], "--out .: is a folder; name a file"),
         (["eval", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
         (["detect", "file", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
-        (["detect", "file"], "file: not a picture that can be read"),
-        (["detect", "."], ".: no pictures in this folder"),
+        (["detect", "file"], "file: not an image that can be read"),
+        (["detect", "."], ".: no images in this folder"),
         (["detect", "absent.png"], "absent.png: no such image or folder"),
-        (["config", "copy", "file"], "file: exists already; name a new file"),
-        (["data", "make", "file"], "file: exists already; name a new folder"),
-        (["data", "make", "new", "--data", "."], "a folder has images already"),
+        (["config", "copy", "file"], "file already exists; name a new file"),
+        (["data", "make", "file"], "file already exists; name a new folder"),
+        (["data", "make", "new", "--data", "."], "a folder holds image files already"),
     ],
 )
 def test_what_the_person_can_fix_is_one_line_and_2(
@@ -285,7 +288,7 @@ def test_without_a_checkpoint_the_newest_run_is_taken_else_the_packaged_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert choose_checkpoint(None) == pretrained()
-    assert "using the model that ships with spairkit" in capsys.readouterr().err
+    assert "using the packaged model" in capsys.readouterr().err
     made = Run.create(None, resolve("quick"))
     (made.path / "checkpoints" / "step-1").mkdir(parents=True)
     (made.path / "last").symlink_to("checkpoints/step-1")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
-from spairkit.images import read_image, stretched, write_png
-from spairkit.models.loading import load
+from spairkit.detector import load
+from spairkit.images import read_image, stretch, write_png
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
@@ -153,24 +153,24 @@ def test_json_has_the_figures_that_eval_gives(run: Runner) -> None:
 def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
     assert ended.status == 0
-    assert "ended after step 1 of 6; go on with: spairkit train --resume cut" in ended.err
+    assert "ended after step 1 of 6; continue with: spairkit train --resume cut" in ended.err
     assert "goes on" not in ended.err
     resumed = run("train", "--out", "cut", "--resume", "./cut")  # of one job that starts again
     assert resumed.status == 0
-    assert "goes on from its checkpoint of step 1: 5 of 6 are left\n" in resumed.err
+    assert "resuming from step 1: 5 of 6 steps left\n" in resumed.err
     again = run("train", "--resume", "cut")
-    assert "goes on from its checkpoint of step 6: 0 of 6 are left\n" in again.err
+    assert "resuming from step 6: 0 of 6 steps left\n" in again.err
     whole = Path("runs/digits-quick-1")
     assert weights(Path("cut")) == weights(whole)
     assert Path("cut/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(run: Runner) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Runner) -> None:
     settings = Run.open(Path("runs/digits-quick-1")).config
     Run.create(Path("killed"), settings)
     ended = run("train", "--resume", "killed")
     assert ended.status == 0
-    assert "no checkpoint is there yet: it begins with the first step\n" in ended.err
+    assert "there is no checkpoint yet: starting at the first step\n" in ended.err
     assert weights(Path("killed")) == weights(Path("runs/digits-quick-1"))
 
 
@@ -226,7 +226,7 @@ def test_data_that_cannot_be_read_leaves_no_run(run: Runner, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_is_saved_and_says_how_to_go_on(
+def test_a_stopped_run_is_saved_and_says_how_to_continue(
     workplace: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     out = tmp_path / "run"
@@ -250,7 +250,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(
             process.kill()  # else it trains for ever where it did not stop
     assert process.returncode == status
     assert printed == ""
-    assert f"saved; go on with: spairkit train --resume {out}" in said
+    assert f"checkpoint saved; continue with: spairkit train --resume {out}" in said
     assert "Traceback" not in said
     step = load_checkpoint(out / "last", with_optimiser=True).step
     assert f"stopped after step {step}," in said
@@ -400,39 +400,41 @@ def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
     assert f"spairkit detect {tmp_path} --out found.json --checkpoint own" in ended.out
     ended = run("eval", "--checkpoint", "own")
     assert ended.status == 2
-    assert "nothing to compare with: no annotations.json" in ended.err
+    assert "no annotations.json (COCO), so there is no ground truth" in ended.err
 
 
-def test_images_are_stretched_as_those_of_training_were(run: Runner, tmp_path: Path) -> None:
+def test_a_run_with_levels_prepares_images_by_itself(run: Runner, tmp_path: Path) -> None:
     for index in range(3):
         write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40) * 0.3 + 0.2)
     words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "dim", "--steps", "2"]
     ended = run("train", *words)
     assert ended.status == 0
-    black, white = re.findall(r"--set data\.(?:black|white)=([.\d]+)", ended.err)
-    assert (float(black), float(white)) == pytest.approx((0.23, 0.49), abs=0.03)
-    words[words.index("dim")] = "stretched"
-    ended = run("train", *words, "--set", f"data.black={black}", "--set", f"data.white={white}")
+    levels = re.findall(r"--set (prepare\.(?:black|white)=[.\d]+)", ended.err)
+    black, white = (float(level.split("=")[1]) for level in levels)
+    assert (black, white) == pytest.approx((0.23, 0.49), abs=0.03)
+    words[words.index("dim")] = "levels"
+    ended = run("train", *words, "--set", levels[0], "--set", levels[1])
     assert ended.status == 0
-    assert "data.black" not in ended.err
-    model = load("stretched")
-    image = read_image(tmp_path / "1.png")
-    bright = stretched(image, black=float(black), white=float(white))
-    scores = [model.detect(picture[None], 0.0)[0].scores for picture in (bright, image)]
-    words = ["--checkpoint", "stretched", "--threshold", "0"]
-    found = json.loads(run("detect", tmp_path / "1.png", *words).out)
-    assert [one["score"] for one in found] == pytest.approx(scores[0].tolist())
-    assert [one["score"] for one in found] != pytest.approx(scores[1].tolist())
-    assert (
-        run("viz", tmp_path / "1.png", "--checkpoint", "stretched", "--out", "dim.png").status == 0
-    )
-    batch = bright[None]
-    expected = panel(
-        batch[0], model.detect(batch)[0], model.reconstruct(batch)[0], model.appearance(batch)[0]
-    )
-    write_png("expected.png", expected)
+    assert "prepare.black" not in ended.err
+    detector, path = load("levels"), tmp_path / "1.png"
+    image = read_image(path)
+    by_hand = detector.network.detect(stretch(image, black, white)[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
+    raw = detector.network.detect(image[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
+    assert not torch.allclose(by_hand, raw)
+    for scores in (
+        detector.detect(path, threshold=0.0).scores,
+        next(detector.detect_many(tmp_path.glob("1.png"), threshold=0.0)).scores,
+        detector.explain(image, threshold=0.0).detections.scores,
+        detector.detect_batch(image[None], 0.0)[0].scores,
+    ):
+        torch.testing.assert_close(scores, by_hand)
+    words = ["--checkpoint", "levels", "--threshold", "0"]
+    found = json.loads(run("detect", path, *words).out)
+    assert [one["score"] for one in found] == pytest.approx(by_hand.tolist())
+    assert run("viz", path, "--checkpoint", "levels", "--out", "dim.png").status == 0
+    write_png("expected.png", panel(detector.explain(path)))
     assert torch.equal(read_image("dim.png"), read_image("expected.png"))
-    assert run("eval", "--checkpoint", "stretched", "--data", "digits").status == 0  # as they are
+    assert run("eval", "--checkpoint", "levels", "--data", "digits").status == 0
 
 
 def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) -> None:
@@ -440,7 +442,7 @@ def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) ->
     (tmp_path / "bad.png").write_text("no picture")
     ended = run("viz", tmp_path / "good.png", tmp_path / "bad.png")
     assert ended.status == 2
-    assert "bad.png: not a picture that can be read" in ended.err
+    assert "bad.png: not an image that can be read" in ended.err
     assert not Path("good-spairkit.png").exists()
 
 
@@ -451,8 +453,8 @@ def test_selecting_by_ap_is_said(run: Runner) -> None:
     assert said not in run(*words, "--out", "by-elbo").err
 
 
-def test_laptop_without_data_says_that_its_figures_are_of_mnist(run: Runner) -> None:
-    said = "the published figures of the laptop preset are of MNIST (--data FILE); this trains on"
+def test_laptop_without_data_warns_that_its_figures_are_for_mnist(run: Runner) -> None:
+    said = "the published figures of the laptop preset are for MNIST (--data FILE)"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     laptop = [*words, "--preset", "laptop"]
     assert run(*laptop, "--out", "laptop").err.count(said) == 1
@@ -523,22 +525,22 @@ def test_air_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None
         counted = run(command, image, "--checkpoint", out, "--count", 2)
         if preset == "paper":
             assert plain.status == 2
-            assert "this DAIR is told how many objects" in plain.err
+            assert "this DAIR was trained with the number of objects" in plain.err
             assert counted.status == 0
         else:
             assert plain.status == 0
             assert counted.status == 2
-            assert "--count 2: this model counts by itself; leave it out" in counted.err
+            assert "this model infers the count; remove --count" in counted.err
 
 
-def test_another_model_does_not_go_on_with_a_run(run: Runner) -> None:
+def test_a_run_is_not_resumed_with_another_model(run: Runner) -> None:
     ended = run("train", "--resume", "runs/digits-quick-1", "--model", "air")
     assert ended.status == 2
-    assert "its model is spair, not air; leave --model out" in ended.err
+    assert "the model of this run is spair, not air; remove --model" in ended.err
     assert run("train", "--model", "airy").err.strip().endswith("(got 'airy')")
 
 
-def test_a_first_step_that_keeps_people_waiting_is_explained(
+def test_a_slow_first_step_is_explained(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said, heard = [], threading.Event()
@@ -556,4 +558,4 @@ def test_a_first_step_that_keeps_people_waiting_is_explained(
     monkeypatch.setattr(train_command, "_PATIENCE_SECONDS", 0.01)
     assert list(train_command._explained(slow_steps(), print_line)) == steps
     (line,) = said
-    assert "compiled" in line
+    assert "compiling kernels" in line

@@ -1,11 +1,18 @@
-"""The forms in which detections leave the library."""
+"""Selecting detections, drawing them, and the forms in which they leave the library."""
 
+import base64
+import io
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from spairkit.detections import Detections, Truth
 
@@ -60,3 +67,69 @@ def test_supervision_is_asked_for_by_name(two: Detections, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "supervision", None)  # as where it is not installed
     with pytest.raises(ImportError, match="supervision"):
         two.to_supervision()
+
+
+def test_the_real_supervision_takes_them(two: Detections) -> None:
+    supervision = pytest.importorskip("supervision")
+    theirs = two.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert len(theirs) == 2
+    kept = theirs[theirs.confidence > 0.6]
+    assert kept.xyxy.tolist() == two[two.scores > 0.6].boxes.tolist()
+    assert len(NONE.to_supervision()) == 0
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (torch.tensor([False, True]), [1]),
+        (np.array([True, False]), [0]),
+        ([1, 0], [1, 0]),
+        ([], []),
+        (torch.tensor([1]), [1]),
+        (slice(None, 1), [0]),
+        (-1, [1]),
+    ],
+)
+def test_an_index_selects_rows_of_every_field(two: Detections, index: Any, rows: list[int]) -> None:
+    found = two[index]
+    assert len(found) == len(rows)
+    for name in ("boxes", "scores", "what", "depth"):
+        assert getattr(found, name).tolist() == getattr(two, name)[rows].tolist()
+
+
+@pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True])])
+def test_an_index_out_of_range_is_refused(two: Detections, index: Any) -> None:
+    with pytest.raises(IndexError):
+        two[index]
+
+
+def test_detections_can_be_iterated(two: Detections) -> None:
+    assert [len(one) for one in two] == [1, 1]
+
+
+def test_repr_gives_count_and_scores(two: Detections) -> None:
+    assert repr(two) == "Detections(2 objects, scores 0.50 to 0.75)"
+    assert repr(two[0]) == "Detections(1 object, scores 0.75 to 0.75)"
+    assert repr(NONE) == "Detections(0 objects)"
+
+
+def test_plot_draws_every_box_on_the_image(two: Detections) -> None:
+    axes = Figure().add_subplot()
+    image = np.zeros((10, 12), np.uint8)
+    assert two.plot(image, ax=axes) is axes
+    corners = [path.get_extents().extents.tolist() for path in axes.collections[0].get_paths()]
+    assert corners == two.boxes.tolist()
+    assert axes.images[0].get_extent() == [0, 12, 10, 0]
+    assert axes.get_title() == "2 found"
+    with pytest.raises(ValueError, match="hold no image"):
+        two.plot(ax=axes)
+
+
+def test_notebooks_show_the_picture(two: Detections) -> None:
+    assert two._repr_html_() == "<p>Detections(2 objects, scores 0.50 to 0.75)</p>"
+    html = replace(two, image=np.zeros((10, 12), np.uint8))._repr_html_()
+    data = base64.b64decode(html.split("base64,")[1].split('"')[0])
+    picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    distance = abs(picture.astype(int) - [255, 127, 14]).sum(-1)
+    assert (distance < 30).sum() > 100, "boxes in tab:orange"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.detections import Detections, Truth
+from spairkit.detections import Detections, Explanation, Truth
 from spairkit.report.drawing import (
     COLOURS,
     MAX_OBJECTS,
@@ -160,12 +160,22 @@ def plain_objects(levels: list[float], alpha: float = 1.0) -> Tensor:
     return maps
 
 
+def explained(
+    image: Tensor,
+    found: Detections = NONE,
+    reconstruction: Tensor | None = None,
+    appearances: Tensor | None = None,
+) -> Explanation:
+    maps = torch.zeros(len(found), 14, 14, 4) if appearances is None else appearances
+    return Explanation(found, image, image if reconstruction is None else reconstruction, maps)
+
+
 def test_panel_shows_objects_by_score() -> None:
     boxes = [[2.0, 2.0, 12.0, 12.0], [20.0, 2.0, 30.0, 12.0], [2.0, 20.0, 12.0, 30.0]]
     found = detections(boxes, [0.6, 0.99, 0.7])
     image = dark_image(48, 48)
     levels = [50 / 255, 100 / 255, 150 / 255]
-    picture = panel(image, found, image, plain_objects(levels))
+    picture = panel(explained(image, found, image, plain_objects(levels)))
     assert picture.dtype == torch.uint8
     below = picture[:, 450:]
     lefts = [
@@ -184,20 +194,19 @@ def test_panel_shows_the_commonest_colour_where_an_object_is_transparent() -> No
     found = detections([[2.0, 2, 12, 12]])
     image = dark_image(48, 48)
     image[:, 40:] = torch.tensor([10.0, 60.0, 110.0])[:, None, None] / 255
-    clear = panel(image, found, image, plain_objects([1.0], alpha=0.0))[:, 450:]
+    clear = panel(explained(image, found, image, plain_objects([1.0], alpha=0.0)))[:, 450:]
     assert is_colour(clear, (10, 60, 110)).sum() == 84 * 84
-    half = panel(image, found, image, plain_objects([1.0], alpha=0.6))[:, 450:]
+    half = panel(explained(image, found, image, plain_objects([1.0], alpha=0.6)))[:, 450:]
     assert is_colour(half, (157, 177, 197)).sum() == 84 * 84  # 0.4 of the ground, 0.6 of white
-    opaque = panel(image, found, image, plain_objects([0.5], alpha=1.0))[:, 450:]
+    opaque = panel(explained(image, found, image, plain_objects([0.5], alpha=1.0)))[:, 450:]
     assert is_colour(opaque, (128, 128, 128)).sum() == 84 * 84
 
 
 def test_panel_holds_image_and_reconstruction() -> None:
     image, drawn = dark_image(48, 48), dark_image(48, 48).flip(1)
-    picture = panel(image, NONE, drawn, torch.zeros(0, 14, 14, 4))
+    picture = panel(explained(image, NONE, drawn))
     for part in (image, drawn):
         assert contains(picture, enlarged(part, 8))
-    assert panel(image, NONE, drawn).shape[1] < picture.shape[1]
 
 
 def contains(picture: Tensor, part: Tensor) -> bool:
@@ -209,9 +218,9 @@ def contains(picture: Tensor, part: Tensor) -> bool:
 
 def test_panels_and_sheets_enlarge_images_of_any_small_size() -> None:
     image = dark_image(150, 256)
-    assert contains(panel(image, NONE, image), enlarged(image, 2))
+    assert contains(panel(explained(image)), enlarged(image, 2))
     image = dark_image(60, 100)
-    sheet = reconstruction_sheet(image[None], image[None], [NONE])
+    sheet = reconstruction_sheet([explained(image)])
     assert contains(sheet, enlarged(image, 2))
 
 
@@ -220,24 +229,25 @@ def test_panel_is_bounded() -> None:
 
     def drawn(num: int) -> Tensor:
         found = detections([[1.0, 1.0, 9.0, 9.0]] * num)
-        return panel(image, found, image, plain_objects([0.5] * num))
+        return panel(explained(image, found, image, plain_objects([0.5] * num)))
 
     assert drawn(MAX_OBJECTS + 1).shape == drawn(MAX_OBJECTS + 200).shape
     assert not torch.equal(drawn(MAX_OBJECTS + 1), drawn(MAX_OBJECTS + 2))  # "and k more"
     large = dark_image(900, 3000)
-    assert panel(large, NONE, large).shape[2] < 3 * 1024 + 100
+    assert panel(explained(large)).shape[2] < 3 * 1024 + 100
     thin = dark_image(1, 2000)
-    assert panel(thin, NONE, thin, torch.zeros(0, 14, 14, 4)).dim() == 3
+    assert panel(explained(thin)).dim() == 3
 
 
 def test_sheet_shows_every_image_and_its_truth() -> None:
     images = torch.stack([dark_image(48, 48).roll(i, 2) for i in range(3)])
     drawn = images.flip(2)
+    sheets = [explained(*pair) for pair in zip(images, [NONE] * 3, drawn, strict=True)]
     true = [Truth(torch.tensor([[10.0, 10.0, 20.0, 22.0]]), torch.tensor([-1]))] * 3
-    sheet = reconstruction_sheet(images, drawn, [NONE] * 3)
+    sheet = reconstruction_sheet(sheets)
     for part in (*images, *drawn):
         assert contains(sheet, enlarged(part, 4))
-    marked = reconstruction_sheet(images, drawn, [NONE] * 3, true)
+    marked = reconstruction_sheet(sheets, true)
     rows, columns = (marked != sheet).any(0)[20 + 16 :].nonzero(as_tuple=True)
     white = is_colour(marked, (255, 255, 255))[20 + 16 :]
     # four corners of a box of 10 by 12 pixels, times 4, in each of three images
@@ -246,17 +256,14 @@ def test_sheet_shows_every_image_and_its_truth() -> None:
 
 
 def test_sheet_wraps_and_reduces() -> None:
-    images = dark_image(48, 48).expand(8, 3, 48, 48)
-    one = reconstruction_sheet(images[:1], images[:1], [NONE])
-    eight = reconstruction_sheet(images, images, [NONE] * 8)
-    nine = reconstruction_sheet(
-        dark_image(48, 48).expand(9, 3, 48, 48), dark_image(48, 48).expand(9, 3, 48, 48), [NONE] * 9
+    one, eight, nine = (
+        reconstruction_sheet([explained(dark_image(48, 48))] * number) for number in (1, 8, 9)
     )
     assert eight.shape[1] == one.shape[1]
     assert nine.shape[1] > eight.shape[1]
     assert nine.shape[2] < eight.shape[2]  # rows of five and four
-    large = dark_image(1200, 1600).expand(2, 3, 1200, 1600)
-    assert reconstruction_sheet(large, large, [NONE] * 2).shape[2] < 2 * 512 + 100
+    large = explained(dark_image(1200, 1600))
+    assert reconstruction_sheet([large] * 2).shape[2] < 2 * 512 + 100
 
 
 def test_arguments_are_left_alone_and_answers_are_the_same() -> None:
@@ -275,8 +282,8 @@ def test_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
         draw_boxes(image, NONE, scale=0)
     with pytest.raises(ValueError, match=r"appearances must be \[0, P, P, 4\]"):
-        panel(image, NONE, image, torch.zeros(2, 14, 14, 4))
-    with pytest.raises(ValueError, match="found must hold 1 images, got 2"):
-        reconstruction_sheet(image[None], image[None], [NONE, NONE])
-    with pytest.raises(ValueError, match="with B > 0"):
-        reconstruction_sheet(torch.zeros(0, 3, 8, 8), torch.zeros(0, 3, 8, 8), [])
+        panel(explained(image, NONE, image, torch.zeros(2, 14, 14, 4)))
+    with pytest.raises(ValueError, match="truth must hold 1 images, got 0"):
+        reconstruction_sheet([explained(image)], [])
+    with pytest.raises(ValueError, match="at least one image"):
+        reconstruction_sheet([])

@@ -18,36 +18,21 @@ from spairkit.evaluation import Figures, evaluate
 from spairkit.models.loading import build
 
 
-class Oracle:
-    """Finds in an image what is listed under the number that the image's first pixel holds."""
+class Oracle(Detector):
+    """Finds in an image the objects listed under the number that its first pixel holds."""
 
     def __init__(self, known: list[Detections]) -> None:
+        super().__init__(build(Config()), Config())
         self.known = known
         self.thresholds: list[float] = []
 
-    def detect(
-        self,
-        images: Tensor,
-        threshold: float = 0.5,
-        *,
-        deterministic: bool = True,
-        counts: Tensor | None = None,
+    def detect_batch(
+        self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
     ) -> list[Detections]:
+        assert counts is None, "SPAIR is not told"
         self.thresholds.append(threshold)
-        found = []
-        for number in images[:, 0, 0, 0].tolist():
-            item = self.known[int(number)]
-            on = item.scores > threshold
-            found.append(Detections(item.boxes[on], item.scores[on], item.what[on], item.depth[on]))
-        return found
-
-    def reconstruct(self, images: Tensor, *, counts: Tensor | None = None) -> Tensor:
-        return images
-
-    def appearance(
-        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
-    ) -> list[Tensor]:
-        raise AssertionError("not for figures")
+        known = [self.known[int(number)] for number in images[:, 0, 0, 0].tolist()]
+        return [item[item.scores > threshold] for item in known]
 
 
 def numbered_images(first: int, num: int) -> Tensor:
@@ -180,9 +165,9 @@ def test_refuses_nothing_and_nonsense() -> None:
         evaluate(Oracle(known), batches, threshold=1.0)
 
 
-def test_spair_is_a_detector() -> None:
+def test_measures_an_untrained_spair() -> None:
     scenes = Scenes(DataConfig(max_objects=3), "test")
-    detector: Detector = build(Config()).eval()
+    detector = Detector(build(Config()).eval(), Config())
     report = evaluate(detector, [scenes.batch(torch.arange(4)), scenes.batch(torch.arange(4, 6))])
     assert report.overall.images == 6
     assert set(report.by_objects) <= {1, 2, 3}

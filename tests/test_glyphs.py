@@ -14,8 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from spairkit.cli.options import data_layer
 from spairkit.config import DataConfig
+from spairkit.data.datasets import data_settings
 from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.errors import InputError
 
@@ -284,4 +284,4 @@ def test_damaged_files_give_glyphs_or_a_reason(tmp_path: Path, form: str) -> Non
 def test_a_file_is_emnist_by_its_name(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     path.touch()
-    assert data_layer(str(path))["data"].items() >= {"name": kind, "path": str(path)}.items()
+    assert data_settings(str(path))["data"].items() >= {"name": kind, "path": str(path)}.items()

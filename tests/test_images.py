@@ -23,7 +23,7 @@ from spairkit.images import (
     printable,
     read_image,
     read_pixels,
-    stretched,
+    stretch,
     write_png,
 )
 
@@ -181,16 +181,16 @@ def encoded(form: str, array: NDArray[Any] = RGB) -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "not a picture"),
-        (b"hello", "not a picture"),
+        (b"", "not an image"),
+        (b"hello", "not an image"),
         (png_header(60000, 60000), "64 million"),
         (png_header(9000, 9000), "64 million"),
-        (png_header(1 << 31, 2), "picture"),
+        (png_header(1 << 31, 2), "cut it into smaller images"),
         (png_header(30, 30), "damaged"),
         (b"P6 20000 20000 255\n", "64 million"),
         (encoded("PNG")[:60], "damaged"),
-        (encoded("GIF"), "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (encoded("GIF"), "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
 def test_refuses_in_one_line(tmp_path: Path, data: bytes, reason: str) -> None:
@@ -224,10 +224,10 @@ def test_tiff_is_read_in_its_simple_compressions_only(tmp_path: Path) -> None:
 
 def test_stretching_brings_levels_to_0_and_1() -> None:
     image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[None, None].expand(2, 3, 4, 5)
-    found = stretched(image, black=0.2, white=0.4)
+    found = stretch(image, 0.2, 0.4)
     assert torch.allclose(found[0, 0, 0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
     assert found.shape == image.shape
-    assert torch.equal(stretched(image, black=0, white=1), image)
+    assert torch.equal(stretch(image, 0, 1), image)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_stretching_brings_levels_to_0_and_1() -> None:
 )
 def test_stretching_refuses_what_are_no_levels(black: float, white: float) -> None:
     with pytest.raises(ValueError, match="black and white must lie in order"):
-        stretched(torch.rand(3, 4, 5), black=black, white=white)
+        stretch(torch.rand(3, 4, 5), black, white)
 
 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_lists_pictures_by_suffix_in_order(tmp_path: Path) -> None:
 
 
 def test_says_when_a_folder_has_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         list_images(tmp_path)
     with pytest.raises(InputError, match="No such file"):
         list_images(tmp_path / "absent")

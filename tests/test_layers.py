@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
-    ("detections", "metrics"),
     ("storage",),
-    ("images", "data"),
+    ("images", "detections", "metrics"),
+    ("data",),
     ("models",),
     ("detector", "evaluation"),
     ("report",),

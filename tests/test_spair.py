@@ -186,7 +186,7 @@ def test_boxes_follow_equations_2_to_6(model: SPAIR) -> None:
 def test_losses_match_a_loop_over_cells(model: SPAIR) -> None:
     images = torch.rand(2, 3, 24, 36)
     latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
-    image = model._render(latents, background, images)
+    image = model._render(latents, background, images, model._decode(latents.what))
     losses = model._losses(images, latents, image, 0.3)
 
     def kl(mean: float, std: float, prior_mean: float, prior_std: float) -> float:
@@ -253,9 +253,10 @@ def test_backgrounds_fill_the_image_where_nothing_is(
 ) -> None:
     torch.manual_seed(0)
     model = SPAIR(replace(SMALL, background=background, presence_bias=-20.0))
-    model.set_background(torch.tensor([0.2, 0.4, 0.6]))
+    if background == "mode":
+        model.fit_background(torch.tensor([51, 102, 153]).byte()[None, :, None, None] / 255)
     images = torch.rand(2, 3, 20, 31)
-    image = model.reconstruct(images)
+    image = torch.stack([item.reconstruction for item in model.explain(images)])
     assert image.shape == images.shape
     torch.testing.assert_close(image, image[:, :, :1, :1].expand_as(image), rtol=0, atol=0)
     expected = {"black": [0.0] * 3, "solid": [0.5] * 3, "mode": [0.2, 0.4, 0.6]}
@@ -272,19 +273,28 @@ def test_takes_images_of_any_size(model: SPAIR, height: int, width: int) -> None
     images = torch.rand(2, 3, height, width)
     found = model.detect(images, threshold=0.0)
     assert [len(item) for item in found] == [math.ceil(height / 12) * math.ceil(width / 12)] * 2
-    assert model.reconstruct(images).shape == images.shape
-    maps = model.appearance(images, threshold=0.0)
-    assert [tuple(m.shape) for m in maps] == [(len(item), 6, 6, 4) for item in found]
+    for item, image, one in zip(model.explain(images, 0.0), images, found, strict=True):
+        assert torch.equal(item.image, image)
+        assert item.reconstruction.shape == image.shape
+        assert item.appearances.shape == (len(one), 6, 6, 4)
+        assert torch.equal(item.detections.boxes, one.boxes)
     assert bool(model(images).total.isfinite().all())
 
 
 @pytest.mark.parametrize("contrast", [0.0, 0.3])
-def test_boxes_say_whether_they_are_in_whole_pixels(model: SPAIR, contrast: float) -> None:
+def test_tightened_boxes_lie_on_the_edges_of_pixels(model: SPAIR, contrast: float) -> None:
+    images = torch.rand(2, 3, 24, 30)
+    given = model.detect(images, 0.0, box_contrast=contrast)
     model.config = replace(model.config, box_contrast=contrast)
-    for found in model.detect(torch.rand(2, 3, 24, 30), threshold=0.0):
+    for found, one in zip(model.detect(images, 0.0), given, strict=True):
         assert len(found) > 0
-        assert found.whole_pixels == (contrast > 0)
         assert torch.equal(found.boxes, found.boxes.round()) == (contrast > 0)
+        assert torch.equal(found.boxes, one.boxes)
+
+
+def test_other_backgrounds_are_not_fitted() -> None:
+    with pytest.raises(ValueError, match="'black' is not fitted"):
+        SPAIR(SMALL).fit_background(torch.rand(1, 3, 4, 4))
 
 
 def test_moving_the_image_by_a_cell_moves_the_boxes(model: SPAIR) -> None:
@@ -304,9 +314,9 @@ def test_means_are_repeatable_and_samples_are_not(model: SPAIR) -> None:
     images = torch.rand(4, 3, 48, 48)
     first, second = model.detect(images, 0.0), model.detect(images, 0.0)
     assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(first, second, strict=True))
-    sampled = model.detect(images, deterministic=False)
+    sampled = model.detect(images, sample=True)
     assert all(bool((item.scores == 1).all()) for item in sampled)
-    again = model.detect(images, deterministic=False)
+    again = model.detect(images, sample=True)
     assert any(not torch.equal(a.boxes, b.boxes) for a, b in zip(sampled, again, strict=True))
 
 

@@ -12,11 +12,11 @@ from spairkit.cli.main import main
 from spairkit.config import Config
 from spairkit.config_values import from_dict
 from spairkit.data.datasets import open_dataset
+from spairkit.detector import load
 from spairkit.errors import InputError
 from spairkit.images import write_png
 from spairkit.metrics import average_precision, count_error
 from spairkit.models.conncomp import ConnComp
-from spairkit.models.loading import load
 from spairkit.storage.runs import Run
 from spairkit.training.loop import Step, Validation, fit
 
@@ -52,7 +52,7 @@ def test_finds_what_a_plain_search_finds(tmp_path: Path, criterion: str) -> None
             scores.append(-count_error(*counts))
     best = scores.index(max(scores))
     assert max(scores) > min(scores)
-    loaded = load(run.path)
+    loaded = load(run.path).network
     assert isinstance(loaded, ConnComp)
     assert float(loaded.threshold) == pytest.approx(0.01 + best * 2.99 / 11)
     records = run.metrics()
@@ -100,7 +100,7 @@ def test_other_thresholds_are_searched_anew(tmp_path: Path) -> None:
 def test_a_threshold_that_is_given_is_kept(tmp_path: Path) -> None:
     run, events = fitted(tmp_path / "run", config(threshold=0.25))
     assert [event.step for event in events] == [12, 12]
-    model = load(run.path)
+    model = load(run.path).network
     assert isinstance(model, ConnComp)
     assert model.threshold == 0.25
 
@@ -135,7 +135,7 @@ def test_boxes_are_needed_to_fit_but_not_to_use_a_threshold(
         run, events = fitted(tmp_path / name, settings)
         assert isinstance(events[-1], Validation)
         assert events[-1].figures.keys() == {"threshold"}
-        model = load(run.path)
+        model = load(run.path).network
         assert isinstance(model, ConnComp)
         torch.testing.assert_close(model.background_colour, torch.tensor([0.0, 0.2, 0.4]))
         image = torch.zeros(1, 3, 9, 9) + model.background_colour[:, None, None]

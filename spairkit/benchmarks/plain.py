@@ -85,9 +85,9 @@ class PlainSPAIR(SPAIR):
         scale, bias = appearance_constants(self.config, logits.device, logits.dtype)
         return squash(logits * scale + bias)
 
-    def _render(self, latents: Latents, background: Tensor, images: Tensor) -> Tensor:
+    def _render(self, latents: Latents, background: Tensor, images: Tensor, maps: Tensor) -> Tensor:
         return render_by_grid_sample(
-            self._decode(latents.what),
+            maps,
             latents.boxes,
             latents.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
             latents.presence,

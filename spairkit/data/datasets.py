@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -30,6 +30,28 @@ def open_dataset(config: DataConfig, split: Split, device: torch.device | str = 
     """
     kind = ImageFolder if config.name == "folder" else Scenes
     return kind(config, split, device)
+
+
+def data_settings(word: str) -> dict[str, Any]:
+    """The config values that `--data word` stands for.
+
+    Args:
+        word: the name of a dataset, a folder of images, or an MNIST file (EMNIST, if its name says
+            emnist).
+
+    Raises:
+        InputError: it is none of these.
+    """
+    names = [name for name in dataset_names() if name != "folder"]
+    path = Path(word)
+    if word in names:
+        return {"data": {"name": word}}
+    if path.is_dir():
+        return {"data": {"name": "folder", "path": str(path.resolve())}}
+    if path.is_file():
+        name = "emnist" if "emnist" in path.name.lower() else "mnist"
+        return {"data": {"name": name, "path": str(path.resolve())}}
+    raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")
 
 
 def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:

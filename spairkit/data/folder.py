@@ -22,7 +22,6 @@ from spairkit.images import (
     printable,
     read_image,
     read_pixels,
-    stretched,
     to_colour,
 )
 
@@ -52,8 +51,6 @@ class ImageFolder:
     names, `config.seed`, the split and the index. Decoded images are kept, as bytes, up to
     512 MiB; where the split needs more, each 4,096 indices in turn share as many files as fit, so
     that a file is decoded once for many crops.
-
-    Intensities are stretched as `config.black` and `config.white` say.
 
     Truth comes from `annotations.json` (COCO) in the folder, if it is there. Its boxes are
     clipped to the image or the crop.
@@ -128,7 +125,7 @@ class ImageFolder:
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
             crop = self._pixels(file)[:, top : top + height, left : left + width]
-            crops.append(_continued(self._stretched(to_colour(crop)), height, width))
+            crops.append(_continued(to_colour(crop), height, width))
             truth = self._truth(self._names[file])
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
@@ -136,6 +133,10 @@ class ImageFolder:
             else:
                 truths.append(_NOTHING)
         return _batch(crops, truths, (height, width)).to(self.device)
+
+    def files(self) -> list[tuple[Path, int]]:
+        """Path and id of each file of the split, in the order of `images`."""
+        return [(self._folder / name, self._numbers[name]) for name in self._names]
 
     def images(self) -> Iterator[tuple[str, int, Tensor, Truth | None]]:
         """Each file of the split: its path in the folder, id, whole image [3, H, W] and truth.
@@ -148,7 +149,7 @@ class ImageFolder:
             InputError: a file is damaged.
         """
         for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
-            image = self._stretched(read_image(self._folder / name))
+            image = read_image(self._folder / name)
             truth = self._truth(name)
             if truth is not None:
                 truth = _clipped(truth, (0, 0, columns, rows))
@@ -173,9 +174,6 @@ class ImageFolder:
         dark, light = torch.cat(darkest), torch.cat(lightest)
         low, high = float(dark.quantile(0.01)), float(light.quantile(0.99))
         return (low, high) if low < high else (float(dark.min()), float(light.max()))
-
-    def _stretched(self, image: Tensor) -> Tensor:
-        return stretched(image, black=self.config.black, white=self.config.white)
 
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None

@@ -21,11 +21,11 @@ from filelock import FileLock, Timeout
 
 from spairkit.config_values import differences
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
+from spairkit.detector import load
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate
 from spairkit.experiments.folder import measured_figures
 from spairkit.experiments.settings import VALIDATIONS, Settings, Task, config_of
-from spairkit.models.loading import load
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 from spairkit.training.loop import fit

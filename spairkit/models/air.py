@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.config import AIRConfig
-from spairkit.detections import Detections
+from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
 from spairkit.models.affine import cut, place
 from spairkit.models.densities import (
@@ -147,21 +147,67 @@ class AIR(nn.Module):
         images: Tensor,
         threshold: float = 0.5,
         *,
-        deterministic: bool = True,
         counts: Tensor | None = None,
+        box_contrast: float | None = None,
+        sample: bool = False,
     ) -> list[Detections]:
-        """Boxes for each image in the order of the steps; see `Detector.detect`.
+        """The objects of each image, in the order of the steps.
 
-        The score of an object is the probability that it and all before it are present; of a
-        given count, 1. Depth is 0: light is added, nothing hides anything.
+        The score of an object is the probability that it and all before it are present; with given
+        counts it is 1. Depth is 0: light is added, so nothing hides anything.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], of the model's size.
+            threshold: objects with a score above it are returned.
+            counts: [B] int64, the true numbers of objects, for a model that is told them.
+            box_contrast: tightens boxes as `config.box_contrast` says, which None takes; 0 keeps
+                scale and shift.
+            sample: sample every latent instead of taking its mean.
+
+        Returns:
+            B `Detections`, on the CPU.
 
         Raises:
-            ValueError: `images` has another shape or dtype, or holds what is not finite.
-            InputError: `images` has another size, or a model that is told gets no counts.
+            ValueError: `images` has another shape or dtype, or holds NaN or infinity.
+            InputError: `images` has another size, or a model that is told counts gets none.
         """
-        objects, scores = self._infer(images, deterministic, counts)
+        objects, scores = self._infer(images, sample, counts)
+        return self._detections(objects, scores, threshold, box_contrast)
+
+    @torch.no_grad()
+    def explain(
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        counts: Tensor | None = None,
+        box_contrast: float | None = None,
+    ) -> list[Explanation]:
+        """The objects of each image, their appearances and the reconstruction, in one pass.
+
+        Arguments and errors as in `detect`. The reconstruction shows the objects with a score
+        above 1/2.
+        """
+        objects, scores = self._infer(images, False, counts)
+        found = self._detections(objects, scores, threshold, box_contrast)
+        drawn = _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
+        maps = _opaque(objects.maps)
+        return [
+            Explanation(
+                detections=found[b],
+                image=images[b].float().cpu(),
+                reconstruction=drawn[b].float().cpu(),
+                appearances=maps[b, on].float().cpu(),
+            )
+            for b, on in enumerate(scores > threshold)
+        ]
+
+    def _detections(
+        self, objects: _Objects, scores: Tensor, threshold: float, box_contrast: float | None
+    ) -> list[Detections]:
         sides = scores.new_tensor([self.size[1], self.size[0]])
-        contrast, texels = self.config.box_contrast, self.config.object_size
+        contrast = self.config.box_contrast if box_contrast is None else box_contrast
+        texels = self.config.object_size
         if contrast:
             # where the map is drawn: first and last texels are centred on the box's own edges
             centre = (objects.shift + 1) / 2 * (sides - 1) + 0.5
@@ -170,7 +216,7 @@ class AIR(nn.Module):
             centre, size = (objects.shift + 1) / 2 * sides, objects.scale * sides
         boxes = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
         if contrast:
-            black = images.new_zeros(len(images), 3, 1, 1)
+            black = boxes.new_zeros(len(boxes), 3, 1, 1)
             boxes = tighten(boxes, _opaque(objects.maps), black, contrast, self.size)
         return [
             Detections(
@@ -178,33 +224,9 @@ class AIR(nn.Module):
                 scores=scores[b, on].float().cpu(),
                 what=objects.what[b, on].float().cpu(),
                 depth=torch.zeros(int(on.sum())),
-                whole_pixels=contrast > 0,
             )
             for b, on in enumerate(scores > threshold)
         ]
-
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, 3, H, W]
-        *,
-        counts: Tensor | None = None,
-    ) -> Tensor:  # [B, 3, H, W]
-        """The images as the model explains them: means, and the objects that it holds present."""
-        objects, scores = self._infer(images, True, counts)
-        return _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
-
-    @torch.no_grad()
-    def appearance(
-        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
-    ) -> list[Tensor]:
-        """Colour and alpha, which is 1, of each object of `detect`: [n, P, P, 4], CPU."""
-        objects, scores = self._infer(images, True, counts)
-        maps = _opaque(objects.maps)
-        return [maps[b, on].float().cpu() for b, on in enumerate(scores > threshold)]
-
-    def set_background(self, colour: Tensor) -> None:
-        """No effect: the canvas is black."""
 
     def _steps(self, images: Tensor, counts: Tensor | None) -> int:
         """How many steps to make; at least one. Refuses what the networks cannot take."""
@@ -220,8 +242,8 @@ class AIR(nn.Module):
             return self.config.max_objects
         if counts is None:
             raise InputError(
-                f"this {name} is told how many objects each image holds (model.count = 'given'): "
-                "say --count N, or train one with --set model.count=inferred"
+                f"this {name} was trained with the number of objects (model.count = 'given'): give "
+                "it with --count N, or train a model with --set model.count=inferred"
             )
         if len(counts) and int(counts.max()) > _MAX_STEPS:
             raise InputError(f"{name} takes counts up to {_MAX_STEPS}, got {int(counts.max())}")
@@ -235,15 +257,14 @@ class AIR(nn.Module):
         return _Noise(placed[:, :steps], jitter[:, :steps])
 
     def _infer(
-        self, images: Tensor, deterministic: bool, counts: Tensor | None
+        self, images: Tensor, sample: bool, counts: Tensor | None
     ) -> tuple[_Objects, Tensor]:
         """The objects, and the probability [B, T] that each is present."""
+        check_images(images, finite=True)
         steps = self._steps(images, counts)
-        if not bool(images.isfinite().all()):
-            raise ValueError("images must be finite, got NaN or infinity among them")
-        noise = None if deterministic else self._draw(images, steps, None)
+        noise = self._draw(images, steps, None) if sample else None
         objects = self._find(images, steps, noise, counts, hard=True)
-        if deterministic and not self.config.told:
+        if not sample and not self.config.told:
             return objects, objects.logit.sigmoid().cumprod(1)
         return objects, self._weights(objects.logit, noise, counts, hard=True)
 

@@ -1,4 +1,4 @@
-"""ConnComp: what differs from the background and hangs together is an object.
+"""ConnComp: a connected component of pixels that differ from the background is an object.
 
 The baseline of the paper (main text 5.1, supplement D.3; docs/model.md 9). It is the cheapest
 detector there is, and where objects do not touch none is better.
@@ -14,7 +14,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from spairkit.config import ConnCompConfig
-from spairkit.detections import Detections
+from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour
 from spairkit.models.networks import check_images
 
@@ -28,7 +28,7 @@ _BINS = 256
 
 
 class ConnComp(nn.Module):
-    """Finds objects as connected components; a `Detector` with two numbers to fit.
+    """Finds objects as connected components, with two numbers to fit.
 
     Both stand in the state dict: `threshold` [] in [0, 3] and `background_colour` [3] in [0, 1].
 
@@ -53,32 +53,17 @@ class ConnComp(nn.Module):
         """|image - background| summed over the channels, in [0, 3].
 
         Raises:
-            ValueError: `images` has another shape or dtype, or holds what is not finite.
+            ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
-        check_images(images)
-        if not bool(images.isfinite().all()):
-            raise ValueError("images must be finite, got NaN or infinity among them")
+        check_images(images, finite=True)
         return (images - self.background_colour[:, None, None]).abs().sum(1)
 
     @torch.no_grad()
-    def detect(
-        self,
-        images: Tensor,
-        threshold: float = 0.5,
-        *,
-        deterministic: bool = True,
-        counts: Tensor | None = None,
-    ) -> list[Detections]:
-        """A `Detections` for each image, its components in the order of their first pixels.
+    def detect(self, images: Tensor) -> list[Detections]:  # [B, 3, H, W]
+        """The components of each image, in the order of their first pixels.
 
-        Boxes are half-open and hold the pixels of a component exactly; scores are 1, there are no
-        appearance codes, and depths are 0.
-
-        Args:
-            images: [B, 3, H, W] in [0, 1], any height and width.
-            threshold: of the score, which is 1, so without effect; that of the distance is
-                `self.threshold`.
-            deterministic: without effect: nothing is sampled.
+        Boxes are half-open and hold the pixels of a component exactly; scores are 1, embeddings
+        have no dimension, and depths are 0.
 
         Raises:
             ValueError: as `distance`.
@@ -86,44 +71,34 @@ class ConnComp(nn.Module):
         return find_components(self._foreground(images))
 
     @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, 3, H, W]
-        *,
-        counts: Tensor | None = None,
-    ) -> Tensor:  # [B, 3, H, W]
-        """The background with every component in its mean colour."""
-        labels, num = ndimage.label(self._foreground(images), _CROSS)
-        labels = torch.from_numpy(labels.astype(np.int64)).flatten()
-        pixels = images.detach().cpu().double().permute(0, 2, 3, 1).reshape(-1, 3)
-        sums = torch.zeros(num + 1, 3, dtype=torch.float64).index_add_(0, labels, pixels)
-        means = sums / labels.bincount(minlength=num + 1).clamp(min=1)[:, None]
-        means[0] = self.background_colour.cpu()
-        batch, _, height, width = images.shape
-        image = means[labels].view(batch, height, width, 3).permute(0, 3, 1, 2)
-        return image.clamp(0, 1).to(images).contiguous()
+    def explain(self, images: Tensor) -> list[Explanation]:  # [B, 3, H, W]
+        """The components of each image, with appearances and a reconstruction.
 
-    @torch.no_grad()
-    def appearance(
-        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
-    ) -> list[Tensor]:
-        """Colour and alpha of each component of `detect(images)`: [n, 21, 21, 4], CPU.
-
-        The image inside the box, with alpha 1 on the component's own pixels, brought to one size.
+        An appearance [21, 21, 4] is the image inside the box, with alpha 1 on the component's own
+        pixels, resized. The reconstruction shows each component in its mean colour. Raises
+        ValueError as `distance`.
         """
         foreground = self._foreground(images)
-        pictures = []
-        for image, mask in zip(images.detach().cpu().float(), foreground, strict=True):
-            labels, _ = ndimage.label(mask, _CROSS[1])
-            own = [torch.zeros(0, _OBJECT_SIDE, _OBJECT_SIDE, 4)]
-            for number, box in enumerate(ndimage.find_objects(labels), start=1):
-                alpha = torch.from_numpy(labels[box] == number).float()
-                cut = torch.cat([image[:, *box], alpha[None]])[None]
-                size = (_OBJECT_SIDE, _OBJECT_SIDE)
-                cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
-                own.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
-            pictures.append(torch.cat(own))
-        return pictures
+        found = find_components(foreground)
+        pixels = images.detach().cpu().float()
+        return [self._explained(found[b], pixels[b], foreground[b]) for b in range(len(foreground))]
+
+    def _explained(self, found: Detections, image: Tensor, foreground: Array) -> Explanation:
+        labels, num = ndimage.label(foreground, _CROSS[1])
+        flat = torch.from_numpy(labels.astype(np.int64)).flatten()
+        colours = image.double().flatten(1).T  # [H W, 3]
+        sums = torch.zeros(num + 1, 3, dtype=torch.float64).index_add_(0, flat, colours)
+        means = sums / flat.bincount(minlength=num + 1).clamp(min=1)[:, None]
+        means[0] = self.background_colour.cpu()
+        drawn = means[flat].T.reshape(image.shape).clamp(0, 1).float().contiguous()
+        appearances = [torch.zeros(0, _OBJECT_SIDE, _OBJECT_SIDE, 4)]
+        for number, box in enumerate(ndimage.find_objects(labels), start=1):
+            alpha = torch.from_numpy(labels[box] == number).float()
+            cut = torch.cat([image[:, *box], alpha[None]])[None]
+            size = (_OBJECT_SIDE, _OBJECT_SIDE)
+            cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
+            appearances.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
+        return Explanation(found, image, drawn, torch.cat(appearances))
 
     @torch.no_grad()
     def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
@@ -161,7 +136,6 @@ def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
             scores=torch.ones(len(own)),
             what=torch.zeros(len(own), 0),
             depth=torch.zeros(len(own)),
-            whole_pixels=True,
         )
         for own in boxes.split(counts)
     ]

@@ -1,7 +1,6 @@
-"""From a config or a checkpoint to a model that is ready to train or to detect."""
+"""From a config or a checkpoint to a network that is ready to train or to detect."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,52 +10,37 @@ from spairkit.errors import InputError
 from spairkit.models.air import AIR
 from spairkit.models.conncomp import ConnComp
 from spairkit.models.spair import SPAIR
-from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
+from spairkit.storage.checkpoints import Checkpoint
 
-Model = SPAIR | AIR | ConnComp
-"""Each is a `Detector`; the first two are trained, and the third one's threshold is fitted."""
+Network = SPAIR | AIR | ConnComp
+"""SPAIR and AIR are trained; the threshold of ConnComp is fitted."""
 
 
-def build(config: Config) -> Model:
-    """An untrained model, its weights a function of `train.seed`; torch's state stays as it is."""
+def build(config: Config) -> Network:
+    """An untrained network; its weights depend on `train.seed` alone, and torch's state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # not those of GPUs
         return _new(config)
 
 
-def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Model:
-    """The model of a checkpoint, in evaluation mode.
+def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Network:
+    """The network of a checkpoint, in evaluation mode.
 
     Raises:
-        InputError: the tensors are not those of the model that its config describes.
+        InputError: the tensors are not those of the network that its config describes.
     """
-    with torch.device("meta"):
-        model = _new(checkpoint.config)
-    expected = model.state_dict()
-    mistakes = _mismatches(expected, checkpoint.model)
+    network = build(checkpoint.config)
+    mistakes = _mismatches(network.state_dict(), checkpoint.model)
     if mistakes:
         raise InputError(
             f"{checkpoint.path}: its tensors do not fit its config: {mistakes[0]}"
             + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
         )
-    model.to_empty(device=device)
-    model.load_state_dict(checkpoint.model)
-    return model.eval()
+    network.load_state_dict(checkpoint.model)
+    return network.to(device).eval()
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Model:
-    """The detector in a run folder, a checkpoint folder or its model file.
-
-    It takes images as they are: for a run with `data.black` and `data.white` give it those that
-    `spairkit.images.stretched` makes.
-
-    Raises:
-        InputError: nothing is there, or it is damaged, foreign or of another version.
-    """
-    return from_checkpoint(load_checkpoint(Path(path)), device)
-
-
-def _new(config: Config) -> Model:
+def _new(config: Config) -> Network:
     if isinstance(config.model, AIRConfig):
         return AIR(config.model, (config.data.image_height, config.data.image_width))
     if isinstance(config.model, ConnCompConfig):

@@ -106,11 +106,13 @@ def shared_weights(
     return torch.cat([network.first.weight[:, start:stop] for network in networks])
 
 
-def check_images(images: Tensor) -> None:
-    """Raises ValueError where `images` is no batch of images: [B, 3, H, W], floating-point."""
+def check_images(images: Tensor, *, finite: bool = False) -> None:
+    """Raises ValueError unless `images` is [B, 3, H, W], floating-point and, if asked, finite."""
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
             f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
         )
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")
+    if finite and not bool(images.isfinite().all()):
+        raise ValueError("images must be finite, got NaN or infinity among them")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from spairkit.boxes import xyxy_from_centre
 from spairkit.config import SPAIRConfig
-from spairkit.detections import Detections
+from spairkit.detections import Detections, Explanation
+from spairkit.images import commonest_colour
 from spairkit.models.cell_loop import encode_cells
 from spairkit.models.cell_steps import DEPTH_SCALE
 from spairkit.models.densities import (
@@ -111,7 +112,6 @@ class SPAIR(nn.Module):
         success: float | Tensor | None = None,
         training_wheels: bool = False,
         generator: Source = None,
-        counts: Tensor | None = None,
     ) -> Losses:
         """The terms of the negative ELBO with one relaxed sample of the latents.
 
@@ -120,7 +120,6 @@ class SPAIR(nn.Module):
             success: s of the count prior, in (0, 1); None is the schedule's end.
             training_wheels: stop the gradients of where, depth and pres (docs/model.md 2.2).
             generator: of the sampling noise, of a part of a batch too; None is torch's own.
-            counts: not looked at, here and below: SPAIR is never told.
 
         Returns:
             Losses, every term [B] in nats.
@@ -130,7 +129,7 @@ class SPAIR(nn.Module):
         """
         check_images(images)
         latents, background = self._sample(images, training_wheels, generator)
-        image = self._render(latents, background, images)
+        image = self._render(latents, background, images, self._decode(latents.what))
         return self._losses(images, latents, image, success)
 
     @torch.no_grad()
@@ -139,85 +138,104 @@ class SPAIR(nn.Module):
         images: Tensor,
         threshold: float = 0.5,
         *,
-        deterministic: bool = True,
-        counts: Tensor | None = None,
+        box_contrast: float | None = None,
+        sample: bool = False,
     ) -> list[Detections]:
-        """Boxes for each image, in raster order of the cells.
+        """The objects of each image, in raster order of the cells.
 
         Args:
             images: [B, 3, H, W] in [0, 1], any height and width.
-            threshold: cells whose presence probability exceeds it are returned.
-            deterministic: take means; False samples every latent and returns the cells whose
-                sampled presence is 1, with score 1, as the paper's figures did.
+            threshold: cells with a presence probability above it are returned.
+            box_contrast: tightens boxes as `config.box_contrast` says, which None takes; 0 keeps
+                the boxes of z_where.
+            sample: sample every latent, as for the paper's figures, and return the cells whose
+                sampled presence is 1, with score 1. Otherwise latents are their means.
 
         Returns:
             B `Detections`, on the CPU.
 
         Raises:
-            ValueError: `images` has another shape or dtype, or holds what is not finite.
+            ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
-        latents, background = self._infer(images, deterministic)
-        boxes = latents.boxes
-        if self.config.box_contrast:
-            maps = self._decode(latents.what)
-            size = images.shape[-2], images.shape[-1]
-            boxes = tighten(boxes, maps, background, self.config.box_contrast, size)
+        latents, background = self._infer(images, sample)
+        chosen = self._chosen(latents, threshold, sample)
+        maps = self._decode(latents.what) if self._contrast(box_contrast) else None
+        return self._detections(images, latents, background, maps, chosen, box_contrast)
+
+    @torch.no_grad()
+    def explain(
+        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+    ) -> list[Explanation]:
+        """The objects of each image, their appearances and the reconstruction, in one pass.
+
+        Arguments and errors as in `detect`. The reconstruction shows the cells with a presence
+        probability above 1/2.
+        """
+        latents, background = self._infer(images, sample=False)
+        chosen = self._chosen(latents, threshold, sample=False)
+        maps = self._decode(latents.what)
+        found = self._detections(images, latents, background, maps, chosen, box_contrast)
+        drawn = self._render(latents, background, images, maps).clamp(0, 1)
+        return [
+            Explanation(
+                detections=found[b],
+                image=images[b].float().cpu(),
+                reconstruction=drawn[b].float().cpu(),
+                appearances=maps[b, on].float().cpu(),
+            )
+            for b, (on, _) in enumerate(chosen)
+        ]
+
+    @torch.no_grad()
+    def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
+        """Takes the colour of background "mode" from images.
+
+        Raises:
+            ValueError: the background is another one.
+        """
+        if self.config.background != "mode":
+            raise ValueError(f"background {self.config.background!r} is not fitted to images")
+        self.background_colour.copy_(commonest_colour(images))
+
+    def _contrast(self, box_contrast: float | None) -> float:
+        return self.config.box_contrast if box_contrast is None else box_contrast
+
+    def _detections(
+        self,
+        images: Tensor,
+        latents: Latents,
+        background: Tensor,
+        maps: Tensor | None,  # None where boxes stay those of z_where
+        chosen: list[tuple[Tensor, Tensor]],
+        box_contrast: float | None,
+    ) -> list[Detections]:
+        boxes, contrast = latents.boxes, self._contrast(box_contrast)
+        if contrast:
+            assert maps is not None
+            boxes = tighten(boxes, maps, background, contrast, (images.shape[-2], images.shape[-1]))
         return [
             Detections(
                 boxes=boxes[b, on].float().cpu(),
                 scores=score[on].float().cpu(),
                 what=latents.what[b, on].float().cpu(),
                 depth=latents.depth[b, on].float().cpu(),
-                whole_pixels=self.config.box_contrast > 0,
             )
-            for b, (on, score) in enumerate(self._chosen(latents, threshold, deterministic))
+            for b, (on, score) in enumerate(chosen)
         ]
 
-    @torch.no_grad()
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, 3, H, W]
-        *,
-        counts: Tensor | None = None,
-    ) -> Tensor:  # [B, 3, H, W]
-        """The images as the model explains them: means, and the objects that it holds present."""
-        latents, background = self._infer(images, deterministic=True)
-        return self._render(latents, background, images).clamp(0, 1)
-
-    @torch.no_grad()
-    def appearance(
-        self, images: Tensor, threshold: float = 0.5, *, counts: Tensor | None = None
-    ) -> list[Tensor]:
-        """Colour and alpha of each object of `detect(images, threshold)`: [n, P, P, 4], CPU."""
-        latents, _ = self._infer(images, deterministic=True)
-        maps = self._decode(latents.what)
-        chosen = self._chosen(latents, threshold, deterministic=True)
-        return [maps[b, on].float().cpu() for b, (on, _) in enumerate(chosen)]
-
-    @torch.no_grad()
-    def set_background(self, colour: Tensor) -> None:  # [3] in [0, 1]
-        """Fixes the colour of background "mode". No effect on the other backgrounds."""
-        if self.config.background == "mode":
-            self.background_colour.copy_(colour)
-
     def _chosen(
-        self, latents: Latents, threshold: float, deterministic: bool
+        self, latents: Latents, threshold: float, sample: bool
     ) -> list[tuple[Tensor, Tensor]]:
-        """Which cells are returned, and their scores; [K] and [K] for each image."""
-        if not deterministic:
+        """The cells that are returned and the scores of all: [K] and [K] for each image."""
+        if sample:
             return [(drawn > 0.5, drawn) for drawn in latents.presence]
         return [(score > threshold, score) for score in latents.presence_logit.sigmoid()]
 
-    def _infer(self, images: Tensor, deterministic: bool) -> tuple[Latents, Tensor]:
-        check_images(images)
-        if not bool(images.isfinite().all()):
-            raise ValueError("images must be finite, got NaN or infinity among them")
-        if not deterministic:
-            noise = self._draw(images, None)
-            latents = self._encode(images, noise, training_wheels=False, relaxed=False)
-            return latents, self._background(images, noise)
-        latents = self._encode(images, None, training_wheels=False, relaxed=False)
-        return latents, self._background(images, None)
+    def _infer(self, images: Tensor, sample: bool) -> tuple[Latents, Tensor]:
+        check_images(images, finite=True)
+        noise = self._draw(images, None) if sample else None
+        latents = self._encode(images, noise, training_wheels=False, relaxed=False)
+        return latents, self._background(images, noise)
 
     def _sample(
         self, images: Tensor, training_wheels: bool, generator: Source
@@ -378,10 +396,10 @@ class SPAIR(nn.Module):
         return colour[:, :, None, None]
 
     def _render(
-        self, latents: Latents, background: Tensor, images: Tensor
+        self, latents: Latents, background: Tensor, images: Tensor, maps: Tensor
     ) -> Tensor:  # [B, 3, H, W]
         return render(
-            self._decode(latents.what),
+            maps,
             latents.boxes,
             latents.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
             latents.presence,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from spairkit.detections import Detections, Truth
+from spairkit.detections import Detections, Explanation, Truth
 from spairkit.images import commonest_colour
 
 COLOURS = (
@@ -87,28 +87,18 @@ def draw_boxes(
     return _tensor(picture)
 
 
-def panel(
-    image: Tensor,  # [3, H, W]
-    detections: Detections,
-    reconstruction: Tensor,  # [3, H, W]
-    appearances: Tensor | None = None,  # [n, P, P, 4]
-) -> Tensor:  # [3, H', W'] uint8
+def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
     """One picture of one image: itself, the boxes, the reconstruction and the objects found.
 
     Objects stand on the commonest colour of the image, which shows through where they are
     transparent, the highest score first, 24 at most. An image longer than 1,024 pixels is reduced
     to that.
 
-    Args:
-        image: [3, H, W] in [0, 1].
-        detections: what was found in it.
-        reconstruction: [3, H, W] in [0, 1].
-        appearances: [n, P, P, 4] colour and alpha in [0, 1] of each detection, in their order.
-            Without them there is no gallery.
-
     Raises:
         ValueError: shapes do not fit each other.
     """
+    image, detections = explanation.image, explanation.detections
+    reconstruction, appearances = explanation.reconstruction, explanation.appearances
     _check_image(image, "image")
     _check_image(reconstruction, "reconstruction")
     height, width = image.shape[1:]
@@ -124,57 +114,50 @@ def panel(
             ]
         )
     ]
-    if appearances is not None:
-        if appearances.shape[:1] + appearances.shape[3:] != (len(detections), 4):
-            raise ValueError(
-                f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
-            )
-        ground = commonest_colour(image).double().numpy()
-        parts.append(_gallery(detections, appearances, ground, parts[0].width))
+    if appearances.shape[:1] + appearances.shape[3:] != (len(detections), 4):
+        raise ValueError(
+            f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
+        )
+    ground = commonest_colour(image).double().numpy()
+    parts.append(_gallery(detections, appearances, ground, parts[0].width))
     return _tensor(_framed(_below(parts)))
 
 
 def reconstruction_sheet(
-    images: Tensor,  # [B, 3, H, W]
-    reconstructions: Tensor,  # [B, 3, H, W]
-    found: Sequence[Detections],
-    truth: Sequence[Truth] | None = None,
+    explanations: Sequence[Explanation], truth: Sequence[Truth] | None = None
 ) -> Tensor:  # [3, H', W'] uint8
     """A sheet of images with boxes, each above its reconstruction; white corners mark the truth.
 
     Args:
-        images: [B, 3, H, W] in [0, 1]. Each becomes at most 512 pixels long.
-        reconstructions: [B, 3, H, W] in [0, 1].
-        found: one per image.
+        explanations: of images of one size; each becomes at most 512 pixels long.
         truth: one per image, where it is known.
 
     Raises:
         ValueError: shapes or lengths do not fit each other, or there is no image.
     """
-    num_images = len(images)
-    if images.dim() != 4 or num_images == 0:
-        raise ValueError(f"images must be [B, 3, H, W] with B > 0, got {list(images.shape)}")
-    for name, others in (("reconstructions", reconstructions), ("found", found), ("truth", truth)):
-        if others is not None and len(others) != num_images:
-            raise ValueError(f"{name} must hold {num_images} images, got {len(others)}")
-    height, width = images.shape[2:]
+    if not explanations:
+        raise ValueError("explanations must hold at least one image, got none")
+    if truth is not None and len(truth) != len(explanations):
+        raise ValueError(f"truth must hold {len(explanations)} images, got {len(truth)}")
+    height, width = explanations[0].image.shape[1:]
     scale = _scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
     pairs = []
-    for b in range(num_images):
-        _check_image(images[b], "images")
-        _check_image(reconstructions[b], "reconstructions")
-        boxed = _picture(images[b], scale)
-        caption = _count(len(found[b]), "found")
+    for b, explanation in enumerate(explanations):
+        found = explanation.detections
+        _check_image(explanation.image, "images")
+        _check_image(explanation.reconstruction, "reconstructions")
+        boxed = _picture(explanation.image, scale)
+        caption = _count(len(found), "found")
         if truth is not None:
             _mark_truth(boxed, truth[b], scale)
-            caption = f"{len(found[b])} found, {len(truth[b])} there"
-        _mark(boxed, found[b], scale)
-        drawn = _picture(reconstructions[b], scale)
+            caption = f"{len(found)} found, {len(truth[b])} there"
+        _mark(boxed, found, scale)
+        drawn = _picture(explanation.reconstruction, scale)
         pairs.append(_captioned(_below([boxed, drawn], gap=4), caption))
     widest = max(pair.width for pair in pairs)
     fitting = max(1, min(_MAX_COLUMNS, _MAX_SHEET_WIDTH // (widest + _GAP)))
-    columns = -(-num_images // -(-num_images // fitting))  # rows of equal length, if they can be
-    rows = [pairs[i : i + columns] for i in range(0, num_images, columns)]
+    columns = -(-len(pairs) // -(-len(pairs) // fitting))  # rows of equal length, if they can be
+    rows = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
     return _tensor(_framed(_below([_beside(row) for row in rows])))
 
 

@@ -4,13 +4,20 @@ Everything random is a function of (seed, step): the data, the sampling noise, t
 run that is killed and resumed therefore ends with the same bits as one that is not.
 """
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from spairkit import presets
 from spairkit.config import Config, ConnCompConfig
-from spairkit.data.datasets import open_splits
+from spairkit.config_values import nested
+from spairkit.data.datasets import data_settings, open_splits
+from spairkit.detector import Detector, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
@@ -24,6 +31,52 @@ REPORT_EVERY = 20
 """Updates between two `Step`s that carry losses: reading them waits for the device."""
 
 _MAX_SKIPPED = 10  # updates in a row, when they are counted
+
+
+def train(
+    data: str | os.PathLike[str] | None = None,
+    *,
+    preset: str = presets.DEFAULT,
+    set: Mapping[str, Any] | None = None,
+    minutes: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    device: torch.device | Literal["auto", "cpu", "cuda"] = "auto",
+    verbose: bool = True,
+) -> Detector:
+    """Trains on images, without labels, and returns the detector of the best checkpoint.
+
+    Args:
+        data: a folder of images, an MNIST file or the name of a dataset; None takes the preset's.
+        preset: "quick", "laptop" or "paper".
+        set: settings laid over the preset, by dotted key: {"model.background": "mode"}.
+        minutes: stops after so long, with a checkpoint; `spairkit train --resume` continues.
+        out: the run's folder; None makes the next runs/<data>-<preset>-N.
+        device: "auto" takes a GPU if there is one.
+        verbose: print a line to stderr at every validation.
+
+    Raises:
+        InputError: settings or data cannot be used, or the folder cannot be written.
+        DivergedError: as `fit`.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
+    config = presets.resolve(preset, *layers)
+    device = torch.device(device)
+    check(config, device, 1)
+    open_splits(config)  # mistakes show before a run is made
+    run = Run.create(None if out is None else Path(out), config)
+    began = time.monotonic()
+
+    def stop() -> bool:
+        return minutes is not None and time.monotonic() - began >= 60 * minutes
+
+    with run.lock():
+        for event in fit(config, run, device, stop):
+            if verbose and isinstance(event, Validation):
+                figures = ", ".join(f"{name} {value:.3f}" for name, value in event.figures.items())
+                print(f"{run.path}: step {event.step}: {figures}", file=sys.stderr, flush=True)
+    return load(run.path, device)
 
 
 def check(config: Config, device: torch.device, processes: int) -> None:

@@ -13,6 +13,8 @@ from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
+from spairkit.detector import Detector
+from spairkit.images import prepare
 from spairkit.metrics import average_precision, count_accuracy, count_error
 from spairkit.models.conncomp import ConnComp, find_components, otsu
 from spairkit.storage.checkpoints import environment
@@ -54,8 +56,8 @@ def fit_threshold(
     batches = _training_batches(train, settings.images, config.train.seed)
     model = ConnComp(settings).to(device)
     pixels = torch.cat([batch.images.transpose(0, 1).flatten(1) for batch in batches], dim=1)
-    model.fit_background(pixels[None, :, None])
-    distances = [model.distance(batch.images).cpu() for batch in batches]
+    model.fit_background(prepare(pixels[None, :, None], config.prepare))
+    distances = [model.distance(prepare(batch.images, config.prepare)).cpu() for batch in batches]
     truth = [item for batch in batches for item in batch.truth()]
     grid = np.linspace(LOWEST, HIGHEST, config.train.steps)
     scores = _resumed(run, grid)
@@ -97,10 +99,11 @@ def fit_threshold(
     if settings.threshold != "fit":
         scores = [0.0] * steps
         yield Step(steps, steps, None, time.perf_counter() - started)
+    detector = Detector(model, config)
     figures = {"threshold": float(model.threshold)}
     if validation.has_truth:
-        figures |= box_figures(model, validation, _BATCH_SIZE)
-    picture = draw(model, validation, run, steps)
+        figures |= box_figures(detector, validation, _BATCH_SIZE)
+    picture = draw(detector, validation, run, steps)
     run.log({"kind": "validation", "step": steps, **figures, "is_best": True})
     save(figures, steps, is_best=True)
     yield Validation(steps, figures, picture, is_best=True)

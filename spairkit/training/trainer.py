@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from spairkit.config import Config, ConnCompConfig, TrainConfig
 from spairkit.data.datasets import Dataset, evaluation_batches
 from spairkit.data.scenes import Batch, Scenes
+from spairkit.detector import Detector
 from spairkit.errors import InputError
-from spairkit.images import commonest_colour
+from spairkit.images import prepare
 from spairkit.models.conncomp import ConnComp
 from spairkit.models.densities import count_success
 from spairkit.models.elbo import Losses
 from spairkit.models.loading import build, from_checkpoint
 from spairkit.models.noise import Part, Source, uniform
+from spairkit.models.spair import SPAIR
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
@@ -85,7 +87,8 @@ class Trainer:
         self.model = model.train()
         if checkpoint is None and config.model.background == "mode":
             images = train.batch(torch.arange(_MODE_IMAGES)).images
-            self.model.set_background(commonest_colour(images))
+            assert isinstance(self.model, SPAIR)
+            self.model.fit_background(prepare(images, config.prepare))
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.Adam(
             self.parameters.values(),
@@ -154,7 +157,7 @@ class Trainer:
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             losses: Losses = self.replica(
-                batch.images,
+                prepare(batch.images, self.config.prepare),
                 success=inputs.success,
                 training_wheels=self.wheels,
                 generator=inputs.noise,
@@ -196,10 +199,11 @@ class Trainer:
 
     def _validate(self, run: Run, dataset: Dataset) -> Validation:
         self.model.eval()
+        detector = Detector(self.model, self.config)
         figures = {"elbo": self._elbo(dataset)}
         if dataset.has_truth:
-            figures |= box_figures(self.model, dataset, self.config.train.batch_size)
-        picture = draw(self.model, dataset, run, self.step)
+            figures |= box_figures(detector, dataset, self.config.train.batch_size)
+        picture = draw(detector, dataset, run, self.step)
         self.model.train()
         score = figures[criterion(self.config.train)]
         is_best = score > self.best
@@ -293,7 +297,7 @@ class Trainer:
         for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
             with torch.no_grad():
                 losses = self.model(
-                    batch.images,
+                    prepare(batch.images, self.config.prepare),
                     generator=self._generator(_VALIDATE, index),
                     **self._told(batch),
                 )

@@ -1,0 +1,251 @@
+"""One way from pixels to boxes: every form of an image, many images, one pass for everything."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import spairkit
+from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, PrepareConfig
+from spairkit.data.datasets import open_dataset
+from spairkit.detections import Detections
+from spairkit.detector import Detector
+from spairkit.errors import InputError
+from spairkit.images import ImageLike, as_image, write_png
+from spairkit.models.loading import build
+
+
+@pytest.fixture(scope="module")
+def detector() -> Detector:
+    return spairkit.load(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Tensor:  # [6, 3, 48, 48]
+    return open_dataset(DataConfig(max_objects=3), "test").batch(torch.arange(6)).images
+
+
+def assert_same(found: Detections, expected: Detections) -> None:
+    assert found.boxes.tolist() == expected.boxes.tolist()
+    assert found.scores.tolist() == pytest.approx(expected.scores.tolist(), abs=1e-6)
+
+
+def bytes_of(scene: Tensor) -> Any:  # [H, W, 3] uint8
+    return (scene * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def forms(scene: Tensor, folder: Path) -> Iterator[ImageLike]:
+    """The same grey scene in every form that `detect` takes."""
+    levels = bytes_of(scene)
+    path = folder / "scene.png"
+    write_png(path, scene)
+    opaque = np.full((*levels.shape[:2], 1), 255, np.uint8)
+    yield from (path, str(path), levels, levels[..., 0], np.concatenate([levels, opaque], 2))
+    yield levels.astype(np.uint16) * 257
+    yield (levels[..., 0].astype(np.uint16) * 257).astype(">u2")
+    yield levels / 255
+    yield (levels / 255).astype(np.float32)
+    yield from (Image.fromarray(levels), Image.fromarray(levels[..., 0]))
+    yield torch.from_numpy(levels.transpose(2, 0, 1).copy())
+    yield scene.double()
+
+
+def test_takes_every_form_of_an_image(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
+    expected = detector.detect(scenes[0])
+    assert len(expected) > 0
+    for form in forms(scenes[0], tmp_path):
+        found = detector.detect(form)
+        assert_same(found, expected)
+        assert found.image is form
+
+
+def test_finds_the_true_boxes_in_three_lines(scenes: Tensor, tmp_path: Path) -> None:
+    truth = open_dataset(DataConfig(max_objects=3), "test").batch(torch.arange(6)).truth()
+    for index, scene in enumerate(scenes):
+        write_png(tmp_path / f"{index}.png", scene)
+    detector = spairkit.load()
+    for found, true in zip(detector.detect_many(tmp_path), truth, strict=True):
+        assert len(found) == len(true)
+
+
+def test_transparent_pixels_lie_on_black() -> None:
+    array = np.full((2, 2, 4), 200, np.uint8)
+    array[..., 3] = 51
+    assert as_image(array).flatten().tolist() == pytest.approx([200 / 255 / 5] * 12)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ([np.zeros((4, 4))], TypeError, r"must be a path, .* got list; for several .* detect_many"),
+        (7, TypeError, "got int$"),
+        (np.zeros((4, 4, 2), np.uint8), ValueError, r"got \[4, 4, 2\]"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"got \[0, 4\]"),
+        (np.zeros((4, 4), np.int64), ValueError, "uint8, uint16, bool or floats .* got int64"),
+        (
+            np.full((4, 4), 300.0),
+            ValueError,
+            r"must lie in \[0, 1\], got 300 to 300; divide",
+        ),
+        (np.full((4, 4), np.nan), ValueError, "got nan to nan"),
+        (torch.zeros(1, 3, 4, 4), ValueError, r"must be \[3, H, W\], got \[1, 3, 4, 4\]"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, "got torch.int64"),
+        ("absent.png", InputError, "absent.png: no such file"),
+        (".", InputError, r"\.: is a folder; use detect_many"),
+    ],
+)
+def test_refuses_other_inputs_in_one_line(
+    detector: Detector, image: Any, error: type[Exception], message: str
+) -> None:
+    for call in (detector.detect, detector.explain):
+        with pytest.raises(error, match=message) as raised:
+            call(image)
+        assert "\n" not in str(raised.value)
+
+
+def test_many_images_come_in_order_and_in_batches(
+    detector: Detector, scenes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = torch.zeros(3, 30, 70)
+    images: list[ImageLike] = [*scenes[:3], wide, wide, *scenes[3:]]
+    expected = [detector.detect(image) for image in images]
+    sizes: list[tuple[int, ...]] = []
+    detect_batch = Detector.detect_batch
+
+    def noted(self: Detector, batch: Tensor, *arguments: Any) -> list[Detections]:
+        sizes.append(tuple(batch.shape))
+        return detect_batch(self, batch, *arguments)
+
+    monkeypatch.setattr(Detector, "detect_batch", noted)
+    found = list(detector.detect_many(images, batch_size=2))
+    assert [size[0] for size in sizes] == [2, 1, 2, 2, 1]
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+def test_no_more_than_a_batch_is_read_ahead(detector: Detector, scenes: Tensor) -> None:
+    read = 0
+
+    def lazily() -> Iterator[Tensor]:
+        nonlocal read
+        while True:
+            read += 1
+            yield scenes[0]
+
+    found = detector.detect_many(lazily(), batch_size=3)
+    assert read == 0
+    next(found)
+    assert read == 4  # the image that does not fit shows that the batch is full
+
+
+def test_a_damaged_image_is_named_when_its_turn_comes(
+    detector: Detector, scenes: Tensor, tmp_path: Path
+) -> None:
+    write_png(tmp_path / "a.png", scenes[0])
+    (tmp_path / "b.png").write_text("no image")
+    found = detector.detect_many(tmp_path, batch_size=1)
+    with pytest.raises(InputError, match=r"b\.png: not an image"):
+        list(found)
+
+
+def test_explain_agrees_with_detect(detector: Detector, scenes: Tensor) -> None:
+    explanation = detector.explain(scenes[1])
+    assert_same(explanation.detections, detector.detect(scenes[1]))
+    assert torch.equal(explanation.image, scenes[1])
+    assert explanation.appearances.shape == (len(explanation.detections), 14, 14, 4)
+    assert float((explanation.reconstruction - scenes[1]).abs().mean()) < 0.1
+
+
+def test_levels_are_applied_inside(detector: Detector, scenes: Tensor) -> None:
+    config = Config(prepare=PrepareConfig(black=0.2, white=0.4), model=detector.config.model)
+    dim = Detector(detector.network, config)
+    image = scenes[0] * 0.2 + 0.2
+    assert_same(dim.detect(image), detector.detect(scenes[0]))
+    torch.testing.assert_close(dim.explain(image).image, scenes[0], atol=1e-6, rtol=0)
+
+
+def test_box_contrast_is_that_of_the_checkpoint_or_the_callers(scenes: Tensor) -> None:
+    tight, raw = spairkit.load(device="cpu"), spairkit.load(device="cpu", box_contrast=0.0)
+    assert (tight.box_contrast, tight.whole_pixels) == (0.05, True)
+    assert (raw.box_contrast, raw.whole_pixels) == (0.0, False)
+    ours, theirs = (detector.detect(scenes[0]).boxes for detector in (tight, raw))
+    assert torch.equal(ours, ours.round())
+    assert not torch.equal(theirs, theirs.round())
+    with pytest.raises(ValueError, match=r"box_contrast must lie in \[0, 1\), got 1"):
+        spairkit.load(device="cpu", box_contrast=1.0)
+    config = Config(model=ConnCompConfig())
+    with pytest.raises(InputError, match="conncomp draws boxes around whole components"):
+        Detector(build(config), config, box_contrast=0.5)
+
+
+def test_only_a_model_that_is_told_takes_a_count(detector: Detector, scenes: Tensor) -> None:
+    with pytest.raises(InputError, match="this model infers the count; remove --count"):
+        detector.detect(scenes[0], count=2)
+    with pytest.raises(InputError, match="infers the count"):
+        list(detector.detect_many(scenes, count=2))
+    config = Config(model=AIRConfig(kind="air", count="given", max_objects=3))
+    air = Detector(build(config).eval(), config)
+    assert air.told
+    assert len(air.detect(scenes[0], count=2)) == 2
+    assert [len(found) for found in air.detect_many(scenes, count=3)] == [3] * 6
+    with pytest.raises(InputError, match="--count N"):
+        air.detect(scenes[0])
+
+
+def test_connected_components_go_the_same_way(scenes: Tensor) -> None:
+    config = Config(model=ConnCompConfig(threshold=0.5))
+    detector = Detector(build(config), config)
+    assert detector.whole_pixels
+    explanation = detector.explain(scenes[0])
+    assert_same(detector.detect(scenes[0]), explanation.detections)
+    assert len(explanation.detections) > 0
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.0])
+def test_thresholds_lie_in_range(detector: Detector, scenes: Tensor, threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\)"):
+        detector.detect(scenes[0], threshold=threshold)
+
+
+def test_repr_is_one_line(detector: Detector) -> None:
+    assert repr(detector) == "Detector(spair from the packaged model, on cpu)"
+    config = Config(model=ConnCompConfig())
+    assert repr(Detector(build(config), config)) == "Detector(conncomp, on cpu)"
+
+
+def test_the_package_lists_its_public_names() -> None:
+    names = dir(spairkit)
+    assert {"load", "train", "Detector", "Detections", "render", "presence_kl"} <= set(names)
+    assert all(getattr(spairkit, name) is not None for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'detect'"):
+        spairkit.detect  # noqa: B018
+
+
+def test_train_returns_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        write_png(tmp_path / "images" / f"{index}.png", torch.rand(3, 40, 40))
+    settings = {"train.steps": 2, "train.batch_size": 2, "train.threads": 1}
+    detector = spairkit.train(
+        tmp_path / "images",
+        set={**settings, "model.background": "mode", "prepare.white": 0.5},
+        out=tmp_path / "run",
+        device="cpu",
+    )
+    assert "step 2: elbo" in capsys.readouterr().err
+    assert detector.config.model.kind == "spair"
+    assert detector.config.model.background == "mode"
+    assert detector.config.prepare.white == 0.5
+    again = spairkit.load(tmp_path / "run", "cpu")
+    image = tmp_path / "images" / "0.png"
+    assert_same(again.detect(image, threshold=0.0), detector.detect(image, threshold=0.0))
+    with pytest.raises(InputError, match="no preset 'fast'"):
+        spairkit.train(preset="fast", out=tmp_path / "other")
+    with pytest.raises(InputError, match=r"train\.stepz: unknown key, did you mean steps"):
+        spairkit.train(set={"train.stepz": 2}, out=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
