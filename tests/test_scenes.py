@@ -371,3 +371,10 @@ def test_names_the_indices_it_wants() -> None:
         scenes.batch(torch.zeros(3))
     with pytest.raises(ValueError, match=r"int64 \[B\]"):
         scenes.batch(torch.zeros(3, 1, dtype=torch.int64))
+
+
+def test_the_overlap_limit_is_not_rounded_below_a_whole_pixel() -> None:
+    """.29 of 100 square pixels are 29, though the product in float64 is less."""
+    assert 0.29 * 10**2 < 29
+    scenes = Scenes(DataConfig(glyph_size=10, max_overlap=0.29), "train")
+    assert scenes._max_overlap_px2 == 29

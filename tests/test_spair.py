@@ -169,21 +169,28 @@ def test_has_the_parameters_of_the_specification() -> None:
     assert count(model) == 1_762_235
 
 
-def test_boxes_follow_equations_2_to_6(model: SPAIR) -> None:
+@pytest.mark.parametrize(("centre_min", "centre_max"), [(-0.5, 1.5), (-0.25, 1.0), (0.1, 1.75)])
+def test_boxes_follow_equations_2_to_6(centre_min: float, centre_max: float) -> None:
+    torch.manual_seed(0)
+    model = SPAIR(replace(SMALL, centre_min=centre_min, centre_max=centre_max))
     images = torch.rand(1, 3, 24, 36)
     latents = model._encode(images, None, training_wheels=False, relaxed=False)
     for k in range(6):
         i, j = divmod(k, 3)
         y, x, h, w = (1 / (1 + math.exp(-v)) for v in latents.where_mean[0, k].tolist())
-        centre_y, centre_x = (i + 2 * y - 0.5) * 12, (j + 2 * x - 0.5) * 12
+        span = centre_max - centre_min
+        centre_y, centre_x = (i + span * y + centre_min) * 12, (j + span * x + centre_min) * 12
         x1, y1, x2, y2 = latents.boxes[0, k].tolist()
         assert (x1 + x2) / 2 == pytest.approx(centre_x, abs=1e-4)
         assert (y1 + y2) / 2 == pytest.approx(centre_y, abs=1e-4)
         assert (x2 - x1, y2 - y1) == pytest.approx((48 * w, 48 * h), abs=1e-4)
 
 
+@pytest.mark.parametrize(("prior_mean", "prior_std"), [(-2.1972, 0.5), (-1.0, 0.75)])
 @torch.no_grad()
-def test_losses_match_a_loop_over_cells(model: SPAIR) -> None:
+def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> None:
+    torch.manual_seed(0)
+    model = SPAIR(replace(SMALL, size_prior_mean=prior_mean, size_prior_std=prior_std))
     images = torch.rand(2, 3, 24, 36)
     latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
     image = model._render(latents, background, images, model._decode(latents.what))
@@ -198,7 +205,7 @@ def test_losses_match_a_loop_over_cells(model: SPAIR) -> None:
         for k in range(6):
             presence = float(latents.presence[b, k])
             mean, std = latents.where_mean[b, k].tolist(), latents.where_std[b, k].tolist()
-            priors = [(0.0, 1.0), (0.0, 1.0), (-2.1972, 0.5), (-2.1972, 0.5)]
+            priors = [(0.0, 1.0), (0.0, 1.0), (prior_mean, prior_std), (prior_mean, prior_std)]
             pairs = zip(mean, std, priors, strict=True)
             where += presence * sum(kl(m, s, *prior) for m, s, prior in pairs)
             mean, std = latents.what_mean[b, k].tolist(), latents.what_std[b, k].tolist()

@@ -489,3 +489,10 @@ def test_learning_rate_is_a_straight_line() -> None:
 def test_the_paper_anneals_the_count_prior() -> None:
     assert success_at(Config(), 0) == pytest.approx(1e-6, rel=1e-3)
     assert success_at(Config(), 10**6) == pytest.approx(0.98765, rel=1e-5)
+
+
+def test_gradient_noise_falls_tenfold_in_each_decay() -> None:
+    config = tiny(gradient_noise=0.5, gradient_noise_decay=40.0)
+    trainer = Trainer(config, None, open_dataset(config.data, "train", CPU), CPU)
+    scales = [trainer._inputs(step).gradient_scale for step in (0, 40, 80)]
+    assert scales == pytest.approx([0.5, 0.05, 0.005])
