@@ -1,13 +1,13 @@
-"""The one exception that means: the person at the keyboard can fix this."""
+"""The exception for errors that the user can fix."""
 
 
 class InputError(ValueError):
-    """A file, option, config or checkpoint that cannot be used as it is.
+    """A file, option, config or checkpoint cannot be used.
 
-    Its message is one line, names the thing, says what is wrong with it and what to do. The
-    command line prints it and ends with exit status 2; everything else is a bug of ours (1).
+    The message is one line: the name of the thing, the reason, and the remedy. The command line
+    prints it and exits with status 2; other exceptions are internal errors (1).
     """
 
 
 class DivergedError(InputError):
-    """Training whose losses are not finite any more: other settings may do better."""
+    """Training has diverged: its losses are no longer finite."""

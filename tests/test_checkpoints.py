@@ -122,7 +122,7 @@ def test_the_optimiser_is_not_read_unless_asked_for(tmp_path: Path) -> None:
     assert load_checkpoint(path).optimiser is None
     assert "optimiser.safetensors: cannot be read: No such file" in refusal(path)
     path = save(tmp_path, optimiser=None)
-    assert "holds no state of the optimiser, so it cannot be resumed" in refusal(path)
+    assert "cannot be resumed: it holds no state of the optimiser" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_a_mutated_model_with_a_manifest_that_agrees_loads_or_is_refused(tmp_pat
     ("change", "message"),
     [
         (lambda m: m.update(format=2), "format 2, and this spairkit reads 1; use the version"),
-        (lambda m: m.update(format="1"), "not a manifest of spairkit: format"),
-        (lambda m: m.pop("step"), "not a manifest of spairkit: step: Field required"),
+        (lambda m: m.update(format="1"), "not a spairkit manifest: format"),
+        (lambda m: m.pop("step"), "not a spairkit manifest: step: Field required"),
         (lambda m: m.update(step=-1), "step: Input should be greater than or equal to 0"),
         (lambda m: m.update(extra=1), "extra: Extra inputs are not permitted"),
         (lambda m: m["config"]["model"].update(kind="air"), "model.cell: unknown key"),
@@ -229,7 +229,7 @@ def test_a_manifest_that_lies_is_refused(
 def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     path = save(tmp_path)
     (path / "manifest.json").write_bytes(text.encode("latin-1"))
-    assert "manifest.json: not a manifest of spairkit" in refusal(path)
+    assert "manifest.json: not a spairkit manifest" in refusal(path)
 
 
 def test_a_manifest_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_manifest_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_dtypes_that_no_model_has_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path)
     put_model(path, safetensors.torch.save({"w": torch.zeros(2).to(torch.float8_e4m3fn)}))
-    assert "'w' is torch.float8_e4m3fn, which no checkpoint holds" in refusal(path)
+    assert "'w' has dtype torch.float8_e4m3fn, which is not supported" in refusal(path)
 
 
 class Payload:

@@ -204,7 +204,7 @@ def test_a_run_of_damaged_checkpoints_is_refused_in_one_line(run: Runner) -> Non
         weights_.write_bytes(weights_.read_bytes()[:100])
     ended = run("train", "--resume", "worn")
     assert ended.status == 2
-    assert ended.err.startswith("spairkit: worn: no checkpoint is whole; of the newest: ")
+    assert ended.err.startswith("spairkit: worn: every checkpoint is damaged; the newest: ")
     assert ended.err.count("\n") == 1
 
 

@@ -188,7 +188,7 @@ def test_what_is_refused_is_said_once(tmp_path: Path, config: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings("default:.*not to the same bits")
+@pytest.mark.filterwarnings("default:.*not be bit-identical")
 def test_a_job_that_is_killed_or_stopped_goes_on(
     tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,5 +216,5 @@ def test_a_job_that_is_killed_or_stopped_goes_on(
         main(["train", "--resume", str(run), "--device", "cpu", "--minutes", "0", "--quiet"])
     assert ended.value.code == 0
     said = capsys.readouterr().err
-    assert "not to the same bits: processes was 2 and is 1" in said
+    assert "not be bit-identical: processes was 2 and is 1" in said
     assert f"ended after step {stopped + 1} of 1000000" in said

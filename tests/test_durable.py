@@ -170,7 +170,7 @@ def test_a_refused_line_leaves_the_file_as_long_as_it_was(
 
 
 def test_a_missing_folder_and_one_that_is_a_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"absent/thing: No such file .*; make its folder first"):
+    with pytest.raises(InputError, match=r"absent/thing: No such file .*; create its folder first"):
         durable.write_bytes(tmp_path / "absent" / "thing", b"")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match=r"file/thing: Not a directory"):

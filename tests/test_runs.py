@@ -79,7 +79,7 @@ def test_the_newest_run_is_the_one_that_saved_last(
 
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path)
-    with pytest.raises(InputError, match="already holds a run; go on with --resume"):
+    with pytest.raises(InputError, match="already holds a run; use --resume"):
         Run.create(run.path, CONFIG)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -118,7 +118,7 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
     assert latest.optimiser is not None
     assert torch.equal(latest.optimiser["m"], torch.full((1000,), -200.0))
     damage(run.path / "last")
-    with pytest.warns(UserWarning, match="step-200.*damaged.*goes on from step 100"):
+    with pytest.warns(UserWarning, match="step-200.*damaged.*resuming from step 100"):
         latest = run.latest()
     assert latest is not None
     assert latest.step == 100
@@ -127,7 +127,7 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
     assert steps(run) == [150, 100]
     damage(run.path / "checkpoints" / "step-100")
     damage(run.path / "checkpoints" / "step-150")
-    with pytest.raises(InputError, match=r"no checkpoint is whole; of the newest: .*step-150"):
+    with pytest.raises(InputError, match=r"every checkpoint is damaged; the newest: .*step-150"):
         run.latest()
 
 

@@ -214,7 +214,7 @@ def test_resuming_elsewhere_says_what_has_changed(
     train(tiny(), tmp_path / "run", 1)
     elsewhere = checkpoints.environment() | {"threads": 64}
     monkeypatch.setattr(trainer_module, "environment", lambda: elsewhere)
-    with pytest.warns(UserWarning, match="not to the same bits: threads was 1 and is 64"):
+    with pytest.warns(UserWarning, match="not be bit-identical: threads was 1 and is 64"):
         train(tiny(), tmp_path / "run", 1)
 
 
@@ -339,7 +339,7 @@ def test_ten_in_a_row_end_training_and_keep_the_last_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_losses(monkeypatch, set(range(5, 99)))
-    with pytest.raises(InputError, match="not finite 11 updates in a row, up to step 16"):
+    with pytest.raises(InputError, match="not finite in 11 updates in a row, up to step 16"):
         train(tiny(steps=40), tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run" / "last")
     assert checkpoint.step == 12
@@ -412,7 +412,7 @@ def test_low_precision_trains_to_nearly_the_same_losses(
 
 
 def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.precision = 'tf32' is for NVIDIA GPUs"):
+    with pytest.raises(InputError, match=r"train\.precision = 'tf32' needs an NVIDIA GPU"):
         train(tiny(precision="tf32"), tmp_path / "run")
 
 

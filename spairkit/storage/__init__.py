@@ -1,1 +1,1 @@
-"""Runs, checkpoints and files that are written whole or not at all."""
+"""Runs, checkpoints, and durable writing of files."""

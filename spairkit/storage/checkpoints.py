@@ -1,8 +1,8 @@
 """Checkpoints: a folder of safetensors files and a manifest with their sha256. Never a pickle.
 
-A checkpoint is the folder `step-N/`: `model.safetensors`, `optimiser.safetensors` (absent where
-training is over) and `manifest.json`. What is read may come from anyone: sizes are bounded, hashes
-checked, and nothing in it can run. Whether the tensors fit the model is for the model to say.
+A checkpoint is the folder `step-N/`: `model.safetensors`, `optimiser.safetensors` (absent in a
+packaged model) and `manifest.json`. Checkpoints are untrusted: sizes are bounded, hashes are
+checked, and nothing in them can run. `models.loading` checks whether the tensors fit the model.
 """
 
 import json
@@ -29,10 +29,10 @@ from spairkit.errors import InputError
 from spairkit.storage import durable
 
 FORMAT = 1
-"""Goes up by one whenever an older spairkit could not read what a newer one writes."""
+"""Version of the format; a spairkit reads its own version only."""
 
 MAX_BYTES = 1 << 30
-"""Of one safetensors file."""
+"""Largest safetensors file that is read."""
 
 Scalar = str | int | float | bool | None
 
@@ -53,17 +53,17 @@ _DTYPES = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a checkpoint folder holds; tensors on the CPU, without NaN, and the model's finite."""
+    """The content of a checkpoint folder; tensors are on the CPU, those of the model finite."""
 
     step: int
     config: Config
     model: dict[str, Tensor]
     optimiser: dict[str, Tensor] | None
-    """None where there is none, or none was asked for."""
+    """State of the optimiser; None if absent or not asked for."""
     metrics: dict[str, float | None]
-    """Of the validation at this step; None for what was not finite."""
+    """Figures of the validation at this step; None for a figure that was not finite."""
     environment: dict[str, Scalar]
-    """Versions and CPU threads of the process that wrote it: bits depend on them."""
+    """Versions and CPU threads of the writing process, on which bits depend."""
     path: Path
     """The folder itself, links resolved."""
 
@@ -85,7 +85,7 @@ class _Manifest(BaseModel):
 
 
 def environment() -> dict[str, Scalar]:
-    """The versions and CPU threads that decide the last bits of a run here and now."""
+    """The versions and CPU threads of this process, on which the bits of a run depend."""
     return {
         "spairkit": spairkit.__version__,
         "python": platform.python_version(),
@@ -105,10 +105,10 @@ def save_checkpoint(
     metrics: Mapping[str, float] | None = None,
     environment: Mapping[str, Scalar],
 ) -> Path:
-    """Writes `folder/step-N/` durably and gives its path; one of that name is replaced.
+    """Writes `folder/step-N/` durably, replacing one of that name, and returns its path.
 
     Raises:
-        InputError: the model is not finite or the optimiser NaN (nothing is written then), or the
+        InputError: the model is not finite or the optimiser holds NaN (nothing is written), or the
             system refuses.
     """
     files = {_MODEL: _pack(model, _MODEL, step)}
@@ -132,13 +132,16 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
-    """The checkpoint that `path` means: its folder, a file in it, a link to it, or a run's folder.
+    """Loads a checkpoint.
 
-    Of a run it is `best`, and `last` where there is no best. A checkpoint that another process
-    replaces meanwhile is looked up again.
+    Args:
+        path: the folder of a checkpoint, a file in it, a link to it, or the folder of a run, whose
+            `best` is taken, or `last` if there is no best. If another process replaces the
+            checkpoint meanwhile, it is looked up again.
+        with_optimiser: also load the state of the optimiser.
 
     Raises:
-        InputError: nothing there, not a checkpoint, damaged, of another format, or not finite.
+        InputError: there is no checkpoint, or it is damaged, of another format, or not finite.
     """
     folder = _find(path)
     while True:
@@ -152,7 +155,7 @@ def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
 
 
 def _find(path: Path) -> Path:
-    """The folder of the checkpoint that `path` means, links resolved."""
+    """The folder of the checkpoint at `path`, with links resolved."""
     mode = _mode(path)
     if stat.S_ISDIR(mode):
         if (path / _MANIFEST).exists():
@@ -161,7 +164,7 @@ def _find(path: Path) -> Path:
             if os.path.lexists(path / name):
                 return _resolved(path / name)
         raise InputError(
-            f"{path}: neither a checkpoint nor a run: no {_MANIFEST}, best or last in it; "
+            f"{path}: neither a checkpoint nor a run (no {_MANIFEST}, best or last in it); "
             "`spairkit train` makes one"
         )
     if not stat.S_ISREG(mode):
@@ -184,7 +187,7 @@ def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
     optimiser = None
     if with_optimiser:
         if _OPTIMISER not in manifest.files:
-            raise InputError(f"{folder}: holds no state of the optimiser, so it cannot be resumed")
+            raise InputError(f"{folder}: cannot be resumed: it holds no state of the optimiser")
         optimiser = _unpack(folder / _OPTIMISER, manifest)
     return Checkpoint(
         step=manifest.step,
@@ -205,18 +208,18 @@ def _parse(data: bytes, source: Path) -> _Manifest:
     for item in mistakes:
         if item["loc"] == ("format",) and isinstance(item["input"], int):
             raise InputError(
-                f"{source}: format {item['input']}, and this spairkit reads {FORMAT}; "
+                f"{source}: format {item['input']}, but this spairkit reads format {FORMAT}; "
                 "use the version that wrote it"
             )
     first = mistakes[0]
     key = ".".join(str(part) for part in first["loc"])
     raise InputError(
-        f"{source}: not a manifest of spairkit: {f'{key}: ' if key else ''}{first['msg']}"
+        f"{source}: not a spairkit manifest: {f'{key}: ' if key else ''}{first['msg']}"
     )
 
 
 def _unpack(path: Path, manifest: _Manifest) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that is as the manifest says."""
+    """The tensors of a safetensors file, after size and hash were compared with the manifest."""
     name: Any = path.name
     if name not in manifest.files:
         raise InputError(f"{path.parent / _MANIFEST}: lists no {name}")
@@ -241,11 +244,11 @@ def _unpack(path: Path, manifest: _Manifest) -> dict[str, Tensor]:
         AssertionError,
         TypeError,
     ) as error:
-        # the reader's own checks, and those of its conversion to torch
+        # raised by the reader, and by its conversion to torch
         raise InputError(f"{path}: not safetensors: {error}") from error
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise InputError(f"{path}: {key!r} is {tensor.dtype}, which no checkpoint holds")
+            raise InputError(f"{path}: {key!r} has dtype {tensor.dtype}, which is not supported")
     unsound = _unsound(tensors, path.name)
     if unsound is not None:
         raise InputError(f"{path}: {unsound!r} is not finite; use another checkpoint")
@@ -253,7 +256,7 @@ def _unpack(path: Path, manifest: _Manifest) -> dict[str, Tensor]:
 
 
 def _pack(tensors: Mapping[str, Tensor], name: str, step: int) -> bytes:
-    # clones: safetensors refuses tensors that share memory
+    # cloned, because safetensors refuses tensors that share memory
     plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     unsound = _unsound(plain, name)
     if unsound is not None:
@@ -265,9 +268,9 @@ def _pack(tensors: Mapping[str, Tensor], name: str, step: int) -> bytes:
 
 
 def _unsound(tensors: Mapping[str, Tensor], name: str) -> str | None:
-    """The key of a tensor with NaN or, in a model, infinity in it; None where all are sound."""
+    """The key of a tensor that holds NaN or, in a model, infinity; None if there is none."""
     for key, tensor in tensors.items():
-        # an optimiser may hold the best figure so far, which starts at minus infinity
+        # the best figure so far, kept with the optimiser, starts at minus infinity
         unsound = tensor.isnan() if name == _OPTIMISER else ~tensor.isfinite()
         if unsound.any():
             return key
@@ -284,7 +287,7 @@ def _mode(path: Path) -> int:
 
 
 def _read(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file; others are refused unopened, for a FIFO would block."""
+    """The bytes of a regular file; others are not opened, because a FIFO would block."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

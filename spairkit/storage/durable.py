@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all, also after a crash, a full disk or a power cut.
+"""Durable writes: a file is complete or absent, even after a crash, a full disk or a power cut.
 
-Everything goes to a temporary name in the same folder, is flushed to the disk, and takes its own
-name in one step; then the folder is flushed too. Modes follow the umask. A process killed half-way
-leaves a temporary name behind, which `sweep` removes.
+Data is written to a temporary name in the same folder, flushed to disk and renamed in one step;
+then the folder is flushed. Modes follow the umask. A killed process leaves a temporary name behind,
+which `sweep` removes.
 
-Every function raises InputError where the system refuses (no space, no permission, no folder); what
-stood under the name before is then untouched.
+Every function raises InputError if the system refuses (no space, no permission, no folder); an
+existing file of that name is then unchanged.
 """
 
 import errno
@@ -27,16 +27,16 @@ _ADVICE = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
-    errno.ENOENT: "make its folder first",
+    errno.ENOENT: "create its folder first",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
 }
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Puts `data` under the name `path`; a link there is followed, as the shell's `>` does.
+    """Writes `data` to `path`; a link is followed, as by the shell's `>`.
 
     Raises:
-        InputError: the system refuses, or `path` is something else than a file.
+        InputError: the system refuses, or `path` is not a regular file.
     """
     with _refusals(path):
         target = Path(os.path.realpath(path))
@@ -58,10 +58,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Makes the folder `path` with these files in it; it appears with all of them at once.
+    """Makes the folder `path`; it appears with all its files at once.
 
-    A folder of that name is replaced; between its going and the coming of the new one there is a
-    moment with neither.
+    An existing folder is replaced; for a moment between the two renames neither is there.
     """
     with _refusals(path):
         temporary = _temporary(path)
@@ -81,7 +80,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder, which leaves its name before the first of its files goes."""
+    """Renames the folder away, then deletes it."""
     with _refusals(path):
         temporary = _temporary(path)
         os.rename(path, temporary)
@@ -89,7 +88,7 @@ def remove_folder(path: Path) -> None:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Lets the symbolic link `link` point at `target`, relative to the folder of the link."""
+    """Points the symbolic link `link` at `target`, a path relative to its folder."""
     with _refusals(link):
         temporary = _temporary(link)
         try:
@@ -102,9 +101,9 @@ def replace_link(link: Path, target: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds `line` and a line feed to a file, which is made where it is missing.
+    """Appends `line` and a line feed to a file, which is created if it is missing.
 
-    A refused line leaves the file as long as it was; a crash may leave a part of the line.
+    If the system refuses, the file keeps its length; a crash may leave a part of the line.
     """
     with _refusals(path):
         new = not path.exists()
@@ -124,7 +123,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what a killed process left half-written in `folder`, which nobody else writes to."""
+    """Removes temporary files of killed processes in `folder`; no other process may write to it."""
     with _refusals(folder):
         for path in folder.glob(f"{_PREFIX}*"):
             if path.is_dir() and not path.is_symlink():
@@ -134,7 +133,7 @@ def sweep(folder: Path) -> None:
 
 
 def _exchange(new: Path, old: Path) -> None:
-    """`new` takes the name of the folder `old`, which is removed."""
+    """Replaces the folder `old` by `new`."""
     aside = _temporary(old)
     os.rename(old, aside)
     try:
@@ -169,7 +168,7 @@ def _flush_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # some network file systems have no such thing for folders, and say so
+        # some network file systems cannot flush folders
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -178,7 +177,7 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """What the system refuses, as one line about `path`."""
+    """Turns an OSError into an InputError of one line about `path`."""
     try:
         yield
     except OSError as error:

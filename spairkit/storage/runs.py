@@ -1,9 +1,9 @@
-"""A run: a folder with the config, the metrics, the checkpoints and what `best` and `last` are.
+"""A run: a folder with the config, the metrics and the checkpoints of a training.
 
 RUN/config.toml
 RUN/metrics.jsonl
 RUN/checkpoints/step-N/     the last two and the best
-RUN/best, RUN/last          links to them
+RUN/best, RUN/last          links to checkpoints
 """
 
 import dataclasses
@@ -29,14 +29,14 @@ from spairkit.storage import checkpoints, durable
 from spairkit.storage.checkpoints import Checkpoint, Scalar
 
 ROOT = Path("runs")
-"""Where runs go unless told otherwise: below the current folder."""
+"""The default folder of runs, below the current folder."""
 
 _KEEP = 2
 _CHECKPOINT = re.compile(r"step-(\d{1,10})")
 
 
 class Run:
-    """A run's folder. One process at a time trains in it (`lock`); any may read it meanwhile."""
+    """The folder of a run. One process at a time trains in it (`lock`); others may read it."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.path = path
@@ -44,11 +44,10 @@ class Run:
 
     @classmethod
     def create(cls, out: Path | None, config: Config) -> "Run":
-        """A new run in the folder `out`, or in the next free `runs/<data>-<preset>-N`; a model
-        that is not SPAIR stands in the name.
+        """Makes a run in the folder `out`, by default the next `runs/<data>-<preset>[-<model>]-N`.
 
         Raises:
-            InputError: `out` is taken, or cannot be written.
+            InputError: `out` is not empty, or cannot be written.
         """
         model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
         stem = f"{config.data.name}-{config.preset}{model}"
@@ -58,14 +57,14 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> "Run":
-        """The run in the folder `path`.
+        """Opens the run in the folder `path`.
 
         Raises:
-            InputError: there is none, or its config cannot be used.
+            InputError: there is no run, or its config cannot be used.
         """
         source = path / "config.toml"
         if not source.is_file():
-            raise InputError(f"{path}: not a run: no config.toml in it; name the folder of a run")
+            raise InputError(f"{path}: not a run (no config.toml in it); name the folder of a run")
         return cls(path, from_dict(load_toml(source), str(source)))
 
     @property
@@ -78,10 +77,10 @@ class Run:
         return sorted([(int(m[1]), path) for m, path in matches if m], reverse=True)
 
     def extend(self, steps: int) -> None:
-        """Lets the run go on to `steps` updates; the one thing that may change in a run.
+        """Changes the number of updates, the only setting of a run that may change.
 
-        The line of the learning rate is drawn anew to the new end, so it may rise again where
-        the run goes on, and the bits are not those of a run that was begun with so many.
+        The learning rate is then linear to the new last step, so it may rise on resumption, and the
+        result differs from a run that was started with this number.
         """
         train = dataclasses.replace(self.config.train, steps=steps)
         self.config = dataclasses.replace(self.config, train=train)
@@ -89,12 +88,12 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keeps other trainers out while it lasts; what a killed one left half-written goes.
+        """Locks the run for training, and removes files that a killed process left half-written.
 
-        The system drops the lock of a process that dies, so none is ever stale.
+        The system releases the lock of a process that dies, so a lock is never stale.
 
         Raises:
-            InputError: another process trains here; the message has its pid and host.
+            InputError: another process trains here; the message gives its pid and host.
         """
         owner = self.path / ".owner"
         lock = FileLock(self.path / ".lock")
@@ -125,10 +124,10 @@ class Run:
         environment: Mapping[str, Scalar],
         is_best: bool,
     ) -> Path:
-        """Writes a checkpoint, lets `last` (and `best`) point at it, and removes the old ones.
+        """Writes a checkpoint, points `last` (and `best`) at it, and removes old ones.
 
-        The last two and the best stay. Those of later steps go too: they are of a future that
-        resuming from an earlier step gave up.
+        The last two and the best are kept. Checkpoints of later steps are removed: resuming from
+        an earlier step has abandoned them.
         """
         folder = self.path / "checkpoints"
         if not folder.is_dir():
@@ -155,16 +154,16 @@ class Run:
         return path
 
     def mark_best(self, step: int) -> None:
-        """Lets `best` point at the checkpoint of `step`, which there must be."""
+        """Points `best` at the checkpoint of `step`, which must exist."""
         durable.replace_link(self.path / "best", f"checkpoints/step-{step}")
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, with the optimiser; None where there is none yet.
+        """The newest undamaged checkpoint, with the optimiser; None if there is none yet.
 
-        Warns of each that is passed over because it is damaged.
+        Warns of each damaged checkpoint that is skipped.
 
         Raises:
-            InputError: there are checkpoints, and all are damaged.
+            InputError: all checkpoints are damaged.
         """
         damage: list[InputError] = []
         for step, path in self.checkpoints:
@@ -174,20 +173,20 @@ class Run:
                 damage.append(error)
                 continue
             for reason in damage:
-                warnings.warn(f"{reason}; goes on from step {step}, which is whole", stacklevel=2)
+                warnings.warn(f"{reason}; resuming from step {step} instead", stacklevel=2)
             return checkpoint
         if damage:
-            raise InputError(f"{self.path}: no checkpoint is whole; of the newest: {damage[0]}")
+            raise InputError(f"{self.path}: every checkpoint is damaged; the newest: {damage[0]}")
         return None
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to metrics.jsonl. `record` has an int `step`; what is not finite is null."""
+        """Appends a line to metrics.jsonl; `record` has an int `step`. NaN becomes null."""
         endless = {k for k, v in record.items() if isinstance(v, float) and not isfinite(v)}
         plain = {k: None if k in endless else v for k, v in record.items()}
         durable.append_line(self.path / "metrics.jsonl", json.dumps(plain, allow_nan=False))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that a crash cut short is left out."""
+        """The lines of metrics.jsonl, without a line that a crash cut short."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
@@ -202,20 +201,20 @@ class Run:
         return records
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`, which training will write again."""
+        """Drops the lines of metrics.jsonl after `step`; training will write them again."""
         kept = [json.dumps(record) for record in self.metrics() if record["step"] <= step]
         durable.write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
 def newest_run(root: Path = ROOT) -> Path | None:
-    """The run below `root` that saved a checkpoint last; None where there is none."""
+    """The run below `root` that saved a checkpoint last; None if there is none."""
     links = [link for link in root.glob("*/last") if link.is_symlink() and link.exists()]
     newest = max(links, key=lambda link: (link.lstat().st_mtime_ns, link), default=None)
     return newest.parent if newest else None
 
 
 def pretrained() -> Path:
-    """The checkpoint that ships with the package: the `quick` preset on the digits."""
+    """The packaged checkpoint: the preset `quick`, trained on digits."""
     return Path(spairkit.__file__).parent / "pretrained" / "quick"
 
 
@@ -240,7 +239,7 @@ def next_folder(stem: str) -> Path:
             return path
     except OSError as error:
         raise InputError(
-            f"cannot make a folder in {ROOT}: {error.strerror}; name another with --out"
+            f"cannot create a folder in {ROOT}: {error.strerror}; name another with --out"
         ) from error
 
 
@@ -249,13 +248,13 @@ def _empty_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         if (path / "config.toml").exists():
             raise InputError(
-                f"{path}: already holds a run; go on with --resume {path}, or name another --out"
+                f"{path}: already holds a run; use --resume {path}, or name another --out"
             )
         if any(path.iterdir()):
             raise InputError(f"{path}: not empty; name another folder with --out")
     except OSError as error:
         raise InputError(
-            f"cannot make the folder {path}: {error.strerror}; name another with --out"
+            f"cannot create the folder {path}: {error.strerror}; name another with --out"
         ) from error
     return path
 

@@ -1,1 +1,1 @@
-"""The training loop and what it stands on: `loop` is where to begin."""
+"""The training loop (read `loop` first), the trainer, CUDA graphs and distributed training."""

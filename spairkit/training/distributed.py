@@ -1,7 +1,7 @@
-"""One training by several processes, as `torchrun` starts them: who is who, and what is agreed.
+"""Training with several processes, started by `torchrun`: their ranks, and values that they share.
 
-What is agreed goes through the CPUs (gloo), also where gradients go from GPU to GPU (NCCL): no
-process waits for its GPU to learn whether to go on.
+Shared values go through the CPUs (gloo), even where gradients go from GPU to GPU (NCCL): no process
+waits for its GPU to learn whether to continue.
 """
 
 import os
@@ -18,35 +18,35 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spairkit.errors import InputError
 
-_PATIENCE = timedelta(hours=1)  # the others wait for so long while the first one validates
+_PATIENCE = timedelta(hours=1)  # the other ranks wait this long while rank 0 validates
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together; one alone does the same at no cost.
+    """The processes that train one model together; for a single process every method is free.
 
-    All of them must call the methods, and in the same order. Where another process has ended they
-    raise InputError.
+    All processes must call the methods in the same order. If another process has ended, they raise
+    InputError.
     """
 
     rank: int = 0
-    """Of this process. The first one, 0, is the only one that writes and speaks."""
+    """The rank of this process. Only rank 0 writes files and messages."""
     size: int = 1
 
     def greatest(self, number: int) -> int:
-        """The greatest of the numbers that the processes give."""
+        """The maximum of `number` over all processes."""
         greatest = torch.tensor(number)
         self._together(lambda: dist.all_reduce(greatest, dist.ReduceOp.MAX))
         return int(greatest)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of the tensors that the processes give, of one shape."""
+        """The mean of `tensor` over all processes; its shape must be the same on all."""
         total = tensor.clone()
         self._together(lambda: dist.all_reduce(total))
         return total / self.size
 
     def from_first(self, data: bytes) -> bytes:
-        """What the first process gives; of the others it is not looked at."""
+        """Broadcasts `data` from rank 0; ignored on other ranks."""
         length = torch.tensor(len(data))
         self._together(lambda: dist.broadcast(length, 0))
         shared = torch.zeros(int(length), dtype=torch.uint8)
@@ -56,18 +56,18 @@ class World:
         return shared.numpy().tobytes()
 
     def replica(self, model: nn.Module, *, partial: bool) -> nn.Module:
-        """The model with the first process's weights; `backward` means gradients over all.
+        """The model with the weights of rank 0, whose gradients `backward` averages.
 
         Args:
-            model: on the training's device.
-            partial: whether some parameters get no gradient, which waits for the device.
+            model: on the device of the training.
+            partial: whether some parameters get no gradient; finding them waits for the device.
         """
         if self.size == 1:
             return model
         return DistributedDataParallel(model, find_unused_parameters=partial)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`; those of a replica are the means over all processes."""
+        """Computes the gradients of `loss`; those of a replica are averaged over all processes."""
         if self.size == 1:
             loss.backward()
         else:
@@ -82,17 +82,17 @@ class World:
             raise
         except RuntimeError as error:
             raise InputError(
-                "another process of this training has ended: it said why, or was killed; "
-                "start all of them again with --resume"
+                "another process of this training has ended: see its message, or it was killed; "
+                "restart all processes with --resume"
             ) from error
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
-    """The processes that `torchrun` started, or this one alone, and the device of this one.
+    """The processes started by `torchrun`, or this one alone, and the device of this process.
 
     Args:
-        device: without an index; with torchrun, each process of a machine takes a GPU of its own.
+        device: without an index; with torchrun, each process of a machine takes its own GPU.
 
     Raises:
         InputError: there are more processes than GPUs.
@@ -109,10 +109,10 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    # torch's convolutions give gradients with the channels last, and to copy them costs little
+    # gradients of torch's convolutions are channels-last; copying them is cheap
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size()), device
-    # not after an error: it could wait for a process that has ended
+    # skipped after an error: it could wait for a process that has ended
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The training loop: `fit` yields what happens, and prints nothing.
+"""The training loop: `fit` yields events and prints nothing.
 
 Everything random is a function of (seed, step): the data, the sampling noise, the gradient noise. A
 run that is killed and resumed therefore ends with the same bits as one that is not.
@@ -28,7 +28,7 @@ from spairkit.training.validation import Step as Step
 from spairkit.training.validation import Validation as Validation
 
 REPORT_EVERY = 20
-"""Updates between two `Step`s that carry losses: reading them waits for the device."""
+"""Updates between two `Step`s with losses: reading losses waits for the device."""
 
 _MAX_SKIPPED = 10  # updates in a row, when they are counted
 
@@ -80,23 +80,23 @@ def train(
 
 
 def check(config: Config, device: torch.device, processes: int) -> None:
-    """Refuses settings that cannot be trained with here, before anything is made.
+    """Refuses settings that this device or number of processes cannot train with.
 
     Raises:
-        InputError: the batch cannot be shared out evenly among so many processes, or there is
-            nothing to share; or the device does not have the precision.
+        InputError: the batch cannot be shared evenly among the processes, the model is trained by
+            one process only, or the device does not support the precision.
     """
     if config.train.precision == "tf32" and device.type != "cuda":
         raise InputError(
-            "train.precision = 'tf32' is for NVIDIA GPUs, and this would train on "
+            "train.precision = 'tf32' needs an NVIDIA GPU, but the device is "
             f"{device.type}; use 'float32' or 'bf16'"
         )
     if processes > 1 and isinstance(config.model, ConnCompConfig):
-        raise InputError("connected components are fitted by one process; leave out torchrun")
+        raise InputError("connected components are fitted by one process; run without torchrun")
     if config.train.batch_size % processes:
         raise InputError(
             f"train.batch_size ({config.train.batch_size}) must be a multiple of the number of "
-            f"processes ({processes}): it is that of all of them together"
+            f"processes ({processes}), which share each batch"
         )
 
 
@@ -107,30 +107,29 @@ def fit(
     stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
 ) -> Iterator[Step | Validation]:
-    """Trains in the folder of `run`, from its last checkpoint where it has one.
+    """Trains in the folder of `run`, resuming from its last checkpoint if there is one.
 
-    ConnComp has no losses: `threshold_search.fit_threshold` fits it, by the same rules.
+    ConnComp has no losses: `threshold.fit_threshold` fits it and yields the same events.
 
     Args:
-        config: the run's.
-        run: must be locked by the caller while this iterates. None in all processes but the
-            first, which alone reads and writes it, and validates.
-        device: where model and scenes live.
-        stop: asked once after every update; when it says yes training ends with a checkpoint of
-            that update, to be resumed some other time. All processes must be told the same.
-        world: the processes that share each batch; None is this one alone.
+        config: of the run.
+        run: locked by the caller during the iteration. None on all ranks but 0, which alone reads
+            and writes the run, and validates.
+        device: of the model and the scenes.
+        stop: called once after every update; if it returns True, training ends with a checkpoint
+            of that update. It must return the same on all ranks.
+        world: the processes that share each batch; None for one process.
 
     Yields:
-        A `Step` for every update and, where there is a run, a `Validation` every
-        `validation_every` updates and at the end. Steps that were made before a resumption are
-        not yielded again.
+        A `Step` for every update and, if there is a run, a `Validation` every `validation_every`
+        updates and at the end. Steps before a resumption are not yielded again.
 
     Raises:
-        InputError: what `check` says; the data cannot be read, or has no boxes to select by; a
-            scene found no layout, which on a GPU is seen when losses are next reported or a
-            checkpoint is due; the folder cannot be written; or another process has ended.
-        DivergedError: the losses were not finite in the last 10 updates or more, which is seen
-            when they are next reported or a validation is due; the last good checkpoint is kept.
+        InputError: as `check`; the data cannot be read, or has no boxes to select by; a scene found
+            no layout (on a GPU this is noticed when losses are reported or a checkpoint is due);
+            the folder cannot be written; or another process has ended.
+        DivergedError: the losses were not finite in the last 10 updates or more (noticed when
+            losses are reported or a validation is due); the last good checkpoint is kept.
     """
     world = world or World()
     check(config, device, world.size)
@@ -154,7 +153,7 @@ def fit(
         step, means = trainer.step, None
         validates = step % settings.validation_every == 0 or step == settings.steps
         reports = step % REPORT_EVERY == 0
-        # to read what is on the device waits for it, so this is not done after every update
+        # reading values from the device waits for it, so this is not done after every update
         looks = validates or reports
         if looks:
             trainer.check_scenes()
@@ -162,7 +161,7 @@ def fit(
         if skipped >= _MAX_SKIPPED:
             kept = f"the last good checkpoint is {run.path / 'last'}; " if run else ""
             raise DivergedError(
-                f"the losses were not finite {skipped} updates in a row, up to step {step}; "
+                f"the losses were not finite in {skipped} updates in a row, up to step {step}; "
                 f"{kept}try a lower train.learning_rate"
             )
         if reports and not skipped:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 Precision = Literal["float32", "tf32", "bf16"]
-"""As `train.precision`. What bf16 leaves in float32 is computed as float32 is."""
+"""Values of `train.precision`. With bf16, products that stay float32 are exact float32."""
 
 _PRODUCTS: tuple[Any, ...] = (
     torch.backends.cuda.matmul,
@@ -20,12 +20,12 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:
-    """Lets this process compute on a GPU as `precision` says, and alike each time.
+    """Sets the precision of float32 products on a GPU, and makes convolutions deterministic.
 
-    Torch's older flags, `allow_tf32`, can then not be read: they do not tell one from the other.
+    Reading torch's older flags, `allow_tf32`, raises afterwards: they cannot express the setting.
     """
     if device.type == "cuda":
-        # torch's own choice is tf32 for convolutions alone
+        # torch's default is tf32 for convolutions only
         torch.backends.cudnn.deterministic = True
         for products in _PRODUCTS:
             products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
@@ -33,7 +33,7 @@ def set_precision(precision: Precision, device: torch.device) -> None:
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """`set_precision` for a while; what was set before comes back."""
+    """`set_precision` inside a `with` block; the earlier settings are restored."""
     deterministic = torch.backends.cudnn.deterministic
     before = [products.fp32_precision for products in _PRODUCTS]
     set_precision(precision, device)
@@ -46,11 +46,10 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Keeps for later tensors what earlier ones have freed, until the process ends.
+    """Keeps freed memory of the process for later tensors; returns whether that is possible.
 
-    glibc gives large blocks back to the system at once, so that every update of training would
-    have its pages made, and filled with zeros, anew. Says whether it could be done: where there
-    is another C library nothing changes.
+    By default glibc returns large blocks to the system at once, so that the pages of every update
+    would be mapped and zeroed again. With another C library nothing changes.
     """
     if sys.platform != "linux":
         return False

@@ -1,4 +1,4 @@
-"""The fit of ConnComp: thresholds tried in turn on the same training images (docs/model.md 9)."""
+"""Fits ConnComp: tries thresholds in turn on the same training images (docs/model.md 9)."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,15 +34,15 @@ def fit_threshold(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step | Validation]:
-    """Fits ConnComp in the folder of `run`, from where its last checkpoint got to.
+    """Fits ConnComp in the folder of `run`, resuming from its last checkpoint.
 
-    Takes the first `model.images` training images, or as many as have 16 million pixels: scenes, or
-    the whole files whose boxes are known. From them comes the background, where it is to be
-    found, and on them each of `train.steps` thresholds is tried. The best one is kept, the lowest
-    of equals. Where the threshold is given, or Otsu's, there is nothing to try.
+    Takes the first `model.images` training images, up to 16 million pixels: scenes, or whole files
+    with known boxes. They give the background, if it is fitted, and each of `train.steps`
+    thresholds is tried on them. The best one is kept, the lowest of equals. A given threshold, or
+    Otsu's, needs no trial.
 
-    Arguments and what is yielded are those of `spairkit.training.loop.fit`; there is one
-    validation, at the end, and its figures have the threshold among them.
+    Arguments and events are those of `spairkit.training.loop.fit`; there is one validation, at the
+    end, whose figures include the threshold.
 
     Raises:
         InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be
@@ -110,7 +110,7 @@ def fit_threshold(
 
 
 def _training_batches(dataset: Dataset, images: int, seed: int) -> list[Batch]:
-    """At least one, with no more images than are wanted, and pixels than are allowed."""
+    """At least one batch, within the limits on images and pixels."""
     if isinstance(dataset, ImageFolder):
         source = evaluation_batches(dataset, 1)
     else:
@@ -132,7 +132,7 @@ def _training_batches(dataset: Dataset, images: int, seed: int) -> list[Batch]:
 
 
 def _resumed(run: Run, grid: npt.NDArray[np.float64]) -> list[float]:
-    """The scores of the thresholds tried before, as far as they are those of this grid."""
+    """The scores of thresholds tried before the resumption; empty if the grid differs."""
     checkpoint = run.latest()
     state = (checkpoint.optimiser if checkpoint else None) or {}
     tried, scores = (state.get(name, torch.zeros(0)).tolist() for name in ("thresholds", "scores"))
@@ -141,7 +141,7 @@ def _resumed(run: Run, grid: npt.NDArray[np.float64]) -> list[float]:
 
 
 def _score(criterion: str, found: list[Detections], truth: list[Truth]) -> float:
-    """The higher the better."""
+    """The criterion, negated if lower is better."""
     if criterion == "ap":
         return average_precision(found, truth)
     counts = [len(item) for item in found], [len(item) for item in truth]

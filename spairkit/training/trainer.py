@@ -1,4 +1,4 @@
-"""One update after the other: a model, its optimiser, their checkpoints and validations."""
+"""`Trainer`: a model and its optimiser; makes updates, validations and checkpoints."""
 
 import math
 import warnings
@@ -44,11 +44,11 @@ class Inputs:
     rate: float | Tensor
     """Learning rate of Adam."""
     noise: Source
-    """Of the latents."""
+    """Source of the sampling noise of the latents."""
     gradient_scale: float | Tensor
     """Standard deviation of the noise on gradients, before it is truncated."""
     gradient_noise: Source
-    """Of the gradients."""
+    """Source of the noise on gradients."""
 
 
 class Trainer:
@@ -78,7 +78,9 @@ class Trainer:
         self.step = 0
         self.best = float("-inf")
         self.best_step = 0
-        self.skipped = torch.zeros((), device=device)  # updates up to this one that did nothing
+        self.skipped = torch.zeros(
+            (), device=device
+        )  # updates in a row, up to this one, that changed nothing
         checkpoint = run.latest() if run else None
         model = (
             build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
@@ -119,7 +121,7 @@ class Trainer:
         return losses
 
     def _set_wheels(self, wheels: bool) -> bool:
-        """Makes the replica for updates with or without training wheels; True where it is new."""
+        """Makes the replica for updates with or without training wheels; True if it is new."""
         if wheels is self.wheels:
             return False
         self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
@@ -181,20 +183,20 @@ class Trainer:
         return losses.detach()
 
     def _told(self, batch: Batch) -> dict[str, Tensor]:
-        """The true counts, for a model that is told them."""
+        """The true counts, if the model takes them."""
         return {"counts": batch.counts} if self.config.model.told else {}
 
     def means(self, losses: Losses) -> dict[str, float]:
-        """Over the whole batch; reading them waits for the device."""
+        """Means of the loss terms over the whole batch; reading them waits for the device."""
         means = losses.means()
         values = self.world.mean(torch.stack(list(means.values())))
         return dict(zip(means, values.tolist(), strict=True))
 
     def validate(self, dataset: Dataset) -> Validation | None:
-        """Figures and a picture of the validation split, and a checkpoint, where there is a run."""
+        """Writes a checkpoint with validation figures and a picture, if there is a run."""
         with computing_in("float32", self.device):
             result = self._validate(self.run, dataset) if self.run else None
-        self.best_step = self.world.greatest(self.best_step)  # that of the first
+        self.best_step = self.world.greatest(self.best_step)  # that of rank 0
         return result
 
     def _validate(self, run: Run, dataset: Dataset) -> Validation:
@@ -209,25 +211,25 @@ class Trainer:
         is_best = score > self.best
         if is_best:
             self.best, self.best_step = score, self.step
-        # a line without its checkpoint is cut off by resuming, a missing one would stay missing
+        # resuming cuts off a line without its checkpoint, but cannot add a missing line
         run.log({"kind": "validation", "step": self.step, **figures, "is_best": is_best})
         self.save(figures, is_best)
         return Validation(self.step, figures, picture, is_best)
 
     def check_scenes(self) -> None:
-        """Waits for the device.
+        """Waits for the device and checks the scenes of past updates.
 
         Raises:
-            InputError: a scene found no layout, and was trained on.
+            InputError: a scene without a layout was trained on.
         """
         if isinstance(self.train, Scenes):
             self.train.check()
 
     def save(self, metrics: dict[str, float], is_best: bool) -> None:
-        """Writes a checkpoint of this step, where there is a run.
+        """Writes a checkpoint of this step, if there is a run.
 
         Raises:
-            InputError: what `check_scenes` says, or the folder cannot be written.
+            InputError: as `check_scenes`, or the folder cannot be written.
         """
         self.check_scenes()
         if self.run:
@@ -241,7 +243,7 @@ class Trainer:
             )
 
     def _state(self) -> dict[str, Tensor]:
-        """Of Adam, and the best validation so far."""
+        """The state of Adam, and the best validation so far."""
         state = {"best": torch.tensor([self.best, self.best_step], dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             for key, value in self.optimiser.state[parameter].items():
@@ -249,10 +251,10 @@ class Trainer:
         return state
 
     def _restore(self, state: dict[str, Tensor]) -> None:
-        """Takes what `_state` gave. Raises KeyError or IndexError where it does not fit."""
+        """Restores the result of `_state`. Raises KeyError or IndexError if it does not fit."""
         self.best, self.best_step = float(state["best"][0]), int(state["best"][1])
         for name, parameter in self.parameters.items():
-            # what never had a gradient has no moments, as after training wheels
+            # a parameter without a gradient so far, as with training wheels, has no moments
             if f"step:{name}" not in state:
                 continue
             moments = {
@@ -274,7 +276,7 @@ class Trainer:
         except (KeyError, IndexError):
             raise InputError(
                 f"{checkpoint.path}: its optimiser does not fit its model; resume from another "
-                "checkpoint or train anew"
+                "checkpoint, or start a new run"
             ) from None
         self.step = checkpoint.step
         here = self._environment()
@@ -285,10 +287,10 @@ class Trainer:
         ]
         if changed:
             warnings.warn(
-                f"{run.path}: goes on, but not to the same bits: {', '.join(changed)}",
+                f"{run.path}: the result will not be bit-identical: {', '.join(changed)}",
                 stacklevel=2,
             )
-        if self.best_step == self.step:  # a kill may have come before the link
+        if self.best_step == self.step:  # the process may have been killed before the link was made
             run.mark_best(self.step)
 
     def _elbo(self, dataset: Dataset) -> float:
@@ -306,31 +308,31 @@ class Trainer:
         return total / images
 
     def _generator(self, purpose: int, step: int) -> torch.Generator:
-        # mixed: of a seed the CPU's generator takes the low 32 bits alone
+        # hashed, because the CPU's generator uses only the low 32 bits of a seed
         words = f"{self.config.train.seed} {purpose} {step}".encode()
         seed = int.from_bytes(sha256(words).digest()[:8], "big")
         return torch.Generator(self.device).manual_seed(seed)
 
 
 def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -> None:
-    """Truncated normal noise that dies away (docs/model.md 2.2)."""
+    """Adds truncated normal noise that decays over training (docs/model.md 2.2)."""
     if isinstance(scale, float) and scale < _NEGLIGIBLE_NOISE:
         return
     sizes = [gradient.numel() for gradient in gradients]
     noise = uniform(source, gradients[0], sum(sizes)).mul(2 * _WITHIN).sub_(_WITHIN)
-    # the inverse of the distribution: to draw again what lies outside would wait for the device
+    # by the inverse distribution function: rejection would wait for the device
     parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
     noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     torch._foreach_add_(gradients, noises)
 
 
 def criterion(settings: TrainConfig) -> str:
-    """The validation figure that decides which checkpoint is best: higher is better."""
+    """The validation figure of the best checkpoint; higher is better."""
     return "elbo" if settings.select == "elbo" else "ap_spair"
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """On a straight line from `learning_rate` at step 0 to `learning_rate_end` at the end."""
+    """Linear from `learning_rate` at step 0 to `learning_rate_end` at the last step."""
     share = step / settings.steps
     return settings.learning_rate + share * (settings.learning_rate_end - settings.learning_rate)
 

@@ -22,7 +22,7 @@ from spairkit.training.distributed import World
 from spairkit.training.trainer import Inputs, Trainer
 
 WARM_UP = 3
-"""Updates before the recording: kernels are compiled and chosen, what is cached is made."""
+"""Updates before the recording, in which kernels are compiled and caches are filled."""
 
 
 def make_trainer(
@@ -30,8 +30,8 @@ def make_trainer(
 ) -> Trainer:
     """A `RecordingTrainer` where an update can be recorded, else a `Trainer`.
 
-    A record needs one GPU in one process. A model that is told the true counts takes as many steps
-    as they say, so that its updates differ in shape.
+    A record needs one GPU in one process. The updates of a model that is given the true counts
+    differ in shape.
     """
     records = device.type == "cuda" and world.size == 1 and not config.model.told
     return (RecordingTrainer if records else Trainer)(config, run, train, device, world)
@@ -142,11 +142,11 @@ class UpdateGraph:
             try:
                 self._play = _record(self._update, self._device)
             except RuntimeError as error:
-                # what broke the record comes first, and then that there is none
+                # the context names the operation that broke the recording
                 reason = error.__context__ or error
                 warnings.warn(
-                    "an update could not be recorded as a CUDA graph, so all of them are launched "
-                    f"kernel by kernel, which is slower: {reason}",
+                    "an update could not be recorded as a CUDA graph; updates are launched kernel by "
+                    f"kernel, which is slower: {reason}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -161,12 +161,12 @@ class UpdateGraph:
 
 @cache
 def _own_stream(index: int) -> torch.cuda.Stream:
-    """One of each GPU for all records: every stream has workspaces of cuBLAS, for good."""
+    """One stream on each GPU for all records: cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(index)
 
 
 def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
-    """On a stream of its own: autograd's nodes must not stay tied to the default stream."""
+    """Runs `update` on another stream: autograd must not stay tied to the default one."""
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
         aside.wait_stream(here)
@@ -177,9 +177,9 @@ def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
 
 
 def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
-    """A function that replays the record and returns its losses; recording computes nothing."""
+    """Records `update` without running it; returns the function that replays it."""
     graph = torch.cuda.CUDAGraph()
-    # a graph that is destroyed while another one is recorded breaks the record
+    # destroying a graph during the recording would break it
     gc.collect()
     collects = gc.isenabled()
     gc.disable()
@@ -189,7 +189,7 @@ def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], 
             with torch.cuda.graph(graph, stream=aside):
                 losses = update()
         finally:
-            torch.cuda.set_stream(here)  # torch stays on the other one where the record breaks
+            torch.cuda.set_stream(here)  # torch stays on the other stream if recording fails
             if collects:
                 gc.enable()
 

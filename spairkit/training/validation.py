@@ -1,4 +1,4 @@
-"""What a fit tells whoever follows it, and how a detector does on the validation split."""
+"""The events of a fit, and the figures and picture of a validation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +15,27 @@ _PICTURED = 8  # images in a picture
 
 @dataclass(frozen=True)
 class Step:
-    """An update was made, or a threshold tried."""
+    """An update was made, or a threshold was tried."""
 
     step: int
-    """How many have been made, from 1."""
+    """Number of updates so far, from 1."""
     steps: int
-    """How many there will be, unless something ends the fit earlier."""
+    """Number of updates planned."""
     losses: dict[str, float] | None
-    """Means over the batch in nats, every `training.REPORT_EVERY` updates: see `Losses.means`."""
+    """Batch means in nats, every `loop.REPORT_EVERY` updates, else None: see `Losses.means`."""
     seconds: float
-    """Since the first update of this process, validations included."""
+    """Seconds since the first update of this process, validations included."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """The model was tried on the validation split and saved."""
+    """The model was measured on the validation split and saved."""
 
     step: int
     figures: dict[str, float]
-    """`elbo` in nats or `threshold`; those of `box_figures` where boxes are known."""
+    """`elbo` in nats or `threshold`; and those of `box_figures` if boxes are known."""
     picture: Path
-    """Images, their reconstructions and the boxes found."""
+    """Path of the picture: images, reconstructions and boxes."""
     is_best: bool
 
 
