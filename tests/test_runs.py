@@ -89,7 +89,7 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         Run.create(tmp_path / "mine" / "thesis.tex", CONFIG)
     with pytest.raises(InputError, match="Not a directory; name another with --out"):
         Run.create(tmp_path / "mine" / "thesis.tex" / "run", CONFIG)
-    with pytest.raises(InputError, match=r"not a run: no config\.toml in it"):
+    with pytest.raises(InputError, match=r"not a run \(no config\.toml in it"):
         Run.open(tmp_path / "mine")
 
 

@@ -145,8 +145,8 @@ class UpdateGraph:
                 # the context names the operation that broke the recording
                 reason = error.__context__ or error
                 warnings.warn(
-                    "an update could not be recorded as a CUDA graph; updates are launched kernel by "
-                    f"kernel, which is slower: {reason}",
+                    "an update could not be recorded as a CUDA graph; updates are launched kernel "
+                    f"by kernel, which is slower: {reason}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
