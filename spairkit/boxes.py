@@ -8,7 +8,7 @@ def xyxy_from_centre(
     centre: Tensor,  # [..., 2] y, x in pixels
     size: Tensor,  # [..., 2] h, w in pixels
 ) -> Tensor:  # [..., 4] x1, y1, x2, y2 in pixels
-    """Corners of boxes given by centre and size, the form used inside the models."""
+    """Corners of boxes from centre and size, the form inside the models."""
     low = (centre - size / 2).flip(-1)
     return torch.cat([low, low + size.flip(-1)], dim=-1)
 

@@ -1,6 +1,6 @@
-"""What a run is made of: frozen, strict dataclasses whose defaults are the paper's (Table 1).
+"""The settings of a run: frozen, strict dataclasses whose defaults are the paper's (Table 1).
 
-A `Config` is data, model and training. `config_values` reads and writes one.
+A `Config` holds data, preparation, model and training. `config_values` reads and writes it.
 """
 
 from typing import Annotated, Literal
@@ -18,44 +18,44 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0.0, le=1e9)]
 Real = Annotated[float, Field(ge=-1e3, le=1e3)]
-# 1 / (1 + odds) differs from 0 and 1 in float32
+# so that 1 / (1 + odds) differs from 0 and 1 in float32
 Odds = Annotated[float, Field(ge=1e-6, le=1e9)]
-# with a step of 30 bits and a purpose of two, no more than 64 bits
+# with a step of 30 bits and a purpose of 2 bits it fits 64 bits
 Seed = Annotated[int, Field(ge=0, lt=2**30)]
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, and how scenes are scattered where they are made (docs/model.md 10)."""
+    """The images, and the layout of synthetic scenes (docs/model.md 10)."""
 
     name: Literal["digits", "mnist", "emnist", "folder"] = "digits"
-    """`digits` ships with the package; the others read `path`."""
+    """Dataset. `digits` ships with the package; the others read `path`."""
     path: str = ""
     """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images."""
     image_height: Pixels = 48
-    """Pixels; for `folder`, the height of a training crop."""
+    """Height of a scene or, for `folder`, of a training crop, in pixels."""
     image_width: Pixels = 48
-    """Pixels; for `folder`, the width of a training crop."""
+    """Width of a scene or, for `folder`, of a training crop, in pixels."""
     min_objects: Annotated[int, Field(ge=0, le=256)] = 1
-    """Objects in a scene: uniform from here ..."""
+    """Least number of objects in a scene; the number is uniform."""
     max_objects: Annotated[int, Field(ge=0, le=256)] = 9
-    """... to here."""
+    """Greatest number of objects in a scene."""
     glyph_size: Annotated[int, Field(ge=4, le=256)] = 14
-    """Side of the square patch that carries a glyph, pixels."""
+    """Side of the square patch of a glyph, in pixels."""
     glyph_jitter: Annotated[int, Field(ge=0, le=64)] = 0
-    """The side varies by up to this many pixels, both ways."""
+    """The side of a patch varies by up to this many pixels, up and down."""
     max_overlap: Unit = 0.5
-    """A patch may cover this share of a glyph square of those placed before it, summed."""
+    """Largest overlap of a patch with all earlier ones together, as a share of a patch."""
     colour: Literal["white", "random"] = "white"
-    """Of the glyphs; `random` draws a bright colour for each."""
+    """Colour of the glyphs; `random` draws a bright colour for each."""
     background: Literal["black", "random"] = "black"
-    """`random` draws one dark colour for each image."""
+    """Background of scenes; `random` draws a dark colour for each image."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Scenes of the validation split; a folder's are its own files."""
+    """Number of validation scenes; a folder uses some of its files instead."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Scenes of the test split, likewise."""
+    """Number of test scenes; a folder uses all of its files instead."""
     seed: Seed = 0
-    """Of the scenes and crops, and so of their order; `train.seed` is another."""
+    """Seed of scenes and crops, and of their order; independent of `train.seed`."""
 
     def __post_init__(self) -> None:
         if self.min_objects > self.max_objects:
@@ -93,48 +93,48 @@ class PrepareConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class SPAIRConfig:
-    """The model (docs/model.md 1-5). Widths are numbers of units, sizes are pixels."""
+    """SPAIR (docs/model.md 1-5). Widths are numbers of units; sizes are in pixels."""
 
     kind: Literal["spair"] = "spair"
     cell: Annotated[int, Field(ge=2, le=64)] = 12
-    """Side of a grid cell; its prime factors are the backbone's strides."""
+    """Side of a grid cell, in pixels; its prime factors are the strides of the backbone."""
     stride_order: Literal["ascending", "descending"] = "ascending"
-    """Of the strides: 12 gives 2, 2, 3, or 3, 2, 2 as in the authors' later code, which costs less.
-    """
+    """Order of the strides: for 12, 2, 2, 3, or (descending) 3, 2, 2 as in the authors' later code,
+    which is faster."""
     anchor: Positive = 48.0
-    """The largest box side, pixels (a_h = a_w)."""
+    """Largest side of a box, in pixels (a_h = a_w)."""
     object_size: Annotated[int, Field(ge=2, le=64)] = 14
-    """Side of a glimpse and of a rendered object map, texels."""
+    """Side of a glimpse and of a rendered object map, in texels."""
     centre_min: Real = -0.5
-    """b_min: how far a box centre may leave its cell to the top and left, in cells."""
+    """b_min: least position of a box centre, in cells from the upper left corner of its cell."""
     centre_max: Real = 1.5
-    """b_max, likewise to the bottom and right, from the cell's own corner."""
+    """b_max: greatest position of a box centre, in cells from the same corner."""
 
     backbone_channels: Annotated[tuple[Width, ...], Field(min_length=1, max_length=8)] = (128,)
-    """Channels of the strided layers in order; the last holds for the layers left."""
+    """Channels of the strided layers in order; the last number applies to all further layers."""
     pointwise_kernel: Annotated[int, Field(ge=1, le=2)] = 1
-    """Kernel of the backbone's three last layers: 1, or 2 as in Fig. 7."""
+    """Kernel of the last three layers of the backbone: 1, or 2 as in Fig. 7."""
     features: Width = 100
-    """Channels that the backbone gives each cell."""
+    """Channels of the backbone's output for each cell."""
     lateral: bool = True
-    """Whether a cell sees its four neighbours that came before (main text, section 4.3)."""
+    """Whether a cell sees its four earlier neighbours (main text, section 4.3)."""
     hidden: Width = 100
     """Units of both hidden layers of the where, depth and pres networks."""
     passthrough: Annotated[int, Field(ge=0, le=4096)] = 100
-    """Features that the where network hands to depth, and depth to pres."""
+    """Features passed from the where network to the depth network, and from depth to pres."""
     what: Width = 50
-    """A, the dimensions of z_what."""
+    """A, the dimension of z_what."""
     encoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (512, 256)
-    """Hidden layers of the glimpse encoder."""
+    """Widths of the hidden layers of the glimpse encoder."""
     decoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 512)
-    """Hidden layers of the object decoder."""
+    """Widths of the hidden layers of the object decoder."""
     activation: Literal["relu", "celu"] = "relu"
-    """Between the layers of every network but that of the background."""
+    """Activation of every network except that of the background."""
 
     std_bias: Real = 0.0
-    """Standard deviations are 2 sigmoid(raw) and raw starts here; -3 is .1."""
+    """Initial raw value of standard deviations, 2 sigmoid(raw); -3 gives .1."""
     size_bias: Real = 0.0
-    """Initial mean of z_h and z_w; -.9 starts boxes at .29 of the anchor."""
+    """Initial mean of z_h and z_w; -.9 gives boxes of .29 of the anchor."""
     presence_bias: Real = 0.0
     """Initial log-odds of presence."""
     colour_scale: Positive = 2.0
@@ -142,37 +142,37 @@ class SPAIRConfig:
     alpha_scale: Positive = 0.1
     """Alpha is sigmoid(alpha_scale * logit + alpha_bias)."""
     alpha_bias: Real = 5.0
-    """Alpha starts near sigmoid(alpha_bias), .993: opaque."""
+    """Bias of alpha's logit; 5 starts objects nearly opaque (.993)."""
     importance_floor: NonNegative = 0.0025
-    """Least importance of a texel: the authors' .01, whose sigmoid(-z_depth) is times 4."""
+    """Least importance of a texel: the authors' .01, for a sigmoid(-z_depth) not scaled by 4."""
 
     background: Literal["black", "solid", "mode", "mlp"] = "black"
-    """Black, one learned colour, the training images' commonest colour, or an MLP of the image."""
+    """Black, one learned colour, the commonest colour of training images, or an image's MLP."""
     temperature: Positive = 1.0
-    """Of the Concrete relaxation of z_pres."""
+    """Temperature of the Concrete relaxation of z_pres."""
 
     position_prior_std: Positive = 1.0
-    """z_y, z_x ~ N(0, position_prior_std^2)."""
+    """Prior of the position: z_y, z_x ~ N(0, position_prior_std^2)."""
     size_prior_mean: Real = -2.1972
-    """z_h, z_w ~ N(size_prior_mean, size_prior_std^2): a median side of 4.8 px."""
+    """Prior of the size: z_h, z_w ~ N(size_prior_mean, size_prior_std^2); median side 4.8 px."""
     size_prior_std: Positive = 0.5
-    """Of the logits, before they are squashed."""
+    """Standard deviation of the size prior, in logits."""
     odds_start: Odds = 1e6
-    """s = 1 / (1 + odds): the prior on counts starts here, nearly flat ..."""
+    """Odds of the count prior at the start, s = 1 / (1 + odds); 1e6 is nearly flat."""
     odds_end: Odds = 0.0125
-    """... and ends here: s = .98765."""
+    """Odds of the count prior at the end; .0125 is s = .98765."""
     odds_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 1000.0
-    """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
+    """Updates for a factor of ten (exponential), or from start to end (log-linear)."""
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Share = 0.0
-    """Boxes that are reported are drawn, in whole pixels, round what stands out from the background
-    by more than this share of what stands out most in the object: .5 for half the height of blurred
-    ones; 0 reports z_where's own boxes, as the paper does."""
+    """Tightens boxes, in whole pixels, to texels above this fraction of the object's maximum
+    contrast to the background; .5 suits blurred edges, 0 keeps the boxes of z_where, as in the
+    paper."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
-    """Added inside the logarithms of the reconstruction term."""
+    """Number added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0
-    """Weight of the where, depth and what KL terms."""
+    """Weight of the KL terms of where, depth and what."""
 
     def __post_init__(self) -> None:
         if not self.centre_min < self.centre_max:
@@ -182,7 +182,7 @@ class SPAIRConfig:
 
     @property
     def told(self) -> bool:
-        """Whether the model needs to know how many objects an image holds."""
+        """Whether the model is given the true number of objects."""
         return False
 
     @property
@@ -198,27 +198,27 @@ class SPAIRConfig:
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class ConnCompConfig:
-    """Connected components (docs/model.md 9): what differs from the background is an object.
+    """Connected components of pixels that differ from the background (docs/model.md 9).
 
-    `train.steps` is the number of thresholds that are tried, from .01 to 3 in equal steps.
+    `train.steps` is the number of thresholds tried, from .01 to 3 in equal steps.
     """
 
     kind: Literal["conncomp"] = "conncomp"
     threshold: Literal["fit", "otsu"] | Annotated[float, Field(ge=0.0, le=3.0)] = "fit"
-    """Distance to the background, summed over the channels, from which a pixel is an object's:
-    fitted to known boxes as in the paper, by Otsu's rule, which needs none, or given."""
+    """Least distance of an object's pixel to the background, summed over channels: fitted to known
+    boxes as in the paper, by Otsu's rule (needs no boxes), or a number."""
     criterion: Literal["ap", "count_accuracy", "count_error"] = "ap"
-    """The figure on training images that the fitted threshold has to be best at."""
+    """The figure that the fitted threshold is best at, on training images."""
     images: Annotated[int, Field(ge=1, le=10**5)] = 1000
-    """Training images that the threshold and the background are taken from."""
+    """Number of training images for fitting threshold and background."""
     background: Literal["black", "mode", "median", "given"] = "black"
-    """Black, the commonest colour or the median of each channel, or `colour`."""
+    """Background: black, the commonest colour, the median of each channel, or `colour`."""
     colour: tuple[Unit, Unit, Unit] = (0.0, 0.0, 0.0)
-    """Of the background "given": red, green, blue."""
+    """Colour of the background "given": red, green, blue."""
 
     @property
     def told(self) -> bool:
-        """Whether the model needs to know how many objects an image holds."""
+        """Whether the model is given the true number of objects."""
         return False
 
 
@@ -226,131 +226,131 @@ class ConnCompConfig:
 class AIRConfig:
     """The baselines AIR and DAIR (docs/model.md 7 and 8). Widths are numbers of units.
 
-    The networks take images of one size alone, that of `data`.
+    The networks take images of one size only, that of `data`.
     """
 
     kind: Literal["air", "dair"] = "air"
-    """`air`: an LSTM that looks at the image. `dair`: a network without state that looks at the
-    difference between the image and the canvas so far."""
+    """`air`: an LSTM that sees the image. `dair`: a stateless network that sees the difference
+    between the image and the canvas so far."""
     count: Literal["given", "inferred"] = "given"
-    """`given`: the true number of objects is told, in training and after, as in the paper."""
+    """`given`: the model is given the true number of objects, always, as in the paper."""
     max_objects: Annotated[int, Field(ge=1, le=256)] = 3
-    """Steps, and so objects, at most; given counts may be higher."""
+    """Greatest number of steps, hence of objects; given counts may be higher."""
     presence: Literal["concrete", "exact"] = "concrete"
-    """How an inferred count trains. `concrete`: one relaxed draw a step, of which those after
-    the stop are cut off, as in the released code. `exact`: the expectation over all counts."""
+    """Training of an inferred count. `concrete`: one relaxed sample for each step, cut off after
+    the stop, as in the released code. `exact`: the expectation over all counts."""
     object_size: Annotated[int, Field(ge=2, le=64)] = 14
-    """Side of a glimpse and of an object map, texels."""
+    """Side of a glimpse and of an object map, in texels."""
     grey: bool = False
-    """Whether step networks see the mean of the three channels, which is a third of the work."""
+    """Whether step networks see the mean of the three channels: a third of the work."""
     units: Width = 256
-    """Units of the LSTM; outputs of the network that DAIR has instead."""
+    """Units of the LSTM, or outputs of DAIR's stateless network."""
     difference_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 256, 256, 256)
-    """Hidden layers of that network, with ReLU between."""
+    """Widths of the hidden layers of DAIR's stateless network, with ReLU."""
     output_hidden: Width = 128
-    """Hidden units, with ReLU, between that and the nine numbers of a step."""
+    """Hidden units, with ReLU, before the nine numbers of a step."""
     what: Width = 50
-    """A, the dimensions of z_what."""
+    """A, the dimension of z_what."""
     encoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (512, 256)
-    """Hidden layers of the glimpse encoder."""
+    """Widths of the hidden layers of the glimpse encoder."""
     decoder_hidden: Annotated[tuple[Width, ...], Field(max_length=8)] = (256, 512)
-    """Hidden layers of the object decoder."""
+    """Widths of the hidden layers of the object decoder."""
     activation: Literal["softplus", "relu", "celu"] = "softplus"
-    """In the glimpse encoder and the object decoder."""
+    """Activation of the glimpse encoder and the object decoder."""
     background: Literal["black"] = "black"
-    """The canvas that objects add their light to."""
+    """Background of the canvas, to which objects add their light."""
 
     std_bias: Real = 0.0
-    """Standard deviations are exp(raw) and raw starts here; -2.3 is .1."""
+    """Initial raw value of standard deviations, exp(raw); -2.3 gives .1."""
     scale_bias: Real = 0.0
-    """Initial mean of the scale's logits; -.9 starts boxes at .29 of the image's sides."""
+    """Initial mean of the logits of scale; -.9 gives boxes of .29 of the image."""
     presence_bias: Real = 0.0
     """Initial log-odds of one more object."""
     presence_limit: Annotated[float, Field(gt=0.0, le=10.0)] = 10.0
-    """Log-odds of one more object are clipped to this, both ways. Of `exact`, a lower one keeps
-    the gradients of later steps alive, and makes the first objects do without the later ones."""
+    """Bound on the absolute log-odds of one more object. With `exact`, a lower bound keeps the
+    gradients of later steps alive."""
     colour_bias: Real = 0.0
-    """Colour is sigmoid(logit + colour_bias): objects start grey at 0, dark below."""
+    """Bias of the colour's logit: objects start grey at 0, darker below."""
     temperature: Positive = 1.0
-    """Of the Concrete relaxation of z_pres."""
+    """Temperature of the Concrete relaxation of z_pres."""
 
     scale_prior_mean: Real = -2.944
-    """Of the logits of width and height as shares of the image: .05. This and the next two are
-    the authors' for five digits; `presets` has those for other numbers."""
+    """Mean of the scale prior: logits of width and height as shares of the image. The defaults of
+    the three priors are the authors' for five digits; `presets` has those for other numbers."""
     scale_prior_std: Positive = 0.75
-    """Likewise."""
+    """Standard deviation of the scale prior, in logits."""
     shift_prior_std: Positive = 0.5
-    """Of the centre, N(0, shift_prior_std^2) before tanh."""
+    """Prior of the centre, before tanh: N(0, shift_prior_std^2)."""
     odds_start: Odds = 1e4
-    """The prior odds of one more object start here ..."""
+    """Prior odds of one more object at the start."""
     odds_end: Odds = 1.001e-6
-    """... and end here: the authors' 1e-9, and the 1e-6 inside their logarithm."""
+    """Prior odds at the end: the authors' 1e-9 plus the 1e-6 inside their logarithm."""
     odds_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 3000.0
-    """Exponential: updates for a factor of ten. Log-linear: updates from start to end."""
+    """Updates for a factor of ten (exponential), or from start to end (log-linear)."""
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Share = 0.0
-    """Boxes that are reported hold, in whole pixels, what is lighter than this share of what is
-    lightest in the object; 0 reports scale and shift as they are, as the paper does."""
+    """Tightens boxes, in whole pixels, to texels above this fraction of the object's maximum
+    brightness; 0 keeps scale and shift, as in the paper."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
-    """Added inside the logarithms of the reconstruction term."""
+    """Number added inside the logarithms of the reconstruction term."""
     beta: Positive = 1.0
-    """Weight of the where and what KL terms."""
+    """Weight of the KL terms of where and what."""
 
     @property
     def told(self) -> bool:
-        """Whether the model needs to know how many objects an image holds."""
+        """Whether the model is given the true number of objects."""
         return self.count == "given"
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop (docs/model.md 6)."""
+    """The training loop (docs/model.md 6)."""
 
     seed: Seed = 0
-    """Of initial weights and noise, and of which scenes of `data.seed` training takes."""
+    """Seed of initial weights, noise and the choice of training scenes."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 32
-    """Images in an update."""
+    """Images in an update, over all processes."""
     steps: Annotated[int, Field(ge=1, le=10**9)] = 300_000
-    """Updates in all."""
+    """Total number of updates."""
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
-    """Of Adam, at the first update."""
+    """Learning rate of Adam at the first update."""
     learning_rate_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
-    """Reached on a straight line at the last step."""
+    """Learning rate at the last update; linear in between."""
     clip_norm: NonNegative = 1.0
-    """Global gradient norm; 0 does not clip."""
+    """Clips the global gradient norm; 0 does not clip."""
     gradient_noise: NonNegative = 0.001
-    """Standard deviation of the noise added to every gradient after clipping ..."""
+    """Initial standard deviation of the noise added to gradients after clipping."""
     gradient_noise_decay: Annotated[float, Field(ge=1.0, le=1e9)] = 1000.0
-    """... divided by ten in so many updates."""
+    """Updates in which the gradient noise falls to a tenth."""
     training_wheels: Steps = 1000
     """Updates during which where, depth and pres get no gradient."""
     validation_every: Annotated[int, Field(ge=1, le=10**9)] = 1000
     """Updates between validations; each writes a checkpoint and a picture."""
     patience: Steps = 50_000
-    """Stop after so many updates without a better validation; 0 never stops early."""
+    """Updates without a better validation after which training stops; 0 never stops early."""
     select: Literal["elbo", "ap"] = "elbo"
-    """What `best` means: the validation ELBO, which needs no labels, or AP paper
-    (`ap_spair`), which the authors took."""
+    """Criterion of the best checkpoint: validation ELBO (needs no labels), or AP paper
+    (`ap_spair`), as the authors used."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
-    """Of products and convolutions. `tf32`, for NVIDIA GPUs alone, keeps 10 bits behind the point.
-    `bf16` computes SPAIR's backbone and decoder, and all networks of AIR and DAIR, in bfloat16 (7
-    bits); weights, Adam, losses, the operators and SPAIR's cells from one to the next stay float32,
-    as do validation and all commands. A CPU without instructions for bfloat16 is slower in it."""
+    """Precision of products and convolutions in training. `tf32` (NVIDIA GPUs only) keeps 10 bits
+    of the mantissa. `bf16` (7 bits) applies to SPAIR's backbone and decoder, and to all networks of
+    AIR and DAIR; weights, Adam, losses, operators and SPAIR's loop over cells stay float32, as do
+    validation and all commands. A CPU without bfloat16 instructions is slower with it."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads; 0 takes what torch would. Bits depend on it, so the run records it."""
+    """CPU threads; 0 is torch's choice. Results depend on it in the last bits."""
 
 
 ModelConfig = SPAIRConfig | AIRConfig | ConnCompConfig
-"""What a model can be; `kind` says which, and is "spair" where it is absent."""
+"""The config of a model, by `kind`; "spair" if it is absent."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     preset: str = "paper"
-    """The preset that this config was made from."""
+    """The preset of this config."""
     data: DataConfig = Field(default_factory=DataConfig)
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     model: ModelConfig = Field(default_factory=SPAIRConfig, discriminator="kind")

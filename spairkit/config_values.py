@@ -1,14 +1,12 @@
-"""A `Config` from nested values, TOML and `key=value` words, and back; what lies over what.
+"""Reads a `Config` from nested values, TOML and `key=value` words, and writes it as TOML.
 
-It comes from defaults, a preset, a TOML file and words, in that order (`presets.resolve`), and goes
-back to TOML with the run that used it.
+Precedence, ascending: defaults, preset, TOML file, words (see `presets.resolve`).
 """
 
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -24,7 +22,7 @@ _ADAPTER = TypeAdapter(Config)
 
 
 def model_kinds() -> dict[str, Any]:
-    """The words that `model.kind` takes, and the class of each."""
+    """The values of `model.kind`, and the class of each."""
     return {
         word: model
         for model in get_args(ModelConfig)
@@ -33,16 +31,16 @@ def model_kinds() -> dict[str, Any]:
 
 
 def model_kind(values: Mapping[str, Any]) -> str | None:
-    """The word for the model in nested values; None where there is none."""
+    """`model.kind` in nested values; None if it is absent."""
     model = values.get("model")
     return str(model["kind"]) if isinstance(model, Mapping) and "kind" in model else None
 
 
 def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
-    """The `Config` that nested `values` describe; what is absent takes its default.
+    """The `Config` of nested `values`; absent ones take their defaults.
 
     Raises:
-        InputError: every mistake at once: dotted key, what is allowed, what came.
+        InputError: all mistakes at once: dotted key, allowed values, the value given.
     """
     values = merge({"model": {"kind": SPAIRConfig.kind}}, values)
     try:
@@ -50,7 +48,9 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from None
     except (TypeError, RecursionError):
-        raise InputError(f"{source}: only tables of numbers, words and lists are allowed") from None
+        raise InputError(
+            f"{source}: only tables of numbers, strings and lists are allowed"
+        ) from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_toml(config: Config) -> str:
-    """The config as TOML, every key written out."""
+    """The config as TOML, with every key."""
     return tomli_w.dumps(to_dict(config))
 
 
 def from_toml(text: str, source: str = "config") -> Config:
-    """Reads `to_toml`'s output, or any part of it. Raises InputError."""
+    """Reads the output of `to_toml`, or any part of it. Raises InputError."""
     return from_dict(_parse_toml(text, source), source)
 
 
@@ -79,7 +79,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise InputError(f"{path}: no such config file; `spairkit config copy FILE` makes one")
         if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than 1 MB, which no config is")
+            raise InputError(f"{path}: larger than 1 MB; this is not a config file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; save the config as UTF-8") from None
@@ -99,21 +99,30 @@ def assignments(words: Iterable[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or not all(key.strip().split(".")):
             raise InputError(f"--set {word}: write key=value, for example train.steps=2000")
-        values = merge(values, nested({key.strip(): _value(text.strip())}))
-    return values
+        values[key.strip()] = _value(text.strip())
+    return nested(values)
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a.b": 1}` as `{"a": {"b": 1}}`."""
+    """`{"a.b": 1}` as `{"a": {"b": 1}}`.
+
+    Raises:
+        InputError: a key is a value and a table.
+    """
     tables: dict[str, Any] = {}
     for key, value in values.items():
         *path, last = key.split(".")
-        tables = merge(tables, reduce(lambda inner, part: {part: inner}, path[::-1], {last: value}))
+        table = tables
+        for part in path:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise InputError(f"{key}: {part} is a value, not a table")
+        table[last] = value
     return tables
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested tables laid over each other; the later one wins, key by key."""
+    """Nested tables merged key by key; a later one wins."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -149,7 +158,10 @@ def differences(first: Config, second: Config) -> list[str]:
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number with thousands of digits raises ValueError, too
         raise InputError(f"{source}: not TOML: {error}") from None
 
 
@@ -183,7 +195,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _suggest(location: list[str], kind: str) -> str:
-    """The key that was meant, perhaps; `kind` is the model's."""
+    """A hint at the key that was probably meant; `kind` is that of the model."""
     from difflib import get_close_matches
 
     tables: dict[str, Any] = {

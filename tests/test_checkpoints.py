@@ -189,7 +189,10 @@ def test_a_mutated_model_with_a_manifest_that_agrees_loads_or_is_refused(tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "format 2, but this spairkit reads format 1; use the version"),
+        (
+            lambda m: m.update(format=2),
+            "format 2, but this spairkit reads format 1; use the version",
+        ),
         (lambda m: m.update(format="1"), "not a spairkit manifest: format"),
         (lambda m: m.pop("step"), "not a spairkit manifest: step: Field required"),
         (lambda m: m.update(step=-1), "step: Input should be greater than or equal to 0"),

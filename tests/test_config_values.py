@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spairkit import presets
-from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, SPAIRConfig, TrainConfig
+from spairkit.config import (
+    AIRConfig,
+    Config,
+    ConnCompConfig,
+    DataConfig,
+    PrepareConfig,
+    SPAIRConfig,
+    TrainConfig,
+)
 from spairkit.config_values import (
     assignments,
     differences,
@@ -94,7 +102,7 @@ def test_assignments_read_values_as_toml_and_words_as_they_stand() -> None:
     for wrong in ("steps", "=3", "train.=3", ".=", ""):
         with pytest.raises(InputError, match="write key=value"):
             assignments([wrong])
-    with pytest.raises(InputError, match="train is a value, not a table"):
+    with pytest.raises(InputError, match=r"train\.steps: train is a value, not a table"):
         assignments(["train=3", "train.steps=4"])
 
 
@@ -200,8 +208,13 @@ def test_mutated_files_are_configs_or_refused(tmp_path: Path) -> None:
 
 def test_toml_holds_every_field() -> None:
     tables = tomllib.loads(to_toml(Config()))
-    assert tables.keys() == {"preset", "data", "model", "train"}
+    assert tables.keys() == {"preset", "data", "prepare", "model", "train"}
     air = tomllib.loads(to_toml(Config(model=AIRConfig())))["model"]
     assert air.keys() == {field.name for field in fields(AIRConfig)}
-    for name, kind in (("data", DataConfig), ("model", SPAIRConfig), ("train", TrainConfig)):
+    for name, kind in (
+        ("data", DataConfig),
+        ("prepare", PrepareConfig),
+        ("model", SPAIRConfig),
+        ("train", TrainConfig),
+    ):
         assert tables[name].keys() == {field.name for field in fields(kind)}
