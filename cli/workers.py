@@ -1,0 +1,123 @@
+"""Worker processes for `sweep` and `compare`: the same command, on the same folder."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from spairkit.cli.console import progress_bar, say
+from spairkit.cli.figures import listed
+from spairkit.cli.interrupts import Interrupts
+from spairkit.cli.options import Device
+
+if TYPE_CHECKING:
+    Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
+
+_LINE_EVERY_SECONDS = 10
+_PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that started it
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker: it trains, and leaves results to its parent."""
+    return _PARENT in os.environ
+
+
+def run_shared(
+    work: "Work", total: int, workers: int, words: list[str], device: Device, *, quiet: bool
+) -> int | None:
+    """Runs `work` here and in `workers - 1` more processes, and shows its progress.
+
+    Args:
+        work: the events of `Sweep.work` or `compare`, given their `stop` and `busy`.
+        total: runs in total.
+        workers: processes, this one included; several use one CPU thread each.
+        words: the command line of a worker, without --device.
+        device: passed on to the workers.
+        quiet: show nothing.
+
+    Returns:
+        The signal that interrupted the work; None if it ended by itself.
+    """
+    parent = os.environ.get(_PARENT)
+    with Interrupts(quiet=is_worker()) as interrupts:
+
+        def stop() -> bool:
+            is_orphan = parent is not None and parent != str(os.getppid())
+            return interrupts.number is not None or is_orphan
+
+        with _processes(workers - 1, [*words, "--device", device.value, "--quiet"]) as busy:
+            _show(work(stop, busy), total, quiet=quiet)
+    return interrupts.number
+
+
+def resume_command(*words: object) -> str:
+    """The `spairkit` command of these words, quoted for a shell."""
+    return shlex.join(["spairkit", *map(str, words)])
+
+
+@contextmanager
+def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
+    """Starts workers and yields a function that tells whether one is alive; stops them at the end.
+
+    A worker that receives SIGTERM saves its run first.
+    """
+    import torch
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", _PARENT: str(os.getpid())}
+    if number:
+        torch.set_num_threads(1)
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(number):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "spairkit", *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C reaches this process only, which tells them
+                )
+            )
+        yield lambda: any(process.poll() is None for process in started)
+    finally:
+        running = [process for process in started if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in started:
+            if process.wait() and process not in running:
+                say(f"worker process {process.pid} died with status {process.returncode}")
+
+
+def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
+    """Shows runs as they start, progress and end. Runs that were finished before are counted."""
+    from spairkit.experiments.shared_runs import Ended, Started
+    from spairkit.training.loop import Step
+
+    with progress_bar(quiet=quiet) as bar:
+        runs = bar.add_task("runs", total=total, note="")
+        current = bar.add_task("", total=None, visible=False, note="")
+        name, line_at = "", 0.0
+
+        def print_line(text: str) -> None:
+            if not quiet:
+                bar.console.print(text, soft_wrap=True)
+
+        for event in events:
+            if isinstance(event, Started):
+                name, line_at = event.name, 0.0
+                bar.reset(current, description=name, total=event.steps, visible=True)
+                print_line(f"{name}: training")
+            elif isinstance(event, Step):
+                bar.update(current, completed=event.step)
+                if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
+                    line_at = event.seconds
+                    print_line(f"{name}: step {event.step} of {event.steps}")
+            elif isinstance(event, Ended):
+                if event.figures or event.error:
+                    bar.advance(runs)
+                if name:
+                    failed = f"failed: {event.error}" if event.error else "stopped and saved"
+                    print_line(f"{event.name}: {listed(event.figures) or failed}")
