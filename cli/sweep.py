@@ -25,7 +25,7 @@ from spairkit.cli.options import (
     layers,
 )
 from spairkit.cli.train import Select
-from spairkit.cli.workers import is_worker, resume_command, run_shared
+from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ def sweep(
     trials: Annotated[
         int, typer.Option("--trials", min=1, max=100_000, help="Trials in total.")
     ] = 20,
-    workers: Annotated[
-        int,
-        typer.Option(
-            "--workers", min=1, max=1024, help="Processes; several use one CPU thread each."
-        ),
-    ] = 1,
+    workers: WorkersOption = 1,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -182,22 +177,23 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
     if chart:
         write_bytes(path, chart)
     best = trials[0] if complete else None
-    summary = {
+    summary: dict[str, Any] = {
         "sweep": str(sweep.path),
         "figure": sweep.figure,
         "seed": sweep.seed,
         "space": space,
         "chart": str(path) if chart else None,
         "trials": [asdict(trial) for trial in trials],
-        "best": {
+        "best": None,
+    }
+    if best:
+        words = [as_word(key, value) for key, value in best.values.items()]
+        summary["best"] = {
             "trial": best.number,
             "figure": best.figure,
-            "set": [as_word(key, value) for key, value in best.values.items()],
+            "set": words,
             "run": best.run,
         }
-        if best
-        else None,
-    }
     write_text(sweep.path / "sweep.json", f"{as_json(summary)}\n")
     return summary
 

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from spairkit.cli.console import progress_bar, say
 from spairkit.cli.figures import listed
@@ -15,6 +17,11 @@ from spairkit.cli.options import Device
 
 if TYPE_CHECKING:
     Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
+
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", min=1, max=1024, help="Processes; several use one CPU thread each."),
+]
 
 _LINE_EVERY_SECONDS = 10
 _PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that started it
@@ -28,18 +35,10 @@ def is_worker() -> bool:
 def run_shared(
     work: "Work", total: int, workers: int, words: list[str], device: Device, *, quiet: bool
 ) -> int | None:
-    """Runs `work` here and in `workers - 1` more processes, and shows its progress.
+    """Runs `work` here and in `workers - 1` processes of the command `words`; shows progress.
 
-    Args:
-        work: the events of `Sweep.work` or `compare`, given their `stop` and `busy`.
-        total: runs in total.
-        workers: processes, this one included; several use one CPU thread each.
-        words: the command line of a worker, without --device.
-        device: passed on to the workers.
-        quiet: show nothing.
-
-    Returns:
-        The signal that interrupted the work; None if it ended by itself.
+    `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
+    the number of runs. Returns the signal that interrupted it, or None.
     """
     parent = os.environ.get(_PARENT)
     with Interrupts(quiet=is_worker()) as interrupts:
@@ -88,7 +87,7 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
             process.terminate()
         for process in started:
             if process.wait() and process not in running:
-                say(f"worker process {process.pid} died with status {process.returncode}")
+                say(f"worker process {process.pid} ended with status {process.returncode}")
 
 
 def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
@@ -99,7 +98,7 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
     with progress_bar(quiet=quiet) as bar:
         runs = bar.add_task("runs", total=total, note="")
         current = bar.add_task("", total=None, visible=False, note="")
-        name, line_at = "", 0.0
+        name, done, line_at = "", 0, 0.0
 
         def print_line(text: str) -> None:
             if not quiet:
@@ -109,15 +108,15 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
             if isinstance(event, Started):
                 name, line_at = event.name, 0.0
                 bar.reset(current, description=name, total=event.steps, visible=True)
-                print_line(f"{name}: training")
+                print_line(f"{name}: {event.steps} steps; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
                     line_at = event.seconds
                     print_line(f"{name}: step {event.step} of {event.steps}")
             elif isinstance(event, Ended):
-                if event.figures or event.error:
-                    bar.advance(runs)
+                done += bool(event.figures or event.error)
+                bar.update(runs, completed=done)
                 if name:
                     failed = f"failed: {event.error}" if event.error else "stopped and saved"
                     print_line(f"{event.name}: {listed(event.figures) or failed}")

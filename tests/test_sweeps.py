@@ -243,7 +243,7 @@ def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> 
         os.kill(pid, signal.SIGKILL)
         printed, said = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    assert f"worker process {pid} died with status -9" in said
+    assert f"worker process {pid} ended with status -9" in said
     trials = json.loads(printed)["trials"]
     assert sorted(trial["number"] for trial in trials) == [0, 1, 2]
     assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 60)}

@@ -4,7 +4,7 @@ Sweeps and comparisons yield the same events, so that one progress display serve
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,7 @@ from spairkit.config import Config
 from spairkit.config_values import differences
 from spairkit.errors import InputError
 from spairkit.storage import durable
-from spairkit.storage.runs import Run
-
-_MAX_FILE_BYTES = 1 << 24
+from spairkit.storage.runs import Run, next_folder
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,7 @@ def resume_or_create(path: Path, config: Config) -> Run:
         run = Run.open(path)
         if changes := differences(config, run.config):
             raise InputError(
-                f"{path}: this run was made with other settings: {'; '.join(changes)}; pass "
-                "another --out"
+                f"{path}: this run has other settings: {'; '.join(changes)}; pass another --out"
             )
         return run
     if path.exists():  # a process was killed before it wrote the config
@@ -78,21 +75,34 @@ def resume_or_create(path: Path, config: Config) -> Run:
     return Run.create(path, config)
 
 
+def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Path:
+    """Makes the folder `out`, or the next free `runs/STEM-N`.
+
+    Raises:
+        InputError: it holds files other than the `allowed` ones, or cannot be made.
+    """
+    if out is None:
+        return next_folder(stem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(entry.name not in allowed for entry in out.iterdir()):
+            raise InputError(f"{out}: neither empty nor a {stem} folder; pass another --out")
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {out}: {error.strerror}; pass another --out"
+        ) from error
+    return out
+
+
 def read_json(path: Path, remedy: str) -> Any:
-    """The JSON document in a file of at most 16 MB.
+    """The JSON document in a file.
 
     Raises:
         InputError: the file cannot be read or is not JSON; the message ends with `remedy`.
     """
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: not a file of at most 16 MB; {remedy}")
-        text = path.read_text(encoding="utf-8")
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not JSON; {remedy}") from None
-    try:
-        return json.loads(text)
     except (ValueError, RecursionError):
         raise InputError(f"{path}: not JSON; {remedy}") from None

@@ -27,8 +27,14 @@ from optuna.trial import FrozenTrial, TrialState
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict, to_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.experiments.shared_runs import Ended, Started, claimed, resume_or_create
-from spairkit.storage.runs import Run, next_folder
+from spairkit.experiments.shared_runs import (
+    Ended,
+    Started,
+    claimed,
+    new_folder,
+    resume_or_create,
+)
+from spairkit.storage.runs import Run
 from spairkit.sweeps.search_space import (
     Space,
     decoded,
@@ -41,7 +47,6 @@ from spairkit.sweeps.search_space import (
 from spairkit.training.loop import Step, Validation, criterion, fit
 
 _JOURNAL, _LOCK = "journal.log", ".lock"
-_OURS = {_JOURNAL, f"{_JOURNAL}.lock", _LOCK}
 _STUDY, _DEFINITION = "sweep", "definition"
 _POLL_SECONDS = 0.5
 
@@ -72,20 +77,23 @@ class Sweep:
     def __init__(self, path: Path, study: optuna.Study) -> None:
         self.path = path
         self._study = study
-        source = f"the sweep {path}"
         values = study.user_attrs.get(_DEFINITION)
-        if not isinstance(values, dict) or not isinstance(values.get("seed"), int):
-            raise InputError(f"{source}: {_JOURNAL} is not a sweep's; pass another --out")
+        if not isinstance(values, dict) or values.keys() != {"config", "space", "seed"}:
+            raise InputError(f"{path / _JOURNAL}: not the journal of a sweep; pass another --out")
         self.seed: int = values["seed"]
-        self.config = from_dict(values.get("config", {}), source)
-        self.space = parse(values.get("space", {}), self.config, source)
+        self.config = from_dict(values["config"], str(path))
+        self.space = parse(values["space"], self.config, str(path))
+        self.combinations = grid_size(self.space)
+        """The number of trials that exhaust the search space; None if nothing does."""
+        self.figure = criterion(self.config.train)
+        """Name of the validation figure that ranks the trials; higher is better."""
 
     @classmethod
-    def create(cls, path: Path | None, config: Config, space: Space, seed: int) -> "Sweep":
-        """A new sweep in the folder `path`, or in the next free `runs/sweep-N`.
+    def create(cls, out: Path | None, config: Config, space: Space, seed: int) -> "Sweep":
+        """A new sweep in the folder `out`, or in the next free `runs/sweep-N`.
 
         Args:
-            path: a new or empty folder.
+            out: a new or empty folder.
             config: settings that all trials share; `train.seed` is the seed of every run.
             space: settings that the trials vary.
             seed: seed of the drawn settings.
@@ -93,20 +101,12 @@ class Sweep:
         Raises:
             InputError: the folder is not empty or cannot be written.
         """
-        path = next_folder("sweep") if path is None else path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if {entry.name for entry in path.iterdir()} - _OURS:
-                raise InputError(f"{path}: neither empty nor a sweep; pass another --out")
-            with FileLock(path / _LOCK):
-                study = _open_study(path)
-                if _DEFINITION not in study.user_attrs:
-                    values = {"config": to_dict(config), "space": plain(space), "seed": seed}
-                    study.set_user_attr(_DEFINITION, values)
-        except OSError as error:
-            raise InputError(
-                f"cannot write to the folder {path}: {error.strerror}; pass another --out"
-            ) from error
+        path = new_folder(out, "sweep", {_JOURNAL, f"{_JOURNAL}.lock", _LOCK})
+        with FileLock(path / _LOCK):
+            study = _open_study(path)
+            if not study.user_attrs:
+                values = {"config": to_dict(config), "space": plain(space), "seed": seed}
+                study.set_user_attr(_DEFINITION, values)
         sweep = cls(path, study)
         sweep.check(config, space, seed)  # another process may have created it
         return sweep
@@ -122,35 +122,24 @@ class Sweep:
             return None
         with FileLock(path / _LOCK):
             study = _open_study(path)
-        # a sweep that was killed during its creation has no attributes
-        return cls(path, study) if study.user_attrs or study.trials else None
+        return cls(path, study) if study.user_attrs else None  # None: killed during its creation
 
     def check(self, config: Config, space: Space | None, seed: int | None) -> None:
-        """Refuses settings other than those of the sweep; None stands for no request.
+        """Refuses settings that differ from those of the sweep; None is not compared.
 
         Raises:
             InputError: settings differ; the message lists them.
         """
         found = differences(self.config, config)
-        if space is not None and plain(space) != plain(self.space):
+        if space is not None and space != self.space:
             found.append("the search space")
         if seed is not None and seed != self.seed:
             found.append(f"--seed: {self.seed} -> {seed}")
         if found:
             raise InputError(
                 f"{self.path}: the settings of a sweep are fixed, and these differ: "
-                f"{'; '.join(found)}; omit them, or start a new sweep with another --out"
+                f"{'; '.join(found)}; omit them, or pass another --out"
             )
-
-    @property
-    def figure(self) -> str:
-        """Name of the validation figure that ranks the trials; higher is better."""
-        return criterion(self.config.train)
-
-    @property
-    def combinations(self) -> int | None:
-        """The number of trials that exhaust the search space; None if nothing does."""
-        return grid_size(self.space)
 
     def work(
         self,
@@ -177,10 +166,13 @@ class Sweep:
         """
         reported: set[int] = set()
         while True:
+            others = busy()  # before looking at the trials, or a worker's last one could be missed
             for trial in self._drawn():
                 if trial.state.is_finished() and trial.number not in reported:
                     reported.add(trial.number)
-                    yield self._ended(trial)
+                    figures = {} if trial.value is None else {self.figure: trial.value}
+                    name = self.run_path(trial.number).name
+                    yield Ended(name, figures, self._study.user_attrs.get(name, ""))
             if stop():
                 return
             with ExitStack() as claims:
@@ -188,7 +180,7 @@ class Sweep:
                 if claim is not None:
                     yield from self._train(*claim, device, stop)
                     continue
-            if not busy():
+            if not others:
                 return
             time.sleep(_POLL_SECONDS)
 
@@ -270,11 +262,6 @@ class Sweep:
             run=str(path),
             error=self._study.user_attrs.get(path.name, ""),
         )
-
-    def _ended(self, trial: FrozenTrial) -> Ended:
-        found = self._trial(trial)
-        figures = {} if found.figure is None else {self.figure: found.figure}
-        return Ended(Path(found.run).name, figures, found.error)
 
 
 def _values(trial: FrozenTrial) -> dict[str, Any]:
