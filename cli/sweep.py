@@ -83,8 +83,7 @@ def sweep(
         options["train"] = {"select": select.value}
     over = layers(config, options, set_)
     chosen = choose_device(device)
-    resumed = _resume(out, preset, over, space, seed)
-    opened = resumed or _start(out, preset, over, space, seed)
+    opened, resumed = _open(out, preset, over, space, seed)
     total = min(trials, opened.combinations or trials)
     if not is_worker():
         few = f"; the search space has only {total} combinations" if total < trials else ""
@@ -120,45 +119,34 @@ def sweep(
         )
 
 
-def _resume(
+def _open(
     out: Path | None, preset: str | None, over: list[Any], space: Path | None, seed: int | None
-) -> "Sweep | None":
-    """The sweep in the folder `out`, if there is one.
+) -> "tuple[Sweep, bool]":
+    """The sweep in the folder `out` or a new one, and whether it existed before.
 
     Raises:
-        InputError: the requested settings differ from those of the sweep.
+        InputError: the requested settings are invalid, or differ from those of the sweep.
     """
     from spairkit.config_values import from_dict, merge, model_kind, to_dict
-    from spairkit.sweeps.search_space import load_space
-    from spairkit.sweeps.sweep import Sweep
-
-    found = Sweep.open(out) if out is not None else None
-    if found is not None:
-        kind = model_kind(merge(*over))
-        if kind not in (None, found.config.model.kind):
-            raise InputError(
-                f"{out}: the model of this sweep is {found.config.model.kind}, not {kind}"
-            )
-        asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
-        found.check(asked, load_space(space, asked) if space else None, seed)
-    return found
-
-
-def _start(
-    out: Path | None, preset: str | None, over: list[Any], space: Path | None, seed: int | None
-) -> "Sweep":
-    """A new sweep. Opens its data first, so that an error leaves no folder behind."""
     from spairkit.data.datasets import open_dataset
     from spairkit.presets import resolve
     from spairkit.sweeps.search_space import default_space, load_space
     from spairkit.sweeps.sweep import Sweep
 
-    settings = resolve(choose_preset(preset, over), *over)
-    varied = load_space(space, settings) if space else default_space(settings)
-    open_dataset(settings.data, "train")
-    if settings.train.select == "ap" and not open_dataset(settings.data, "validation").has_truth:
+    found = Sweep.open(out) if out is not None else None
+    if found is not None:
+        own, kind = found.config.model.kind, model_kind(merge(*over))
+        if kind not in (None, own):
+            raise InputError(f"{out}: the model of this sweep is {own}, not {kind}")
+        asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
+        found.check(asked, load_space(space, asked) if space else None, seed)
+        return found, True
+    config = resolve(choose_preset(preset, over), *over)
+    varied = load_space(space, config) if space else default_space(config)
+    open_dataset(config.data, "train")  # before the folder is made, in case it fails
+    if config.train.select == "ap" and not open_dataset(config.data, "validation").has_truth:
         raise InputError("--select ap needs annotations.json with the images; use --select elbo")
-    return Sweep.create(out, settings, varied, seed or 0)
+    return Sweep.create(out, config, varied, seed or 0), False
 
 
 def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:

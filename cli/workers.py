@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 WorkersOption = Annotated[
     int,
-    typer.Option("--workers", min=1, max=1024, help="Processes; several use one CPU thread each."),
+    typer.Option(
+        "--workers", min=1, max=1024, help="Processes; if several, of one CPU thread each."
+    ),
 ]
 
 _LINE_EVERY_SECONDS = 10
@@ -117,6 +119,8 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
             elif isinstance(event, Ended):
                 done += bool(event.figures or event.error)
                 bar.update(runs, completed=done)
+                if event.name == name:
+                    bar.update(current, visible=False)
                 if name:
                     failed = f"failed: {event.error}" if event.error else "stopped and saved"
                     print_line(f"{event.name}: {listed(event.figures) or failed}")

@@ -32,8 +32,7 @@ FIGURES = ("ap", "ap_spair", "count_accuracy", "count_error")
 _WARM_UP, _TIMED = 6, 6  # updates; the first ones include compilation
 _BATCH_SIZE = 32
 _POLL_SECONDS = 0.5
-_TIME_AGAIN = "delete it to time the model again"
-_EVALUATE_AGAIN = "delete it to evaluate the run again"
+_REMEDY = "delete it to measure again"
 
 
 def compare(
@@ -49,13 +48,11 @@ def compare(
         settings: those of `folder`, from `open_comparison`.
         folder: folder of the comparison.
         device: device to train and evaluate on.
-        stop: called after every update; if true, the current run is saved and work ends.
-        busy: whether other processes still work; if so, wait for them and resume their runs if
-            they die.
+        stop: see `Sweep.work`.
+        busy: see `Sweep.work`.
 
     Yields:
-        An `Ended` for each finished run, including those of other processes; for runs of this
-        process also `Started` and the events of `fit`.
+        The same events as `Sweep.work`.
 
     Raises:
         InputError: as `fit`, or a run was made with other settings.
@@ -92,15 +89,15 @@ def read_figures(run: Path) -> dict[str, float]:
         InputError: its test.json cannot be used.
     """
     path = run / "test.json"
-    values = read_json(path, _EVALUATE_AGAIN)
+    values = read_json(path, _REMEDY)
     try:
-        numbers = {name: values["overall"][name] for name in FIGURES} | {"steps": values["steps"]}
-        numbers |= {"seconds": values["seconds"]} if "seconds" in values else {}
-        if not all(math.isfinite(number) for number in numbers.values()):
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{path}: not the figures of a run; {_EVALUATE_AGAIN}") from None
-    return {name: float(number) for name, number in numbers.items()}
+        figures = {name: values["overall"][name] for name in FIGURES} | {"steps": values["steps"]}
+        figures |= {name: values[name] for name in ("seconds",) if name in values}
+        if all(math.isfinite(number) for number in figures.values()):
+            return {name: float(number) for name, number in figures.items()}
+    except (KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: not the figures of a run; {_REMEDY}")
 
 
 def _run(
@@ -117,9 +114,9 @@ def _run(
                 if stop():
                     return
                 durable.write_text(timing, f"{max(int(seconds / duration), 1)}\n")
-        steps = read_json(timing, _TIME_AGAIN)
+        steps = read_json(timing, _REMEDY)
         if type(steps) is not int or steps < 1:
-            raise InputError(f"{timing}: not a number of updates; {_TIME_AGAIN}")
+            raise InputError(f"{timing}: not a number of updates; {_REMEDY}")
     run = resume_or_create(path, config_of(settings, task, steps))
     yield Started(task.name, run.config.train.steps)
     first, last = None, None

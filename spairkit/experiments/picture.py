@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from spairkit.experiments.published import Published
 from spairkit.experiments.settings import MODELS
-from spairkit.experiments.table import Interval, Row
+from spairkit.experiments.table import Row
 from spairkit.metrics import NAMES
 from spairkit.report.curves import COLOURS, STYLE
 
@@ -28,12 +28,11 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
         figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
         axes = figure.add_subplot()
 
-        def draw(intervals: Mapping[int, Interval | Published], **style: Any) -> None:
+        def draw(intervals: Mapping[int, Published], **style: Any) -> None:
             points = list(intervals.values())
-            below = [point.mean - point.low for point in points]
-            above = [point.high - point.mean for point in points]
-            means = [point.mean for point in points]
-            axes.errorbar(list(intervals), means, yerr=[below, above], marker="o", ms=4.5, **style)
+            ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+            means = [p.mean for p in points]
+            axes.errorbar(list(intervals), means, yerr=ends, marker="o", ms=4.5, **style)
 
         for model, colour in zip(MODELS, COLOURS, strict=False):
             cells = {row.objects or 0: row.models[model] for row in rows if model in row.models}

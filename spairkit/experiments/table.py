@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from scipy import stats
@@ -22,14 +23,10 @@ _PAPER_SIZES = (48, 48, 14, 0)
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % confidence interval; all equal for a single value."""
+class Interval(Published):
+    """A mean over seeds and its 95 % confidence interval; all equal for a single seed."""
 
-    mean: float
-    low: float
-    high: float
     values: tuple[float, ...]
-    """The values behind the mean."""
 
     def __str__(self) -> str:
         half_width = f" ± {self.high - self.mean:.3f}" if len(self.values) > 1 else ""
@@ -67,18 +64,10 @@ class Row:
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values and its 95 % interval by Student's t.
-
-    Raises:
-        ValueError: there are no values.
-    """
-    if not values:
-        raise ValueError("values must hold at least one value, got none")
-    mean = math.fsum(values) / len(values)
-    half_width = 0.0
-    if (degrees := len(values) - 1) > 0:
-        variance = math.fsum((value - mean) ** 2 for value in values) / degrees
-        half_width = float(stats.t.ppf(0.975, degrees)) * math.sqrt(variance / len(values))
+    """The mean of at least one independent value and its 95 % interval by Student's t."""
+    mean, degrees = fmean(values), len(values) - 1
+    error = stdev(values) / math.sqrt(len(values)) if degrees else 0.0
+    half_width = float(stats.t.ppf(0.975, degrees)) * error if degrees else 0.0
     return Interval(mean, mean - half_width, mean + half_width, tuple(values))
 
 
@@ -101,7 +90,7 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
             cells[model] = Cell(
                 figures={name: t_interval([run[name] for run in runs]) for name in FIGURES},
                 steps=int(runs[0]["steps"]),
-                seconds=sum(seconds) / len(seconds) if seconds else None,
+                seconds=fmean(seconds) if seconds else None,
                 given_count=config_of(settings, tasks[0]).model.told,
                 published_ap_spair=FIGURE_2[model].get(objects or 0) if is_papers else None,
             )
@@ -153,7 +142,7 @@ def models_given_counts(rows: Sequence[Row]) -> str:
 
 
 def summary(settings: Settings, rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of results.json: the table, and everything needed to interpret it."""
+    """The content of results.json: the table and notes on how to read it."""
     return {
         "settings": asdict(settings),
         "budget": settings.described_budget(),

@@ -58,7 +58,7 @@ class Trial:
     number: int
     """Counted from 0; the run folder is named after it."""
     state: str
-    """complete, failed or running; a stopped trial counts as running until it is resumed."""
+    """complete, failed or running; a stopped trial is running until it is resumed."""
     values: dict[str, Any]
     """Settings by dotted config key."""
     figure: float | None
@@ -90,13 +90,9 @@ class Sweep:
 
     @classmethod
     def create(cls, out: Path | None, config: Config, space: Space, seed: int) -> "Sweep":
-        """A new sweep in the folder `out`, or in the next free `runs/sweep-N`.
+        """A new sweep in the new or empty folder `out`, or in the next free `runs/sweep-N`.
 
-        Args:
-            out: a new or empty folder.
-            config: settings that all trials share; `train.seed` is the seed of every run.
-            space: settings that the trials vary.
-            seed: seed of the drawn settings.
+        `seed` determines the drawn settings; the runs use `config.train.seed`.
 
         Raises:
             InputError: the folder is not empty or cannot be written.
