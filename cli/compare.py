@@ -119,13 +119,13 @@ def compare(
         say(f"stopped and saved; to resume: {resume_command(*words)}")
         raise typer.Exit(128 + signal)
     if not all(is_evaluated(folder / "runs" / task.name) for task in tasks):
-        say(f"other processes run the rest; for the table: {resume_command(*words)}")
+        say(f"other processes are running the rest; for the table: {resume_command(*words)}")
         return
     _conclude(settings, folder, json=json)
 
 
 def _conclude(settings: "Settings", folder: Path, *, json: bool) -> None:
-    """Writes table.txt, results.json and figure.png; prints the table or the JSON."""
+    """Writes table.txt, results.json and figure.png, and prints the table or the JSON."""
     from spairkit.experiments.picture import draw_comparison
     from spairkit.experiments.table import summary, tabulate
     from spairkit.storage.durable import write_bytes, write_text

@@ -112,10 +112,10 @@ def sweep(
         print_json(summary)
     else:
         _print_table(opened, found, summary)
-    if finished < total:
+    if finished < len(found):
         say(
-            f"{finished} of {total} trials are finished, the others are running in other "
-            f"processes; for the final table: {resume_command(*words)}"
+            f"{finished} of {total} trials are finished, and other processes are running the "
+            f"rest; for the final table: {resume_command(*words)}"
         )
 
 

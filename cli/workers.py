@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 WorkersOption = Annotated[
     int,
-    typer.Option(
-        "--workers", min=1, max=1024, help="Processes; if several, of one CPU thread each."
-    ),
+    typer.Option("--workers", min=1, max=1024, help="Processes. Several use one CPU thread each."),
 ]
 
 _LINE_EVERY_SECONDS = 10
@@ -30,7 +28,7 @@ _PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that start
 
 
 def is_worker() -> bool:
-    """Whether this process is a worker: it trains, and leaves results to its parent."""
+    """Whether this process is a worker, which trains and leaves the results to its parent."""
     return _PARENT in os.environ
 
 
@@ -61,9 +59,9 @@ def resume_command(*words: object) -> str:
 
 @contextmanager
 def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
-    """Starts workers and yields a function that tells whether one is alive; stops them at the end.
+    """Starts workers, yields a function that tells whether any is alive, and stops them at the end.
 
-    A worker that receives SIGTERM saves its run first.
+    A worker saves its run when it receives SIGTERM.
     """
     import torch
 
@@ -79,7 +77,7 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=environment,
-                    start_new_session=True,  # Ctrl-C reaches this process only, which tells them
+                    start_new_session=True,  # or Ctrl-C would reach them too
                 )
             )
         yield lambda: any(process.poll() is None for process in started)
@@ -93,7 +91,7 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
 
 
 def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
-    """Shows runs as they start, progress and end. Runs that were finished before are counted."""
+    """Shows the start, progress and end of runs; runs that finished earlier are only counted."""
     from spairkit.experiments.shared_runs import Ended, Started
     from spairkit.training.loop import Step
 

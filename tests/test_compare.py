@@ -207,7 +207,7 @@ def test_command_prints_and_writes_the_results(
 ) -> None:
     status, out, err = command(capsys, "--out", whole, "--device", "cpu")
     assert status == 0
-    assert f"comparing in {whole} on cpu: 8 runs, 3 updates per learning model" in err
+    assert f"comparing in {whole} on cpu: 8 runs, 3 updates per neural model" in err
     for text in ("SPAIR", "DAIR", "ConnComp", "±", "1 per image (0 % of"):
         assert text in out
     with Image.open(whole / "figure.png") as picture:
@@ -217,7 +217,7 @@ def test_command_prints_and_writes_the_results(
     values = json.loads(out)
     assert json.loads((whole / "results.json").read_text()) == values
     assert values.keys() >= {"comparison", "settings", "budget", "rows", "advice", "protocols"}
-    assert values["budget"] == "3 updates per learning model"
+    assert values["budget"] == "3 updates per neural model"
     assert [row["objects"] for row in values["rows"]] == [1]
     models = values["rows"][0]["models"]
     assert list(models) == ["spair", "air", "dair", "conncomp"]

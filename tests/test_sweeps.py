@@ -172,6 +172,17 @@ def test_sweep_writes_table_chart_and_options_of_the_best_trial(run: Runner) -> 
     assert {path: weights(path) for path in before} == before
 
 
+def test_sweep_reports_trials_that_other_processes_run(run: Runner) -> None:
+    sweep = create(Path("sweep"))
+    work(sweep, 1)
+    sweep._study.ask(dict(sweep.space))
+    with claimed(sweep.run_path(1)):
+        ended = run("--out", "sweep", "--trials", 2)
+    assert ended.status == 0
+    assert "1 of 2 trials are finished, and other processes are running the rest" in ended.err
+    assert "running" in ended.out
+
+
 def test_seed_determines_settings_and_figures(run: Runner) -> None:
     common = ("--config", "tiny.toml", "--trials", 2, "--json", "--quiet")
     one, other, third = (

@@ -74,9 +74,9 @@ class Settings:
         """The budget in words."""
         updates, seconds = parse_budget(self.budget)
         if seconds is not None:
-            return f"{seconds:g} s of training per learning model"
+            return f"{seconds:g} s of training per neural model"
         if updates is not None:
-            return f"{updates} updates per learning model"
+            return f"{updates} updates per neural model"
         return f"updates of the {self.preset} preset"
 
     def tasks(self) -> "list[Task]":

@@ -83,7 +83,7 @@ def plain(space: Space) -> dict[str, Any]:
 
 
 def grid_size(space: Space) -> int | None:
-    """The number of combinations; None if a setting has a range, or if there are very many."""
+    """The number of combinations; None if it exceeds 100,000 or a setting has a range."""
     sizes = [len(s.choices) for s in space.values() if isinstance(s, CategoricalDistribution)]
     size = math.prod(sizes)
     return size if len(sizes) == len(space) and size <= _MAX_GRID else None

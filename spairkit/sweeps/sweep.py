@@ -27,23 +27,10 @@ from optuna.trial import FrozenTrial, TrialState
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict, to_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.experiments.shared_runs import (
-    Ended,
-    Started,
-    claimed,
-    new_folder,
-    resume_or_create,
-)
+from spairkit.experiments.shared_runs import Ended, Started, claimed, new_folder, resume_or_create
 from spairkit.storage.runs import Run
-from spairkit.sweeps.search_space import (
-    Space,
-    decoded,
-    grid_size,
-    overridden,
-    parse,
-    plain,
-    sampler,
-)
+from spairkit.sweeps import search_space
+from spairkit.sweeps.search_space import Space
 from spairkit.training.loop import Step, Validation, criterion, fit
 
 _JOURNAL, _LOCK = "journal.log", ".lock"
@@ -82,8 +69,8 @@ class Sweep:
             raise InputError(f"{path / _JOURNAL}: not the journal of a sweep; pass another --out")
         self.seed: int = values["seed"]
         self.config = from_dict(values["config"], str(path))
-        self.space = parse(values["space"], self.config, str(path))
-        self.combinations = grid_size(self.space)
+        self.space = search_space.parse(values["space"], self.config, str(path))
+        self.combinations = search_space.grid_size(self.space)
         """The number of trials that exhaust the search space; None if nothing does."""
         self.figure = criterion(self.config.train)
         """Name of the validation figure that ranks the trials; higher is better."""
@@ -101,7 +88,11 @@ class Sweep:
         with FileLock(path / _LOCK):
             study = _open_study(path)
             if not study.user_attrs:
-                values = {"config": to_dict(config), "space": plain(space), "seed": seed}
+                values = {
+                    "config": to_dict(config),
+                    "space": search_space.plain(space),
+                    "seed": seed,
+                }
                 study.set_user_attr(_DEFINITION, values)
         sweep = cls(path, study)
         sweep.check(config, space, seed)  # another process may have created it
@@ -205,7 +196,7 @@ class Sweep:
             number = len(self._study.get_trials(deepcopy=False))
             if len(self._drawn()) >= trials or number == self.combinations:
                 return None
-            self._study.sampler = sampler(self.space, self.seed, number)
+            self._study.sampler = search_space.sampler(self.space, self.seed, number)
             self._study.ask(dict(self.space))
             self._study.sampler = RandomSampler()  # GridSampler refuses tell outside optimize
             claims.enter_context(claimed(self.run_path(number)))
@@ -217,7 +208,7 @@ class Sweep:
         """Trains a claimed trial and records its result, unless it is stopped."""
         path = self.run_path(number)
         try:
-            config = overridden(self.config, values)
+            config = search_space.overridden(self.config, values)
         except InputError as error:
             self._record(number, None, str(error))
             return
@@ -261,7 +252,7 @@ class Sweep:
 
 
 def _values(trial: FrozenTrial) -> dict[str, Any]:
-    return {key: decoded(value) for key, value in trial.params.items()}
+    return {key: search_space.decoded(value) for key, value in trial.params.items()}
 
 
 def _open_study(path: Path) -> optuna.Study:
