@@ -1,16 +1,14 @@
-"""`spairkit sweep`: many runs with settings drawn at random, and which were best."""
+"""`spairkit sweep`: train with many randomly drawn settings and rank them."""
 
 import json as json_module
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import json_text, print_json, progress_bar, results, say
+from spairkit.cli.console import json_text, print_json, results, say
 from spairkit.cli.figures import AUTHORS_RULE, called
-from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import (
     ConfigOption,
     DataOption,
@@ -26,14 +24,11 @@ from spairkit.cli.options import (
     layers,
 )
 from spairkit.cli.train import Select
+from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
-    from spairkit.sweeps.sweep import Ended, Progress, Sweep, Trial
-
-PICTURE = "sweep.png"
+    from spairkit.sweeps.sweep import Sweep, Trial
 
 
 def sweep(
@@ -46,49 +41,39 @@ def sweep(
         Path | None,
         typer.Option(
             "--space",
-            help="TOML file: for each key a list of choices, or {low = A, high = B, log = true}. "
-            "Default: the priors on position and size.",
+            help="TOML file with a list of choices or {low = A, high = B, log = true} for each "
+            "key. Default: the priors on position and size.",
         ),
     ] = None,
     trials: Annotated[
-        int, typer.Option("--trials", min=1, max=100_000, help="Runs to complete in all.")
+        int, typer.Option("--trials", min=1, max=100_000, help="Trials in total.")
     ] = 20,
-    workers: Annotated[
-        int,
-        typer.Option("--workers", min=1, max=1024, help="Processes, of one CPU thread if several."),
-    ] = 1,
+    workers: WorkersOption = 1,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The sweep's folder, new or begun, else ./runs/sweep-N."),
-    ] = None,
-    storage: Annotated[
-        str | None,
         typer.Option(
-            "--storage",
-            metavar="URL",
-            help="SQL database for machines that share no folder, as "
-            "postgresql://user@host/name. Default: a journal file in --out.",
+            "--out", help="Folder of the sweep, new or to resume. Default: ./runs/sweep-N."
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Of the settings drawn. Default: 0.")
+        int | None, typer.Option("--seed", min=0, help="Seed of the drawn settings. Default: 0.")
     ] = None,
     select: Annotated[
         Select | None,
         typer.Option(
             "--select",
-            help="Best is the highest validation ELBO (elbo, the default, without labels) or AP "
-            f"paper (ap, with labels): {AUTHORS_RULE}.",
+            help="Rank by validation ELBO (elbo, the default, without labels) or AP paper (ap, "
+            f"with labels): {AUTHORS_RULE}.",
         ),
     ] = None,
     device: DeviceOption = Device.AUTO,
-    json: JsonOption = False,
+    as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train many times with settings drawn at random, and say which were best.
+    """Train with many randomly drawn settings and rank them.
 
-    The same command goes on with its folder, and helps it from another terminal or machine.
-    Ctrl-C saves the trial in progress.
+    Ctrl-C saves the current trial. Run the same command with --out to resume, or to add a
+    process from another terminal or a machine that shares the folder.
     """
     from spairkit.data.datasets import data_settings
 
@@ -98,171 +83,107 @@ def sweep(
     if select:
         options["train"] = {"select": select.value}
     over = layers(config, options, set_)
-    if storage is not None and out is None:
-        raise InputError("--storage needs --out: its name is that of the sweep in the database")
     chosen = choose_device(device)
-    begun = _begun(out, storage, preset, over, space, seed)
-    opened = begun or _begin(out, storage, preset, over, space, seed)
-    say(
-        f"{'going on with' if begun else 'sweeping in'} {opened.path} on {chosen.type}: "
-        f"{trials} trials, compared by validation {called(opened.figure)}"
+    opened, resumed = _open(out, preset, over, space, seed)
+    total = min(trials, opened.combinations or trials)
+    if not is_worker():
+        few = f"; the search space has only {total} combinations" if total < trials else ""
+        say(
+            f"{'resuming' if resumed else 'starting'} {opened.path} on {chosen.type}: {total} "
+            f"trials, ranked by validation {called(opened.figure)}{few}"
+        )
+    words = ["sweep", "--out", str(opened.path), "--trials", str(trials)]
+    signal = run_shared(
+        lambda stop, busy: opened.work(total, chosen, stop, busy),
+        total,
+        workers,
+        words,
+        device,
+        quiet=quiet,
     )
-    with Interrupts() as interrupts:
-        _work(opened, trials, workers, chosen, lambda: interrupts.number is not None, quiet=quiet)
+    if is_worker():
+        return
     found = opened.trials()
     summary = _write(opened, found)
-    done = sum(trial.state in ("complete", "failed") for trial in found)
-    words = f"--out {shlex.quote(str(opened.path))}"
-    if storage is not None:
-        words += " --storage URL"
-    go_on = f"spairkit sweep {words} --trials {trials}"
-    if interrupts.number is not None:
-        say(f"stopped with {done} of {trials} trials done; go on with: {go_on}")
-        raise typer.Exit(128 + interrupts.number)
-    if json:
+    finished = sum(trial.state != "running" for trial in found)
+    if signal is not None:
+        say(f"stopped after {finished} of {total} trials; to resume: {resume_command(*words)}")
+        raise typer.Exit(128 + signal)
+    if as_json:
         print_json(summary)
     else:
         _print_table(opened, found, summary)
-    if done < trials:
-        running = sum(trial.state == "running" for trial in found)
-        where = f"{running} run in other processes" if running else "their processes have died"
-        say(f"{done} of {trials} trials are done, {where}; go on with: {go_on}")
-        raise typer.Exit(0 if running else 1)
+    if finished < len(found):
+        say(
+            f"{finished} of {total} trials are finished, and other processes are running the "
+            f"rest; for the final table: {resume_command(*words)}"
+        )
 
 
-def _begun(
-    out: Path | None,
-    storage: str | None,
-    preset: str | None,
-    over: list[Any],
-    space: Path | None,
-    seed: int | None,
-) -> "Sweep | None":
-    """The sweep that is in the folder or the database already; what is asked for must be its own.
+def _open(
+    out: Path | None, preset: str | None, over: list[Any], space: Path | None, seed: int | None
+) -> "tuple[Sweep, bool]":
+    """The sweep in the folder `out` or a new one, and whether it existed before.
 
     Raises:
-        InputError: it is not.
+        InputError: the requested settings are invalid, or differ from those of the sweep.
     """
     from spairkit.config_values import from_dict, merge, model_kind, to_dict
-    from spairkit.sweeps.search_space import load_space
-    from spairkit.sweeps.sweep import Sweep
-
-    found = Sweep.find(out, storage) if out is not None else None
-    if found is not None:
-        own = found.definition.config
-        kind = model_kind(merge(*over))
-        if kind not in (None, own.model.kind):
-            raise InputError(f"{found.path}: its model is {own.model.kind}, not {kind}")
-        asked = from_dict(merge(to_dict(own), *over, {"preset": preset} if preset else {}))
-        found.check(asked, load_space(space, asked) if space else None, seed)
-    return found
-
-
-def _begin(
-    out: Path | None,
-    storage: str | None,
-    preset: str | None,
-    over: list[Any],
-    space: Path | None,
-    seed: int | None,
-) -> "Sweep":
     from spairkit.data.datasets import open_dataset
     from spairkit.presets import resolve
     from spairkit.sweeps.search_space import default_space, load_space
-    from spairkit.sweeps.study import Definition
     from spairkit.sweeps.sweep import Sweep
 
-    settings = resolve(choose_preset(preset, over), *over)
-    tried = load_space(space, settings) if space else default_space(settings)
-    # what is wrong with the data shows before a folder is made
-    open_dataset(settings.data, "train")
-    if settings.train.select == "ap" and not open_dataset(settings.data, "validation").has_truth:
+    found = Sweep.open(out) if out is not None else None
+    if found is not None:
+        own, kind = found.config.model.kind, model_kind(merge(*over))
+        if kind not in (None, own):
+            raise InputError(f"{out}: the model of this sweep is {own}, not {kind}")
+        asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
+        found.check(asked, load_space(space, asked) if space else None, seed)
+        return found, True
+    config = resolve(choose_preset(preset, over), *over)
+    varied = load_space(space, config) if space else default_space(config)
+    open_dataset(config.data, "train")  # before the folder is made, in case it fails
+    if config.train.select == "ap" and not open_dataset(config.data, "validation").has_truth:
         raise InputError("--select ap needs annotations.json with the images; use --select elbo")
-    return Sweep.create(out, storage, Definition(settings, tried, seed or 0))
-
-
-def _work(
-    sweep: "Sweep",
-    trials: int,
-    workers: int,
-    device: "torch.device",
-    stop: Callable[[], bool],
-    *,
-    quiet: bool,
-) -> None:
-    """Shows what happens while the trials are made."""
-    from spairkit.sweeps.processes import work_in_processes
-    from spairkit.sweeps.sweep import Ended, Progress
-
-    with progress_bar(quiet=quiet) as bar:
-        tasks: dict[int, Any] = {}
-
-        def show(event: "Progress | Ended | int") -> None:
-            if isinstance(event, Progress):
-                if event.trial not in tasks:
-                    name = f"trial {event.trial}"
-                    tasks[event.trial] = bar.add_task(name, total=event.steps, note="")
-                bar.update(tasks[event.trial], completed=event.step)
-                return
-            if isinstance(event, Ended) and event.trial in tasks:
-                bar.remove_task(tasks.pop(event.trial))
-            if not quiet:
-                bar.console.print(_told(event, sweep.figure), soft_wrap=True)
-
-        if workers == 1:
-            sweep.work(trials, device, stop, show)
-            return
-        for event in work_in_processes(sweep, trials, device, workers, stop):
-            show(event)
-
-
-def _told(event: "Ended | int", figure: str) -> str:
-    if isinstance(event, int):
-        return f"a process has died (status {event}); its trial will be gone on with"
-    if event.error:
-        return f"trial {event.trial}: failed: {event.error}"
-    if event.figure is None:
-        return f"trial {event.trial}: stopped and saved"
-    return f"trial {event.trial}: {called(figure)} {event.figure:.4f}"
+    return Sweep.create(out, config, varied, seed or 0), False
 
 
 def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
-    """The results as JSON and as a picture in the sweep's folder; gives those for JSON."""
+    """Writes sweep.json and sweep.png to the sweep's folder; returns the content of sweep.json."""
     from dataclasses import asdict
 
     from spairkit.report.trials import trials_chart
     from spairkit.storage.durable import write_bytes, write_text
-    from spairkit.sweeps.search_space import Range, as_word
-    from spairkit.sweeps.sweep import RESULTS
+    from spairkit.sweeps.search_space import as_word, plain
 
-    complete = [(trial, trial.figure) for trial in trials if trial.figure is not None]
-    space = sweep.definition.space.settings
-    picture = trials_chart(
-        [trial.values for trial, _ in complete],
-        [figure for _, figure in complete],
-        called(sweep.figure),
-        frozenset(key for key, s in space.items() if isinstance(s, Range) and s.log),
-    )
-    if picture:
-        write_bytes(sweep.path / PICTURE, picture)
-    best = complete[0][0] if complete else None
-    summary = {
+    complete = [(trial.values, trial.figure) for trial in trials if trial.figure is not None]
+    space = plain(sweep.space)
+    log = {key for key, values in space.items() if isinstance(values, dict) and values["log"]}
+    chart = trials_chart(complete, called(sweep.figure), log)
+    path = sweep.path / "sweep.png"
+    if chart:
+        write_bytes(path, chart)
+    best = trials[0] if complete else None
+    summary: dict[str, Any] = {
         "sweep": str(sweep.path),
         "figure": sweep.figure,
-        "seed": sweep.definition.seed,
-        "space": sweep.definition.space.to_dict(),
-        "picture": str(sweep.path / PICTURE) if picture else None,
+        "seed": sweep.seed,
+        "space": space,
+        "chart": str(path) if chart else None,
         "trials": [asdict(trial) for trial in trials],
-        "best": {
+        "best": None,
+    }
+    if best:
+        words = [as_word(key, value) for key, value in best.values.items()]
+        summary["best"] = {
             "trial": best.number,
             "figure": best.figure,
-            "set": [as_word(key, value) for key, value in best.values.items()],
+            "set": words,
             "run": best.run,
         }
-        if best
-        else None,
-    }
-    write_text(sweep.path / RESULTS, f"{json_text(summary)}\n")
+    write_text(sweep.path / "sweep.json", f"{json_text(summary)}\n")
     return summary
 
 
@@ -270,27 +191,28 @@ def _print_table(sweep: "Sweep", trials: "list[Trial]", summary: dict[str, Any])
     from rich import box
     from rich.table import Table
 
-    keys = list(sweep.definition.space.settings)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("trial", called(sweep.figure), "steps", *(key.partition(".")[2] for key in keys)):
+    keys = [key.partition(".")[2] for key in sweep.space]
+    for name in ("trial", called(sweep.figure), "steps", *keys):
         table.add_column(name, justify="right")
     for trial in trials:
         table.add_row(
             str(trial.number),
             trial.state if trial.figure is None else f"{trial.figure:.4f}",
             "" if trial.steps is None else str(trial.steps),
-            *(_cell(trial.values[key]) for key in keys),
+            *(_cell(trial.values[key]) for key in sweep.space),
         )
     console = results()
     console.print(table)
-    if summary["picture"]:
-        console.print(f"picture: {summary['picture']}", soft_wrap=True)
-    best = summary["best"]
-    if best:
+    if summary["chart"]:
+        console.print(f"chart: {summary['chart']}", soft_wrap=True)
+    if best := summary["best"]:
         words = " ".join(f"--set {shlex.quote(word)}" for word in best["set"])
         console.print(f"best: {words}", soft_wrap=True)
         console.print(f"run: {best['run']}", soft_wrap=True)
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
     return value if isinstance(value, str) else json_module.dumps(value)

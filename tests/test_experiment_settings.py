@@ -1,34 +1,25 @@
-"""What a comparison's settings make of a budget, and of the recipe of each model."""
+"""Settings of a comparison: budgets, and the config of each model."""
 
 import pytest
 
 from spairkit.config_values import differences
-from spairkit.errors import InputError
-from spairkit.experiments.settings import Task, config_of, parse_budget, settings_from
+from spairkit.experiments.settings import Settings, Task, config_of, parse_budget
 from spairkit.presets import resolve
 
 
-def test_budgets() -> None:
-    assert parse_budget("2000") == {"budget_updates": 2000}
-    assert parse_budget("90s") == {"budget_seconds": 90.0}
-    assert parse_budget("3m") == {"budget_seconds": 180.0}
-    assert parse_budget("1.5h") == {"budget_seconds": 5400.0}
+def test_budget_is_updates_or_time() -> None:
+    assert parse_budget(None) == (None, None)
+    assert parse_budget("2000") == (2000, None)
+    assert parse_budget("90s") == (None, 90.0)
+    assert parse_budget("3m") == (None, 180.0)
+    assert parse_budget("1.5h") == (None, 5400.0)
     for wrong in ("", "m", "0", "-3m", "3 days", "nan", "infm", "2.5", "1e9h"):
-        with pytest.raises(InputError, match=r"--budget .*: write updates, as 2000, or time"):
+        with pytest.raises(ValueError, match=r"--budget .*: write updates, as 2000, or time"):
             parse_budget(wrong)
 
 
-def test_every_model_sees_the_same_images_and_a_schedule_of_its_budget() -> None:
-    values = {
-        "models": ["spair", "air", "dair", "conncomp"],
-        "objects": [2],
-        "seeds": 2,
-        "preset": "quick",
-        "budget_updates": 500,
-        "data": {},
-        "over": {},
-    }
-    chosen = settings_from(values, "test")
+def test_models_share_images_and_scale_schedules_to_the_budget() -> None:
+    chosen = Settings(objects=(2,), seeds=2, budget="500")
     quick = resolve("quick", {"data": {"min_objects": 2, "max_objects": 2}})
     for model in chosen.models:
         config = config_of(chosen, Task(model, 2, 1), 500)

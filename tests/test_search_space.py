@@ -1,10 +1,11 @@
-"""Search spaces: draws against counting, and what a file of them may hold."""
+"""Search spaces: the distribution of draws, and the validation of --space files."""
 
 import math
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import optuna
 import pytest
 
 from spairkit.config import AIRConfig, Config
@@ -12,32 +13,56 @@ from spairkit.config_values import assignments, to_dict
 from spairkit.errors import InputError
 from spairkit.presets import resolve
 from spairkit.sweeps import search_space
-from spairkit.sweeps.search_space import as_word, default_space, laid_over, load_space, parse
+from spairkit.sweeps.search_space import (
+    Space,
+    as_word,
+    decoded,
+    default_space,
+    grid_size,
+    load_space,
+    overridden,
+    parse,
+    plain,
+    sampler,
+)
 
 QUICK = resolve("quick")
 
 
-def space_of(**settings: Any) -> Any:
+def space_of(**settings: Any) -> Space:
     return parse({"model": settings}, QUICK, "here")
 
 
-def test_a_grid_gives_every_combination_once_before_any_twice() -> None:
+def draw(space: Space, seed: int, numbers: range) -> list[dict[str, Any]]:
+    """The settings of these trials, drawn as a sweep draws them."""
+    study = optuna.create_study()
+    found = []
+    for number in range(numbers.stop):
+        study.sampler = sampler(space, seed, number)
+        params = study.ask(dict(space)).params
+        if number in numbers:
+            found.append({key: decoded(value) for key, value in params.items()})
+    return found
+
+
+def test_grid_is_drawn_without_replacement() -> None:
     space = space_of(what=[4, 8, 16], activation=["relu", "celu"], lateral=[True, False])
-    draws = [tuple(space.draw(3, number).items()) for number in range(24)]
-    assert len(set(draws[:12])) == len(set(draws[12:])) == 12
-    assert draws[:12] != draws[12:]
-    assert draws == [tuple(space.draw(3, number).items()) for number in range(24)]
-    assert draws[:12] != [tuple(space.draw(4, number).items()) for number in range(12)]
+    assert grid_size(space) == 12
+    draws = draw(space, 3, range(12))
+    assert len({tuple(values.items()) for values in draws}) == 12
+    assert draws == draw(space, 3, range(12))
+    assert draws != draw(space, 4, range(12))
 
 
-def test_ranges_are_even_and_keep_their_ends() -> None:
+def test_ranges_are_drawn_evenly() -> None:
     space = space_of(
         beta={"low": 0.1, "high": 10.0, "log": True},
         colour_scale={"low": 1, "high": 3},
         what={"low": 2, "high": 4},
         background=["black", "mode"],
     )
-    draws = [space.draw(0, number) for number in range(400)]
+    assert grid_size(space) is None
+    draws = draw(space, 0, range(400))
     for key, low, high, middle in (("beta", 0.1, 10, 1), ("colour_scale", 1, 3, 2)):
         values = [draw[f"model.{key}"] for draw in draws]
         assert low <= min(values) < max(values) <= high
@@ -47,51 +72,52 @@ def test_ranges_are_even_and_keep_their_ends() -> None:
     for value in (2, 3, 4):
         assert whole.count(value) == pytest.approx(400 / 3, rel=0.3)
     assert {draw["model.background"] for draw in draws} == {"black", "mode"}
-    assert draws[7] == space.draw(0, 7)
-    assert draws[7] != space.draw(1, 7)
+    assert draws[7] != draws[8]
+    assert draws[7] == draw(space, 0, range(7, 8))[0]
+    assert draws[7] != draw(space, 1, range(7, 8))[0]
 
 
 @pytest.mark.parametrize(
     ("config", "size", "position"),
     [(Config(), "size", "position"), (Config(model=AIRConfig(kind="dair")), "scale", "shift")],
 )
-def test_the_default_is_the_grid_of_the_supplement(
+def test_default_space_is_the_grid_of_the_supplement(
     config: Config, size: str, position: str
 ) -> None:
-    settings = default_space(config).to_dict()
+    settings = plain(default_space(config))
     shares = [1 / (1 + math.exp(-mean)) for mean in settings[f"model.{size}_prior_mean"]]
     assert shares == pytest.approx([0.05, 0.1, 0.2, 0.4], rel=1e-4)
     assert settings[f"model.{size}_prior_std"] == [0.25, 0.5, 0.75, 1.0]
     assert settings[f"model.{position}_prior_std"] == [0.5, 1.0, 2.0]
 
 
-def test_a_model_without_such_priors_has_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_model_kind_has_no_default_space(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(search_space._DEFAULTS, "spair")
-    with pytest.raises(InputError, match="kind 'spair' has no search space of its own"):
+    with pytest.raises(InputError, match="kind 'spair' has no default search space"):
         default_space(Config())
 
 
-def test_what_is_drawn_fits_into_words_and_a_config() -> None:
+def test_drawn_values_survive_set_options_and_config() -> None:
     space = space_of(
         encoder_hidden=[[8], [16, 8]], activation=["relu"], beta={"low": 1e-6, "high": 2e-6}
     )
-    draw = space.draw(0, 1)
-    words = assignments(as_word(key, value) for key, value in draw.items())
-    assert words["model"] == {key.partition(".")[2]: value for key, value in draw.items()}
-    changed = to_dict(laid_over(QUICK, draw))
+    [values] = draw(space, 0, range(1, 2))
+    words = assignments(as_word(key, value) for key, value in values.items())
+    assert words["model"] == {key.partition(".")[2]: value for key, value in values.items()}
+    changed = to_dict(overridden(QUICK, values))
     assert {key: changed["model"][key] for key in words["model"]} == words["model"]
-    assert parse(space.to_dict(), QUICK, "again").to_dict() == space.to_dict()
+    assert parse(plain(space), QUICK, "again") == space
 
 
-def test_a_file_may_have_tables_or_dotted_keys(tmp_path: Path) -> None:
+def test_space_file_takes_tables_and_dotted_keys(tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text(
         'model.beta = [1.0, 2.0]\n"model.what" = {low = 2, high = 9}\n[train]\nseed = [0, 1]\n'
     )
-    assert set(load_space(file, QUICK).settings) == {"model.beta", "model.what", "train.seed"}
+    assert set(load_space(file, QUICK)) == {"model.beta", "model.what", "train.seed"}
 
 
-def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text(
         "[data]\nmax_objects = [1, 2]\n"
@@ -104,9 +130,9 @@ def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
         load_space(file, QUICK)
     message = str(caught.value)
     for part in (
-        "data.max_objects: not a setting of model or train",
-        "train.select: not a setting",
-        "model.kind: not a setting",
+        "data.max_objects: not a model or train setting",
+        "train.select: not a model or train setting",
+        "model.kind: not a model or train setting",
         "train.steps: must be 1 to 1000 different choices",
         "train.seed: must be 1 to 1000 different choices",
         "train.learning_rate: input should be greater than 0 (got -1.0)",
@@ -125,7 +151,7 @@ def test_a_file_tells_all_its_mistakes_at_once(tmp_path: Path) -> None:
     ("text", "message"),
     [("", "empty; write for example"), ("= 3", "not TOML"), (None, "no such file")],
 )
-def test_what_is_no_space_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_unusable_space_file_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     file = tmp_path / "space.toml"
     if text is not None:
         file.write_text(text)

@@ -1,15 +1,17 @@
-"""Sweeps of real, tiny runs: what they leave, and what survives stops, kills and bad words."""
+"""Sweeps of real, tiny runs: results, resumption after stops and kills, and error messages."""
 
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import torch
 
@@ -17,13 +19,12 @@ from spairkit.cli.main import main
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict
 from spairkit.errors import DivergedError, InputError
+from spairkit.experiments.shared_runs import Ended, Started, claimed
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.sweeps import sweep as sweeps
-from spairkit.sweeps.processes import work_in_processes
 from spairkit.sweeps.search_space import parse
-from spairkit.sweeps.study import Definition
-from spairkit.sweeps.sweep import Ended, Progress, Sweep
+from spairkit.sweeps.sweep import Sweep
 from spairkit.training.loop import fit
 
 CPU = torch.device("cpu")
@@ -52,15 +53,15 @@ threads = 1
 
 
 @dataclass(frozen=True)
-class Told:
-    """How a command ended."""
+class Result:
+    """Exit status and output of a command."""
 
     status: Any
     out: str
     err: str
 
 
-Runner = Callable[..., Told]
+Runner = Callable[..., Result]
 
 
 @pytest.fixture
@@ -71,32 +72,36 @@ def run(
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
 
-    def run_command(*arguments: object) -> Told:
+    def run_command(*arguments: object) -> Result:
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main(["sweep", *(str(argument) for argument in arguments)])
         captured = capsys.readouterr()
-        return Told(ended.value.code, captured.out, captured.err)
+        return Result(ended.value.code, captured.out, captured.err)
 
     return run_command
 
 
-def definition(**train: Any) -> Definition:
-    import tomllib
-
+def create(path: Path, **train: Any) -> Sweep:
     values = tomllib.loads(TINY)
     values["train"] |= train
     config = from_dict(values)
-    space = parse(
-        {"model": {"beta": [0.5, 1.0, 2.0], "position_prior_std": [0.5, 1.0]}}, config, ""
-    )
-    return Definition(config, space, 5)
+    varied = {"model": {"beta": [0.5, 1.0, 2.0], "position_prior_std": [0.5, 1.0]}}
+    return Sweep.create(path, config, parse(varied, config, ""), 5)
 
 
 def work(sweep: Sweep, trials: int, stop: Callable[[], bool] = lambda: False) -> list[Any]:
-    told: list[Any] = []
-    sweep.work(trials, CPU, stop, told.append)
-    return told
+    return [e for e in sweep.work(trials, CPU, stop) if isinstance(e, Started | Ended)]
+
+
+def reopened(sweep: Sweep) -> Sweep:
+    found = Sweep.open(sweep.path)
+    assert found is not None
+    return found
+
+
+def states(sweep: Sweep) -> list[tuple[int, str]]:
+    return sorted((trial.number, trial.state) for trial in sweep.trials())
 
 
 def weights(run: Path) -> bytes:
@@ -107,14 +112,36 @@ def figures(run: Path) -> list[float]:
     return [r["elbo"] for r in Run.open(run).metrics() if r["kind"] == "validation"]
 
 
-def test_a_sweep_ends_with_a_table_a_picture_and_words_to_paste(run: Runner) -> None:
+def spairkit(*words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "spairkit", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], done: Callable[[], object]) -> None:
+    while not done():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def trainer_of(run: Path) -> int:
+    """The process that trains in a run; 0 if there is none yet."""
+    owner = run / ".owner"
+    return int(owner.read_text().split()[1]) if owner.is_file() else 0
+
+
+def test_sweep_writes_table_chart_and_options_of_the_best_trial(run: Runner) -> None:
     ended = run("--config", "tiny.toml", "--trials", 3, "--device", "cpu")
     assert ended.status == 0, ended.err
     folder = Path("runs/sweep-1")
-    assert "sweeping in runs/sweep-1 on cpu: 3 trials, compared by validation elbo" in ended.err
+    assert "starting runs/sweep-1 on cpu: 3 trials, ranked by validation elbo" in ended.err
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((folder / "sweep.json").read_text())
-    assert set(results) == {"sweep", "figure", "seed", "space", "picture", "trials", "best"}
+    assert set(results) == {"sweep", "figure", "seed", "space", "chart", "trials", "best"}
     assert [trial["state"] for trial in results["trials"]] == ["complete"] * 3
     found = [trial["figure"] for trial in results["trials"]]
     assert found == sorted(found, reverse=True)
@@ -130,6 +157,7 @@ def test_a_sweep_ends_with_a_table_a_picture_and_words_to_paste(run: Runner) -> 
             assert getattr(config.model, key.removeprefix("model.")) == value
         for line in differences(base, config):
             assert line.split(":")[0] in results["space"]
+        assert f"{path.name}: elbo {trial['figure']:.3f}" in ended.err
     best = results["best"]
     assert best["trial"] == results["trials"][0]["number"]
     words, path_line = ended.out.splitlines()[-2:]
@@ -137,14 +165,25 @@ def test_a_sweep_ends_with_a_table_a_picture_and_words_to_paste(run: Runner) -> 
     assert path_line == f"run: {best['run']}"
 
     before = {path: weights(path) for path in folder.glob("trial-*")}
-    told = run("--out", folder, "--trials", 4, "--json")
-    assert told.status == 0
-    assert "going on with runs/sweep-1" in told.err
-    assert len(json.loads(told.out)["trials"]) == 4
+    again = run("--out", folder, "--trials", 4, "--json")
+    assert again.status == 0
+    assert "resuming runs/sweep-1" in again.err
+    assert len(json.loads(again.out)["trials"]) == 4
     assert {path: weights(path) for path in before} == before
 
 
-def test_a_seed_gives_the_same_settings_and_figures(run: Runner) -> None:
+def test_sweep_reports_trials_that_other_processes_run(run: Runner) -> None:
+    sweep = create(Path("sweep"))
+    work(sweep, 1)
+    sweep._study.ask(dict(sweep.space))
+    with claimed(sweep.run_path(1)):
+        ended = run("--out", "sweep", "--trials", 2)
+    assert ended.status == 0
+    assert "1 of 2 trials are finished, and other processes are running the rest" in ended.err
+    assert "running" in ended.out
+
+
+def test_seed_determines_settings_and_figures(run: Runner) -> None:
     common = ("--config", "tiny.toml", "--trials", 2, "--json", "--quiet")
     one, other, third = (
         json.loads(run(*common, "--seed", seed).out)["trials"] for seed in (1, 1, 2)
@@ -154,19 +193,26 @@ def test_a_seed_gives_the_same_settings_and_figures(run: Runner) -> None:
     assert [t["values"] for t in one] != [t["values"] for t in third]
 
 
-def test_a_stopped_trial_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    whole = Sweep.create(tmp_path / "whole", None, definition())
+def test_sweep_ends_when_all_combinations_are_tried(run: Runner) -> None:
+    Path("space.toml").write_text("model.beta = [1.0, 2.0]\n")
+    ended = run("--config", "tiny.toml", "--space", "space.toml", "--trials", 9, "--json")
+    assert ended.status == 0
+    assert "2 trials, ranked by validation elbo; the search space has only 2" in ended.err
+    tried = [trial["values"]["model.beta"] for trial in json.loads(ended.out)["trials"]]
+    assert sorted(tried) == [1.0, 2.0]
+
+
+def test_stopped_trial_resumes_bit_identically(tmp_path: Path) -> None:
+    whole = create(tmp_path / "whole")
     work(whole, 2)
-    sweep = Sweep.create(tmp_path / "stopped", None, definition())
-    asked = iter(range(100))
-    told = work(sweep, 2, stop=lambda: next(asked) >= 4)
-    assert told[-1] == Ended(0, None)
-    assert sweep.trials() == []
+    sweep = create(tmp_path / "stopped")
+    calls = iter(range(100))
+    assert work(sweep, 2, stop=lambda: next(calls) >= 4)[-1] == Ended("trial-0000")
+    assert states(sweep) == [(0, "running")]
     assert load_checkpoint(sweep.run_path(0) / "last").step < 6
-    again = Sweep.find(sweep.path, None)
-    assert again is not None
-    told = work(again, 2)
-    assert [event.trial for event in told if isinstance(event, Ended)] == [0, 1]
+    again = reopened(sweep)
+    started = [event.name for event in work(again, 2) if isinstance(event, Started)]
+    assert started == ["trial-0000", "trial-0001"]
     assert [(t.number, t.figure) for t in again.trials()] == [
         (t.number, t.figure) for t in whole.trials()
     ]
@@ -174,61 +220,90 @@ def test_a_stopped_trial_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert weights(again.run_path(number)) == weights(whole.run_path(number))
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_and_prints_resume_command(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted_fit(*arguments: Any) -> Iterator[Any]:
         for event in fit(*arguments):
             signal.raise_signal(signal.SIGINT)
             yield event
 
     monkeypatch.setattr(sweeps, "fit", interrupted_fit)
-    told = run("--config", "tiny.toml", "--trials", 2)
-    assert told.status == 130
-    assert "trial 0: stopped and saved" in told.err
-    assert "go on with: spairkit sweep --out runs/sweep-1 --trials 2" in told.err
+    ended = run("--config", "tiny.toml", "--trials", 2)
+    assert ended.status == 130
+    assert "trial-0000: stopped and saved" in ended.err
+    assert "to resume: spairkit sweep --out runs/sweep-1 --trials 2" in ended.err
     assert load_checkpoint(Path("runs/sweep-1/trial-0000/last")).step == 1
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_nothing_but_its_time(tmp_path: Path) -> None:
-    sweep = Sweep.create(tmp_path / "sweep", None, definition(steps=60, validation_every=10))
-    killed: list[int] = []
-    exits: list[int] = []
-    for event in work_in_processes(sweep, 3, CPU, 2, lambda: False):
-        if isinstance(event, int):
-            exits.append(event)
-        elif isinstance(event, Progress) and not killed:
-            owner = (sweep.run_path(event.trial) / ".owner").read_text()
-            os.kill(int(owner.split()[1]), signal.SIGKILL)
-            killed.append(event.trial)
-    assert exits == [-signal.SIGKILL]
-    trials = sweep.trials()
-    assert sorted(trial.number for trial in trials) == [0, 1, 2]
-    assert {(trial.state, trial.steps) for trial in trials} == {("complete", 60)}
-    assert len(figures(sweep.run_path(killed[0]))) == 6
+def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> None:
+    out = Path("sweep").resolve()
+    sets = ("--set", "train.steps=60", "--set", "train.validation_every=10")
+    words = ("--config", "tiny.toml", *sets, "--out", out, "--trials", 3, "--workers", 2)
+    with spairkit("sweep", *words, "--device", "cpu", "--json") as process:
+
+        def trainer_of_worker() -> tuple[Path, int]:
+            for path in out.glob("trial-*"):
+                if trainer_of(path) not in (0, process.pid) and (path / "last").exists():
+                    return path, trainer_of(path)
+            return out, 0
+
+        wait_for(process, lambda: trainer_of_worker()[1])
+        killed, pid = trainer_of_worker()
+        os.kill(pid, signal.SIGKILL)
+        printed, said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert f"worker process {pid} ended with status -9" in said
+    trials = json.loads(printed)["trials"]
+    assert sorted(trial["number"] for trial in trials) == [0, 1, 2]
+    assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 60)}
+    assert len(figures(killed)) == 6
 
 
-def test_a_trial_whose_process_is_gone_is_made_by_another(tmp_path: Path) -> None:
-    sweep = Sweep.create(tmp_path / "sweep", None, definition())
-    study = optuna.load_study(
-        study_name="sweep",
-        storage=optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(tmp_path / "sweep" / "journal.log"))
-        ),
-    )
-    study.ask()  # and nobody holds its run
-    (sweep.run_path(0)).mkdir()  # killed as it was made
-    work(sweep, 2)
-    assert [(t.number, t.state) for t in sorted(sweep.trials(), key=lambda t: t.number)] == [
-        (0, "complete"),
-        (1, "complete"),
-    ]
-    study.ask()
-    with Run.create(tmp_path / "sweep" / "trial-0003", definition().config).lock():
-        assert work(sweep, 3) == []  # it runs elsewhere
-        assert [t.state for t in sweep.trials()] == ["complete", "complete", "running"]
+@pytest.mark.slow
+def test_workers_end_with_their_parent_and_lose_nothing(run: Runner) -> None:
+    out = Path("sweep").resolve()
+    words = ("--config", "tiny.toml", "--set", "train.steps=5000", "--out", out, "--workers", 2)
+    with spairkit("sweep", *words) as process:
+        wait_for(process, lambda: len(list(out.glob("trial-*/last"))) == 2)
+        process.kill()
+    runs = sorted(out.glob("trial-*"))
+    deadline = time.monotonic() + 60
+    for path in runs:
+        while True:
+            with claimed(path) as mine:
+                if mine:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    sweep = Sweep.open(out)
+    assert sweep is not None
+    assert states(sweep) == [(0, "running"), (1, "running")]
+    steps = sweep.trials()[0].steps
+    calls = iter(range(100))
+    assert work(sweep, 2, stop=lambda: next(calls) > 0)[0].name == "trial-0000"
+    assert steps is not None
+    assert sweep.trials()[0].steps == steps + 1
 
 
-def test_a_trial_that_diverges_counts_and_is_not_repeated(
+def test_abandoned_trial_is_resumed_and_a_claimed_one_is_left_alone(tmp_path: Path) -> None:
+    sweep = create(tmp_path / "sweep")
+    study = sweep._study
+    study.ask(dict(sweep.space))  # killed before its run was complete
+    sweep.run_path(0).mkdir()
+    work(sweep, 1)
+    assert states(sweep) == [(0, "complete")]
+    study.ask()  # killed before its settings were complete
+    study.ask(dict(sweep.space))
+    with claimed(sweep.run_path(2)):
+        assert not [e for e in work(sweep, 2) if isinstance(e, Started)]
+        assert states(sweep) == [(0, "complete"), (2, "running")]
+    work(reopened(sweep), 3)
+    assert states(sweep) == [(0, "complete"), (2, "complete"), (3, "complete")]
+
+
+def test_diverged_trial_counts_and_is_not_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverging_fit(config: Config, run: Run, *rest: Any) -> Iterator[Any]:
@@ -237,113 +312,78 @@ def test_a_trial_that_diverges_counts_and_is_not_repeated(
         yield from fit(config, run, *rest)
 
     monkeypatch.setattr(sweeps, "fit", diverging_fit)
-    sweep = Sweep.create(tmp_path / "sweep", None, definition())
-    told = work(sweep, 3)
-    assert Ended(1, None, "the losses were not finite") in told
-    assert [(t.number, t.state) for t in sweep.trials()][-1] == (1, "failed")
-    assert len(sweep.trials()) == 3
-    assert work(sweep, 3) == []
+    sweep = create(tmp_path / "sweep")
+    assert Ended("trial-0001", {}, "the losses were not finite") in work(sweep, 3)
+    last = sweep.trials()[-1]
+    assert (last.number, last.state, last.error) == (1, "failed", "the losses were not finite")
+    assert states(sweep) == [(0, "complete"), (1, "failed"), (2, "complete")]
+    assert not [e for e in work(reopened(sweep), 3) if isinstance(e, Started)]
 
 
-def test_an_error_that_settings_do_not_mend_ends_the_sweep(
+def test_error_that_affects_all_trials_ends_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing_fit(*_: Any) -> Iterator[Any]:
         raise InputError("the disk is full")
 
     monkeypatch.setattr(sweeps, "fit", failing_fit)
-    sweep = Sweep.create(tmp_path / "sweep", None, definition())
+    sweep = create(tmp_path / "sweep")
     with pytest.raises(InputError, match="the disk is full"):
         work(sweep, 3)
     monkeypatch.undo()
     work(sweep, 1)
-    assert [(t.number, t.state) for t in sweep.trials()] == [(0, "complete")]
+    assert states(sweep) == [(0, "complete")]
 
 
-def test_a_database_serves_folders_that_share_nothing(run: Runner) -> None:
-    url = f"sqlite:///{Path('trials.db').resolve()}"
-    Path("here").mkdir()
-    Path("there").mkdir()
-    first = run(
-        "--config", "tiny.toml", "--trials", 1, "--out", "here/s", "--storage", url, "--json"
-    )
-    assert first.status == 0, first.err
-    second = run("--trials", 2, "--out", "there/s", "--storage", url, "--json")
-    assert second.status == 0, second.err
-    trials = sorted(json.loads(second.out)["trials"], key=lambda trial: int(trial["number"]))
-    assert [trial["state"] for trial in trials] == ["complete"] * 2
-    assert trials[0]["run"].endswith(f":{Path('here/s').resolve()}/trial-0000")
-    assert trials[1]["run"] == "there/s/trial-0001"
-    assert run("--trials", 2, "--storage", url).err.count("--storage needs --out") == 1
-
-
-def test_more_trials_than_asked_for_are_dropped(tmp_path: Path) -> None:
-    """As when two machines, of which neither sees the other's lock, begin the last one at once."""
-    url = f"sqlite:///{tmp_path}/trials.db"
-    sweep = Sweep.create(tmp_path / "sweep", url, definition())
-    study = optuna.load_study(study_name="sweep", storage=url)
-    offer = sweep._offer
-
-    def late(trials: int) -> bool:
-        answer = offer(trials)
-        if answer:
-            study.ask().set_user_attr("folder", "elsewhere:/sweep")
-        return answer
-
-    sweep._offer = late  # type: ignore[method-assign]
-    assert work(sweep, 1) == []
-    assert len(sweep.trials()) == 1
-    assert sweep.trials()[0].run == "elsewhere:/sweep/trial-0000"
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["nonsense", "redis://localhost", "postgresql://nobody/nothing", "sqlite:////no/folder/x.db"],
-)
-def test_a_bad_storage_is_told_in_one_line(run: Runner, url: str) -> None:
-    ended = run("--config", "tiny.toml", "--out", "new", "--storage", url)
+def test_sweep_refuses_other_settings_and_other_folders(run: Runner) -> None:
+    create(Path("sweep"))
+    ended = run("--out", "sweep", "--set", "train.steps=7", "--seed", 6)
     assert ended.status == 2
-    assert ended.err.startswith("spairkit: ")
-    assert "storage" in ended.err
-    assert ended.err.count("\n") == 1
-    assert not Path("new").exists()
-
-
-def test_a_sweep_keeps_its_settings_and_its_folder(run: Runner) -> None:
-    Sweep.create(Path("sweep"), None, definition())
-    told = run("--out", "sweep", "--set", "train.steps=7", "--seed", 6)
-    assert told.status == 2
-    assert "train.steps: 6 -> 7; --seed: 5 -> 6; leave them out" in told.err
+    assert "these differ: train.steps: 6 -> 7; --seed: 5 -> 6; omit them" in ended.err
     Path("space.toml").write_text("model.beta = [9.0]\n")
-    assert "its model is spair, not air" in run("--out", "sweep", "--model", "air").err
+    assert "model of this sweep is spair, not air" in run("--out", "sweep", "--model", "air").err
     assert "these differ: the search space" in run("--out", "sweep", "--space", "space.toml").err
     Path("taken").mkdir()
     Path("taken/file").touch()
-    assert "not empty, and no sweep" in run("--config", "tiny.toml", "--out", "taken").err
+    assert "neither empty nor a sweep" in run("--config", "tiny.toml", "--out", "taken").err
     assert [path.name for path in Path("taken").iterdir()] == ["file"]
     Path("space.toml").write_text("model.bta = [9.0]\n")
-    told = run("--config", "tiny.toml", "--out", "new", "--space", "space.toml")
-    assert (told.status, Path("new").exists()) == (2, False)
-    assert "bta: unknown key, did you mean beta?" in told.err
+    ended = run("--config", "tiny.toml", "--out", "new", "--space", "space.toml")
+    assert (ended.status, Path("new").exists()) == (2, False)
+    assert "bta: unknown key, did you mean beta?" in ended.err
 
 
-def test_a_damaged_journal_is_told_in_one_line(run: Runner) -> None:
-    Sweep.create(Path("sweep"), None, definition())
+def test_journal_that_ends_in_a_partial_line_loses_that_line_only(tmp_path: Path) -> None:
+    sweep = create(tmp_path / "sweep")
+    work(sweep, 1)
+    with open(sweep.path / "journal.log", "a") as journal:
+        journal.write('{"op_code":6,"wor')
+    again = reopened(sweep)
+    assert states(again) == [(0, "complete")]
+    work(again, 2)
+    assert states(reopened(sweep)) == [(0, "complete"), (1, "complete")]
+
+
+def test_damaged_journal_is_a_one_line_error(run: Runner) -> None:
+    create(Path("sweep"))
     journal = Path("sweep/journal.log")
-    journal.write_text("{broken\n" + journal.read_text())
-    told = run("--out", "sweep")
-    assert told.status == 2
-    assert "storage cannot be used" in told.err
+    text = journal.read_text()
+    for damaged in ("{broken\n" + text, "[]\n", '{"op_code": 99}\n'):
+        journal.write_text(damaged)
+        ended = run("--out", "sweep", "--config", "tiny.toml")
+        assert ended.status == 2, damaged
+        assert "journal.log" in ended.err
+        assert ended.err.count("\n") == 1
 
 
-def test_without_optuna_it_says_how_to_get_it(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_optuna_is_a_one_line_error(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    for name in ("spairkit.sweeps.study", "spairkit.sweeps.sweep"):
+    for name in [name for name in sys.modules if name.startswith("spairkit.sweeps")]:
         monkeypatch.delitem(sys.modules, name)
-    told = run("--config", "tiny.toml")
-    assert told.status == 2
-    assert told.err == (
-        "spairkit: a sweep needs Optuna, which is not installed: pip install '.[search]' in "
+    ended = run("--config", "tiny.toml")
+    assert ended.status == 2
+    assert ended.err == (
+        "spairkit: a sweep needs Optuna, which is not installed: run pip install '.[search]' in "
         "spairkit's folder\n"
     )
     assert not Path("runs").exists()

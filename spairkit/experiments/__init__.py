@@ -1,1 +1,1 @@
-"""The paper's experiments, each at a stated scale, beside the figures that it published."""
+"""The experiments of the SPAIR paper at any scale, next to its published results."""

@@ -1,12 +1,13 @@
-"""A comparison as a picture in the manner of the paper's Fig. 2."""
+"""The chart of a comparison, in the manner of the paper's Fig. 2."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from spairkit.experiments.published import Published
 from spairkit.experiments.settings import MODELS
 from spairkit.experiments.table import Row
 from spairkit.metrics import NAMES
@@ -16,70 +17,42 @@ from spairkit.report.curves import COLOURS, STYLE
 def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
     """AP paper (`ap_spair`) over the number of objects, as a PNG.
 
-    Ours are solid lines with 95 % intervals; beside them, where the paper has a figure, stand its
-    published ones, dashed with hollow marks.
+    Solid lines are our results with 95 % intervals, dashed lines the published ones.
 
     Args:
-        rows: at least one.
-        note: what was measured, for a line below.
+        rows: at least one row.
+        note: a description of the images, printed below the chart.
     """
-    numbers = [row.objects for row in rows]
-    places = [float(i if number is None else number) for i, number in enumerate(numbers)]
+    labels = ["all images" if row.objects is None else str(row.objects) for row in rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
         axes = figure.add_subplot()
+
+        def draw(intervals: Mapping[int, Published], **style: Any) -> None:
+            points = list(intervals.values())
+            ends = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+            means = [p.mean for p in points]
+            axes.errorbar(list(intervals), means, yerr=ends, marker="o", ms=4.5, **style)
+
         for model, colour in zip(MODELS, COLOURS, strict=False):
-            known = [
-                (x, row.cells[model])
-                for x, row in zip(places, rows, strict=True)
-                if model in row.cells
-            ]
-            if not known:
+            cells = {row.objects or 0: row.models[model] for row in rows if model in row.models}
+            if not cells:
                 continue
-            figures = [cell.figures["ap_spair"] for _, cell in known]
-            axes.errorbar(
-                [x for x, _ in known],
-                [interval.mean for interval in figures],
-                yerr=[interval.half_width or 0.0 for interval in figures],
-                color=colour,
-                lw=1.8,
-                marker="o",
-                ms=4.5,
-                capsize=3,
-                label=MODELS[model],
-            )
-            paper = [(row.objects, item) for row in rows if (item := row.published(model))]
+            ours = {objects: cell.figures["ap_spair"] for objects, cell in cells.items()}
+            draw(ours, color=colour, label=MODELS[model], lw=1.8, capsize=3)
+            paper = {n: p for n, cell in cells.items() if (p := cell.published_ap_spair)}
             if paper:
-                means = [item.mean for _, item in paper]
-                ends = [
-                    [item.mean - item.low for _, item in paper],
-                    [item.high - item.mean for _, item in paper],
-                ]
-                axes.errorbar(
-                    [float(n or 0) for n, _ in paper],
-                    means,
-                    yerr=ends,
-                    color=colour,
-                    lw=1.2,
-                    ls="--",
-                    marker="o",
-                    ms=4.5,
-                    mfc="white",
-                    capsize=2,
-                    alpha=0.75,
-                    label=f"{MODELS[model]}, published",
-                )
+                look = {"lw": 1.2, "ls": "--", "mfc": "white", "capsize": 2, "alpha": 0.75}
+                draw(paper, color=colour, label=f"{MODELS[model]} (paper, EMNIST)", **look)
         axes.set_ylim(0, 1.02)
-        labels = ["all images" if number is None else str(number) for number in numbers]
-        axes.set_xticks(places, labels)
+        axes.set_xticks([row.objects or 0 for row in rows], labels)
         axes.grid(axis="y", color="#e8eaee", lw=0.8)
         axes.set_axisbelow(True)
         if len(rows) > 1:
-            axes.set_xlabel("objects in an image")
+            axes.set_xlabel("objects per image")
         axes.set_ylabel(NAMES["ap_spair"])
         figure.legend(loc="outside right upper", frameon=False)
         figure.supxlabel(note, fontsize=7, color="#596070")
         buffer = io.BytesIO()
-        metadata: dict[str, Any] = {"Software": None}
-        figure.savefig(buffer, format="png", metadata=metadata)
+        figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -1,8 +1,10 @@
-"""What a comparison compares: its settings, and the config of each of its runs."""
+"""Settings of a comparison, its folder, and the config of each of its runs."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -10,45 +12,36 @@ from pydantic.dataclasses import dataclass as checked
 
 from spairkit.config import Config, ConnCompConfig
 from spairkit.config_values import merge, to_dict
+from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.errors import InputError
-from spairkit.presets import resolve
+from spairkit.experiments.shared_runs import new_folder, read_json
+from spairkit.presets import DEFAULT, resolve
+from spairkit.storage import durable
 
 MODELS = {"spair": "SPAIR", "air": "AIR", "dair": "DAIR", "conncomp": "ConnComp"}
-"""What can be compared, and how it is written."""
-
-TOLD = ("air", "dair")
-"""Those that are told how many objects there are, unless `model.count` says otherwise."""
-
-OBJECTS = (1, 3, 5, 7, 9)
-"""Digits in every image, as in Fig. 2."""
-
-VALIDATIONS = 10
-"""Of a run with a budget."""
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+"""Display names of the models."""
 
 Model = Literal["spair", "air", "dair", "conncomp"]
-Objects = Annotated[int, Field(ge=0, le=256)]
+
+_GIVEN_COUNTS = ("air", "dair")
+_VALIDATIONS = 10  # of a run with a budget
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 @checked(config=ConfigDict(extra="forbid", strict=True), frozen=True, kw_only=True)
 class Settings:
-    """What is compared; the same for as long as a comparison's folder is used."""
+    """Settings of a comparison, fixed when its folder is created."""
 
-    models: tuple[Model, ...]
-    objects: tuple[Objects, ...]
-    """Of every image, a row of the table each; none for images that are as they are."""
-    seeds: Annotated[int, Field(ge=1, le=1000)]
-    """Runs of each model and number of objects: their seeds are 0, 1, 2 ..."""
-    preset: str
-    budget_updates: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    """Updates of each run; None leaves them to the preset, or to `budget_seconds`."""
-    budget_seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
-    """Training time of each run."""
-    data: dict[str, Any]
-    """Laid over the preset's `data`."""
-    over: dict[str, Any]
-    """Laid over it all; under a model's name stands what holds for that model alone."""
+    models: tuple[Model, ...] = ("spair", "air", "dair", "conncomp")
+    objects: tuple[Annotated[int, Field(ge=0, le=256)], ...] = (1, 3, 5, 7, 9)  # as in Fig. 2
+    """Numbers of objects per image, one table row each; empty for a folder of images."""
+    seeds: Annotated[int, Field(ge=1, le=1000)] = 3
+    """Runs per model and row, with seeds 0, 1, 2 ..."""
+    preset: str = DEFAULT
+    budget: str | None = None
+    """Updates (`2000`) or training time (`90s`, `3m`, `1.5h`) per run; None for the preset's."""
+    over: dict[str, Any] = Field(default_factory=dict)
+    """Config values laid over the preset; a table named after a model is for that model only."""
 
     def __post_init__(self) -> None:
         for name in ("models", "objects"):
@@ -56,46 +49,42 @@ class Settings:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {list(values)}")
         if not self.models:
-            raise ValueError("models must name at least one")
-        if self.budget_updates is not None and self.budget_seconds is not None:
-            raise ValueError("a budget is in updates or in seconds, not both")
-        common = {name: value for name, value in self.over.items() if name not in MODELS}
-        self._check_over("", common)
-        for model in self.over.keys() - common.keys():
-            self._check_over(f"{model}.", self.over[model])
+            raise ValueError("models must name at least one model")
+        parse_budget(self.budget)
+        self._check("", {key: value for key, value in self.over.items() if key not in MODELS})
+        for model in self.over.keys() & MODELS.keys():
+            self._check(f"{model}.", self.over[model])
 
-    def _check_over(self, scope: str, tables: Any) -> None:
-        """Refuses what is no setting, and what the comparison sets itself."""
+    def _check(self, scope: str, tables: Any) -> None:
+        """Refuses keys that are not settings, and settings that the comparison controls."""
         taken = {"model.kind", "train.seed"}
         if self.objects:
             taken |= {"data.min_objects", "data.max_objects"}
-        if self.budget_updates is not None or self.budget_seconds is not None:
-            # not of connected components, whose steps are thresholds
-            taken |= set() if scope == "conncomp." else {"train.steps", "train.validation_every"}
+        if self.budget is not None and scope != "conncomp.":  # its steps are thresholds
+            taken |= {"train.steps", "train.validation_every"}
         for name, table in tables.items() if isinstance(tables, dict) else [("", tables)]:
             if name not in ("data", "model", "train") or not isinstance(table, dict):
-                raise ValueError(f"--set {scope}{name}: write data., model. or train. and a key")
+                raise ValueError(f"--set {scope}{name}: write a key in data., model. or train.")
             if scope and name == "data":
-                raise ValueError(f"--set {scope}data: all models see the same images")
-            for key in table:
-                if f"{name}.{key}" in taken:
-                    raise ValueError(f"--set {scope}{name}.{key}: the comparison sets it itself")
+                raise ValueError(f"--set {scope}data: all models use the same images")
+            if found := sorted(key for key in table if f"{name}.{key}" in taken):
+                raise ValueError(f"--set {scope}{name}.{found[0]}: set by the comparison itself")
 
-    @property
-    def budget(self) -> str:
+    def described_budget(self) -> str:
         """The budget in words."""
-        if self.budget_updates is not None:
-            return f"{self.budget_updates} updates for each run that learns"
-        if self.budget_seconds is not None:
-            return f"{self.budget_seconds:g} s of training for each run that learns"
-        return f"the updates of the {self.preset} preset"
+        updates, seconds = parse_budget(self.budget)
+        if seconds is not None:
+            return f"{seconds:g} s of training per neural model"
+        if updates is not None:
+            return f"{updates} updates per neural model"
+        return f"updates of the {self.preset} preset"
 
     def tasks(self) -> "list[Task]":
-        """Every run, seed by seed, so that all of the table fills evenly."""
+        """All runs, ordered by seed so that every cell of the table fills evenly."""
         return [
-            Task(model, number, seed)
+            Task(model, objects, seed)
             for seed in range(self.seeds)
-            for number in self.objects or (None,)
+            for objects in self.objects or (None,)
             for model in self.models
         ]
 
@@ -106,78 +95,80 @@ class Task:
 
     model: str
     objects: int | None
+    """Objects per image; None for a folder of images."""
     seed: int
 
     @property
+    def group(self) -> str:
+        """A name that runs share if they differ in the seed only."""
+        return self.model if self.objects is None else f"{self.model}-{self.objects}"
+
+    @property
     def name(self) -> str:
-        """That of its folder."""
-        number = "" if self.objects is None else f"-{self.objects}"
-        return f"{self.model}{number}-seed-{self.seed}"
+        """The name of the run folder."""
+        return f"{self.group}-seed-{self.seed}"
 
 
-def settings_from(values: Mapping[str, Any], source: str) -> Settings:
-    """Checked settings. Raises InputError with all mistakes on one line."""
-    try:
-        return _ADAPTER.validate_json(json.dumps(values))
-    except ValidationError as error:
-        mistakes = []
-        for item in error.errors(include_url=False):
-            place = ".".join(str(part) for part in item["loc"])
-            came = f" (got {item['input']!r})" if isinstance(item["input"], int | str) else ""
-            words = item["msg"].removeprefix("Value error, ")
-            mistakes.append(f"{place}: {words}{came}" if place else words)
-        raise InputError(f"{source}: {'; '.join(mistakes)}") from None
+def open_comparison(out: Path | None, asked: Mapping[str, Any]) -> tuple[Path, Settings]:
+    """The comparison in the folder `out`, or a new one there or in `runs/compare-N`.
 
-
-_ADAPTER = TypeAdapter(Settings)
-
-
-def to_json(settings: Settings) -> dict[str, Any]:
-    """Plain values; `settings_from` takes them back."""
-    values: dict[str, Any] = _ADAPTER.dump_python(settings, mode="json")
-    return values
-
-
-def parse_budget(text: str) -> dict[str, Any]:
-    """The settings that `2000` (updates), `90s`, `3m` or `1.5h` stands for.
+    Args:
+        out: an existing comparison or a new folder.
+        asked: requested settings; the others take their defaults.
 
     Raises:
-        InputError: it is none of these.
+        InputError: the settings are invalid, differ from those of the existing comparison, or do
+            not fit the data; or the folder cannot be used.
     """
-    number, unit = (text[:-1], text[-1:]) if text[-1:] in _UNITS else (text, "")
-    try:
-        value = float(number) * _UNITS[unit] if unit else int(number)
-        if not 0 < value < 1e9:
-            raise ValueError
-    except ValueError:
-        raise InputError(
-            f"--budget {text}: write updates, as 2000, or time, as 90s, 3m or 1.5h"
-        ) from None
-    return {"budget_seconds": value} if unit else {"budget_updates": value}
+    if out is not None and (path := out / "settings.json").exists():
+        saved = _parse(read_json(path, "pass another --out"), str(path))
+        before = _plain(saved)
+        after = _plain(_parse(merge(before, asked), "compare"))
+        if changes := [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]:
+            raise InputError(
+                f"{out}: the settings of a comparison are fixed, and these differ: "
+                f"{'; '.join(changes)}; omit them, or pass another --out"
+            )
+        return out, saved
+    settings = _parse(asked, "compare")
+    if settings.over.get("data", {}).get("name") == "folder":
+        if "objects" in asked:
+            raise InputError("--objects: a folder of images has a fixed number of objects; omit it")
+        settings = _parse({"models": ["spair", "conncomp"], "objects": [], **asked}, "compare")
+    for objects in settings.objects or (None,):
+        configs = [config_of(settings, Task(model, objects, 0)) for model in settings.models]
+        data = configs[0].data
+        if not open_dataset(data, "test").has_truth:
+            raise InputError(
+                f"{data.path}: no ground truth to compare with: annotations.json (COCO) is missing"
+            )
+        for config in configs if data.name == "folder" else ():
+            open_splits(config)
+    folder = new_folder(out, "compare")
+    durable.write_text(folder / "settings.json", f"{json.dumps(_plain(settings), indent=2)}\n")
+    return folder, settings
 
 
 def config_of(settings: Settings, task: Task, steps: int | None = None) -> Config:
-    """The config of a run: the preset's recipe for its model, on the same images as the others.
+    """The config of a run: the preset's recipe for its model, on the same images for all models.
 
-    AIR and DAIR are told the true counts, as in the paper. With `steps`, the learning rate of what
-    learns falls over so many updates; where they are fewer than the recipe's, the prior on counts
-    and the training wheels are hastened by the same factor, and where they are more, those stay
-    as they are. ConnComp needs no budget.
+    AIR and DAIR are given the true counts, as in the paper. `steps` replaces the recipe's number
+    of updates, except for ConnComp. Fewer steps shorten the count prior's schedule and the
+    training wheels by the same factor.
 
     Raises:
-        InputError: the settings do not fit each other.
+        InputError: the settings are invalid together.
     """
-    common = {name: value for name, value in settings.over.items() if name not in MODELS}
+    common = {key: value for key, value in settings.over.items() if key not in MODELS}
     over = merge(common, settings.over.get(task.model, {}))
     bounds = ("min_objects", "max_objects")
-    number = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
-    images = merge(settings.data, over.get("data", {}), number)
-    model = {"kind": task.model, **({"count": "given"} if task.model in TOLD else {})}
+    count = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
+    images = {"data": merge(over.pop("data", {}), count)}
+    model = {"kind": task.model, **({"count": "given"} if task.model in _GIVEN_COUNTS else {})}
     layers = [
-        # that of SPAIR's recipe for every model
-        {"data": to_dict(resolve(settings.preset, {"data": images}))["data"]},
+        {"data": to_dict(resolve(settings.preset, images))["data"]},  # of SPAIR's recipe, for all
         {"model": model, "train": {"seed": task.seed}},
-        {name: value for name, value in over.items() if name != "data"},
+        over,
     ]
     config = resolve(settings.preset, *layers)
     if steps is None or isinstance(config.model, ConnCompConfig):
@@ -186,7 +177,46 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     train = {
         "steps": steps,
         "training_wheels": round(share * config.train.training_wheels),
-        "validation_every": -(-steps // VALIDATIONS),
+        "validation_every": -(-steps // _VALIDATIONS),
     }
     decay = {"odds_decay": max(share * config.model.odds_decay, 1.0)}
     return resolve(settings.preset, *layers, {"train": train, "model": decay})
+
+
+_ADAPTER = TypeAdapter(Settings)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    values: dict[str, Any] = _ADAPTER.dump_python(settings, mode="json")
+    return values
+
+
+def _parse(values: Any, source: str) -> Settings:
+    try:
+        return _ADAPTER.validate_json(json.dumps(values))
+    except ValidationError as error:
+        mistakes = []
+        for item in error.errors(include_url=False):
+            place = ".".join(str(part) for part in item["loc"])
+            got = f" (got {item['input']!r})" if isinstance(item["input"], int | str) else ""
+            text = item["msg"].removeprefix("Value error, ")
+            mistakes.append(f"{place}: {text}{got}" if place else text)
+        raise InputError(f"{source}: {'; '.join(mistakes)}") from None
+
+
+def parse_budget(budget: str | None) -> tuple[int | None, float | None]:
+    """A budget as updates or as seconds; both None for the preset's updates.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if budget is None:
+        return None, None
+    seconds = _SECONDS.get(budget[-1:])
+    try:
+        number = int(budget) if seconds is None else float(budget[:-1]) * seconds
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1e9:
+        raise ValueError(f"--budget {budget}: write updates, as 2000, or time, as 90s, 3m or 1.5h")
+    return (int(number), None) if seconds is None else (None, number)

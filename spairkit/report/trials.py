@@ -1,8 +1,8 @@
-"""The picture of a sweep: the figure of every trial against each setting, as a PNG."""
+"""The chart of a sweep: the figure of each trial against each setting, as a PNG."""
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,23 +17,20 @@ _MAX_LABEL = 16  # characters
 
 
 def trials_chart(
-    values: Sequence[Mapping[str, Any]],
-    figures: Sequence[float],
-    name: str,
-    log: frozenset[str] = frozenset(),
+    trials: Sequence[tuple[Mapping[str, Any], float]], name: str, log: Collection[str] = ()
 ) -> bytes | None:
-    """One panel for each setting, a dot for each trial, the best of them in another colour.
+    """One panel per setting with a dot per trial; the best trial has another colour.
 
     Args:
-        values: the settings of each trial, all with the same keys.
-        figures: of each trial; the highest is the best.
-        name: of the figure.
-        log: settings whose axis is logarithmic.
+        trials: settings and figure of each trial, all with the same settings; the highest figure
+            is the best.
+        name: name of the figure.
+        log: settings with a logarithmic axis.
 
     Returns:
-        A PNG; None where there is nothing to draw.
+        A PNG; None if there is nothing to draw.
     """
-    trials = [(v, f) for v, f in zip(values, figures, strict=True) if is_plottable(f)]
+    trials = [trial for trial in trials if is_plottable(trial[1])]
     if not trials or not trials[0][0]:
         return None
     keys = list(trials[0][0])
@@ -41,15 +38,15 @@ def trials_chart(
     rows = math.ceil(len(keys) / columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * columns, 2.8 * rows), dpi=150, layout="constrained")
-        for place, key in enumerate(keys):
-            axes = figure.add_subplot(rows, columns, place + 1)
-            _draw(axes, [v[key] for v, _ in trials], [f for _, f in trials])
+        for index, key in enumerate(keys):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            _draw(axes, [values[key] for values, _ in trials], [value for _, value in trials])
             if key in log:
                 axes.set_xscale("log")
             axes.grid(axis="y", color="#e8eaee", lw=0.8)
             axes.set_axisbelow(True)
             axes.set_xlabel(key)
-            if place % columns == 0:
+            if index % columns == 0:
                 axes.set_ylabel(name)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -73,5 +70,5 @@ def _draw(axes: Axes, settings: list[Any], figures: list[float]) -> None:
 
 
 def _label(value: Any) -> str:
-    # a dollar sign would begin a formula
+    # a dollar sign would start a formula
     return str(value).replace("$", r"\$")[:_MAX_LABEL]

@@ -1,106 +1,51 @@
-"""What a sweep tries: for each setting of a config its choices or its range, and draws from them.
-
-A draw is a function of the seed and its number, so that a sweep on many machines draws what one
-machine would, and a trial that is lost can be repeated.
-"""
+"""Search spaces: the settings that a sweep varies, each with its Optuna distribution."""
 
 import json
 import math
-import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
+
+import numpy as np
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler
 
 from spairkit.config import Config
 from spairkit.config_values import from_dict, load_toml, merge, to_dict
 from spairkit.errors import InputError
 
-_MAX_CHOICES = 1000  # of a setting
-_MAX_GRID = 100_000  # combinations that are drawn without repeating one
-_DIGITS = 6  # significant ones of a number from a range
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+Space = Mapping[str, Distribution]
+"""A distribution for each dotted config key."""
 
-
-@dataclass(frozen=True)
-class Choices:
-    """One of these; numbers, words, true, false or lists."""
-
-    values: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A number from `low` to `high`, both included."""
-
-    low: float
-    high: float
-    log: bool
-    """Even over the logarithm."""
-    whole: bool
-    """Whole numbers only."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """Dotted config keys and what each may be."""
-
-    settings: Mapping[str, Choices | Range]
-
-    def draw(self, seed: int, number: int) -> dict[str, Any]:
-        """The settings of trial `number`, from 0.
-
-        Where there are only choices, none of their combinations comes again before all have
-        come; the order is that of the seed. Otherwise every setting is drawn on its own.
-        """
-        choices = {k: s.values for k, s in self.settings.items() if isinstance(s, Choices)}
-        grid = math.prod(len(values) for values in choices.values())
-        if len(choices) == len(self.settings) and grid <= _MAX_GRID:
-            order = list(range(grid))
-            random.Random(f"{seed} {number // grid}").shuffle(order)
-            place, found = order[number % grid], {}
-            for key, values in choices.items():
-                place, index = divmod(place, len(values))
-                found[key] = values[index]
-            return found
-        return {
-            key: _drawn(setting, random.Random(f"{seed} {number} {key}").random())
-            for key, setting in self.settings.items()
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values by dotted key; `parse` takes them back."""
-        return {
-            key: list(setting.values)
-            if isinstance(setting, Choices)
-            else {"low": setting.low, "high": setting.high, "log": setting.log}
-            for key, setting in self.settings.items()
-        }
+_MAX_CHOICES = 1000  # per setting
+_MAX_GRID = 100_000  # combinations that are drawn without replacement
 
 
 def default_space(config: Config) -> Space:
-    """The priors on where things are and how large: the supplement's random search.
+    """The priors on position and size that the SPAIR paper's supplement searches.
 
-    Mean sizes are the logits of .05, .1, .2 and .4, for SPAIR of the anchor, for AIR and DAIR of
-    the image.
+    The size means are the logits of 0.05, 0.1, 0.2 and 0.4: shares of the anchor for SPAIR, of
+    the image for AIR and DAIR.
 
     Raises:
-        InputError: there is none for this kind of model.
+        InputError: this kind of model has no default space.
 
-    Source: docs/model.md 7, the grid of AIR, and its analogs.
+    Source: docs/model.md 7, the grid for AIR and its counterpart for SPAIR.
     """
     kind = config.model.kind
     if kind not in _DEFAULTS:
-        raise InputError(f"a model of kind {kind!r} has no search space of its own; give --space")
+        raise InputError(f"a model of kind {kind!r} has no default search space; pass --space")
     return parse(_DEFAULTS[kind], config, f"the search space of {kind}")
 
 
 def load_space(path: Path, config: Config) -> Space:
     """The space in a TOML file: `key = [choices]` or `key = {low = a, high = b, log = true}`.
 
-    Keys are dotted, or stand in tables, as in a config.
+    Keys are dotted or nested in tables, as in a config file.
 
     Raises:
-        InputError: every mistake at once.
+        InputError: the file cannot be used; the message lists every mistake.
     """
     if not path.is_file():
         raise InputError(f"--space {path}: no such file")
@@ -108,30 +53,66 @@ def load_space(path: Path, config: Config) -> Space:
 
 
 def parse(tables: Mapping[str, Any], config: Config, source: str) -> Space:
-    """The space that nested `tables` describe, every value tried on `config`.
+    """The space that nested `tables` describe. Every value is validated against `config`.
 
     Raises:
-        InputError: every mistake at once.
+        InputError: the tables are not a space; the message lists every mistake.
     """
-    settings: dict[str, Choices | Range] = {}
+    space: dict[str, Distribution] = {}
     mistakes = []
     for key, value in _flat(tables):
         try:
-            settings[key] = _setting(key, value, config)
+            space[key] = _distribution(key, value, config)
         except InputError as error:
             mistakes.append(str(error))
     if mistakes:
         raise InputError(f"{source}: {'; '.join(mistakes)}")
-    if not settings:
+    if not space:
         raise InputError(f"{source}: empty; write for example model.beta = [1.0, 2.0]")
-    return Space(settings)
+    return space
 
 
-def laid_over(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with dotted `values` set.
+def plain(space: Space) -> dict[str, Any]:
+    """The space as plain values by dotted key; `parse` reads them back."""
+    return {
+        key: list(map(decoded, setting.choices))
+        if isinstance(setting, CategoricalDistribution)
+        else {"low": setting.low, "high": setting.high, "log": setting.log}
+        for key, setting in space.items()
+    }
+
+
+def grid_size(space: Space) -> int | None:
+    """The number of combinations; None if it exceeds 100,000 or a setting has a range."""
+    sizes = [len(s.choices) for s in space.values() if isinstance(s, CategoricalDistribution)]
+    size = math.prod(sizes)
+    return size if len(sizes) == len(space) and size <= _MAX_GRID else None
+
+
+def sampler(space: Space, seed: int, number: int) -> BaseSampler:
+    """The sampler for trial `number`: its draw depends on the seed and the number alone.
+
+    So a sweep draws the same settings in one process or many, interrupted or not. If all settings
+    are lists of choices, combinations come in random order without replacement.
+    """
+    is_grid = grid_size(space) is not None
+    state = int(np.random.SeedSequence([seed, 0 if is_grid else number]).generate_state(1)[0])
+    if not is_grid:
+        return RandomSampler(state)
+    choices = (s.choices for s in space.values() if isinstance(s, CategoricalDistribution))
+    return GridSampler(dict(zip(space, choices, strict=True)), state)
+
+
+def decoded(value: Any) -> Any:
+    """The config value for an Optuna parameter: Optuna stores lists as JSON text."""
+    return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+
+
+def overridden(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with the dotted keys of `values` set.
 
     Raises:
-        InputError: they do not go together.
+        InputError: the combination is invalid.
     """
     layers = []
     for key, value in values.items():
@@ -142,7 +123,7 @@ def laid_over(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def as_word(key: str, value: Any) -> str:
-    """`key=value`, as `--set` takes it."""
+    """`key=value`, in the form that `--set` reads."""
     return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
@@ -174,14 +155,14 @@ def _flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _setting(key: str, value: Any, config: Config) -> Choices | Range:
+def _distribution(key: str, value: Any, config: Config) -> Distribution:
     if key in ("train.select", "model.kind") or not key.startswith(("model.", "train.")):
-        raise InputError(f"{key}: not a setting of model or train whose trials could be compared")
+        raise InputError(f"{key}: not a model or train setting that leaves trials comparable")
     if isinstance(value, list):
         if not 1 <= len(value) <= _MAX_CHOICES or any(value.count(v) > 1 for v in value):
             raise InputError(f"{key}: must be 1 to {_MAX_CHOICES} different choices")
-        _try_on(config, key, value)
-        return Choices(tuple(value))
+        _validate(config, key, value)
+        return CategoricalDistribution([json.dumps(v) if isinstance(v, list) else v for v in value])
     if not isinstance(value, dict):
         raise InputError(f"{key}: must be a list of choices or {{low = ..., high = ...}}")
     unknown = value.keys() - {"low", "high", "log"}
@@ -193,18 +174,20 @@ def _setting(key: str, value: Any, config: Config) -> Choices | Range:
             f"{key}: low must be less than high{' and above 0' if log else ''} "
             f"(got {low} and {high})"
         )
-    _try_on(config, key, [low, high])
-    now: Any = config
+    _validate(config, key, [low, high])
+    current: Any = config
     for part in key.split("."):
-        now = getattr(now, part)
-    return Range(low, high, log, whole=isinstance(now, int))
+        current = getattr(current, part)
+    if isinstance(current, int):
+        return IntDistribution(int(low), int(high), log=log)
+    return FloatDistribution(low, high, log=log)
 
 
-def _try_on(config: Config, key: str, values: list[Any]) -> None:
+def _validate(config: Config, key: str, values: list[Any]) -> None:
     mistakes = []
     for value in values:
         try:
-            laid_over(config, {key: value})
+            overridden(config, {key: value})
         except InputError as error:
             mistakes.append(str(error).removeprefix("config: "))
     if mistakes:
@@ -213,18 +196,3 @@ def _try_on(config: Config, key: str, values: list[Any]) -> None:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _drawn(setting: Choices | Range, share: float) -> Any:
-    """The value at `share`, in [0, 1), of the way through the setting."""
-    if isinstance(setting, Choices):
-        return setting.values[int(share * len(setting.values))]
-    # a whole number stands for the stretch from half below to half above it
-    margin = 0.5 if setting.whole else 0.0
-    low, high = setting.low - margin, setting.high + margin
-    if setting.log:
-        value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
-    else:
-        value = low + share * (high - low)
-    value = round(value) if setting.whole else float(f"{value:.{_DIGITS}g}")
-    return min(max(value, setting.low), setting.high)

@@ -1,0 +1,124 @@
+"""Worker processes for `sweep` and `compare`: the same command, on the same folder."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spairkit.cli.console import progress_bar, say
+from spairkit.cli.figures import listed
+from spairkit.cli.interrupts import Interrupts
+from spairkit.cli.options import Device
+
+if TYPE_CHECKING:
+    Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
+
+WorkersOption = Annotated[
+    int,
+    typer.Option("--workers", min=1, max=1024, help="Processes. Several use one CPU thread each."),
+]
+
+_LINE_EVERY_SECONDS = 10
+_PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that started it
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker, which trains and leaves the results to its parent."""
+    return _PARENT in os.environ
+
+
+def run_shared(
+    work: "Work", total: int, workers: int, words: list[str], device: Device, *, quiet: bool
+) -> int | None:
+    """Runs `work` here and in `workers - 1` processes of the command `words`; shows progress.
+
+    `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
+    the number of runs. Returns the signal that interrupted it, or None.
+    """
+    parent = os.environ.get(_PARENT)
+    with Interrupts(quiet=is_worker()) as interrupts:
+
+        def stop() -> bool:
+            is_orphan = parent is not None and parent != str(os.getppid())
+            return interrupts.number is not None or is_orphan
+
+        with _processes(workers - 1, [*words, "--device", device.value, "--quiet"]) as busy:
+            _show(work(stop, busy), total, quiet=quiet)
+    return interrupts.number
+
+
+def resume_command(*words: object) -> str:
+    """The `spairkit` command of these words, quoted for a shell."""
+    return shlex.join(["spairkit", *map(str, words)])
+
+
+@contextmanager
+def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
+    """Starts workers, yields a function that tells whether any is alive, and stops them at the end.
+
+    A worker saves its run when it receives SIGTERM.
+    """
+    import torch
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", _PARENT: str(os.getpid())}
+    if number:
+        torch.set_num_threads(1)
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for _ in range(number):
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "spairkit", *words],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=environment,
+                    start_new_session=True,  # or Ctrl-C would reach them too
+                )
+            )
+        yield lambda: any(process.poll() is None for process in started)
+    finally:
+        running = [process for process in started if process.poll() is None]
+        for process in running:
+            process.terminate()
+        for process in started:
+            if process.wait() and process not in running:
+                say(f"worker process {process.pid} ended with status {process.returncode}")
+
+
+def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
+    """Shows the start, progress and end of runs; runs that finished earlier are only counted."""
+    from spairkit.experiments.shared_runs import Ended, Started
+    from spairkit.training.loop import Step
+
+    with progress_bar(quiet=quiet) as bar:
+        runs = bar.add_task("runs", total=total, note="")
+        current = bar.add_task("", total=None, visible=False, note="")
+        name, done, line_at = "", 0, 0.0
+
+        def print_line(text: str) -> None:
+            if not quiet:
+                bar.console.print(text, soft_wrap=True)
+
+        for event in events:
+            if isinstance(event, Started):
+                name, line_at = event.name, 0.0
+                bar.reset(current, description=name, total=event.steps, visible=True)
+                print_line(f"{name}: {event.steps} steps; {done} of {total} runs finished")
+            elif isinstance(event, Step):
+                bar.update(current, completed=event.step)
+                if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
+                    line_at = event.seconds
+                    print_line(f"{name}: step {event.step} of {event.steps}")
+            elif isinstance(event, Ended):
+                done += bool(event.figures or event.error)
+                bar.update(runs, completed=done)
+                if event.name == name:
+                    bar.update(current, visible=False)
+                if name:
+                    failed = f"failed: {event.error}" if event.error else "stopped and saved"
+                    print_line(f"{event.name}: {listed(event.figures) or failed}")

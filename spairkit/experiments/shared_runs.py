@@ -1,0 +1,108 @@
+"""Training runs that several processes share: each is claimed by one process at a time.
+
+Sweeps and comparisons yield the same events, so that one progress display serves both.
+"""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from spairkit.config import Config
+from spairkit.config_values import differences
+from spairkit.errors import InputError
+from spairkit.storage import durable
+from spairkit.storage.runs import Run, next_folder
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run starts or resumes in this process."""
+
+    name: str
+    steps: int
+    """Updates in total; for ConnComp, thresholds."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run has finished, here or in another process, or has stopped here."""
+
+    name: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Validation or test figures; empty if the run failed or stopped."""
+    error: str = ""
+    """The reason of a failure; empty otherwise."""
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Claims the run folder `path` for this process; yields False if another process has it.
+
+    The system releases the claim of a process that dies, so no claim is ever stale.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def resume_or_create(path: Path, config: Config) -> Run:
+    """The run in the folder `path`, which the caller has claimed; a new run if there is none.
+
+    Raises:
+        InputError: the folder holds a run with another config, or cannot be written.
+    """
+    if (path / "config.toml").exists():
+        run = Run.open(path)
+        if changes := differences(config, run.config):
+            raise InputError(
+                f"{path}: this run has other settings: {'; '.join(changes)}; pass another --out"
+            )
+        return run
+    if path.exists():  # a process was killed before it wrote the config
+        durable.remove_folder(path)
+    return Run.create(path, config)
+
+
+def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Path:
+    """Makes the folder `out`, or the next free `runs/STEM-N`.
+
+    Raises:
+        InputError: it holds files other than the `allowed` ones, or cannot be made.
+    """
+    if out is None:
+        return next_folder(stem)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(entry.name not in allowed for entry in out.iterdir()):
+            raise InputError(f"{out}: neither empty nor a {stem} folder; pass another --out")
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {out}: {error.strerror}; pass another --out"
+        ) from error
+    return out
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The JSON document in a file.
+
+    Raises:
+        InputError: the file cannot be read or is not JSON; the message ends with `remedy`.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON; {remedy}") from None
