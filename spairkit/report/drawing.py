@@ -1,9 +1,8 @@
-"""Pictures of what was found: boxes, reconstructions, galleries. Arrays in, arrays out.
+"""Pictures of explanations: boxes, reconstructions, galleries of objects.
 
-Every function returns a [3, H, W] uint8 tensor, as `spairkit.images.write_png` takes it. Small
-images are enlarged by a whole factor, pixel by pixel, so that labels are legible beside them and
-nothing is blurred. A found object has one colour throughout a picture: of its box, its label and
-its frame in the gallery.
+Pictures are [3, H, W] uint8 tensors, as `spairkit.images.write_png` takes them. Small images are
+enlarged by a whole factor, so that nothing is blurred. An object has one colour throughout a
+picture, for its box and its frame in the gallery.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,11 @@ COLOURS = (
     (255, 122, 64),
     (222, 145, 190),
 )
-"""Of the boxes, in turn: Okabe and Ito's, which colour-blind people tell apart, without the darker
-ones, and with green, vermilion and purple lightened so that black text is legible on all."""
+"""Colours of the boxes, in turn: the lighter ones of Okabe and Ito, which colour-blind people can
+tell apart, with green, vermilion and purple lightened."""
 
 MAX_OBJECTS = 24
-"""In a gallery; the ones of highest score."""
+"""Objects in a gallery, those of highest score."""
 
 _PAPER = (255, 255, 255)
 _INK = (40, 44, 52)
@@ -39,81 +38,59 @@ _SHADOW = (0, 0, 0)
 _TRUE = (255, 255, 255)
 
 _GAP = 16
-_LEGIBLE_SIDE = 384  # pixels; the longer side of a smaller image is brought to this at least
+_LEGIBLE_SIDE = 384  # pixels; least length of an image's longer side
 _MAX_SCALE = 16
-_TILE_SIDE = 192  # the longer side of an image in a sheet, likewise
+_TILE_SIDE = 192  # the same for an image in a sheet
 _MAX_TILE_SIDE = 512
 _MAX_PANEL_SIDE = 1024
 _MAX_SHEET_WIDTH = 1680
 _MAX_COLUMNS = 8
 _OBJECT_SIDE = 84
-_MAX_LABELS = 200
-_OUTSIDE = 6  # of the places for a label, those around its box
-_MAX_HIDDEN = 0.4  # boxes or labels that a label may hide
-
-
-def legible_scale(height: int, width: int) -> int:
-    """The least whole factor that makes the longer side 384 pixels or more; 16 at most."""
-    return _enlargement(max(height, width), _LEGIBLE_SIDE)
 
 
 def draw_boxes(
     image: Tensor,  # [3, H, W]
     detections: Detections,
-    *,
-    scale: int | None = None,
-) -> Tensor:  # [3, sH, sW] uint8
-    """The image with the boxes and scores of what was found.
-
-    Lines run outside the boxes. A score stands beside its box where it hides least of the others;
-    inside only where the box leaves no room around it. It is left out where it would hide too
-    much, and beyond the 200 highest.
+    scale: float = 1,
+    truth: Truth | None = None,
+) -> Image.Image:
+    """The image, enlarged or reduced, with a line around each box; lines run outside the boxes.
 
     Args:
         image: [3, H, W] in [0, 1].
         detections: boxes that are empty, inverted or not finite are not drawn.
-        scale: whole enlargement, `legible_scale` by default.
+        scale: a whole enlargement, or a reduction below 1.
+        truth: true boxes, marked by white corners.
 
     Raises:
-        ValueError: `image` is not [3, H, W], or `scale` is less than 1.
+        ValueError: `image` is not [3, H, W].
     """
-    _check_image(image, "image")
-    if scale is None:
-        scale = legible_scale(*image.shape[1:])
-    if scale < 1:
-        raise ValueError(f"scale must be at least 1, got {scale}")
     picture = _picture(image, scale)
+    if truth is not None:
+        _mark_truth(picture, truth, scale)
     _mark(picture, detections, scale)
-    return _tensor(picture)
+    return picture
 
 
 def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
-    """One picture of one image: itself, the boxes, the reconstruction and the objects found.
+    """One picture of one image: the image, its boxes, its reconstruction and its objects.
 
-    Objects stand on the commonest colour of the image, which shows through where they are
-    transparent, the highest score first, 24 at most. An image longer than 1,024 pixels is reduced
-    to that.
+    Objects are sorted by score, 24 at most, each on the commonest colour of the image. An image
+    longer than 1,024 pixels is reduced to that.
 
     Raises:
         ValueError: shapes do not fit each other.
     """
     image, detections = explanation.image, explanation.detections
-    reconstruction, appearances = explanation.reconstruction, explanation.appearances
-    _check_image(image, "image")
-    _check_image(reconstruction, "reconstruction")
+    appearances = explanation.appearances
     height, width = image.shape[1:]
     scale = _scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
-    boxed = _picture(image, scale)
-    _mark(boxed, detections, scale)
-    parts = [
-        _beside(
-            [
-                _captioned(_picture(image, scale), f"image, {width} by {height} px"),
-                _captioned(boxed, _count(len(detections), "found")),
-                _captioned(_picture(reconstruction, scale), "reconstruction"),
-            ]
-        )
+    pictures = [
+        _captioned(_picture(image, scale), f"image, {width} by {height} px"),
+        _captioned(draw_boxes(image, detections, scale), _count(len(detections), "found")),
+        _captioned(_picture(explanation.reconstruction, scale), "reconstruction"),
     ]
+    parts = [_beside(pictures)]
     if appearances.shape[:1] + appearances.shape[3:] != (len(detections), 4):
         raise ValueError(
             f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
@@ -126,7 +103,7 @@ def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
 def reconstruction_sheet(
     explanations: Sequence[Explanation], truth: Sequence[Truth] | None = None
 ) -> Tensor:  # [3, H', W'] uint8
-    """A sheet of images with boxes, each above its reconstruction; white corners mark the truth.
+    """A sheet of images with boxes above their reconstructions; white corners mark true boxes.
 
     Args:
         explanations: of images of one size; each becomes at most 512 pixels long.
@@ -143,16 +120,11 @@ def reconstruction_sheet(
     scale = _scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
     pairs = []
     for b, explanation in enumerate(explanations):
-        found = explanation.detections
-        _check_image(explanation.image, "images")
-        _check_image(explanation.reconstruction, "reconstructions")
-        boxed = _picture(explanation.image, scale)
-        caption = _count(len(found), "found")
-        if truth is not None:
-            _mark_truth(boxed, truth[b], scale)
-            caption = f"{len(found)} found, {len(truth[b])} there"
-        _mark(boxed, found, scale)
+        found, true = explanation.detections, None if truth is None else truth[b]
+        boxed = draw_boxes(explanation.image, found, scale, true)
         drawn = _picture(explanation.reconstruction, scale)
+        number = _count(len(found), "found")
+        caption = number if true is None else f"{len(found)} found, {len(true)} there"
         pairs.append(_captioned(_below([boxed, drawn], gap=4), caption))
     widest = max(pair.width for pair in pairs)
     fitting = max(1, min(_MAX_COLUMNS, _MAX_SHEET_WIDTH // (widest + _GAP)))
@@ -162,7 +134,7 @@ def reconstruction_sheet(
 
 
 def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
-    """Draws boxes and scores; the likeliest object lies on top."""
+    """Draws a line around each box; boxes of higher score lie on top."""
     boxes = _corners(detections.boxes, scale, picture)
     scores = detections.scores.detach().cpu().double().numpy()
     visible = [
@@ -175,7 +147,7 @@ def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
     for i in reversed(visible):
         x1, y1, x2, y2 = np.round(boxes[i]).astype(int).tolist()
         for grown, colour, width in ((line + 2, _SHADOW, line + 2), (line + 1, _colour(i), line)):
-            # a box that ends at the rim has its line inside the picture
+            # at the rim of the picture the line of a box lies inside
             outline = (
                 max(x1 - grown, min(x1, 0)),
                 max(y1 - grown, min(y1, 0)),
@@ -183,72 +155,6 @@ def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
                 min(y2 + grown, max(y2, picture.height)) - 1,
             )
             draw.rectangle(outline, outline=colour, width=width)
-    _label(picture, draw, boxes, scores, visible, line)
-
-
-def _label(
-    picture: Image.Image,
-    draw: ImageDraw.ImageDraw,
-    boxes: npt.NDArray[np.float64],
-    scores: npt.NDArray[np.float64],
-    visible: Sequence[int],
-    line: int,
-) -> None:
-    """Writes each score around its box, where it hides least of other boxes and labels."""
-    font = _font(max(11, min(28, round(max(picture.size) / 60))))
-    labels = np.zeros((0, 4))
-    for i in visible[:_MAX_LABELS]:
-        text = f"{scores[i]:.2f}"
-        left, top, right, bottom = font.getbbox(text)
-        size = np.array([right - left, bottom - top]) + 6
-        corners = _label_corners(boxes[i], size, line + 2)
-        places = np.concatenate([corners, corners + size], axis=1)
-        enough = np.concatenate([places[:, :2], np.array(picture.size) - places[:, 2:]], axis=1)
-        fits: npt.NDArray[np.bool_] = enough.min(axis=1) >= 0
-        if not fits.any():
-            continue
-        if fits[:_OUTSIDE].any():
-            fits[_OUTSIDE:] = False
-        hidden = _hidden(places, boxes[list(visible)]) + _hidden(places, labels)
-        best = int(np.where(fits, hidden, np.inf).argmin())
-        if hidden[best] > _MAX_HIDDEN:
-            continue
-        labels = np.concatenate([labels, places[best, None]])
-        x1, y1, x2, y2 = places[best].astype(int).tolist()
-        draw.rectangle((x1, y1, x2 - 1, y2 - 1), fill=_colour(i))
-        draw.text((x1 + 3 - left, y1 + 3 - top), text, fill=_SHADOW, font=font)
-
-
-def _label_corners(
-    box: npt.NDArray[np.float64],  # [4]
-    size: npt.NDArray[np.float64],  # [2] width and height of the label
-    off: int,
-) -> npt.NDArray[np.float64]:  # [8, 2]
-    """Where the upper left corner of a label can be: six places around its box, two inside."""
-    (x1, y1, x2, y2), (width, height) = box.tolist(), size.tolist()
-    places = [
-        (x1 - off, y1 - off - height),
-        (x2 + off - width, y1 - off - height),
-        (x1 - off, y2 + off),
-        (x2 + off - width, y2 + off),
-        (x2 + off, y1 - off),
-        (x1 - off - width, y1 - off),
-        (max(x1, 0) + off, max(y1, 0) + off),
-        (max(x1, 0) + off, y2 - off - height),
-    ]
-    return np.array(places).round()
-
-
-def _hidden(
-    places: npt.NDArray[np.float64],  # [P, 4]
-    things: npt.NDArray[np.float64],  # [n, 4], none empty
-) -> npt.NDArray[np.float64]:  # [P]
-    """How much of the things each place hides: the sum of the shares of each."""
-    low = np.maximum(places[:, None, :2], things[:, :2])
-    high = np.minimum(places[:, None, 2:], things[:, 2:])
-    areas = (things[:, 2:] - things[:, :2]).prod(-1)
-    shares: npt.NDArray[np.float64] = (np.maximum(high - low, 0.0).prod(-1) / areas).sum(1)
-    return shares
 
 
 def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:
@@ -292,7 +198,7 @@ def _object(
     ground: npt.NDArray[np.float64],  # [3]
     colour: tuple[int, int, int],
 ) -> Image.Image:
-    """An appearance map on ground of one colour, framed."""
+    """An appearance map on a ground of one colour, with a frame."""
     scale = max(1, _OBJECT_SIDE // max(rgba.shape[:2]))
     values = rgba.detach().cpu().float().nan_to_num().clamp(0, 1).numpy()
     values = values.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -316,6 +222,8 @@ def _enlargement(longer: int, side: int) -> int:
 
 
 def _picture(image: Tensor, scale: float) -> Image.Image:
+    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
     values = image.detach().cpu().float().nan_to_num().clamp(0, 1)
     levels = (values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     picture = Image.fromarray(levels.numpy())
@@ -325,7 +233,7 @@ def _picture(image: Tensor, scale: float) -> Image.Image:
 
 
 def _corners(boxes: Tensor, scale: float, picture: Image.Image) -> npt.NDArray[np.float64]:
-    """Boxes in pixels of the picture, no further outside than it is large; not finite: empty."""
+    """Boxes in pixels of the picture, clipped not far outside it; empty if not finite."""
     corners: npt.NDArray[np.float64] = boxes.detach().cpu().double().numpy().reshape(-1, 4)
     corners = np.where(np.isfinite(corners).all(1, keepdims=True), corners * scale, 0.0)
     size = np.array(picture.size * 2)
@@ -386,7 +294,7 @@ def _colour(index: int) -> tuple[int, int, int]:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that comes with Pillow."""
+    """Pillow's own font."""
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType, which draws its text")
@@ -395,8 +303,3 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def _tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
-
-def _check_image(image: Tensor, name: str) -> None:
-    if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(f"{name} must be [3, H, W], got {list(image.shape)}")
