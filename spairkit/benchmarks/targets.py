@@ -1,9 +1,10 @@
-"""How long training takes until its validation figures first reach given ones, over seeds."""
+"""Minutes of training until validation first reaches given figures: `spairkit bench time-to-ap`."""
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,155 +14,81 @@ from spairkit.data.datasets import open_dataset
 from spairkit.errors import DivergedError, InputError
 from spairkit.experiments.published import FIGURE_2
 from spairkit.storage.runs import Run
-from spairkit.training.loop import Validation, fit
+from spairkit.training.loop import fit
+from spairkit.training.validation import Step, Validation
 
 PAPER_AP = {digits: published.mean for digits, published in FIGURE_2["spair"].items()}
-"""`ap_spair` that SPAIR had on images of so many digits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reached:
-    """When a figure was first seen to be reached; a time includes the validations before it."""
-
-    step: int
-    minutes: float
-    cpu_minutes: float
+"""AP paper that the authors published for SPAIR, for each number of digits in an image."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One training."""
+    """One training run, which ends as soon as one validation reaches every target."""
 
     seed: int
     targets: dict[str, float]
-    first: dict[str, Reached | None]
-    """For each target when it was first reached, and None where it never was."""
-    all: Reached | None
-    """When all were reached at one validation: there training ends."""
-    broken_off: bool
-    """Whether it was stopped before its end; neither a success nor a failure."""
     best: dict[str, float]
-    """The highest figure of any validation, for each target; 0 before the first."""
-    steps: int
+    """For each target the highest figure of any validation."""
+    reached: bool
+    step: int
+    """Updates at the end of the run."""
     minutes: float
-    """In all."""
+    """Wall time of the run, validations included."""
     cpu_minutes: float
 
 
-def check_truth(data: DataConfig) -> None:
-    """Refuses data of which no AP is known.
+def target(data: DataConfig, ap: float | None) -> float:
+    """The AP to reach: `ap`, or the published AP paper for `data.max_objects` digits.
 
-    Raises:
-        InputError: they cannot be read or say nothing of boxes.
+    Raises InputError where the data have no true boxes, or the paper has no such AP.
     """
     if not open_dataset(data, "validation").has_truth:
         raise InputError(
-            f"{data.path}: AP needs known boxes, and there is no annotations.json (COCO)"
+            f"{data.path}: there is no annotations.json (COCO), and an AP needs true boxes; add "
+            "that file or choose other data"
         )
-
-
-def paper_target(data: DataConfig) -> float:
-    """The paper's `ap_spair` for as many digits as the data have at most.
-
-    Raises:
-        InputError: the paper has none for that number.
-    """
-    if data.max_objects not in PAPER_AP:
+    if ap is None and data.max_objects not in PAPER_AP:
+        known = ", ".join(map(str, PAPER_AP))
         raise InputError(
-            f"the paper has no AP for {data.max_objects} objects, but for "
-            f"{', '.join(map(str, PAPER_AP))}; give --ap"
+            f"the paper has no AP for {data.max_objects} objects, only for {known}; give a target "
+            "with --ap"
         )
-    return PAPER_AP[data.max_objects]
+    return PAPER_AP[data.max_objects] if ap is None else ap
 
 
-def attempts(
+def attempt(
     config: Config,
-    targets: Mapping[str, float],
-    seeds: list[int],
+    targets: dict[str, float],
     device: torch.device,
-    report: Callable[[int, int, Validation | None], None] = lambda *_: None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Attempt]:
-    """One training for each seed, in a temporary folder, until all targets are reached.
-
-    Args:
-        config: ends a training that does not reach them.
-        targets: figures of validations and what they must be at least.
-        seeds: `train.seed` of each.
-        device: where.
-        report: is told seed and step, and of validations.
-        stop: asked after every update; when it says yes the training under way is broken off and
-            yielded as such, and no other begins.
-
-    Raises:
-        InputError: the data cannot be read or say nothing of boxes.
-    """
-    check_truth(config.data)
-    for seed in seeds:
-        if stop():
-            return
-        seeded = replace(config, train=replace(config.train, seed=seed))
-        yield _attempt(seeded, targets, device, report, stop)
-
-
-def success_rate(attempts: Sequence[Attempt]) -> float | None:
-    """Share that reached all targets, of those not broken off; None where there are none."""
-    ended = [attempt for attempt in attempts if not attempt.broken_off]
-    return sum(attempt.all is not None for attempt in ended) / len(ended) if ended else None
-
-
-def _attempt(
-    config: Config,
-    targets: Mapping[str, float],
-    device: torch.device,
-    report: Callable[[int, int, Validation | None], None],
-    stop: Callable[[], bool],
+    report: Callable[[Step | Validation], None] = lambda _: None,
 ) -> Attempt:
-    seed, step = config.train.seed, 0
-    first: dict[str, Reached | None] = dict.fromkeys(targets)
+    """Trains in a temporary folder until one validation reaches all targets.
+
+    `report` receives every update and every validation.
+    """
+    step, reached = 0, False
     best = dict.fromkeys(targets, 0.0)
-    every: list[Reached] = []
-    stopped = False
     begin, begin_cpu = time.perf_counter(), time.process_time()
 
-    def now() -> Reached:
-        return Reached(
-            step=step,
-            minutes=(time.perf_counter() - begin) / 60,
-            cpu_minutes=(time.process_time() - begin_cpu) / 60,
-        )
+    def stop() -> bool:
+        return reached
 
-    def ends() -> bool:
-        nonlocal stopped
-        stopped = not every and stop()
-        return bool(every) or stopped
-
-    with tempfile.TemporaryDirectory(prefix="spairkit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="spairkit-") as folder, suppress(DivergedError):
         run = Run.create(Path(folder) / "run", config)
-        try:
-            with run.lock():
-                for event in fit(config, run, device, ends):
-                    step = event.step
-                    validation = event if isinstance(event, Validation) else None
-                    if validation:
-                        figures = {name: validation.figures[name] for name in targets}
-                        best = {name: max(best[name], figures[name]) for name in targets}
-                        reached = {name for name in targets if figures[name] >= targets[name]}
-                        first |= {name: now() for name in reached if first[name] is None}
-                        if len(reached) == len(targets):
-                            every.append(now())
-                    report(seed, step, validation)
-        except DivergedError:
-            pass  # a failure like any other
-    end = now()
+        with run.lock():
+            for event in fit(config, run, device, stop):
+                step = event.step
+                if isinstance(event, Validation):
+                    figures = {name: event.figures[name] for name in targets}
+                    best = {name: max(best[name], figures[name]) for name in targets}
+                    reached = all(figures[name] >= targets[name] for name in targets)
+                report(event)
     return Attempt(
-        seed=seed,
-        targets=dict(targets),
-        first=first,
-        all=every[0] if every else None,
-        broken_off=stopped and step < config.train.steps,
+        seed=config.train.seed,
+        targets=targets,
         best=best,
-        steps=step,
-        minutes=end.minutes,
-        cpu_minutes=end.cpu_minutes,
+        reached=reached,
+        step=step,
+        minutes=(time.perf_counter() - begin) / 60,
+        cpu_minutes=(time.process_time() - begin_cpu) / 60,
     )
