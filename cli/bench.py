@@ -15,8 +15,8 @@ from spairkit.cli.ledger import print_table, recorded
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.benchmarks.targets import Attempt
     from spairkit.benchmarks.timing import Figure
+    from spairkit.benchmarks.training import Attempt
 
 
 OPERATOR = "render, presence_kl or presence_kl_relaxed; repeatable. Default: all."
@@ -62,10 +62,9 @@ def bench(
 
     operators, numbers = operator or list(WAYS), objects or list(SIDES)
     for option, given, known in (("operator", operators, WAYS), ("objects", numbers, SIDES)):
-        for value in given:
-            if value not in known:
-                names = ", ".join(map(str, known))
-                raise InputError(f"--{option} must be one of {names}; got {value}")
+        for value in set(given) - set(known):
+            names = ", ".join(map(str, known))
+            raise InputError(f"--{option} must be one of {names}; got {value}")
     where, batches, about = _machine(device, threads, batch)
     chosen = [Case(*case) for case in product(operators, batches, numbers)]
     with recorded({"benchmark": "operators", **about}, _show, ledger, as_json=json) as record:
@@ -90,7 +89,7 @@ def bench_train(
 
     The losses and gradients of both are compared before anything is timed.
     """
-    from spairkit.benchmarks.updates import run, sized
+    from spairkit.benchmarks.training import run, sized
     from spairkit.config_values import assignments
     from spairkit.presets import DEFAULT, resolve
 
@@ -98,12 +97,12 @@ def bench_train(
     if "batch_size" in over.get("train", {}):
         raise InputError("--set train.batch_size: a benchmark takes its batches from --batch")
     where, batches, about = _machine(device, threads, batch)
-    chosen = [
-        sized(resolve(name, over), size, side)
+    chosen = {
+        f"{name} {size}x{side**2}": sized(resolve(name, over), size, side)
         for name in preset or (DEFAULT, "paper")
         for size in batches
         for side in cells or [4]
-    ]
+    }
     about = {"benchmark": "train", **about, "set": set_ or []}
     with recorded(about, _show, ledger, as_json=json) as record:
         for figure in run(chosen, where, seconds, (lambda _: None) if quiet else say):
@@ -134,12 +133,11 @@ def time_to_ap(
     reach the AP by the last update of the preset. Ctrl-C drops the current seed and prints the
     finished ones. Exit status: 0 if any seed succeeded, 2 if none did.
     """
-    from spairkit.benchmarks.targets import attempt, target
-    from spairkit.benchmarks.timing import machine
+    from spairkit.benchmarks.training import attempt, target
     from spairkit.presets import resolve
     from spairkit.training.validation import Validation
 
-    chosen = options.choose_device(device)
+    where, _, about = _machine(device, threads, None)
     loop = {"validation_every": every, "threads": threads}
     given: dict[str, Any] = options.data_layer(data) if data else {}
     given["train"] = {name: value for name, value in loop.items() if value is not None}
@@ -148,20 +146,11 @@ def time_to_ap(
     targets = {"ap_spair": target(settings.data, ap)}
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
-    about = {
-        "benchmark": "time-to-ap",
-        **machine(chosen),
-        "preset": settings.preset,
-        "data": settings.data.name,
-        "set": set_ or [],
-        "validation_every": settings.train.validation_every,
-        "validation_images": settings.data.validation_images,
-    }
+    about = {"benchmark": "time-to-ap", **about, "preset": settings.preset, "set": set_ or []}
+    about |= {"data": settings.data.name, "validation_every": settings.train.validation_every}
     found: list[Attempt] = []
-    with (
-        recorded(about, _show_attempts, ledger, as_json=json) as record,
-        progress_bar(quiet=quiet) as bar,
-    ):
+    recording = recorded(about, _show_attempts, ledger, as_json=json)
+    with recording as record, progress_bar(quiet=quiet) as bar:
         task = bar.add_task("", total=settings.train.steps, note="")
 
         def report(event: Any) -> None:
@@ -173,7 +162,7 @@ def time_to_ap(
 
         for seed in range(seeds):
             train = replace(settings.train, seed=seed)
-            found.append(attempt(replace(settings, train=train), targets, chosen, report))
+            found.append(attempt(replace(settings, train=train), targets, where, report))
             record(found[-1])
     if not any(run.reached for run in found):
         best = listed({name: max(run.best[name] for run in found) for name in targets})
@@ -208,6 +197,8 @@ def _show(figures: list["Figure"]) -> None:
         last = figure.case
     columns = ["batch x objects or cells", "way", "ms", "20-80 %", "times", "MiB"]
     note = "ms: median; times: slower than spairkit; MiB: rise in memory during a call"
+    if any("eagerly" in figure.note for figure in figures):
+        note += "; launched eagerly: not recorded as a CUDA graph, so gaps between kernels count"
     print_table([*columns, *figures[0].more], rows, note)
 
 

@@ -15,11 +15,18 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from spairkit.benchmarks import plain, targets, timing, updates
+from spairkit.benchmarks import plain, timing, training
 from spairkit.benchmarks.plain import PlainSPAIR, PlainTrainer
-from spairkit.benchmarks.targets import PAPER_AP, attempt, target
 from spairkit.benchmarks.timing import Figure
-from spairkit.benchmarks.updates import check, losses_and_gradients, run, sized
+from spairkit.benchmarks.training import (
+    PAPER_AP,
+    attempt,
+    check,
+    losses_and_gradients,
+    run,
+    sized,
+    target,
+)
 from spairkit.cli.bench import app
 from spairkit.cli.main import main
 from spairkit.config import Config, DataConfig
@@ -101,7 +108,7 @@ def test_nothing_is_timed_if_the_versions_differ(
     monkeypatch.setattr(plain, function, wrong)
     message = r"spairkit and the plain version differ by .* in .*; nothing was timed"
     with pytest.raises(RuntimeError, match=message):
-        next(run([tiny()], CPU, 0, quiet))
+        next(run({"tiny 2x4": tiny()}, CPU, 0, quiet))
 
 
 def test_the_importance_floor_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +124,7 @@ def test_two_updates_of_both_versions_give_equal_weights() -> None:
     train = replace(config.train, gradient_noise=0.0, learning_rate_end=rate)
     config = replace(config, train=train)
     scenes = open_dataset(config.data, "train", CPU)
-    ours = updates.Trainer(config, run=None, train=scenes, device=CPU)
+    ours = training.Trainer(config, run=None, train=scenes, device=CPU)
     model: Any = ours.model
     theirs = PlainTrainer(config, PlainSPAIR.like(model), scenes)
     for step in range(2):
@@ -145,7 +152,7 @@ def test_the_plain_version_adds_gradient_noise() -> None:
 
 def test_figures_are_complete() -> None:
     lines: list[str] = []
-    figures = list(run([tiny(2), tiny(3)], CPU, 0, lines.append))
+    figures = list(run({"tiny 2x4": tiny(2), "tiny 2x9": tiny(3)}, CPU, 0, lines.append))
     assert [(figure.case.split("x")[1], figure.way) for figure in figures] == [
         ("4", "spairkit"),
         ("4", "plain"),
@@ -166,7 +173,7 @@ def test_a_plain_version_that_needs_too_much_memory_is_skipped(
 ) -> None:
     monkeypatch.setattr(timing, "free_bytes", lambda device: 2**10)
     lines: list[str] = []
-    figures = list(run([tiny()], CPU, 0, lines.append))
+    figures = list(run({"tiny 2x4": tiny()}, CPU, 0, lines.append))
     assert [figure.way for figure in figures] == ["spairkit"]
     assert "skipping the plain version, which needs about 0 GiB" in lines[-1]
 
@@ -174,7 +181,7 @@ def test_a_plain_version_that_needs_too_much_memory_is_skipped(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_updates_on_a_gpu_are_compared_with_the_replayed_backbone() -> None:
-    ours, theirs = run([tiny()], torch.device("cuda"), 0, quiet)
+    ours, theirs = run({"tiny 2x4": tiny()}, torch.device("cuda"), 0, quiet)
     assert ours.note == theirs.note == ""
     assert ours.more["x backbone"] > 1
 
@@ -219,13 +226,13 @@ def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_an_interrupted_benchmark_keeps_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    figure = next(run([tiny()], CPU, 0, quiet))
+    figure = next(run({"tiny 2x4": tiny()}, CPU, 0, quiet))
 
     def interrupted(*_: Any) -> Iterator[Figure]:
         yield figure
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(updates, "run", interrupted)
+    monkeypatch.setattr(training, "run", interrupted)
     ledger = tmp_path / "ledger.jsonl"
     found = CliRunner().invoke(app, ["train", "--device", "cpu", "--ledger", str(ledger), "--json"])
     document = json.loads(found.stdout)
@@ -311,7 +318,7 @@ def test_a_signal_keeps_the_finished_seeds(
                 signal.raise_signal(number)
             yield event
 
-    monkeypatch.setattr(targets, "fit", signalled)
+    monkeypatch.setattr(training, "fit", signalled)
     with pytest.raises(SystemExit) as ended:
         main(["bench", *words, "--ap", "1", "--seeds", "3"])
     assert ended.value.code == status

@@ -27,9 +27,8 @@ class PlainBackbone(Backbone):
     """The backbone with torch's own convolutions and torch's default memory layout."""
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images
-        for layer, stride in zip(self.layers, self.strides, strict=True):
-            assert isinstance(layer, nn.Conv2d)
+        x, layers = images, [layer for layer in self.layers if isinstance(layer, nn.Conv2d)]
+        for layer, stride in zip(layers, self.strides, strict=True):
             assert layer.bias is not None
             x = self.activation(x) if x is not images else x
             x = convolve_by_torch(x, layer.weight, layer.bias, stride)
@@ -82,19 +81,14 @@ class PlainSPAIR(SPAIR):
             cells.append(cell)
         return join(cells, torch.arange(len(cells), device=images.device))
 
-    def _decode(self, what: Tensor) -> Tensor:
-        logits = self.decoder(what).to(what.dtype)
-        logits = logits.unflatten(-1, (self.config.object_size, self.config.object_size, 4))
-        scale, bias = appearance_constants(self.config, logits.device, logits.dtype)
-        return squash(logits * scale + bias)
-
     def _render(self, latents: Latents, background: Tensor, images: Tensor) -> Tensor:
-        maps, depth = self._decode(latents.what), latents.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-        background = background.expand(-1, -1, *images.shape[-2:])
-        floor = self.config.importance_floor
-        return render_by_grid_sample(
-            maps, latents.boxes, depth, latents.presence, background, floor
-        )
+        c, boxes, presence = self.config, latents.boxes, latents.presence
+        logits = self.decoder(latents.what).to(images.dtype)
+        logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
+        scale, bias = appearance_constants(c, logits.device, logits.dtype)
+        maps, depth = squash(logits * scale + bias), latents.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+        back = background.expand(-1, -1, *images.shape[-2:])
+        return render_by_grid_sample(maps, boxes, depth, presence, back, c.importance_floor)
 
     def _losses(
         self, images: Tensor, latents: Latents, image: Tensor, success: float | Tensor | None

@@ -22,7 +22,7 @@ Call = Callable[[], object]
 Clock = Callable[[], float]
 """Runs a call once or several times and returns the seconds that one call took."""
 
-_MIN_ROUNDS, _PATIENCE_SECONDS = 3, 60
+_MIN_ROUNDS = 3
 _GRAPH_CALLS, _SHORT_SECONDS = 20, 5e-3
 
 
@@ -49,12 +49,10 @@ class Figure:
 
 
 def take_turns(clocks: Mapping[str, Clock], seconds: float) -> dict[str, dict[str, Any]]:
-    """Reads the clocks in turn for `seconds`, usually three times or more; the times by name."""
+    """Reads the clocks in turn for `seconds` and at least three times; their times by name."""
     samples: dict[str, list[float]] = {name: [] for name in clocks}
-    begin, rounds = time.perf_counter(), 0
-    while (spent := time.perf_counter() - begin) < seconds or (
-        rounds < (_MIN_ROUNDS if spent < _PATIENCE_SECONDS else 1)
-    ):
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < _MIN_ROUNDS or time.perf_counter() < end:
         for name, clock in clocks.items():
             samples[name].append(1e3 * clock())
         rounds += 1
