@@ -58,7 +58,7 @@ def bench(
     """
     if context.invoked_subcommand is not None:
         return
-    from spairkit.benchmarks.operators import SIDES, WAYS, Case, run
+    from spairkit.benchmarks.operators import SIDES, WAYS, run
 
     operators, numbers = operator or list(WAYS), objects or list(SIDES)
     for option, given, known in (("operator", operators, WAYS), ("objects", numbers, SIDES)):
@@ -66,7 +66,7 @@ def bench(
             names = ", ".join(map(str, known))
             raise InputError(f"--{option} must be one of {names}; got {value}")
     where, batches, about = _machine(device, threads, batch)
-    chosen = [Case(*case) for case in product(operators, batches, numbers)]
+    chosen = list(product(operators, batches, numbers))
     with recorded({"benchmark": "operators", **about}, _show, ledger, as_json=json) as record:
         for figure in run(chosen, where, seconds, say):
             record(figure)

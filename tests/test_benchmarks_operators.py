@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from spairkit.benchmarks import operators, timing
-from spairkit.benchmarks.operators import SIDES, WAYS, Case, check, run
+from spairkit.benchmarks.operators import SIDES, WAYS, check, run
 from spairkit.benchmarks.plain import presence_kl_by_loop
 from spairkit.benchmarks.timing import Figure, device_clock, machine, take_turns
 from spairkit.cli import bench
@@ -21,7 +21,7 @@ from spairkit.presence import presence_kl
 from spairkit.rendering import render
 
 CPU = torch.device("cpu")
-SMALL = Case("presence_kl", 2, 16)
+SMALL = ("presence_kl", 2, 16)
 
 
 def quiet(line: str) -> None:
@@ -84,11 +84,11 @@ def test_every_number_of_objects_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(WAYS["render"], "spairkit", wrong)
     check("render", 16, CPU)
     with pytest.raises(RuntimeError, match="render of 64: spairkit differs"):
-        next(run([Case("render", 1, 16), Case("render", 1, 64)], CPU, 0, quiet))
+        next(run([("render", 1, 16), ("render", 1, 64)], CPU, 0, quiet))
 
 
 def test_every_case_gets_its_figures() -> None:
-    figures = list(run([Case(name, 2, 16) for name in WAYS], CPU, 0, quiet))
+    figures = list(run([(name, 2, 16) for name in WAYS], CPU, 0, quiet))
     names = [(name, way) for name, ways in WAYS.items() for _ in range(2) for way in ways]
     assert [(figure.case.split()[0], figure.way) for figure in figures] == names
     for figure in figures:
@@ -102,7 +102,7 @@ def test_a_plain_version_that_needs_too_much_memory_is_skipped(
 ) -> None:
     monkeypatch.setattr(timing, "free_bytes", lambda device: 2**20)
     lines: list[str] = []
-    figures = list(run([Case("render", 1, 16)], CPU, 0, lines.append))
+    figures = list(run([("render", 1, 16)], CPU, 0, lines.append))
     assert [figure.way for figure in figures] == ["spairkit"] * 2
     assert "render 1x16, forward: skipping grid_sample, which needs about 0 GiB" in lines
 
@@ -138,7 +138,7 @@ def test_calls_on_a_gpu_are_timed_by_graph_replays_where_possible() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bandwidth_is_compared_with_a_copy() -> None:
-    figures = list(run([Case("render", 2, 16)], torch.device("cuda"), 0, quiet))
+    figures = list(run([("render", 2, 16)], torch.device("cuda"), 0, quiet))
     assert all(0 < figure.more["% of a copy"] < 200 for figure in figures)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from spairkit.presence import presence_kl
 from spairkit.rendering import render
 
 Function = Callable[..., Tensor]
+Case = tuple[str, int, int]
+"""An operator, the number of images, and the objects of each, or its cells for a KL."""
 
 WAYS: dict[str, dict[str, Function]] = {
     "render": {"spairkit": render, "grid_sample": render_by_grid_sample},
@@ -38,14 +39,6 @@ _LEAST_NORM = 0.1  # gradients of depth nearly cancel for few objects
 _CHECKED_SIDE = 40
 
 
-class Case(NamedTuple):
-    """One operator on `batch` images of `objects` objects each, or cells for the KL."""
-
-    operator: str
-    batch: int
-    objects: int
-
-
 def run(
     cases: list[Case], device: torch.device, seconds: float, report: Callable[[str], None]
 ) -> Iterator[Figure]:
@@ -54,19 +47,20 @@ def run(
     At least `seconds` are spent on each figure. `report` receives a line at the start of each step.
     Raises RuntimeError before anything is timed if an operator gives wrong results here.
     """
-    for operator, objects in dict.fromkeys((case.operator, case.objects) for case in cases):
+    for operator, objects in dict.fromkeys((operator, objects) for operator, _, objects in cases):
         report(f"{operator} of {objects}: checking")
         check(operator, objects, device)
     copied = _copy_bandwidth(device, seconds) if device.type == "cuda" else None
     for case in cases:
-        inputs = _inputs(case, device, SIDES[case.objects])
+        operator, batch, objects = case
+        inputs = _inputs(case, device, SIDES[objects])
         for backward in (False, True):
             passes = "forward + backward" if backward else "forward"
-            name = f"{case.operator} {case.batch}x{case.objects}, {passes}"
+            name = f"{operator} {batch}x{objects}, {passes}"
             ours = 0.0  # ms
-            for way, function in WAYS[case.operator].items():
-                planes = case.batch * case.objects if way == "grid_sample" else 0
-                needed = 4 * COPIES * planes * SIDES[case.objects] ** 2
+            for way, function in WAYS[operator].items():
+                planes = COPIES * batch * objects if way == "grid_sample" else 0
+                needed = 4 * planes * SIDES[objects] ** 2
                 if needed > 0.7 * timing.free_bytes(device):
                     report(f"{name}: skipping {way}, which needs about {needed / 2**30:.0f} GiB")
                     continue
@@ -92,7 +86,7 @@ def check(operator: str, objects: int, device: torch.device) -> None:
     Two images hold `objects` each, because the tiling of the kernels depends on that number.
     Raises RuntimeError where they differ.
     """
-    inputs = _inputs(Case(operator, 2, objects), device, _CHECKED_SIDE)
+    inputs = _inputs((operator, 2, objects), device, _CHECKED_SIDE)
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
     wanted = _values_and_gradients(list(WAYS[operator].values())[-1], exact)
     for way, function in WAYS[operator].items():
@@ -112,8 +106,8 @@ def _inputs(case: Case, device: torch.device, side: int) -> list[Tensor]:
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=random)
 
-    batch, objects = case.batch, case.objects
-    if case.operator == "render":
+    operator, batch, objects = case
+    if operator == "render":
         # objects of 12 to 20 pixels, up to 4 pixels off a regular grid, as in a trained model
         steps = int(objects**0.5)
         axis = (torch.arange(steps) + 0.5) * side / steps
@@ -126,7 +120,7 @@ def _inputs(case: Case, device: torch.device, side: int) -> list[Tensor]:
     else:
         logits, chance = 4 * uniform(batch, objects) - 2, uniform(batch, objects)
         samples, leaves = (chance < _SHARE_ON).float(), 1
-        if case.operator == "presence_kl_relaxed":
+        if operator == "presence_kl_relaxed":
             # binary Concrete samples of temperature 1, away from 0 and 1
             odds = torch.logit(torch.tensor(_SHARE_ON))
             samples, leaves = torch.sigmoid(odds + torch.logit(0.001 + 0.998 * chance)), 2
@@ -159,9 +153,9 @@ def _copy_bandwidth(device: torch.device, seconds: float) -> float:
 
 def _bytes(case: Case, backward: bool) -> int:
     """Every input read once and every output written once, in each pass."""
-    if case.operator != "render":
-        back = 20 if case.operator == "presence_kl" else 28
-        return case.batch * case.objects * (20 + (back if backward else 0))
-    pixels = case.batch * SIDES[case.objects] ** 2
-    maps = case.batch * case.objects * (_OBJECT_SIDE**2 * 4 + 6)
+    operator, batch, objects = case
+    if operator != "render":
+        back = 20 if operator == "presence_kl" else 28
+        return batch * objects * (20 + (back if backward else 0))
+    pixels, maps = batch * SIDES[objects] ** 2, batch * objects * (_OBJECT_SIDE**2 * 4 + 6)
     return 4 * (maps + 11 * pixels) + (4 * (2 * maps + 14 * pixels) if backward else 0)
