@@ -1,149 +1,223 @@
-"""`spairkit bench`: the operators, or all of training, beside plain torch."""
+"""`spairkit bench`: the speed of operators, of training updates, and of reaching an AP."""
 
-from enum import StrEnum
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.bench_train import bench_train, time_to_ap
-from spairkit.cli.console import results, say, several
-from spairkit.cli.ledger import recorded
-from spairkit.cli.options import (
-    Device,
-    DeviceOption,
-    JsonOption,
-    LedgerOption,
-    ThreadsOption,
-    choose_device,
-)
+from spairkit.cli import options
+from spairkit.cli.console import progress_bar, say, several
+from spairkit.cli.figures import AUTHORS_RULE, called, listed
+from spairkit.cli.ledger import print_table, recorded
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.benchmarks.operators import Figure
+    from spairkit.benchmarks.timing import Figure
+    from spairkit.benchmarks.training import Attempt
 
 
-_TABLE_WIDTH = 180  # with the longest notes, on a GPU
+OPERATOR = "render, presence_kl or presence_kl_relaxed; repeatable. Default: all."
+OBJECTS = "Objects per image: 16, 64, 144 or 576; repeatable. Default: all."
+BATCH = "Images per call or update; repeatable. Default: 32; on a GPU 32, 256 and 1024."
+PRESET = "quick, laptop or paper; repeatable. Default: quick and paper."
+CELLS = "Grid cells along each side of an image; repeatable. Default: 4 (4 x 4 cells)."
+BatchOption = Annotated[list[int] | None, typer.Option("--batch", min=1, max=65536, help=BATCH)]
+SecondsOption = Annotated[
+    float, typer.Option("--seconds", min=0.0, help="Least time to spend on each measurement.")
+]
+AP = "The AP to reach. Default: the published AP for data.max_objects digits."
+ACCURACY = "Share of images whose count must be right in the same validation. Default: any."
+EVERY = "Updates between validations. Default: the preset's."
+SEEDS = "Number of runs; their seeds are 0, 1, ..."
+Share = float | None
+LEDGER = Path("benchmarks.jsonl")
 
 app = typer.Typer(invoke_without_command=True)
-app.command("train")(bench_train)
-app.command("time-to-ap")(time_to_ap)
-
-
-class OperatorName(StrEnum):
-    """What can be timed."""
-
-    RENDER = "render"
-    PRESENCE_KL = "presence_kl"
-    PRESENCE_KL_RELAXED = "presence_kl_relaxed"
 
 
 @app.callback()
 def bench(
     context: typer.Context,
-    operator: Annotated[
-        list[OperatorName] | None,
-        typer.Option("--operator", help="Time this one alone; repeatable."),
-    ] = None,
-    objects: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--objects", help="In an image: 16, 64, 144 or 576; repeatable. Default: all of these."
-        ),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--batch", min=1, help="Images; repeatable. Default: 32; on a GPU 32, 256 and 1024."
-        ),
-    ] = None,
-    device: DeviceOption = Device.AUTO,
-    threads: ThreadsOption = None,
-    compiled: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Also time torch.compile of the plain versions. Default: on a GPU only.",
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.0, help="Seconds for each figure, at least.")
-    ] = 1.0,
-    ledger: LedgerOption = Path("benchmarks.jsonl"),
-    json: JsonOption = False,
+    operator: Annotated[list[str] | None, typer.Option("--operator", help=OPERATOR)] = None,
+    objects: Annotated[list[int] | None, typer.Option("--objects", help=OBJECTS)] = None,
+    batch: BatchOption = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.ThreadsOption = None,
+    seconds: SecondsOption = 1.0,
+    ledger: options.LedgerOption = LEDGER,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Time the operators (renderer, KL of the counts) beside plain torch, checked first.
+    """Compare the speed and memory of the operators with plain torch.
 
-    `bench train` and `bench time-to-ap` time training.
+    The operators are the renderer and the KL of presence, for hard and for relaxed samples. Their
+    results are checked before anything is timed. On a GPU, times are those of CUDA graph replays.
+    `bench train` and `bench time-to-ap` measure training.
     """
     if context.invoked_subcommand is not None:
         return
+    from spairkit.benchmarks.operators import SIDES, WAYS, run
+
+    operators, numbers = operator or list(WAYS), objects or list(SIDES)
+    for option, given, known in (("operator", operators, WAYS), ("objects", numbers, SIDES)):
+        for value in set(given) - set(known):
+            names = ", ".join(map(str, known))
+            raise InputError(f"--{option} must be one of {names}; got {value}")
+    where, batches, about = _machine(device, threads, batch)
+    chosen = list(product(operators, batches, numbers))
+    with recorded({"benchmark": "operators", **about}, _show, ledger, as_json=as_json) as record:
+        for figure in run(chosen, where, seconds, say):
+            record(figure)
+
+
+@app.command("train")
+def bench_train(
+    preset: Annotated[list[str] | None, typer.Option("--preset", help=PRESET)] = None,
+    set_: options.SetOption = None,
+    batch: BatchOption = None,
+    cells: Annotated[list[int] | None, typer.Option("--cells", min=1, max=64, help=CELLS)] = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.ThreadsOption = None,
+    seconds: SecondsOption = 10.0,
+    ledger: options.LedgerOption = LEDGER,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Compare a training update of SPAIR with a plain torch version of the same update.
+
+    The losses and gradients of both are compared before anything is timed.
+    """
+    from spairkit.benchmarks.training import run, sized
+    from spairkit.config_values import assignments
+    from spairkit.presets import DEFAULT, resolve
+
+    over = assignments(set_ or [])
+    if "batch_size" in over.get("train", {}):
+        raise InputError("--set train.batch_size: a benchmark takes its batches from --batch")
+    where, batches, about = _machine(device, threads, batch)
+    chosen = {
+        f"{name} {size}x{side**2}": sized(resolve(name, over), size, side)
+        for name in preset or (DEFAULT, "paper")
+        for size in batches
+        for side in cells or [4]
+    }
+    about = {"benchmark": "train", **about, "set": set_ or []}
+    with recorded(about, _show, ledger, as_json=as_json) as record:
+        for figure in run(chosen, where, seconds, (lambda _: None) if quiet else say):
+            record(figure)
+
+
+@app.command("time-to-ap")
+def time_to_ap(
+    preset: options.PresetOption = None,
+    data: options.DataOption = None,
+    config: options.ConfigOption = None,
+    set_: options.SetOption = None,
+    ap: Annotated[Share, typer.Option("--ap", min=0.0, max=1.0, help=AP)] = None,
+    count_accuracy: Annotated[
+        Share, typer.Option("--count-accuracy", min=0.0, max=1.0, help=ACCURACY)
+    ] = None,
+    every: Annotated[int | None, typer.Option("--every", min=1, help=EVERY)] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help=SEEDS)] = 3,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.ThreadsOption = None,
+    ledger: options.LedgerOption = LEDGER,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure the minutes of training until validation first reaches an AP, over several seeds.
+
+    The AP is AP paper, computed by the rule of the SPAIR authors' code. A seed fails if it does not
+    reach the AP by the last update of the preset. Ctrl-C drops the current seed and prints the
+    finished ones. Exit status: 0 if any seed succeeded, 2 if none did.
+    """
+    from spairkit.benchmarks.training import attempt, target
+    from spairkit.presets import resolve
+    from spairkit.training.validation import Validation
+
+    where, _, about = _machine(device, threads, None)
+    loop = {"validation_every": every, "threads": threads}
+    from spairkit.data.datasets import data_settings
+
+    given: dict[str, Any] = data_settings(data) if data else {}
+    given["train"] = {name: value for name, value in loop.items() if value is not None}
+    over = options.layers(config, given, set_)
+    settings = resolve(options.choose_preset(preset, over), *over)
+    targets = {"ap_spair": target(settings.data, ap)}
+    if count_accuracy is not None:
+        targets["count_accuracy"] = count_accuracy
+    about = {"benchmark": "time-to-ap", **about, "preset": settings.preset, "set": set_ or []}
+    about |= {"data": settings.data.name, "validation_every": settings.train.validation_every}
+    found: list[Attempt] = []
+    recording = recorded(about, _show_attempts, ledger, as_json=as_json)
+    with recording as record, progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("", total=settings.train.steps, note="")
+
+        def report(event: Any) -> None:
+            bar.update(task, completed=event.step, description=f"seed {len(found)}")
+            if isinstance(event, Validation) and not quiet:
+                figures = listed({name: event.figures[name] for name in targets})
+                text = f"seed {len(found)}, step {event.step}: {figures}"
+                bar.console.print(text, soft_wrap=True)
+
+        for seed in range(seeds):
+            train = replace(settings.train, seed=seed)
+            found.append(attempt(replace(settings, train=train), targets, where, report))
+            record(found[-1])
+    if not any(run.reached for run in found):
+        best = listed({name: max(run.best[name] for run in found) for name in targets})
+        raise InputError(
+            f"no seed reached {listed(targets, 'g')}; the best figures are {best}. Train longer "
+            "(--set train.steps=N) or lower the target (--ap, --count-accuracy)"
+        )
+
+
+def _machine(
+    device: options.Device, threads: int | None, batch: list[int] | None
+) -> tuple[Any, list[int], dict[str, Any]]:
+    """The device, the batches to time there, and a description of the machine."""
     import torch
 
-    from spairkit.benchmarks.operators import SIDES, cases, run
     from spairkit.benchmarks.timing import machine
 
-    unknown = set(objects or ()) - set(SIDES)
-    if unknown:
-        raise InputError(f"--objects must be 16, 64, 144 or 576, got {min(unknown)}")
-    where = choose_device(device)
-    on_gpu = where.type == "cuda"
+    where = options.choose_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    chosen = cases(
-        [name.value for name in operator or list(OperatorName)],
-        batch or ([32, 256, 1024] if on_gpu else [32]),
-        objects or list(SIDES),
-    )
-    about = machine(where)
-    with recorded(about, _print_table, ledger, json=json) as figures:
-        number = several(len(chosen), "case")
-        say(f"checking and timing {number} on {where.type}; those of many objects take minutes")
-        for figure in run(
-            chosen,
-            where,
-            compiled=on_gpu if compiled is None else compiled,
-            seconds=seconds,
-            report=say,
-        ):
-            figures.append(figure)
-            say(_line(figure))
+    return where, batch or ([32, 256, 1024] if where.type == "cuda" else [32]), machine(where)
 
 
-def _line(figure: "Figure") -> str:
-    time = figure.note if figure.median_ms is None else f"{figure.median_ms:.3f} ms"
-    return f"{_case(figure)}: {figure.way} {time}"
-
-
-def _case(figure: "Figure") -> str:
-    from spairkit.benchmarks.operators import describe
-
-    return describe(figure, figure.backward)
-
-
-def _print_table(about: dict[str, object], figures: list["Figure"]) -> None:
-    from rich.table import Table
-
-    table = Table("batch x objects", "way", "ms", "20-80 %", "times", "MiB", box=None)
-    case = ""
+def _show(figures: list["Figure"]) -> None:
+    rows, last = [], ""
     for figure in figures:
-        note = figure.note
-        if figure.bytes_per_second and figure.copy_bytes_per_second:
-            note += (
-                f", {figure.bytes_per_second / 1e9:.1f} GB/s, {figure.bandwidth:.0%} of a copy's "
-                f"{figure.copy_bytes_per_second / 1e9:.1f}"
-            )
-        timed = figure.median_ms is not None
-        peak = figure.peak_bytes
-        table.add_row(
-            _case(figure) if _case(figure) != case else "",
-            figure.way + (f" ({note})" if note else ""),
-            f"{figure.median_ms:.3f}" if timed else "-",
-            f"{figure.p20_ms:.3f}-{figure.p80_ms:.3f}" if timed else "",
-            f"{figure.ratio:.1f}" if figure.ratio is not None else "",
-            "" if peak is None else f"{peak / 2**20:.1f}",
-        )
-        case = _case(figure)
-    console = results(_TABLE_WIDTH)
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()), soft_wrap=True)
-    console.print(table)
+        way = f"{figure.way} ({figure.note})" if figure.note else figure.way
+        rows.append([figure.case if figure.case != last else "", way, _short(figure.median_ms)])
+        rows[-1] += [f"{_short(figure.p20_ms)}-{_short(figure.p80_ms)}", _short(figure.times)]
+        rows[-1] += ["" if figure.peak_mib is None else f"{figure.peak_mib:.1f}"]
+        rows[-1] += map(_short, figure.more.values())
+        last = figure.case
+    columns = ["batch x objects or cells", "way", "ms", "20-80 %", "times", "MiB"]
+    note = "ms: median; times: slower than spairkit; MiB: rise in memory during a call"
+    if any("eagerly" in figure.note for figure in figures):
+        note += "; launched eagerly: not recorded as a CUDA graph, so gaps between kernels count"
+    print_table([*columns, *figures[0].more], rows, note)
+
+
+def _short(value: float) -> str:
+    return f"{value:.{4 if value < 1 else 2 if value < 10 else 1 if value < 1000 else 0}f}"
+
+
+def _show_attempts(found: "list[Attempt]") -> None:
+    targets = found[0].targets
+    rows = []
+    for run in found:
+        row = [str(run.seed), "yes" if run.reached else "no", f"{run.minutes:.1f}"]
+        best = [f"{run.best[name]:.3f}" for name in targets]
+        rows.append([*row, f"{run.cpu_minutes:.1f}", str(run.step), *best])
+    times = [run.minutes for run in found if run.reached]
+    middle = f" in {median(times):.1f} minutes (median)" if times else ""
+    note = f"{len(times)} of {several(len(found), 'seed')} reached {listed(targets, 'g')}{middle}."
+    columns = ["seed", "reached", "minutes", "CPU min", "step"]
+    columns += [f"best {called(name)}" for name in targets]
+    print_table(columns, rows, f"{note} AP paper: {AUTHORS_RULE}.")

@@ -1,49 +1,65 @@
-"""The figures of a benchmark: shown at its end, however it ends, and added to the ledger."""
+"""The figures of a benchmark: written to a ledger as they are measured, printed at the end."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from spairkit.cli.console import print_json, say
+from spairkit.cli.console import print_json, results, say
+from spairkit.errors import InputError
+
+_TABLE_WIDTH = 160
 
 
 @contextmanager
 def recorded(
-    about: dict[str, Any],
-    print_tables: Callable[[dict[str, Any], list[Any]], None],
-    ledger: Path,
-    *,
-    json: bool,
-) -> Iterator[list[Any]]:
-    """A list for the figures, which are dataclasses; shown and written down when the block ends.
+    about: dict[str, Any], show: Callable[[list[Any]], None], ledger: Path, *, as_json: bool
+) -> Iterator[Callable[[Any], None]]:
+    """Gives a function that appends a figure, a dataclass, to the ledger as a line of JSON.
 
-    Those of a benchmark that is broken off (Ctrl-C, no memory) too: they are marked as partial.
-
-    Args:
-        about: what they depend on; read when the block ends.
-        print_tables: shows that and the figures to a person.
-        ledger: the file that gets one more line.
-        json: shows them as a JSON document in place of tables.
-
-    Raises:
-        InputError: the ledger cannot be written, which shows before the block begins.
+    All figures are printed when the block ends, by `show` or as one JSON document. Those of an
+    interrupted benchmark are marked as partial. `about` describes the machine and the options, and
+    is part of every line. Raises InputError before the block runs if the ledger is not writable.
     """
-    from spairkit.benchmarks.timing import append_to_ledger, check_ledger
-
-    check_ledger(ledger)
-    figures: list[Any] = []
-    partial = {"partial": True}
     try:
-        yield figures
-        partial = {}
-    finally:
-        if figures:
-            shown = about | partial
-            append_to_ledger(ledger, shown, figures)  # first: to print may fail, into a closed pipe
-            if json:
-                print_json(shown | {"figures": [asdict(figure) for figure in figures]})
-            else:
-                print_tables(shown, figures)
-            say(f"added to {ledger}")
+        file = ledger.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{ledger}: cannot append to the ledger ({error.strerror}); choose another file with "
+            "--ledger"
+        ) from error
+    figures: list[Any] = []
+
+    def record(figure: Any) -> None:
+        file.write(json.dumps(about | asdict(figure)) + "\n")
+        file.flush()
+        figures.append(figure)
+
+    partial = {"partial": True}
+    with file:
+        try:
+            yield record
+            partial = {}
+        finally:
+            if figures and as_json:
+                print_json(about | partial | {"figures": [asdict(figure) for figure in figures]})
+            elif figures:
+                line = ", ".join(f"{key} {value}" for key, value in (about | partial).items())
+                results().print(line, soft_wrap=True)
+                show(figures)
+            if figures:
+                say(f"added to {ledger}")
+
+
+def print_table(columns: list[str], rows: list[list[str]], note: str) -> None:
+    """Prints a table without lines, and a note below it."""
+    from rich.table import Table
+
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console = results(_TABLE_WIDTH)
+    console.print(table)
+    console.print(note, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a benchmark has measured is shown and written down once, whole or broken off."""
+"""The ledger: figures are written as they are measured and printed once, complete or partial."""
 
 import json
 from dataclasses import dataclass
@@ -18,58 +18,62 @@ class Figure:
     ms: float
 
 
-def unprinted(about: dict[str, Any], figures: list[Any]) -> None:
-    pytest.fail("printed")
+def unused(figures: list[Any]) -> None:
+    pytest.fail("printed as a table")
 
 
-def test_a_whole_benchmark_is_printed_and_added(
+def test_every_figure_is_a_line_and_all_are_printed_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    printed: list[tuple[dict[str, Any], list[Any]]] = []
-    about, ledger = {"device": "mine"}, tmp_path / "ledger.jsonl"
+    printed: list[list[Any]] = []
+    ledger = tmp_path / "ledger.jsonl"
     ledger.write_text('{"earlier": 1}\n')
-    with recorded(about, lambda *shown: printed.append(shown), ledger, json=False) as figures:
-        figures.append(Figure(1.5))
-        about["found"] = "meanwhile"
-    assert printed == [({"device": "mine", "found": "meanwhile"}, [Figure(1.5)])]
-    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert lines == [
-        {"earlier": 1},
-        {"device": "mine", "found": "meanwhile", "figures": [{"ms": 1.5}]},
-    ]
-    assert capsys.readouterr().err == f"added to {ledger}\n"
+    with recorded({"device": "mine"}, printed.append, ledger, as_json=False) as record:
+        record(Figure(1.5))
+        assert json.loads(ledger.read_text().splitlines()[1]) == {"device": "mine", "ms": 1.5}
+        assert not printed
+        record(Figure(2.5))
+    assert printed == [[Figure(1.5), Figure(2.5)]]
+    assert len(ledger.read_text().splitlines()) == 3
+    shown = capsys.readouterr()
+    assert shown.out == "device mine\n"
+    assert shown.err == f"added to {ledger}\n"
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit, MemoryError])
-def test_one_that_is_broken_off_says_so_and_ends_as_it_would(
+def test_an_interrupted_benchmark_is_printed_as_partial(
     ending: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
 
     def benchmark() -> None:
-        with recorded({}, unprinted, ledger, json=True) as figures:
-            figures.append(Figure(1.5))
+        with recorded({}, unused, ledger, as_json=True) as record:
+            record(Figure(1.5))
             raise ending
 
     with pytest.raises(ending):
         benchmark()
-    for document in (capsys.readouterr().out, ledger.read_text()):
-        assert json.loads(document) == {"partial": True, "figures": [{"ms": 1.5}]}
+    assert json.loads(capsys.readouterr().out) == {"partial": True, "figures": [{"ms": 1.5}]}
+    assert json.loads(ledger.read_text()) == {"ms": 1.5}
 
 
-def test_without_a_figure_there_is_nothing_to_show(
+def test_nothing_is_printed_without_a_figure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ledger = tmp_path / "ledger.jsonl"
-    with pytest.raises(KeyboardInterrupt), recorded({}, unprinted, ledger, json=True):
+    with pytest.raises(KeyboardInterrupt), recorded({}, unused, ledger, as_json=True):
         raise KeyboardInterrupt
-    assert not ledger.exists()
+    assert ledger.read_text() == ""
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_ledger_that_cannot_be_written_is_refused_before_the_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "missing/ledger.jsonl"])
+def test_a_ledger_that_cannot_be_written_is_refused_before_the_benchmark(
+    name: str, tmp_path: Path
+) -> None:
     with (
-        pytest.raises(InputError, match="cannot add to the ledger"),
-        recorded({}, unprinted, tmp_path, json=False),
+        pytest.raises(InputError, match=r"cannot append to the ledger \(.*\); choose another file"),
+        recorded({}, unused, tmp_path / name, as_json=False),
     ):
         pytest.fail("measured")
+    assert not list(tmp_path.iterdir())
