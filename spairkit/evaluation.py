@@ -1,4 +1,4 @@
-"""A detector's figures on a whole set of images, and on its images of 1, 2, 3 ... objects."""
+"""Figures of a detector on a set of images, and on its images of 1, 2, 3 ... objects."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -12,22 +12,22 @@ from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 
 CANDIDATE_THRESHOLD = 0.05
-"""Score from which a candidate takes part in the ranking of `ap` and `ap_coco`."""
+"""Candidates with a score above this take part in the ranking of `ap` and `ap_coco`."""
 
 _PRECISIONS = ("ap", "ap_spair", "ap_coco", "ap50", "ap75")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What `spairkit.metrics` says of some images; its `PROTOCOLS` describe each figure.
+    """Figures on some images; `spairkit.metrics.PROTOCOLS` describes each.
 
-    Without any true object in the images the AP figures say nothing about the detector: they are
-    then 0, or 1 where it has no candidate, and `to_json` leaves them out as None.
+    Without true objects the AP figures are meaningless: 0, or 1 if there is no candidate; `to_json`
+    gives None for them.
     """
 
     images: int
     objects: int
-    """True ones, in all images together."""
+    """Number of true objects in all images."""
     ap: float
     ap_spair: float
     ap_coco: float
@@ -48,15 +48,15 @@ class Report:
     """Figures of one detector on one set of images."""
 
     measured_on: str
-    """The images, and the glyphs in them, in words: figures on other glyphs do not compare."""
+    """Description of the images: figures on other images do not compare."""
     threshold: float
-    """Score above which a candidate counts as found."""
+    """Candidates with a score above this are found."""
     overall: Figures
     by_objects: dict[int, Figures]
-    """The same for the images of each true number of objects, in ascending order."""
+    """Figures of the images with each true number of objects, ascending."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values ready for `json.dumps`, with the protocol of each figure beside them."""
+        """Plain values for `json.dumps`, with the protocol of each figure."""
         return {
             "measured_on": self.measured_on,
             "threshold": self.threshold,
@@ -75,11 +75,11 @@ def evaluate(
     *,
     measured_on: str = "",
 ) -> Report:
-    """Runs the detector once over all images and compares what it finds with the truth.
+    """Runs the detector once over all images and compares its detections with the ground truth.
 
-    `ap` and `ap_coco` rank every candidate with a score above 0.05; `ap_spair` and the counts
-    take those above `threshold`. Images are let go of as they come, boxes and scores are kept:
-    24 bytes for each candidate and 16 for each true object.
+    `ap` and `ap_coco` rank every candidate with a score above 0.05; `ap_spair` and the counts use
+    those above `threshold`. Images are not kept; boxes and scores are, in 24 bytes for each
+    candidate and 16 for each true object.
 
     Args:
         detector: finds the objects.
@@ -87,7 +87,7 @@ def evaluate(
             whatever the size of these.
         threshold: in [0, 1).
         progress: called after each batch with the number of images done so far.
-        measured_on: what the images are, for `Report.measured_on`.
+        measured_on: description of the images, for the report.
 
     Raises:
         ValueError: `threshold` is outside [0, 1), or there is no image.
@@ -141,5 +141,5 @@ def _figures(
 
 
 def _boxes_alone(item: Detections) -> Detections:
-    """Without appearance codes, which the figures do not need."""
+    """Without embeddings, which the figures do not need."""
     return replace(item, what=torch.zeros(len(item), 0))

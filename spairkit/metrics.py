@@ -1,4 +1,4 @@
-"""How well boxes and counts agree with the truth, by three protocols that are never mixed.
+"""Figures of boxes and counts against ground truth, by three protocols that are never mixed.
 
 | name       | IoU            | a hit is       | recall points | pooled over       | scores  |
 |------------|----------------|----------------|---------------|-------------------|---------|
@@ -22,13 +22,13 @@ from spairkit.detections import Detections, Truth
 Array = npt.NDArray[Any]
 
 IOU_THRESHOLDS = np.arange(1, 10) / 10
-"""Of `ap` and `ap_spair`: .1, .2 ... .9."""
+"""IoU thresholds of `ap` and `ap_spair`: .1, .2 ... .9."""
 
 COCO_IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-"""Of `ap_coco`, to the bit those of pycocotools."""
+"""IoU thresholds of `ap_coco`, bit-identical to those of pycocotools."""
 
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
-"""Of `ap` and `ap_coco`, to the bit those of pycocotools."""
+"""Recall points of `ap` and `ap_coco`, bit-identical to those of pycocotools."""
 
 PROTOCOLS = {
     "ap": (
@@ -36,11 +36,11 @@ PROTOCOLS = {
         "101 recall points, pooled over the whole set, half-open true boxes, ranked by score"
     ),
     "ap_spair": (
-        "as the SPAIR authors' code counts, for comparison with the paper's figures only: IoU > t "
-        "for t = .1, .2 ... .9, 11 recall points, detections above the count threshold, not "
-        "ranked, dropped once their image has no true box left, true boxes one pixel less high "
-        "and wide, as are found ones that are drawn in whole pixels like them, mean over batches "
-        "of 32; of the means of the latents, which the authors sampled"
+        "the rule of the SPAIR authors' code, for comparison with the paper's figures only: IoU > "
+        "t for t = .1, .2 ... .9; 11 recall points; detections above the count threshold, not "
+        "ranked, dropped once all true boxes of their image are taken; true boxes one pixel less "
+        "high and wide, and so are detected boxes in whole pixels; mean over batches of 32; from "
+        "the means of the latents, which the authors sampled"
     ),
     "ap_coco": "COCO AP@[.5:.95]: 101 recall points, all areas, any number of detections",
     "ap50": "COCO AP at IoU .5",
@@ -49,7 +49,7 @@ PROTOCOLS = {
     "count_error": "mean absolute difference of the numbers of objects",
     "count_bias": "mean of found minus true number of objects; above 0 is too many",
 }
-"""What each figure means, in words that go beside it wherever it is reported."""
+"""The definition of each figure, reported beside it."""
 
 NAMES = {
     "ap": "AP",

@@ -266,7 +266,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "image twice": (coco([IMAGE, IMAGE], []), r"images\[1\]: the id 1 is used twice"),
     "name twice": (coco([IMAGE, IMAGE | {"id": 2}], []), "'a.png' is used twice"),
     "bad height": (coco([IMAGE | {"height": "4"}], []), "height must be"),
-    "other size": (coco([IMAGE | {"height": 4, "width": 5}], []), "is 10x10 pixels"),
+    "other size": (coco([IMAGE | {"height": 4, "width": 5}], []), "has 10x10 pixels"),
     "object twice": (coco([IMAGE], [one([0, 0, 1, 1])] * 2), "the id 1 is used twice"),
     "no image": (coco([], [one([0, 0, 1, 1])]), "image_id 1 is not among"),
     "no category": (coco([IMAGE], [one([0, 0, 1, 1], category_id=9)]), "category_id 9 is not"),
@@ -287,15 +287,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     "up": (coco([IMAGE | {"file_name": "../a.png"}], []), "leaves the folder"),
     "deep up": (coco([IMAGE | {"file_name": "sub/../../a.png"}], []), "leaves the folder"),
     "absolute": (coco([IMAGE | {"file_name": "/etc/passwd"}], []), "leaves the folder"),
-    "link out": (coco([IMAGE | {"file_name": "out.png"}], []), "no file in the folder"),
-    "absent": (coco([IMAGE | {"file_name": "z.png"}], []), "no file in the folder"),
+    "link out": (coco([IMAGE | {"file_name": "out.png"}], []), "not a file in the folder"),
+    "absent": (coco([IMAGE | {"file_name": "z.png"}], []), "not a file in the folder"),
     "newline": (coco([IMAGE | {"file_name": "a\nb.png"}], []), r"a\\nb.png"),
-    "nul": (coco([IMAGE | {"file_name": "a\0.png"}], []), "no file in the folder"),
-    "surrogate": (coco([IMAGE | {"file_name": "\ud800.png"}], []), "no file in the folder"),
-    "long name": (coco([IMAGE | {"file_name": "x" * 4096}], []), "no file in the folder"),
-    "longer name": (coco([IMAGE | {"file_name": "x" * 4097}], []), "must be a file's name"),
-    "no name": (coco([IMAGE | {"file_name": ""}], []), "must be a file's name"),
-    "no picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), "no picture"),
+    "nul": (coco([IMAGE | {"file_name": "a\0.png"}], []), "not a file in the folder"),
+    "surrogate": (coco([IMAGE | {"file_name": "\ud800.png"}], []), "not a file in the folder"),
+    "long name": (coco([IMAGE | {"file_name": "x" * 4096}], []), "not a file in the folder"),
+    "longer name": (coco([IMAGE | {"file_name": "x" * 4097}], []), "must be the name of a file"),
+    "no name": (coco([IMAGE | {"file_name": ""}], []), "must be the name of a file"),
+    "no picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), "not an image"),
     "crowded": (coco([IMAGE], [one([0, 0, 1, 1], n) for n in range(10_001)]), "over 10,000"),
 }
 
@@ -377,7 +377,7 @@ def test_says_when_a_picture_changes_under_way(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 10)})
     folder = opened(tmp_path)
     fill(tmp_path, {"a.png": (11, 10)})
-    with pytest.raises(InputError, match="changed while it was in use"):
+    with pytest.raises(InputError, match="changed during use"):
         folder.batch(torch.arange(2))
 
 

@@ -1,4 +1,4 @@
-"""Where images come from: scenes scattered from glyphs, and folders of a person's own images.
+"""Datasets: synthetic scenes of scattered glyphs, and folders of images.
 
-Read `datasets` first (which one is opened), then `scenes`, then `folder`.
+Read `datasets` first, then `scenes`, then `folder`.
 """

@@ -1,4 +1,4 @@
-"""Ground truth that a person has in COCO's form, read as a stranger's file."""
+"""Reads ground truth in COCO's format from an untrusted file."""
 
 import json
 import math
@@ -21,24 +21,23 @@ _MAX_NAME = 4096
 
 @dataclass(frozen=True, eq=False)
 class Annotated:
-    """One image of the file."""
+    """One image of the annotation file."""
 
     image_id: int
-    size: tuple[int, int] | None  # height and width, where the file gives them
-    truth: Truth  # boxes as given: they may cross the image's rim
+    size: tuple[int, int] | None  # height and width, if the file gives them
+    truth: Truth  # boxes as given; they may leave the image
 
 
 def read_annotations(path: Path) -> dict[str, Annotated]:
-    """The images of a COCO file by their names, which are relative to its folder.
+    """The images of a COCO file, by name relative to the folder of the file.
 
-    A box is `bbox`, x, y, width and height in pixels; its label is the `category_id`. Crowd
-    regions (`iscrowd` 1) are no objects and left out. Nothing is repaired: a file with a mistake
-    is refused, and the message names the entry.
+    A box is `bbox`: x, y, width and height in pixels; its label is `category_id`. Crowd regions
+    (`iscrowd` 1) are left out. A file with a mistake is refused; the message names the entry.
 
     Raises:
-        InputError: the file cannot be read, is larger than 256 MiB, is no JSON or not COCO's; an
-            id is missing, negative or not unique; a name leaves the folder; a box has a side that
-            is not positive, or a number that is not finite; an image has over 10,000 boxes.
+        InputError: the file cannot be read, is larger than 256 MiB, or is not COCO JSON; an id is
+            missing, negative or not unique; a name leaves the folder; a box has a side that is not
+            positive, or a number that is not finite; an image has over 10,000 boxes.
     """
     content = _table(path, "it", _json(path))
     reader = _Reader(path)
@@ -53,7 +52,7 @@ def read_annotations(path: Path) -> dict[str, Annotated]:
 
 
 class _Reader:
-    """Takes the entries of one file in turn, and refuses the first that is wrong."""
+    """Takes the entries of one file in turn, and refuses the first mistake."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -123,9 +122,9 @@ class _Reader:
         return value
 
     def _name(self, where: str, value: Any) -> str:
-        """The name as `list_images` would give it, of a file that lies in the folder."""
+        """The name of a file in the folder, as `list_images` gives it."""
         if not isinstance(value, str) or not value or len(value) > _MAX_NAME:
-            self._refuse(where, f"file_name must be a file's name, got {_brief(value)}")
+            self._refuse(where, f"file_name must be the name of a file, got {_brief(value)}")
         path = PurePosixPath(value)
         if path.is_absolute() or ".." in path.parts:
             self._refuse(where, f"file_name {_brief(value)} leaves the folder")
@@ -135,11 +134,11 @@ class _Reader:
         except (OSError, RuntimeError, ValueError):
             there = False
         if not there:
-            self._refuse(where, f"file_name {_brief(value)} is no file in the folder")
+            self._refuse(where, f"file_name {_brief(value)} is not a file in the folder")
         return path.as_posix()
 
     def _box(self, where: str, value: Any) -> list[float]:
-        """x1, y1, x2, y2 of a box that has an area."""
+        """x1, y1, x2, y2 of a box with an area."""
         if (
             not isinstance(value, list)
             or len(value) != 4
@@ -150,7 +149,7 @@ class _Reader:
                 where, f"bbox must be x, y, width and height in pixels, got {_brief(value)}"
             )
         x, y, width, height = map(float, value)
-        # as they will be kept: a side may vanish in float32
+        # in float32, as boxes are kept, a side may vanish
         if not (np.float32(x + width) > np.float32(x) and np.float32(y + height) > np.float32(y)):
             self._refuse(where, f"bbox must have a width and height above 0, got {_brief(value)}")
         return [x, y, x + width, y + height]
@@ -165,7 +164,7 @@ def _json(path: Path) -> Any:
         if not path.is_file():
             raise InputError(f"{name}: not a regular file")
         if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{name}: larger than 256 MiB; leave out the segmentations")
+            raise InputError(f"{name}: larger than 256 MiB; remove the segmentations")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except InputError:
         raise
@@ -177,19 +176,19 @@ def _json(path: Path) -> Any:
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{printable(path)}: {where} must be an object, as in COCO's files")
+        raise InputError(f"{printable(path)}: {where} must be an object, as in COCO files")
     return value
 
 
 def _rows(path: Path, content: dict[str, Any], key: str, *, needed: bool = True) -> list[Any]:
     value = content.get(key, None if needed else [])
     if not isinstance(value, list):
-        raise InputError(f"{printable(path)}: {key} must be a list, as in COCO's files")
+        raise InputError(f"{printable(path)}: {key} must be a list, as in COCO files")
     return value
 
 
 def _brief(value: Any) -> str:
-    """What came, short enough for a message."""
+    """The value, shortened for a message."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = printable(repr(value)) if not isinstance(value, dict) else "an object"

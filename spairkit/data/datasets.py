@@ -1,4 +1,4 @@
-"""Which images a config asks for, opened."""
+"""Opens the datasets that a config names."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ _MAX_PIXELS = 1 << 24
 
 
 def dataset_names() -> tuple[str, ...]:
-    """The names that `data.name` takes."""
+    """The values of `data.name`."""
     return get_args(get_type_hints(DataConfig)["name"])
 
 
@@ -55,9 +55,9 @@ def data_settings(word: str) -> dict[str, Any]:
 
 
 def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:
-    """The images of a split in words, for `Report.measured_on`.
+    """Describes the images of a split, for `Report.measured_on`.
 
-    `trained_on` says whether some of a folder's were trained on.
+    `trained_on` says whether the model was trained on images of this folder.
     """
     if data.name == "folder":
         if split == "test":
@@ -94,13 +94,13 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
             )
     elif config.train.select == "ap" and not validation.has_truth:
         raise InputError(
-            "train.select = 'ap' needs images whose boxes are known, and these have no "
-            "annotations.json; use 'elbo'"
+            "train.select = 'ap' needs ground truth, but these images have no annotations.json; "
+            "use 'elbo'"
         )
     if model.told and not (train.has_truth and validation.has_truth):
         raise InputError(
-            "model.count = 'given' needs images whose number of objects is known, and these have "
-            "no annotations.json; use 'inferred'"
+            "model.count = 'given' needs the true number of objects, but these images have no "
+            "annotations.json; use 'inferred'"
         )
     if isinstance(model, AIRConfig):
         wanted = config.data.image_height, config.data.image_width
@@ -109,21 +109,20 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
         if others:
             raise InputError(
                 f"{model.kind.upper()} takes images of one size, here {wanted[0]}x{wanted[1]} px, "
-                f"and there is one of {others[0][0]}x{others[0][1]} px; say their size with "
-                "data.image_height and data.image_width, or train SPAIR, which takes any"
+                f"but one has {others[0][0]}x{others[0][1]} px; set data.image_height and "
+                "data.image_width to their size, or train SPAIR, which takes any size"
             )
     return train, validation
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
-    """All of a split, once and in order, `batch_size` images at a time; the last may be fewer.
+    """The images of a split in order, in batches of at most `batch_size`.
 
-    Scenes: the indices from 0 to their length. A folder: whole images, of which only those of
-    one size that follow each other share a batch, up to 16 million pixels; where a folder has
-    annotations, images that they do not list are left out.
+    A folder gives whole images; consecutive ones of one size share a batch, up to 16 million
+    pixels. If it has annotations, images without any entry are left out.
 
     Raises:
-        TypeError: scenes of the train split, which have no end.
+        TypeError: the train split of scenes has no end.
         InputError: an image is damaged.
     """
     if isinstance(dataset, ImageFolder):

@@ -1,4 +1,4 @@
-"""A person's own images: crops to train on, whole images to judge by, truth where it is known."""
+"""A folder of images: crops for training, whole images otherwise, ground truth if there is any."""
 
 import hashlib
 from collections import OrderedDict
@@ -28,41 +28,40 @@ from spairkit.images import (
 ANNOTATIONS = "annotations.json"
 
 _CACHE_BYTES = 1 << 29
-# crops drawn from one choice of images, where not all can be kept in memory
+# crops drawn from one choice of images, if not all fit into memory
 _WINDOW = 4096
-# files, and pixels of each, whose intensities tell those of all
+# files, and pixels of each, that `levels` samples
 _LOOKED_AT, _PIXELS_LOOKED_AT = 16, 1 << 18
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CROPS, _WINDOWS = range(2)
 _FILE, _TOP, _LEFT = range(3)
-# a part of a box thinner than this is not there (docs/model.md 10)
+# a part of a box thinner than this is dropped (docs/model.md 10)
 _THIN_PX = 1e-6
 
 
 class ImageFolder:
-    """The pictures of a folder and its subfolders, in the order of their paths.
+    """The images of a folder and its subfolders, in the order of their paths.
 
-    Of ten files or more, about one in ten is for validation and the others for training: those
-    whose name has the lowest hash, at least one. So a file stays in its split when others are
-    added. Of fewer, all are for both. The split "test" is every file.
+    Of ten files or more, about a tenth is for validation, those of lowest hash of the name, so that
+    a file stays in its split when others are added. Of fewer, all are for both. The test split
+    holds every file.
 
-    Crops are `image_height` x `image_width`. An image that is smaller is continued to the right
-    and downwards with its last pixels. Which file and which place is a pure function of the
-    names, `config.seed`, the split and the index. Decoded images are kept, as bytes, up to
-    512 MiB; where the split needs more, each 4,096 indices in turn share as many files as fit, so
-    that a file is decoded once for many crops.
+    Crops are `image_height` x `image_width`; a smaller image is padded to the right and below by
+    repeating its last pixels. File and place of a crop are a pure function of the names,
+    `config.seed`, the split and the index. Decoded images are cached, as bytes, up to 512 MiB; if
+    the split needs more, each 4,096 consecutive indices share as many files as fit.
 
-    Truth comes from `annotations.json` (COCO) in the folder, if it is there. Its boxes are
-    clipped to the image or the crop.
+    Ground truth is read from `annotations.json` (COCO) in the folder. Boxes are clipped to the
+    image or the crop.
     """
 
     def __init__(
         self, config: DataConfig, split: Split, device: torch.device | str = "cpu"
     ) -> None:
-        """Looks at every file's header.
+        """Reads the header of every file.
 
         Raises:
-            InputError: there is no such folder or no picture in it, a header is damaged or says
+            InputError: there is no such folder or no image in it, a header is damaged or gives
                 more than 64 million pixels, or the annotations are wrong.
         """
         self.config = config
@@ -75,7 +74,7 @@ class ImageFolder:
         self._annotated = annotated
         self._numbers = _numbers(names, annotated)
         for name in annotated.keys() - self._numbers.keys():
-            raise InputError(f"{printable(annotations)}: {name!r} is no picture that can be read")
+            raise InputError(f"{printable(annotations)}: {name!r} is not an image that can be read")
         self._names = _of_split(names, split)
         self.has_truth = not annotated.keys().isdisjoint(self._names)
         self._sizes = [image_size(self._folder / name) for name in self._names]
@@ -94,13 +93,13 @@ class ImageFolder:
         )
 
     def __len__(self) -> int:
-        """Files of the validation or the test split; TypeError for train."""
+        """Number of files of the validation or test split; TypeError for train."""
         if self.split == "train":
             raise TypeError("the train split has no length: any index is a crop")
         return len(self._names)
 
     def batch(self, indices: Tensor) -> Batch:
-        """The crops of these indices ([B] int64), on the dataset's device.
+        """The crops of `indices` ([B] int64), on the device of the dataset.
 
         Raises:
             ValueError: the indices are not a row of int64.
@@ -139,11 +138,10 @@ class ImageFolder:
         return [(self._folder / name, self._numbers[name]) for name in self._names]
 
     def images(self) -> Iterator[tuple[str, int, Tensor, Truth | None]]:
-        """Each file of the split: its path in the folder, id, whole image [3, H, W] and truth.
+        """Path in the folder, id, whole image [3, H, W] and ground truth of each file of the split.
 
-        Ids are those of the annotations, and from 1 up in the order of the files where there are
-        none. The truth is None where nothing is known: without annotations, or for a file that
-        they do not list, whose id follows theirs.
+        Ids are those of the annotations; without annotations they count from 1. The ground truth of
+        a file that is not annotated is None, and its id follows those of the annotations.
 
         Raises:
             InputError: a file is damaged.
@@ -156,11 +154,10 @@ class ImageFolder:
             yield name, self._numbers[name], image.to(self.device), truth
 
     def levels(self) -> tuple[float, float]:
-        """Between which intensities, as they are stored, all but 1 % of the pixels at each end lie.
+        """The intensities below and above which 1 % of the pixels lie, in at most 16 files.
 
-        A pixel is as dark as its darkest channel and as light as its lightest. Of 16 files at
-        most. Where so many pixels are of one intensity that both levels fall on it: the least
-        and the greatest.
+        The lower level is taken of the darkest channel of each pixel, the upper of the lightest. If
+        both levels coincide, the least and the greatest intensity are returned.
 
         Raises:
             InputError: a file is damaged.
@@ -179,14 +176,14 @@ class ImageFolder:
         return self._annotated[name].truth if name in self._annotated else None
 
     def _pixels(self, file: int) -> Tensor:
-        """The decoded file, from memory if it is there; what was used longest ago makes room."""
+        """The decoded file, through a cache that evicts the least recently used."""
         if file in self._cache:
             self._cache.move_to_end(file)
             return self._cache[file]
         path = self._folder / self._names[file]
         pixels = read_pixels(path)
         if tuple(pixels.shape[1:]) != self._sizes[file]:
-            raise InputError(f"{printable(path)}: changed while it was in use; start again")
+            raise InputError(f"{printable(path)}: changed during use; start again")
         self._cache[file] = pixels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
@@ -202,13 +199,13 @@ def stacked(
     max_pixels: int,
     only_known: bool,
 ) -> Iterator[Batch]:
-    """Whole images as batches: neighbours of one size together, at most `batch_size` of them.
+    """Whole images as batches of consecutive images of one size.
 
     Args:
         images: as `ImageFolder.images` gives them.
-        batch_size: images.
-        max_pixels: of a batch, unless one image has more.
-        only_known: leave out the images whose truth nobody knows.
+        batch_size: greatest number of images in a batch.
+        max_pixels: greatest number of pixels in a batch, unless one image has more.
+        only_known: leave out images without ground truth.
     """
     group: list[tuple[Tensor, Truth]] = []
     for _, _, image, truth in images:
@@ -230,7 +227,7 @@ def _whole(group: list[tuple[Tensor, Truth]]) -> Batch:
 
 
 def _batch(images: list[Tensor], truths: list[Truth], size: tuple[int, int]) -> Batch:
-    """A batch on the images' device; `size` is for one that has none."""
+    """A batch on the device of the images; `size` is that of images in an empty batch."""
     device = images[0].device if images else torch.device("cpu")
     counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
     most = int(counts.max()) if len(counts) else 0
@@ -251,7 +248,7 @@ def _continued(crop: Tensor, height: int, width: int) -> Tensor:
 
 
 def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:
-    """The parts of boxes inside a frame (x1, y1, x2, y2), from the frame's corner."""
+    """The parts of boxes inside a frame (x1, y1, x2, y2), relative to its corner."""
     x1, y1, x2, y2 = frame
     least, most = torch.tensor([x1, y1, x1, y1]), torch.tensor([x2, y2, x2, y2])
     boxes = torch.minimum(torch.maximum(truth.boxes, least), most) - least
@@ -260,7 +257,7 @@ def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:
 
 
 def _numbers(names: list[str], annotated: dict[str, Annotated]) -> dict[str, int]:
-    """An id for each file: the annotations' own, or the next that is free."""
+    """The id of each file: that of the annotations, or the next free one."""
     following = max((entry.image_id for entry in annotated.values()), default=0) + 1
     numbers = {}
     for name in names:
@@ -289,7 +286,7 @@ def _refuse_misfits(path: Path, name: str, size: tuple[int, int], annotated: Ann
     height, width = size
     if annotated.size is not None and annotated.size != size:
         raise InputError(
-            f"{printable(path)}: {name!r} is {height}x{width} pixels (height x width), "
+            f"{printable(path)}: {name!r} has {height}x{width} pixels (height x width), "
             f"not {annotated.size[0]}x{annotated.size[1]}; correct the entry"
         )
     for x1, y1, x2, y2 in annotated.truth.boxes.tolist():

@@ -1,7 +1,7 @@
-"""Small grey images to scatter: the packaged digits, or an MNIST or EMNIST file.
+"""Glyphs to scatter: the packaged digits, or those of an MNIST or EMNIST file.
 
-No glyph is in two splits. Resizing is in exact rational arithmetic, so that every machine gets
-the same bytes.
+No glyph is in two splits. Resizing uses exact integer arithmetic, so that every machine gets the
+same bytes.
 """
 
 import gzip
@@ -28,7 +28,7 @@ Split = Literal["train", "validation", "test"]
 _MAX_BYTES = 1 << 30
 _MAX_SIDE = 256
 _CHUNK = 4096
-# what the readers of zip, gzip and npy raise on damaged files
+# raised by the readers of zip, gzip and npy on damaged files
 _DAMAGED = (
     OSError,
     EOFError,
@@ -52,8 +52,8 @@ class Glyphs:
     """Grey images of one size, white on black."""
 
     images: NDArray[np.uint8]  # [n, h, w]
-    labels: NDArray[np.int64]  # [n], -1 where there is none
-    full: int = 255  # the value that means white
+    labels: NDArray[np.int64]  # [n], -1 for no label
+    full: int = 255  # the value of white
 
     def __len__(self) -> int:
         """The number of glyphs."""
@@ -64,15 +64,14 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
     """The glyphs of one split, in the order of the file.
 
     Of each class the first 80 % are for training, the next 10 % for validation and the last 10 %
-    for testing, as in the paper (docs/model.md 10). An npz file that has a test set of its own
-    keeps it: its training set is then split 90 to 10.
+    for testing, as in the paper (docs/model.md 10). An npz file with its own test set keeps it, and
+    its training set is split 90 to 10.
 
     `digits` needs no file. `mnist` and `emnist` read `config.path`: an npz with `x_train`,
-    `y_train`, `x_test`, `y_test`, or with `images` and perhaps `labels`; or a file of images in
-    IDX form, plain or gzipped, beside which the file of labels is found by its usual name.
-    MNIST's images lose one pixel at every edge, which gives its digits the size of the paper's;
-    EMNIST's are transposed, since its files hold them lying; where there are labels, only its
-    digits are kept.
+    `y_train`, `x_test`, `y_test`, or with `images` and optionally `labels`; or an IDX file of
+    images, plain or gzipped, whose labels are found beside it by their usual name. MNIST images are
+    cropped by one pixel at every edge, so that digits have the size of the paper's. EMNIST images
+    are transposed, and only digits are kept if there are labels.
 
     Raises:
         InputError: there is no such file, it is damaged, too large or of another kind, or the
@@ -84,8 +83,8 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
         path = Path(config.path)
     else:
         raise InputError(
-            f"data.name = {config.name!r} needs data.path: an npz file, or a file of images in "
-            "IDX form (plain or gzipped)"
+            f"data.name = {config.name!r} needs data.path: an npz file, or an IDX file of images "
+            "(plain or gzipped)"
         )
     arrays = _read(path)
     if "x_train" in arrays:
@@ -108,17 +107,18 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
         chosen[of_class[low:high]] = True
     chosen &= images.max((1, 2), initial=0) > 0
     if not chosen.any():
-        raise InputError(f"{path}: too few glyphs for a {split} split; ten of a class are enough")
+        raise InputError(
+            f"{path}: too few glyphs for a {split} split; at least ten of a class are needed"
+        )
     full = 16 if config.name == "digits" else 255
     return Glyphs(np.ascontiguousarray(images[chosen]), labels[chosen], full)
 
 
 def resize(images: NDArray[np.uint8], side: int, *, full: int = 255) -> NDArray[np.uint8]:
-    """Grey images [n, h, w] brought to [n, side, side], 0 to `full` scaled to 0 to 255.
+    """Grey images [n, h, w] resized to [n, side, side], with 0 to `full` scaled to 0 to 255.
 
-    Bilinear between pixel centres; a reduction weighs all pixels under a triangle as wide as it
-    needs (antialiasing). The weights are integers and the result is rounded once, half up, from
-    the exact quotient: no machine can differ.
+    Bilinear between pixel centres, with antialiasing. The weights are integers and the exact
+    quotient is rounded once, half up, so that all machines agree.
     """
     down, across = _weights(images.shape[1], side), _weights(images.shape[2], side)
     # every product and sum below is an integer less than 2^53, exact in any order

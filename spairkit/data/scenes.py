@@ -37,7 +37,7 @@ _DARK = 64
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images and what is in them; objects beyond an image's count are zeros and label -1."""
+    """Images and their objects; objects beyond the count of an image are zero, with label -1."""
 
     images: Tensor  # [B, 3, H, W] float32 in [0, 1]
     boxes: Tensor  # [B, N, 4] float32 xyxy, pixels, half-open
@@ -45,7 +45,7 @@ class Batch:
     counts: Tensor  # [B] int64
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """The batch on another device."""
         return Batch(
             self.images.to(device),
             self.boxes.to(device),
@@ -65,19 +65,19 @@ class Batch:
 class Scenes:
     """Images with glyphs scattered by the paper's rule (docs/model.md 10).
 
-    A scene is a function of the dataset's name and options, `config.seed`, the split and the
-    scene's index: the same bits on every machine and device and in every batch, since all
-    arithmetic up to the last division by 255 is on integers. Its number of objects is uniform
-    from `min_objects` to `max_objects`; classes are equally likely, as are the glyphs of a class.
-    A glyph's box is the tight, half-open one of its non-zero pixels, hidden or not.
+    A scene is a function of the config, the split and its index. It has the same bits on every
+    machine and device and in every batch, because all arithmetic before the last division by 255 is
+    on integers. The number of objects is uniform from `min_objects` to `max_objects`; classes are
+    equally likely, as are the glyphs of a class. The box of a glyph is the tight, half-open box of
+    its non-zero pixels, visible or not.
 
     Glyphs are pasted in turn: pixel + (colour - pixel) * intensity / 255, rounded to a byte each
-    time. With `colour = "random"` a glyph has one channel at 255 and two drawn from 0 to 255;
-    with `background = "random"` the channels of an image are drawn from 0 to 63.
+    time. With `colour = "random"` a glyph has one channel at 255 and two drawn from 0 to 255; with
+    `background = "random"` the channels of an image are drawn from 0 to 63.
 
     Attributes:
-        fused: whether layouts and images are a launch of Triton each, as on a GPU where it works.
-            Elsewhere plain torch makes them, and waits for the device after every attempt.
+        fused: whether one Triton kernel makes the layouts and one the images, as on a GPU. Plain
+            torch makes them otherwise, and waits for the device after every attempt.
     """
 
     has_truth = True
@@ -85,7 +85,7 @@ class Scenes:
     def __init__(
         self, config: DataConfig, split: Split, device: torch.device | str = "cpu"
     ) -> None:
-        """Reads the glyphs and brings them to every size that is asked for.
+        """Reads the glyphs and resizes them to every size in use.
 
         Raises:
             InputError: the glyphs cannot be read, or the objects cannot fit the image.
@@ -107,23 +107,22 @@ class Scenes:
         on_gpu = self.device.type == "cuda"
         self.fused = on_gpu and chosen_backend("auto", self._numbers, "scenes") == "triton"
         self._unplaced = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._last = 1 << 62  # where the run of the last call began
+        self._last = 1 << 62  # first index of the last call
         self._ahead = 0, 1, self._make(torch.arange(0))
 
     def __len__(self) -> int:
-        """Scenes in the validation or test split. Raises TypeError for train, which has no end."""
+        """Number of scenes in the validation or test split. Raises TypeError for train."""
         if self.split == "train":
             raise TypeError("the train split has no length: any index is a scene")
         validation = self.split == "validation"
         return self.config.validation_images if validation else self.config.test_images
 
     def batch(self, indices: Tensor) -> Batch:
-        """The scenes of these indices ([B] int64, none negative), on the dataset's device.
+        """The scenes of `indices` ([B] int64, none negative), on the device of the dataset.
 
-        A run of consecutive indices is made together with those that the next calls will want,
-        which take them from memory: a small batch is mostly the price of its many operations.
-        What they will want is told by the last call: the indices that follow, or as many after a
-        gap, where several processes share the batches.
+        A small batch costs mostly the overhead of its operations. So consecutive indices are made
+        together with those of the next calls, predicted from the last call: the following indices,
+        or those after a gap, where several processes share the batches.
 
         Raises:
             ValueError: the indices are not a row of int64.
@@ -135,7 +134,7 @@ class Scenes:
             )
         size = len(indices)
         turns = min(_BATCHES_AHEAD, self._most_ahead // max(size, 1))
-        # on a device the values are not known here without waiting for it
+        # reading values on a device would wait for it
         if indices.device.type != "cpu" or not size or turns < 2:
             return self._make(indices)
         first = int(indices[0])
@@ -150,7 +149,7 @@ class Scenes:
             made = self._make((starts + torch.arange(size)).flatten())
             self._ahead = first, every, made
         run = slice(turn * size, (turn + 1) * size)
-        # copies, so that a caller may write into its batch
+        # cloned, so that a caller may write into its batch
         return Batch(
             made.images[run].clone(),
             made.boxes[run].clone(),
@@ -160,21 +159,21 @@ class Scenes:
 
     @torch.no_grad()
     def unchecked(self, indices: Tensor) -> Batch:
-        """The scenes of these indices ([B] int64, on the dataset's device), none made ahead.
+        """The scenes of `indices` ([B] int64, on the device of the dataset), none made ahead.
 
-        Where they are `fused` nothing waits for the device and no shape depends on values, so
-        this may be part of a CUDA graph, which must not outlive the dataset. A scene that finds
-        no layout is nonsense, and `check` says so later.
+        With `fused`, nothing waits for the device and no shape depends on values, so this may be
+        part of a CUDA graph, which must not outlive the dataset. A scene without a layout is not
+        valid; `check` raises later.
         """
         # lower precision would change the layouts
         with torch.autocast(self.device.type, enabled=False):
             return self._make_exactly(hashed(self._key, indices))
 
     def check(self) -> None:
-        """Waits for the device, and forgets what it has complained of.
+        """Waits for the device and checks the scenes made since the last call.
 
         Raises:
-            InputError: a scene that was made since the last check found no layout.
+            InputError: a scene found no layout.
         """
         if self._unplaced:
             self._unplaced.zero_()
@@ -208,7 +207,7 @@ class Scenes:
         )
 
     def _refuse_crowds(self) -> None:
-        """Each square but the first covers its area less the allowed overlap, all inside."""
+        """Refuses more area than the image has: each square adds its area less the overlap."""
         config = self.config
         area = self._least_side**2
         fresh = max(area - self._max_overlap_px2, 0)
@@ -223,7 +222,7 @@ class Scenes:
         )
 
     def _load(self) -> None:
-        """The table of glyphs, each size in turn, as bytes in the upper left of equal squares."""
+        """Makes the table of glyphs: each size in turn, in the upper left of equal squares."""
         config = self.config
         loaded = load_glyphs(config, self.split)
         sides = range(self._least_side, self._greatest_side + 1)
@@ -238,7 +237,7 @@ class Scenes:
         visible = (table.max((2, 3)) > 0).all(0)
         if not visible.any():
             raise InputError(f"data: no glyph is visible at {self._least_side} px")
-        # by class, so that a class is a range
+        # sorted by class, so that a class is a range
         order = np.argsort(loaded.labels, kind="stable")
         order = order[visible[order]]
         table, labels = table[:, order], loaded.labels[order]
@@ -253,16 +252,16 @@ class Scenes:
         self._class_sizes = torch.from_numpy(sizes).to(self.device)
 
     def _draws(self, keys: Tensor, purposes: slice, attempt: int = 0) -> Tensor:
-        """[B, purposes, N] integers in [0, 2^32): a word for every object and purpose."""
+        """[B, purposes, N] integers in [0, 2^32): one for every object and purpose."""
         counters = self._purposes[purposes, None] + _PURPOSES * (
             self._numbers + _MOST_OBJECTS * attempt
         )
         return draws(keys[:, None, None], counters)
 
     def _layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Corners [B, N, 2], sides [B, N], and which scenes are complete [B].
+        """Corners [B, N, 2] and sides [B, N] of the squares, and whether a scene is complete [B].
 
-        A scene that finds no layout is begun anew, with all its squares.
+        A scene without a layout is tried again with new squares.
         """
         if self.fused:
             return self._fused_layout(keys, counts)
@@ -401,19 +400,19 @@ def scatter(
     width: int,
     max_overlap_px2: int,
 ) -> tuple[Tensor, Tensor]:  # [B, N, 2] int64, [B] bool
-    """Places squares one after another, each uniformly among the positions allowed to it.
+    """Places squares one after another, each uniformly among its allowed positions.
 
-    A position is allowed if the whole square lies inside the image and the overlaps with the
-    squares placed before it sum to at most `max_overlap_px2`. The paper draws positions until
-    one is allowed (docs/model.md 10), which gives the same distribution.
+    A position is allowed if the square lies inside the image and its overlaps with the squares
+    placed before sum to at most `max_overlap_px2`. The paper draws positions until one is allowed
+    (docs/model.md 10), which gives the same distribution.
 
-    The overlap of two squares is the product of the rows and the columns that they share, so
-    the map of summed overlaps is a matrix product. It is exact in float32 as far as it matters:
-    its terms are integers, and what could be rounded, sums from 2^24 on, is beyond any limit.
+    The overlap of two squares is the product of their shared rows and columns, so the map of summed
+    overlaps is a matrix product. It is exact in float32: its terms are integers, and sums that
+    could be rounded, from 2^24 on, exceed every limit.
 
     Args:
         draws: [B, N] int64 in [0, 2^32), one for each square.
-        counts: [B]. Squares from this one on may find no place.
+        counts: [B]; squares from this number on may stay without a place.
         sides: [B, N] int64, pixels, from `least_side` to `greatest_side`.
         least_side: pixels.
         greatest_side: pixels.
@@ -422,8 +421,8 @@ def scatter(
         max_overlap_px2: square pixels, less than 2^24.
 
     Returns:
-        [B, N, 2] int64: top and left of each square, pixels, 0 where it found no place; and
-        [B] bool: whether the first `counts` of the image found theirs.
+        [B, N, 2] int64: top and left of each square in pixels, 0 without a place; and [B] bool:
+        whether the first `counts` squares of the image have a place.
     """
     num_images, num_squares = draws.shape
     length = max(height, width) - least_side + 1
