@@ -6,8 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,30 +124,30 @@ def train(
     from spairkit.training.distributed import joined
 
     began = time.monotonic()
+
+    def stop() -> int:
+        """0, the number of a signal, or 1 when the time is over; the same in all processes."""
+        over_time = minutes is not None and time.monotonic() - began >= minutes * 60
+        return world.greatest(interrupts.number or int(over_time))
+
     with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
 
-        def prepare() -> _Prepared:
+        def prepare() -> "Run":
             over = layers(config, _options(model, data, steps, seed, select), set_)
             settings = _resumed(resume, preset, over) if resume else _new(preset, over)
             hints = not (resume or quiet or as_json)
-            return _prepare(settings, resume, out, chosen, world, stack, hints=hints)
+            opened = _opened(settings, resume, out, chosen, world, hints=hints)
+            return stack.enter_context(opened)
 
-        prepared, settings = _on_first(prepare, world)
-        # one for all processes: the number of a signal, or 1 when the time is over
-        ending, step, validation = _train(
-            prepared,
-            settings,
-            chosen,
-            world,
-            stack,
-            minutes,
-            data,
-            resumed=bool(resume),
-            quiet=quiet,
-        )
-    if prepared is None:
+        run, settings = _on_first(prepare, world)
+        interrupts = stack.enter_context(Interrupts(quiet=run is None))
+        if run and not quiet:
+            _announce(run, chosen, world, resumed=resume is not None)
+        if run and not resume and not data:
+            _say_whose_figures(run.config)
+        ending, step, validation = _train(run, settings, chosen, world, stop, quiet=quiet)
+    if not run:
         raise typer.Exit(128 + ending if ending > 1 else 0)
-    run = prepared.run
     command = "spairkit" if world.size == 1 else "torchrun ... -m spairkit"
     continues = f"continue with: {command} train --resume {shlex.quote(str(run.path))}"
     if ending > 1:
@@ -159,26 +158,17 @@ def train(
     _finish(run, chosen, step, validation, began, as_json=as_json, quiet=quiet)
 
 
-@dataclass
-class _Prepared:
-    """The run of the first process, which alone writes."""
-
-    run: "Run"
-    saved: int | None
-    """The step of its last checkpoint; None where there is none."""
-
-
-def _prepare(
+@contextmanager
+def _opened(
     settings: "Config",
     resume: Path | None,
     out: Path | None,
     device: "torch.device",
     world: "World",
-    stack: ExitStack,
     *,
     hints: bool,
-) -> _Prepared:
-    """Checks settings and data, then makes or opens the run and locks it until `stack` ends."""
+) -> "Iterator[Run]":
+    """Checks settings and data, then makes or opens the run and locks it."""
     from spairkit.data.datasets import open_splits
     from spairkit.storage.runs import Run
     from spairkit.training.loop import check
@@ -188,73 +178,58 @@ def _prepare(
     if hints:
         _say_if_dim(images, settings)
     run = Run.open(resume) if resume else Run.create(out, settings)
-    stack.enter_context(run.lock())
-    saved = _last_step(run)
-    if settings.train.steps != run.config.train.steps:
-        run.extend(settings.train.steps)
-    return _Prepared(run, saved)
+    with run.lock():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training itself warns of a damaged checkpoint
+            run.latest()  # raises if all are damaged
+        if settings.train.steps != run.config.train.steps:
+            run.extend(settings.train.steps)
+        yield run
 
 
-def _on_first(
-    prepare: Callable[[], _Prepared], world: "World"
-) -> "tuple[_Prepared | None, Config]":
-    """Prepares on the first process, and sends the config to all; where it fails, all end."""
+def _on_first(prepare: "Callable[[], Run]", world: "World") -> "tuple[Run | None, Config]":
+    """Prepares on rank 0 and sends the config to all ranks; if it fails, all ranks end."""
     from spairkit.config_values import from_toml, to_toml
 
-    prepared, shared = None, b""
+    run, shared = None, b""
     if world.rank == 0:
         try:
-            prepared = prepare()
+            run = prepare()
         except Exception:
             with suppress(InputError):  # another process that has ended is not the reason
                 world.from_first(b"")  # lets the others end without a message
             raise
-        shared = to_toml(prepared.run.config).encode()
+        shared = to_toml(run.config).encode()
     shared = world.from_first(shared)
     if not shared:
         raise typer.Exit(2)
-    return prepared, from_toml(shared.decode())
+    return run, from_toml(shared.decode())
 
 
 def _train(
-    prepared: _Prepared | None,
+    run: "Run | None",
     settings: "Config",
     device: "torch.device",
     world: "World",
-    stack: ExitStack,
-    minutes: float | None,
-    data: str | None,
+    stop: Callable[[], int],
     *,
-    resumed: bool,
     quiet: bool,
 ) -> tuple[int, int, dict[str, float]]:
-    """Trains; gives why it ended, the last step and the figures of the last validation.
-
-    It ends for 0 when all steps are made, 1 when the time is over, or the number of a signal.
-    """
+    """Trains; gives what `stop` said at the end, the last step and the last validation."""
     from spairkit.training.loop import fit
 
-    began, ending = time.monotonic(), 0
-    interrupts = stack.enter_context(Interrupts(quiet=prepared is None))
+    ending = 0
 
-    def stop() -> bool:
-        over_time = minutes is not None and time.monotonic() - began >= minutes * 60
+    def stops() -> bool:
         nonlocal ending
-        ending = world.greatest(interrupts.number or int(over_time))
+        ending = stop()
         return ending > 0
 
-    events = fit(settings, prepared.run if prepared else None, device, stop, world)
-    if prepared is None:
+    events = fit(settings, run, device, stops, world)
+    if run is None:
         deque(events, maxlen=0)
         return ending, 0, {}
-    run, saved = prepared.run, prepared.saved
-    if not quiet:
-        _announce(run, device, world)
-        if resumed:
-            _say_how_far(run, saved)
-    if not resumed and not data:
-        _say_whose_figures(run.config)
-    step, validation = _follow(events, run, saved or 0, quiet=quiet)
+    step, validation = _follow(events, run, quiet=quiet)
     return ending, step, validation
 
 
@@ -296,13 +271,18 @@ def _finish(
     _print_next(run, page, has_truth=report is not None)
 
 
-def _announce(run: "Run", device: "torch.device", world: "World") -> None:
+def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bool) -> None:
+    steps = run.config.train.steps
     processes = f" by {world.size} processes" if world.size > 1 else ""
-    say(f"training in {run.path} on {device.type}{processes}, {run.config.train.steps} steps")
+    say(f"training in {run.path} on {device.type}{processes}, {steps} steps")
     if run.config.model.kind == "conncomp":
         say("connected components have no weights: each step tries one threshold")
     elif run.config.train.select == "ap":
         say(f"the best checkpoint has the highest validation AP paper: {AUTHORS_RULE}")
+    if resumed and (saved := _last_step(run)):
+        say(f"resuming from step {saved}: {max(steps - saved, 0)} of {steps} steps left")
+    elif resumed:
+        say("there is no checkpoint yet: starting at the first step")
 
 
 def _say_whose_figures(config: "Config") -> None:
@@ -314,25 +294,9 @@ def _say_whose_figures(config: "Config") -> None:
         )
 
 
-def _last_step(run: "Run") -> int | None:
-    """The step of the newest whole checkpoint; None where there is none yet.
-
-    Raises:
-        InputError: there are checkpoints, and all are damaged.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # training itself warns of a damaged one
-        checkpoint = run.latest()
-    return checkpoint.step if checkpoint else None
-
-
-def _say_how_far(run: "Run", saved: int | None) -> None:
-    """Says from which step a run is resumed."""
-    if saved is None:
-        say("there is no checkpoint yet: starting at the first step")
-        return
-    steps = run.config.train.steps
-    say(f"resuming from step {saved}: {max(steps - saved, 0)} of {steps} steps left")
+def _last_step(run: "Run") -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return run.checkpoints[0][0] if run.checkpoints else 0
 
 
 def _options(
@@ -402,11 +366,12 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
 
 
 def _follow(
-    events: "Iterable[Step | Validation]", run: "Run", step: int, *, quiet: bool
+    events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
 ) -> tuple[int, dict[str, float]]:
-    """Shows events from `step` on; gives the last step and the figures of the last validation."""
+    """Shows events; gives the last step and the figures of the last validation."""
     from spairkit.training.loop import Step
 
+    step = _last_step(run)
     figures: dict[str, float] = {}
     losses, line_at = "", 0.0
     rate_from = step, 0.0
