@@ -29,13 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spairkit.kernels import (
-    compose_triton,
     presence_triton,
     render_triton,
     render_triton_backward,
-    scatter_triton,
+    scenes_compose_triton,
+    scenes_layout_triton,
 )
-from spairkit.kernels.walk import walk_block
+from spairkit.kernels.presence_blocks import walk_block
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -210,10 +210,10 @@ def scatter_configurations() -> Iterator[Configuration]:
         (64, 9, (144, 300), 10),
         (256, 1, (1024, 4096), 4),
     ]
-    kernel = scatter_triton._scatter_kernel
+    kernel = scenes_layout_triton._scatter_kernel
     pointers = {name: "*i64" for name in kernel.arg_names if name.endswith("_ptr")}
     for squares, num_sides, (height, width), side in rows:
-        tile = scatter_triton.scatter_tile(squares, height - side + 1, width - side + 1)
+        tile = scenes_layout_triton.scatter_tile(squares, height - side + 1, width - side + 1)
         warps = tile.pop("num_warps")
         constants = tile | {"FIRST_WORD": 3, "SQUARE_WORDS": 16, "ATTEMPT_WORDS": 4096}
         # ones are compiled in
@@ -231,14 +231,14 @@ def scatter_configurations() -> Iterator[Configuration]:
 
 def compose_configurations() -> Iterator[Configuration]:
     """Images of scenes: grey ones and those in colours, with few glyphs and many."""
-    kernel = compose_triton._compose_kernel
+    kernel = scenes_compose_triton._compose_kernel
     types = {"table_ptr": "*u8", "entries_ptr": "*i64", "corners_ptr": "*i64"}
     types |= {"colours_ptr": "*i32", "backgrounds_ptr": "*i32"}
     for colours, glyphs in ((1, 9), (3, 9), (1, 1), (3, 1)):
         constants = {
             "C": colours,
             "CH": int(triton.next_power_of_2(colours)),
-            "BLOCK": compose_triton.COMPOSE_BLOCK,
+            "BLOCK": scenes_compose_triton.COMPOSE_BLOCK,
         }
         if glyphs == 1:
             constants = _of_one(kernel, constants)
@@ -247,7 +247,7 @@ def compose_configurations() -> Iterator[Configuration]:
             kernel=kernel,
             signature=_types(kernel, constants, **types),
             constants=constants,
-            warps=compose_triton.COMPOSE_WARPS,
+            warps=scenes_compose_triton.COMPOSE_WARPS,
             is_default=glyphs == 9,
         )
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spairkit.kernels.walk import saved_shape
+from spairkit.kernels.presence_blocks import saved_shape
 
 
 @torch.library.custom_op("spairkit::presence_kl", mutates_args=())

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spairkit.kernels.launch import on
-from spairkit.kernels.walk import saved_shape, walk_block
+from spairkit.kernels.presence_blocks import saved_shape, walk_block
 
 ODDS_BLOCK, ODDS_WARPS = 256, 4
 LOOKUP_WARPS = 4

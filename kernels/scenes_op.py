@@ -24,7 +24,7 @@ def scatter_op(
     Of a scene that is not complete, and of squares beyond its count, the corner is 0 and the side
     the least one. For GPUs: elsewhere `spairkit.data.scenes` does it in plain torch.
     """
-    from spairkit.kernels.scatter_triton import scatter_triton
+    from spairkit.kernels.scenes_layout_triton import scatter_triton
 
     return scatter_triton(
         keys,
@@ -62,7 +62,7 @@ def compose_op(
     side: int,
 ) -> Tensor:
     """[B, 3, H, W] float32 in [0, 1]: glyphs pasted in turn, rounded to a byte each time."""
-    from spairkit.kernels.compose_triton import compose_triton
+    from spairkit.kernels.scenes_compose_triton import compose_triton
 
     return compose_triton(table, entries, corners, colours, backgrounds, height, width, side)
 

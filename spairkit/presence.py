@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
 from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
-from spairkit.kernels.walk import MAX_CELLS
+from spairkit.kernels.presence_blocks import MAX_CELLS
 
 _LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 

@@ -17,7 +17,7 @@ from spairkit.data import scenes as scenes_module
 from spairkit.data.hashing import below, draws, hashed
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
-from spairkit.kernels import scatter_triton
+from spairkit.kernels import scenes_layout_triton
 from spairkit.kernels.scenes_op import scatter_op
 
 GPU = torch.cuda.is_available()
@@ -92,7 +92,7 @@ def test_layouts_are_the_same_in_tiles_of_any_size(
     case = {"image_height": 17, "image_width": 24, "glyph_size": 10, "glyph_jitter": 2}
     case |= {"min_objects": 2, "max_objects": 3}
     fused, plain = (scenes_of(case, device, fused=way) for way in (True, False))
-    monkeypatch.setattr(scatter_triton, "_MAX_POSITIONS", limit)
+    monkeypatch.setattr(scenes_layout_triton, "_MAX_POSITIONS", limit)
     keys, counts = keys_and_counts(plain, 2)
     wanted = plain._numbers < counts[:, None]
     for found, expected in zip(
