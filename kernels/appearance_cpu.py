@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from spairkit.kernels.squash_cpu import slope, squash
+from spairkit.kernels.elementary_cpu import slope, squash
 from spairkit.kernels.threads import compiled, over_images
 
 

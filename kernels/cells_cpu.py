@@ -20,17 +20,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spairkit.kernels.elementary_cpu import exp
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, STD_SCALE
+from spairkit.kernels.elementary_cpu import clip, clip_backward, exp, slope, squash
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
-from spairkit.kernels.squash_cpu import clip, clip_backward, slope, squash
 from spairkit.kernels.threads import compiled, inlined, part
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
-_TWO = np.float32(2.0)
-_DEPTH_SCALE = np.float32(4.0)  # as in spairkit.models.cell_steps
-_BOX = 4
+_STD_SCALE = np.float32(STD_SCALE)
+_DEPTH_SCALE = np.float32(DEPTH_SCALE)
 
 Array = NDArray[Any]
 
@@ -139,7 +138,7 @@ def _backward(lo, hi, network, grads, relu):
 @inlined
 def _draw(mean, raw, normal, record, i, size):
     """A sample; writes it, its mean and its standard deviation to the record."""
-    std = _TWO * squash(raw)
+    std = _STD_SCALE * squash(raw)
     sample = mean + std * normal
     record[i], record[size + i], record[2 * size + i] = mean, std, sample
     return sample
@@ -149,7 +148,7 @@ def _draw(mean, raw, normal, record, i, size):
 def _moments_back(grad, raw, normal, grad_record, i, size):
     """Gradients of a mean and a raw, with `grad` what else reaches the sample."""
     grad_sample = grad_record[2 * size + i] + grad
-    raw_slope = _TWO * slope(raw, squash(raw))
+    raw_slope = _STD_SCALE * slope(raw, squash(raw))
     return grad_record[i] + grad_sample, raw_slope * (grad_record[size + i] + grad_sample * normal)
 
 
@@ -186,16 +185,16 @@ def _draw_where(
     """where, its box, and what is passed on to depth."""
     scale, shift, to_pixels = constants[0], constants[1], constants[2]
     lo, size = start * len(order) + first * n, normal.shape[2]
-    pixels = np.empty(_BOX, np.float32)
+    pixels = np.empty(BOX, np.float32)
     for r in range((last - first) * n):
         b, k = start + r % n, order[first + r // n]
         outputs, own = outputs_of_where[lo + r], own_of_depth[lo + r]
-        passed = len(outputs) - 2 * _BOX
+        passed = len(outputs) - 2 * BOX
         for i in range(passed):
-            own[i] = outputs[2 * _BOX + i]
+            own[i] = outputs[2 * BOX + i]
         corner = k // columns, k % columns
-        for i in range(_BOX):
-            sample = _draw(outputs[i], outputs[_BOX + i], normal[b, k, i], record[b, k], i, size)
+        for i in range(BOX):
+            sample = _draw(outputs[i], outputs[BOX + i], normal[b, k, i], record[b, k], i, size)
             placed = shift[i] + scale[i] * squash(sample)
             pixels[i] = placed * to_pixels[i]
             own[passed + i] = placed
@@ -204,7 +203,7 @@ def _draw_where(
             low = centre - _HALF * pixels[3 - i]
             boxes[r, i] = low
             boxes[r, 2 + i] = low + pixels[3 - i]
-        for i in range(_BOX):
+        for i in range(BOX):
             record[b, k, 3 * size + 2 + i] = boxes[r, i]
 
 
@@ -212,13 +211,13 @@ def _draw_where(
 def _draw_what(first, last, start, n, order, outputs_of_encoder, own_of_depth, normal, record):
     """what."""
     lo, size = start * len(order) + first * n, normal.shape[2]
-    what = size - _BOX - 1
+    what = size - BOX - 1
     for r in range((last - first) * n):
         b, k = start + r % n, order[first + r // n]
         outputs, own = outputs_of_encoder[lo + r], own_of_depth[lo + r]
         begin = len(own) - what
         for i in range(what):
-            j = _BOX + i
+            j = BOX + i
             own[begin + i] = _draw(
                 outputs[i], outputs[what + i], normal[b, k, j], record[b, k], j, size
             )
@@ -326,7 +325,7 @@ def cells_forward(
     n, num_cells, h = stop - start, len(order), products.shape[2] // 3
     most = _most_rows(starts, n)
     added = np.empty((most, 3 * h), np.float32)
-    boxes = np.empty((most, _BOX), np.float32)
+    boxes = np.empty((most, BOX), np.float32)
     here = images[start:stop]
     if contexts.shape[1] > 0:
         _fill_edges(start, n, grid.neighbours, edge, contexts)
@@ -425,14 +424,14 @@ def _what_back(
 ):
     """From vectors and the inputs of depth to the outputs of the encoder."""
     lo, size = start * len(order) + first * n, normal.shape[2]
-    what = size - _BOX - 1
-    passed = grad_own.shape[1] - _BOX - what
+    what = size - BOX - 1
+    passed = grad_own.shape[1] - BOX - what
     for r in range((last - first) * n):
         b, k = start + r % n, order[first + r // n]
-        for i in range(_BOX + what):
+        for i in range(BOX + what):
             grad_vectors[r, i] += grad_own[r, passed + i]
         for i in range(what):
-            j = _BOX + i
+            j = BOX + i
             raw = outputs[lo + r, what + i]
             mean, std = _moments_back(
                 grad_vectors[r, j], raw, normal[b, k, j], grad_record[b, k], j, size
@@ -448,10 +447,10 @@ def _where_back(
     """From vectors and boxes to the outputs of where, and what depth was passed."""
     scale, to_pixels = constants[0], constants[2]
     lo, size = start * len(order) + first * n, normal.shape[2]
-    passed = grads.shape[1] - 2 * _BOX
+    passed = grads.shape[1] - 2 * BOX
     for r in range((last - first) * n):
         b, k = start + r % n, order[first + r // n]
-        for i in range(_BOX):  # y, x, h, w
+        for i in range(BOX):  # y, x, h, w
             edge = 1 - i % 2
             low = grad_boxes[r, edge] + grad_record[b, k, 3 * size + 2 + edge]
             high = grad_boxes[r, 2 + edge] + grad_record[b, k, 3 * size + 4 + edge]
@@ -459,11 +458,11 @@ def _where_back(
             sample = record[b, k, 2 * size + i]
             placed_slope = scale[i] * slope(sample, squash(sample))
             grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * placed_slope
-            raw = outputs[lo + r, _BOX + i]
+            raw = outputs[lo + r, BOX + i]
             mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
-            grads[lo + r, i], grads[lo + r, _BOX + i] = mean, std
+            grads[lo + r, i], grads[lo + r, BOX + i] = mean, std
         for i in range(passed):
-            grads[lo + r, 2 * _BOX + i] = grad_own[r, i]
+            grads[lo + r, 2 * BOX + i] = grad_own[r, i]
 
 
 @part
@@ -529,8 +528,8 @@ def cells_backward(
     grad_pres_own = np.zeros((most, pres.inputs.shape[1]), np.float32)
     grad_depth_own = np.zeros((most, depth.inputs.shape[1]), np.float32)
     grad_glimpses = np.empty((most, encoder.inputs.shape[1]), np.float32)
-    grad_boxes = np.empty((most, _BOX), np.float32)
-    boxes = np.empty((most, _BOX), np.float32)
+    grad_boxes = np.empty((most, BOX), np.float32)
+    boxes = np.empty((most, BOX), np.float32)
     for t in range(len(starts) - 2, -1, -1):
         first, last = starts[t], starts[t + 1]
         rows = (last - first) * n
@@ -563,7 +562,7 @@ def cells_backward(
         _backward(lo, hi, encoder, grad_encoder, relu)
         np.dot(grad_encoder[0][lo:hi], encoder.own, grad_glimpses[:rows])
         for r in range(rows):
-            for i in range(_BOX):
+            for i in range(BOX):
                 cell = record[start + r % n, order[first + r // n]]
                 boxes[r, i] = cell[3 * size + 2 + i]
         glimpses = grad_glimpses[:rows].reshape((rows, images.shape[1], numbers.size, -1))

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import MIN_PROBABILITY
 from spairkit.kernels.elementary_cpu import exp64, log64
 from spairkit.kernels.threads import compiled, inlined, over_images
 
-_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 # likelihood of a count that the samples rule out: -691 in logarithms, while a count beside it that
 # they allow is within some dozens of it, and no later cell tells between them
 _TINY = 1e-300
@@ -107,7 +107,9 @@ def _count_posterior(start, stop, samples, log_failure, prior_logit):
             belief[c] = c * log_failure
         for k in range(n):
             on, off = _weigh(belief, before, n - k, weight)
-            prior_logit[b, k] = math.log(max(on, _LEAST)) - math.log(max(off, _LEAST))
+            prior_logit[b, k] = math.log(max(on, MIN_PROBABILITY)) - math.log(
+                max(off, MIN_PROBABILITY)
+            )
             _condition(belief, np.float64(samples[b, k]), before, n - k, belief)
             before += samples[b, k]
 
@@ -133,8 +135,8 @@ def _count_posterior_backward(
             on, off = _weigh(beliefs[k], before[k], num_open, weight)
             grad = np.float64(grad_logit[b, k])
             # a probability below the least is read as a constant
-            grad_on = 0.0 if on < _LEAST else grad / on
-            grad_off = 0.0 if off < _LEAST else -grad / off
+            grad_on = 0.0 if on < MIN_PROBABILITY else grad / on
+            grad_off = 0.0 if off < MIN_PROBABILITY else -grad / off
             common = grad_on * on + grad_off * off
             grad_sample, grad_here = grad_before, 0.0
             for c in range(n + 1):

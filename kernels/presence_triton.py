@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
 from spairkit.kernels.launch import on
 from spairkit.kernels.presence_blocks import saved_shape, walk_block
 
 ODDS_BLOCK, ODDS_WARPS = 256, 4
 LOOKUP_WARPS = 4
-_DEAD = tl.constexpr(-1e30)  # log-weight of a count that the samples rule out
-_LEAST = tl.constexpr(1e-30)  # a probability in a relaxed chain is never read as less
+_IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
+_LEAST = tl.constexpr(MIN_PROBABILITY)
 
 
 @triton.jit
@@ -122,7 +123,7 @@ def _likelihoods(counts, before, num_open, sample, walked):
     on, off, between = _shares(counts, before, num_open)
     likelihood = sample[:, None] * on + (1.0 - sample[:, None]) * off
     impossible = likelihood <= 0
-    log = tl.where(impossible, _DEAD, tl.log(tl.where(impossible, 1.0, likelihood)))
+    log = tl.where(impossible, _IMPOSSIBLE, tl.log(tl.where(impossible, 1.0, likelihood)))
     return likelihood, tl.where(walked[:, None], log, 0.0), on - off, between
 
 
@@ -152,12 +153,12 @@ def _count_posterior_kernel(
     counts = c.to(tl.float32)
     # float64, because a count that is hopeless now may be all that is left in the end
     belief = c.to(tl.float64) * tl.log(1.0 - tl.load(success_ptr))
-    belief = tl.where(c <= num_cells, belief, _DEAD)
+    belief = tl.where(c <= num_cells, belief, _IMPOSSIBLE)
     seen = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
     start = 0
     while start < num_cells:
         shifted = (belief - tl.max(belief, 0)).to(tl.float32)
-        shifted = tl.where(shifted < _DEAD, _DEAD, shifted)
+        shifted = tl.where(shifted < _IMPOSSIBLE, _IMPOSSIBLE, shifted)
         tl.store(saved_ptr + (b * blocks + start // BLOCK) * COUNTS + c, shifted)
         # each row conditions on the cell before it, so that no log-weight has to be taken back
         k = start + tl.arange(0, BLOCK)
@@ -174,7 +175,7 @@ def _count_posterior_kernel(
         prior_logit = (tl.log(chance) - tl.log(rest)).to(tl.float64)
         tl.store(prior_logit_ptr + row + k, prior_logit, mask=k < num_cells)
         belief += tl.sum(log, 0).to(tl.float64)
-        belief = tl.where(belief < _DEAD, _DEAD, belief)
+        belief = tl.where(belief < _IMPOSSIBLE, _IMPOSSIBLE, belief)
         seen += tl.sum(sample.to(tl.float64), 0)
         start += BLOCK
 

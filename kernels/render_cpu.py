@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
 from spairkit.kernels.threads import compiled, inlined, over_images
 
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
-_MIN_SIDE = np.float32(1e-6)
-_MIN_IMPORTANCE = np.float32(1e-30)
+_MIN_SIDE = np.float32(MIN_SIDE)
+_MIN_IMPORTANCE = np.float32(MIN_IMPORTANCE)
 _NEXT = np.uint64(1)
 
 

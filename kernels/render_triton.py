@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels import constants
 from spairkit.kernels.launch import on
 
-MIN_SIDE = tl.constexpr(1e-6)
-_MIN_IMPORTANCE = tl.constexpr(1e-30)
+MIN_SIDE = tl.constexpr(constants.MIN_SIDE)
+_MIN_IMPORTANCE = tl.constexpr(constants.MIN_IMPORTANCE)
 _HUGE = tl.constexpr(3e38)  # beyond it, or NaN: not a coordinate
 
 

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels.constants import SPLITMIX64
 from spairkit.kernels.launch import on
 
-# of splitmix64, as int64
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-_FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
-_SECOND = tl.constexpr(0x94D049BB133111EB - (1 << 64))
+# as int64
+_GOLDEN, _FIRST, _SECOND = (tl.constexpr(word - (1 << 64)) for word in SPLITMIX64)
 
 _MAX_POSITIONS = 4096  # of a tile
 _POSITIONS_PER_THREAD = 8

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
-from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
+from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
 from spairkit.kernels.presence_blocks import MAX_CELLS
-
-_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
+from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
 
 
 def presence_prior(
@@ -238,14 +237,13 @@ def _relaxed_prior_logit(samples: Tensor, failure: float | Tensor) -> Tensor:
         on = ((counts - before) / (num_cells - k)).clamp(0, 1)
         off = ((num_cells - k - counts + before) / (num_cells - k)).clamp(0, 1)
         weight = belief.softmax(1)
-        log_on = (weight * on).sum(1).clamp(min=_LEAST).log()
-        log_off = (weight * off).sum(1).clamp(min=_LEAST).log()
+        log_on = (weight * on).sum(1).clamp(min=MIN_PROBABILITY).log()
+        log_off = (weight * off).sum(1).clamp(min=MIN_PROBABILITY).log()
         logits.append(log_on - log_off)
         here = samples[:, k, None]
         likelihood = here * on + (1 - here) * off
         impossible = likelihood <= 0
-        # -1e30, not -inf: a softmax over nothing but -inf would be NaN
         log_likelihood = torch.where(impossible, 1.0, likelihood).log()
-        belief = torch.where(impossible, -1e30, belief + log_likelihood)
+        belief = torch.where(impossible, IMPOSSIBLE, belief + log_likelihood)
         before = before + here
     return torch.stack(logits, dim=1) if logits else samples.clone()

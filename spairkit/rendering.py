@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
+from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
 from spairkit.kernels.render_op import render_op
-
-MIN_SIDE = 1e-6
-"""Pixels. A box with a shorter side is empty: it has no scale to speak of."""
-
-MIN_IMPORTANCE = 1e-30
-"""Where the summed importance is not above this, float32 cannot divide by it: no object there."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from spairkit.backends import runs_compiled
 from spairkit.config import SPAIRConfig
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT, STD_SCALE
 from spairkit.models import cell_steps
-from spairkit.models.cell_steps import DEPTH_SCALE, by_wave, wave_by_wave
-from spairkit.models.densities import LOGIT_LIMIT, squash
+from spairkit.models.cell_steps import by_wave, wave_by_wave
+from spairkit.models.densities import squash
 from spairkit.models.glimpses import box_gradient, glimpse_rows
-from spairkit.models.latents import BOX, Latents, Noise, unpack
+from spairkit.models.latents import Latents, Noise, unpack
 from spairkit.models.networks import LateralNetwork, shared_weights
 from spairkit.models.wavefront import NEIGHBOURS, Wavefront
 
@@ -277,7 +278,9 @@ class _CellLoop(torch.autograd.Function):
             contexts, *(x for network in networks for x in network.inputs),
         )  # fmt: skip
         clipped = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-        return torch.cat([means, 2 * squash(raws), samples, clipped, presence, boxes], dim=1)
+        return torch.cat(
+            [means, STD_SCALE * squash(raws), samples, clipped, presence, boxes], dim=1
+        )
 
     @staticmethod
     @once_differentiable
@@ -299,7 +302,7 @@ class _CellLoop(torch.autograd.Function):
         # sample = mean + std noise and std = 2 sigmoid(raw): a gradient g that reaches a sample
         # adds g to its mean's and g * lever to its raw's
         half = squash(raws)
-        slope_std = 2 * half * (1 - half) * _inside(raws)
+        slope_std = STD_SCALE * half * (1 - half) * _inside(raws)
         lever = normal * slope_std
         grad_mean = grad_mean + grad_sample
         grad_raw = torch.addcmul(grad_std * slope_std, grad_sample, lever)

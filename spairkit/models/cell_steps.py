@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from spairkit.boxes import xyxy_from_centre
-from spairkit.models.densities import LOGIT_LIMIT, squash
-from spairkit.models.latents import BOX
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT, STD_SCALE
+from spairkit.models.densities import squash
 from spairkit.models.wavefront import NEIGHBOURS
-
-DEPTH_SCALE = 4.0
-"""The authors' depth is 4 sigmoid(z), in object vectors and importance."""
 
 
 def wave_by_wave(
@@ -48,7 +45,9 @@ def draw_where(
     scale, shift, to_pixels = constants
     passed = outputs.shape[1] - 2 * BOX
     mean, raw, passed_on = outputs.split_with_sizes([BOX, BOX, passed], dim=1)
-    sample = torch.addcmul(mean, squash(raw), normal[:, :BOX], value=2, out=samples[:, :BOX])
+    sample = torch.addcmul(
+        mean, squash(raw), normal[:, :BOX], value=STD_SCALE, out=samples[:, :BOX]
+    )
     placed = torch.addcmul(shift, squash(sample), scale)  # b~_y, b~_x, h, w
     pixels = torch.addcmul(corners, placed, to_pixels)
     boxes.copy_(xyxy_from_centre(*pixels.split_with_sizes([2, 2], dim=1)))
@@ -63,7 +62,9 @@ def draw_what(
 ) -> None:
     """what."""
     mean, raw = outputs.chunk(2, dim=1)
-    sample = torch.addcmul(mean, squash(raw), normal[:, BOX:-1], value=2, out=samples[:, BOX:-1])
+    sample = torch.addcmul(
+        mean, squash(raw), normal[:, BOX:-1], value=STD_SCALE, out=samples[:, BOX:-1]
+    )
     depth_own[:, -mean.shape[1] :] = sample
 
 
@@ -77,7 +78,7 @@ def draw_depth(
     """depth, and all that pres reads of its own."""
     passed = outputs.shape[1] - 2
     mean, raw, passed_on = outputs.split_with_sizes([1, 1, passed], dim=1)
-    sample = torch.addcmul(mean, squash(raw), normal[:, -1:], value=2, out=samples[:, -1:])
+    sample = torch.addcmul(mean, squash(raw), normal[:, -1:], value=STD_SCALE, out=samples[:, -1:])
     nearness = DEPTH_SCALE * squash(-sample)
     torch.cat([passed_on, depth_own[:, passed:], nearness], dim=1, out=presence_own)
 

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import fused, runs_compiled
+from spairkit.kernels.constants import LOGIT_LIMIT
 
 _EPSILON = 1e-9
-LOGIT_LIMIT = 10.0
-"""Every logit is clipped to +-10 before its sigmoid, as in the authors' code."""
 
 
 def squash(logits: Tensor) -> Tensor:

@@ -5,11 +5,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import BOX
 from spairkit.models.densities import logistic
 from spairkit.models.noise import Source, normal, uniform
-
-BOX = 4
-"""Numbers of a box: y, x, h, w."""
 
 
 @dataclass(frozen=True, eq=False)
