@@ -95,10 +95,15 @@ def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
 
 
 def probe() -> None:
-    """Compiles and runs the least function: raises what a broken Numba raises."""
-    if njit(_successor, **_OPTIONS)(1) != 2:
+    """Runs the least function, from the cache on disk if it is there.
+
+    Raises:
+        Exception: whatever a broken installation of Numba raises.
+    """
+    if _successor(1) != 2:
         raise RuntimeError("numba computes wrong results")
 
 
+@compiled
 def _successor(number: int) -> int:
     return number + 1

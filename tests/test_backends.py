@@ -66,8 +66,11 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
             raise RuntimeError("cannot cache function: no locator available for file")
         return numba.njit(*args, **kwargs)
 
+    def successor(number: int) -> int:
+        return number + 1
+
     monkeypatch.setattr(threads, "njit", njit_without_a_place)
-    assert threads.compiled(threads._successor)(4) == 5
+    assert threads.compiled(successor)(4) == 5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
