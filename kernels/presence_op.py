@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from spairkit.kernels.dispatch import direct_unless_watched
 from spairkit.kernels.presence_blocks import saved_shape
 
 
-@torch.library.custom_op("spairkit::presence_kl", mutates_args=())
-def presence_kl_op(
+def _presence_kl(
     logits: Tensor,  # [B, n]
     samples: Tensor,  # [B, n] read as samples > 0.5
     success: Tensor,  # [] float64
@@ -21,7 +21,11 @@ def presence_kl_op(
     return forward(logits, samples, success)
 
 
-@presence_kl_op.register_fake
+_presence_kl_op = torch.library.custom_op("spairkit::presence_kl", mutates_args=())(_presence_kl)
+presence_kl_op = direct_unless_watched(_presence_kl_op, _presence_kl)
+
+
+@_presence_kl_op.register_fake
 def _(logits, samples, success, backend):
     kl = samples.new_empty(samples.shape, dtype=torch.float32)
     return kl, samples.new_empty(samples.shape, dtype=torch.float64)
@@ -44,11 +48,10 @@ def _kl_gradients(ctx, grad_kl, *_):
     return (grad_kl * slope).to(logits.dtype), None, None, None
 
 
-presence_kl_op.register_autograd(_kl_gradients, setup_context=_save_kl)
+_presence_kl_op.register_autograd(_kl_gradients, setup_context=_save_kl)
 
 
-@torch.library.custom_op("spairkit::count_posterior", mutates_args=())
-def count_posterior_op(
+def _count_posterior(
     samples: Tensor,  # [B, n] in [0, 1]
     success: Tensor,  # [] float64
     backend: str,
@@ -63,7 +66,13 @@ def count_posterior_op(
     return count_posterior_triton(samples, success)
 
 
-@count_posterior_op.register_fake
+_count_posterior_op = torch.library.custom_op("spairkit::count_posterior", mutates_args=())(
+    _count_posterior
+)
+count_posterior_op = direct_unless_watched(_count_posterior_op, _count_posterior)
+
+
+@_count_posterior_op.register_fake
 def _(samples, success, backend):
     prior_logit = samples.new_empty(samples.shape, dtype=torch.float64)
     saved = (0,) if backend == "cpu" else saved_shape(*samples.shape)
@@ -115,5 +124,5 @@ def _refuse(ctx, *_):
     )
 
 
-count_posterior_op.register_autograd(_walk_gradients, setup_context=_save_walk)
+_count_posterior_op.register_autograd(_walk_gradients, setup_context=_save_walk)
 count_posterior_backward_op.register_autograd(_refuse)

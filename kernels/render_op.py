@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from spairkit.kernels.dispatch import direct_unless_watched
 
-@torch.library.custom_op("spairkit::render", mutates_args=())
-def render_op(
+
+def _render(
     rgba: Tensor,  # [B, N, h, w, C + 1] float32, float16 or bfloat16; the rest is float32
     boxes: Tensor,  # [B, N, 4]
     depth: Tensor,  # [B, N]
@@ -25,7 +26,11 @@ def render_op(
     return forward(rgba, boxes, depth, presence, background, floor)
 
 
-@render_op.register_fake
+_render_op = torch.library.custom_op("spairkit::render", mutates_args=())(_render)
+render_op = direct_unless_watched(_render_op, _render)
+
+
+@_render_op.register_fake
 def _(rgba, boxes, depth, presence, background, floor, backend):
     image = background.new_empty(background.shape)
     flat = background.new_empty(background.shape[0], *background.shape[2:])
@@ -85,5 +90,5 @@ def _refuse(ctx, *_):
     )
 
 
-render_op.register_autograd(_gradients, setup_context=_save)
+_render_op.register_autograd(_gradients, setup_context=_save)
 render_backward_op.register_autograd(_refuse)
