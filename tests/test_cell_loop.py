@@ -158,6 +158,16 @@ def test_threads_share_the_images_of_a_batch(variant: str) -> None:
         assert float((alone - shared).detach().norm() / alone.detach().norm()) < 1e-5
 
 
+def test_networks_of_any_depth_and_activation_share_one_compilation() -> None:
+    from spairkit.kernels.cells_cpu import cells_backward, cells_forward
+
+    for variant in VARIANTS.values():
+        for wheels in (False, True):
+            model = build(variant).float()
+            model(torch.rand(2, 3, 24, 24), training_wheels=wheels).total.sum().backward()
+    assert len(cells_forward.signatures) == len(cells_backward.signatures) == 1
+
+
 def test_two_runs_give_the_same_bits() -> None:
     model = build(VARIANTS["celu"]).float()
     images = torch.rand(4, 3, 48, 48)
