@@ -24,13 +24,12 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Any:
     """The function, compiled at its first call and kept on disk where there is a place to."""
     try:
-        dispatcher: Callable[..., Any] = njit(function, cache=True, **_OPTIONS)
+        return njit(function, cache=True, **_OPTIONS)
     except RuntimeError:  # no folder that Numba could write its cache to
-        dispatcher = njit(function, **_OPTIONS)
-    return dispatcher
+        return njit(function, **_OPTIONS)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 """Strided convolutions, zeros beyond the right and lower rim of the image (docs/model.md 3.1)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,13 @@ def end_padding(size: int, kernel: int, stride: int) -> int:
     return max(kernel - (size % stride or stride), 0)
 
 
+def has_kernel(weight: Sequence[int], stride: int) -> bool:
+    """Whether a weight of this shape, [N, C, k, k], is convolved by Numba on the CPU in float32."""
+    outputs, channels, *kernel = weight
+    fits = (*kernel, stride) == (_KERNEL, _KERNEL, _STRIDE)
+    return fits and outputs * channels >= _LEAST_WEIGHTS
+
+
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     """A convolution with zeros after the last pixel, so that every pixel is below an output.
 
@@ -29,10 +38,9 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
         [B, N, ceil(H / stride), ceil(W / stride)]. On the CPU in float32, 4 x 4 kernels of many
         channels with stride 2 take 9 products instead of 16 (`kernels.convolution_cpu`).
     """
-    outputs, channels, *kernel = weight.shape
+    channels = weight.shape[1]
     if (
-        (*kernel, stride) == (_KERNEL, _KERNEL, _STRIDE)
-        and outputs * channels >= _LEAST_WEIGHTS
+        has_kernel(weight.shape, stride)
         and images.numel() >= channels * _LEAST_PIXELS
         and not torch.is_autocast_enabled("cpu")
         and runs_compiled(images, weight, bias)

@@ -29,6 +29,14 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def strided_shapes(
+    strides: Sequence[int], channels: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """[outputs, inputs, 4, 4] of the backbone's strided layers; the last width is repeated."""
+    widths = [3, *(channels[min(i, len(channels) - 1)] for i in range(len(strides)))]
+    return [(outputs, inputs, _KERNEL, _KERNEL) for inputs, outputs in pairwise(widths)]
+
+
 class Backbone(nn.Module):
     """A feature vector for each cell of any image (docs/model.md 3.1).
 
@@ -46,18 +54,21 @@ class Backbone(nn.Module):
         activation: str,
     ) -> None:
         super().__init__()
-        widths = [channels[min(i, len(channels) - 1)] for i in range(len(strides))]
-        shapes = [(width, _KERNEL, stride) for width, stride in zip(widths, strides, strict=True)]
-        shapes += [(width, pointwise_kernel, 1) for width in (widths[-1], widths[-1], features)]
+        strided = strided_shapes(strides, channels)
+        width, *_ = strided[-1]
+        pointwise = [
+            (outputs, inputs, pointwise_kernel, pointwise_kernel)
+            for inputs, outputs in ((width, width), (width, width), (width, features))
+        ]
         self.layers = nn.ModuleList()
-        self.strides = [stride for _, _, stride in shapes]
-        inputs = 3
-        for outputs, kernel, stride in shapes:
+        self.strides = [*strides, 1, 1, 1]
+        for (outputs, inputs, kernel, _), stride in zip(
+            [*strided, *pointwise], self.strides, strict=True
+        ):
             layer = nn.Conv2d(inputs, outputs, kernel, stride)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             self.layers.append(layer)
-            inputs = outputs
         self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, features, rows, columns]
