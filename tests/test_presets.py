@@ -1,5 +1,7 @@
 """Presets resolve, and layers lie over them in the order they are given."""
 
+from dataclasses import replace
+
 import pytest
 
 from spairkit.config import AIRConfig, Config
@@ -19,10 +21,12 @@ def test_every_preset_is_a_config_that_survives_toml(name: str, kind: str) -> No
     assert config.preset == name
     assert config.model.kind == kind
     assert from_toml(to_toml(config)) == config
+    assert config.train.threads == 1, "two threads spin on a busy machine"
 
 
-def test_the_paper_preset_is_the_defaults() -> None:
-    assert resolve("paper") == Config()
+def test_the_paper_preset_is_the_defaults_on_one_thread() -> None:
+    paper = resolve("paper")
+    assert replace(paper, train=replace(paper.train, threads=0)) == Config()
 
 
 def test_quick_is_the_default() -> None:
