@@ -98,6 +98,12 @@ def presence_kl(
         ValueError: an argument's rank, shape, dtype, device or value does not fit; the message
             names it.
 
+    Two cells of one image, of which the first holds an object:
+
+    >>> logits, samples = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, 0.0]])
+    >>> presence_kl(logits, samples, 0.5)
+    tensor([[0.7782, 0.3278]])
+
     Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, without clips.
     """
     _check(logits, samples, success)

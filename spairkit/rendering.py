@@ -63,6 +63,18 @@ def render(
         ValueError: an argument's rank, shape, dtype or device does not fit, or its value is out
             of range; the message names it.
 
+    A white square of 2 x 2 texels in a box of 2 x 2 pixels:
+
+    >>> square = torch.ones(1, 1, 2, 2, 4)
+    >>> boxes = torch.tensor([[[1.0, 1.0, 3.0, 3.0]]])
+    >>> depth, presence = torch.zeros(1, 1), torch.ones(1, 1)
+    >>> black = torch.zeros(1, 3, 4, 4)
+    >>> render(square, boxes, depth, presence, black)[0, 0]
+    tensor([[0., 0., 0., 0.],
+            [0., 1., 1., 0.],
+            [0., 1., 1., 0.],
+            [0., 0., 0., 0.]])
+
     Source: Algorithm 1 of the supplement, section C; rim rule and floor from the authors' code.
     """
     _check(rgba, boxes, depth, presence, background, size, importance_floor)
