@@ -96,7 +96,7 @@ def exp64(x):
     p = p * r + 1.0 / 6.0
     p = p * r + 0.5
     p = p * r * r + r + 1.0
-    # through int32, as not every processor turns vectors of float64 into int64
+    # by way of int32: not every processor converts vectors of float64 to int64
     bits = np.int64((np.int64(np.int32(power)) + _BIAS_64) << _FRACTION_BITS_64)
     return p * bits.view(np.float64)
 
@@ -127,7 +127,7 @@ def log64(x):
 
 @inlined
 def clip(logit):
-    """To [-10, 10], beyond which a squashed logit is constant."""
+    """The logit, clipped to [-10, 10]."""
     if logit > _LIMIT:
         logit = _LIMIT
     elif logit < -_LIMIT:
@@ -149,5 +149,5 @@ def clip_backward(logit, grad):
 
 @inlined
 def slope(logit, squashed):
-    """The derivative of `squash`; the squashed logit cannot tell whether the logit was clipped."""
+    """The derivative of `squash`. The squashed logit alone cannot tell whether it was clipped."""
     return clip_backward(logit, squashed * (_ONE - squashed))

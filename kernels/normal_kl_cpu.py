@@ -23,16 +23,8 @@ def _divergence(ratio, distance):
 
 
 @compiled
-def _weighted_kls(
-    start,
-    stop,
-    mean,  # [B, K, M]
-    std,  # [B, K, M]
-    weight,  # [B, K]
-    ends,  # [G] of the groups of dimensions
-    priors,  # [G, 2] mean, std
-    sums,  # [B, G]
-):
+def _weighted_kls(start, stop, mean, std, weight, ends, priors, sums):
+    """Fills [B, G] from [B, K, M], [B, K, M], [B, K], ends of groups [G], means and stds [G, 2]."""
     num_cells = mean.shape[1]
     for b in range(start, stop):
         first = 0
@@ -51,17 +43,7 @@ def _weighted_kls(
 
 @compiled
 def _weighted_kls_backward(
-    start,
-    stop,
-    grad_sums,  # [B, G]
-    mean,  # [B, K, M]
-    std,  # [B, K, M]
-    weight,  # [B, K]
-    ends,  # [G]
-    priors,  # [G, 2]
-    grad_mean,  # [B, K, M]
-    grad_std,  # [B, K, M]
-    grad_weight,  # [B, K]
+    start, stop, grad_sums, mean, std, weight, ends, priors, grad_mean, grad_std, grad_weight
 ):
     num_cells = mean.shape[1]
     for b in range(start, stop):
@@ -86,7 +68,7 @@ def _weighted_kls_backward(
 def weighted_kls_cpu(
     mean: Tensor, std: Tensor, weight: Tensor, *groups: tuple[int, float, float]
 ) -> Tensor:  # [B, G]
-    """Of groups of so many dimensions with mean and std of their prior; nats."""
+    """Divergences in nats of groups: number of dimensions, mean and std of their prior."""
     sums = mean.new_empty(len(mean), len(groups))
     inputs = *_arrays(mean, std, weight), *_ends_and_priors(groups)
     over_images(_weighted_kls, len(mean), *inputs, sums.numpy())

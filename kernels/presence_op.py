@@ -1,4 +1,4 @@
-"""The presence prior as operators of torch: shapes for tracing, gradients, choice of kernel."""
+"""The presence prior as operators of torch: shapes for tracing, gradients, choice of the kernel."""
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def _count_posterior(
     success: Tensor,  # [] float64
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Log-odds of the prior, [B, n] float64, and what the walk back needs (Triton only)."""
+    """Log-odds of the prior, [B, n] float64, and log-weights for the backward walk of Triton."""
     if backend == "cpu":
         from spairkit.kernels.presence_cpu import count_posterior_cpu
 

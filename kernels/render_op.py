@@ -1,4 +1,4 @@
-"""The renderer as operators of torch: shapes for tracing, gradients, and which kernel runs."""
+"""The renderer as operators of torch: shapes for tracing, gradients, choice of the kernel."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ def _render(
     floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """image and, for the gradients: image - background, 1 / importance, d image / d background.
+    """image, image - background, 1 / importance and d image / d background.
 
-    The difference is kept in float32 because image - background cancels at small presence.
+    The last three serve the gradients. The difference is saved because computing it from the image
+    would cancel digits where presence is small.
     """
     if backend == "cpu":
         from spairkit.kernels.render_cpu import render_cpu as forward

@@ -1,8 +1,8 @@
 """Numba on the CPU: how functions are compiled, and how a batch is spread over threads.
 
-Compiled functions let go of the interpreter's lock and take a range of images, so that plain
-Python threads run them side by side. This needs none of Numba's own threading layers, which
-differ from machine to machine, may not be entered by two threads at once and do not survive a fork.
+Compiled functions release the interpreter's lock and take a range of images, so Python threads run
+them in parallel. Numba's own threading layers differ from machine to machine, must not be entered
+by two threads at once and do not survive a fork.
 """
 
 import functools
@@ -25,31 +25,31 @@ _OPTIONS: dict[str, Any] = {
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """The function, compiled at its first call and kept on disk where there is a place to."""
+    """The function, compiled at its first call and cached on disk if there is a writable folder."""
     try:
         return njit(function, cache=True, **_OPTIONS)
-    except RuntimeError:  # no folder that Numba could write its cache to
+    except RuntimeError:  # Numba found no folder for its cache
         return njit(function, **_OPTIONS)
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of compiled functions; it is kept on disk with them."""
+    """The function, inlined by Numba into compiled functions and cached with them."""
     dispatcher: Callable[..., Any] = njit(function, inline="always", **_OPTIONS)
     return dispatcher
 
 
 def part(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of compiled functions as `inlined`, but by LLVM, which takes less time for large ones.
+    """The function, inlined by LLVM into compiled functions: faster to compile if it is large.
 
-    A part that is called would be compiled twice, by itself and with its caller, and which of the
-    two ran would depend on whether the caller came from disk: with other roundings.
+    Without inlining it would be compiled twice, alone and with its caller. Which of the two runs,
+    with different rounding, would depend on whether the caller came from the cache.
     """
     dispatcher: Callable[..., Any] = njit(function, forceinline=True, **_OPTIONS)
     return dispatcher
 
 
 def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:
-    """Calls `function(start, stop, *arguments)` on ranges of images, one to a torch thread."""
+    """Calls `function(start, stop, *arguments)` on ranges of images, one for each torch thread."""
     num_threads = max(1, min(torch.get_num_threads(), num_images))
     edges = [num_images * i // num_threads for i in range(num_threads + 1)]
     if num_threads == 1:
@@ -64,16 +64,16 @@ def over_images(function: Callable[..., None], num_images: int, *arguments: Any)
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Lets matrix products in compiled functions run on the thread that asks for them.
+    """Has matrix products in compiled functions run on the thread that calls them.
 
-    The limit is the whole process's, so one Python thread at a time may be inside.
+    The limit holds for the whole process, so one Python thread at a time may be inside.
     """
     with _BLAS_LOCK:
         try:
             with _blas_controller().limit(limits=1):
                 yield
         finally:
-            # else no other thread could set a limit as long as this one lives
+            # otherwise no other thread could set a limit while this one lives
             OpenBLASController.clear_controlling_thread(force=True)
 
 
@@ -82,19 +82,19 @@ _BLAS_LOCK = threading.Lock()
 
 @functools.cache
 def _blas_controller() -> Any:
-    import scipy.linalg  # noqa: F401 # whose BLAS Numba calls: it must be there to be found
+    import scipy.linalg  # noqa: F401 # Numba calls its BLAS, so it has to be loaded here
 
     return ThreadpoolController().select(user_api="blas")
 
 
 @functools.lru_cache(maxsize=4)
 def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
-    # a pool belongs to the process that started it: its threads do not live on in a fork
+    # threads do not survive a fork, so a pool belongs to the process that started it
     return ThreadPoolExecutor(num_threads, thread_name_prefix=f"spairkit-{process}")
 
 
 def probe() -> None:
-    """Runs the least function, from the cache on disk if it is there.
+    """Runs the least function, which is compiled or comes from the cache.
 
     Raises:
         Exception: whatever a broken installation of Numba raises.
