@@ -175,20 +175,22 @@ def _backward(wave, network, grads, relu):
 
 
 @inlined
-def _draw(mean, raw, normal, record, i, size):
-    """A sample; the record gets it, its mean and its standard deviation."""
+def _draw(mean, raw, normal, record, i):
+    """Sample i of a cell; its record gets mean, standard deviation and sample."""
+    size = len(normal)
     std = _STD_SCALE * squash(raw)
-    sample = mean + std * normal
+    sample = mean + std * normal[i]
     record[i], record[size + i], record[2 * size + i] = mean, std, sample
     return sample
 
 
 @inlined
-def _moments_back(grad, raw, normal, grad_record, i, size):
-    """Gradients of a mean and a raw, with `grad` what else reaches the sample."""
+def _moments_back(grad, raw, normal, grad_record, i):
+    """Gradients of mean and raw i of a cell; `grad` adds to the record's gradient of the sample."""
+    size = len(normal)
     grad_sample = grad_record[2 * size + i] + grad
-    raw_slope = _STD_SCALE * slope(raw, squash(raw))
-    return grad_record[i] + grad_sample, raw_slope * (grad_record[size + i] + grad_sample * normal)
+    grad_std = grad_record[size + i] + grad_sample * normal[i]
+    return grad_record[i] + grad_sample, _STD_SCALE * slope(raw, squash(raw)) * grad_std
 
 
 @part
@@ -208,7 +210,7 @@ def _first_layers(wave, order, context_weight, contexts, products, added):
 @part
 def _draw_where(wave, order, numbers, all_outputs, own_of_depth, normal, record, boxes):
     """where, its box, and the features passed on to depth."""
-    constants, size = numbers.constants, normal.shape[2]
+    constants, begin = numbers.constants, record.shape[2] - BOX
     scale, shift, to_pixels = constants[0], constants[1], constants[2]
     pixels = np.empty(BOX, np.float32)
     for r in range(wave.rows):
@@ -219,7 +221,7 @@ def _draw_where(wave, order, numbers, all_outputs, own_of_depth, normal, record,
             own[i] = outputs[2 * BOX + i]
         corner = k // numbers.columns, k % numbers.columns
         for i in range(BOX):
-            sample = _draw(outputs[i], outputs[BOX + i], normal[b, k, i], record[b, k], i, size)
+            sample = _draw(outputs[i], outputs[BOX + i], normal[b, k], record[b, k], i)
             placed = shift[i] + scale[i] * squash(sample)
             pixels[i] = placed * to_pixels[i]
             own[passed + i] = placed
@@ -229,7 +231,7 @@ def _draw_where(wave, order, numbers, all_outputs, own_of_depth, normal, record,
             boxes[r, i] = low
             boxes[r, 2 + i] = low + pixels[3 - i]
         for i in range(BOX):
-            record[b, k, 3 * size + 2 + i] = boxes[r, i]
+            record[b, k, begin + i] = boxes[r, i]
 
 
 @part
@@ -242,9 +244,7 @@ def _draw_what(wave, order, all_outputs, own_of_depth, normal, record):
         begin = len(own) - what
         for i in range(what):
             j = BOX + i
-            own[begin + i] = _draw(
-                outputs[i], outputs[what + i], normal[b, k, j], record[b, k], j, size
-            )
+            own[begin + i] = _draw(outputs[i], outputs[what + i], normal[b, k], record[b, k], j)
 
 
 @part
@@ -260,7 +260,7 @@ def _draw_depth(wave, order, all_outputs, own_of_depth, own_of_pres, normal, rec
         for i in range(passed, len(own) - 1):
             own[i] = own_of_depth[wave.lo + r, i]
         j = size - 1
-        sample = _draw(outputs[0], outputs[1], normal[b, k, j], record[b, k], j, size)
+        sample = _draw(outputs[0], outputs[1], normal[b, k], record[b, k], j)
         own[-1] = _DEPTH_SCALE * squash(-sample)
 
 
@@ -405,7 +405,7 @@ def _depth_back(wave, order, outputs, normal, record, grad_record, grad_own, gra
         grad = -_DEPTH_SCALE * slope(sample, squash(-sample)) * grad_vectors[r, j]
         row = wave.lo + r
         raw = outputs[row, 1]
-        mean, std = _moments_back(grad, raw, normal[b, k, j], grad_record[b, k], j, size)
+        mean, std = _moments_back(grad, raw, normal[b, k], grad_record[b, k], j)
         grads[row, 0], grads[row, 1] = mean, std
         for i in range(passed):
             grads[row, 2 + i] = grad_own[r, i]
@@ -425,9 +425,7 @@ def _what_back(wave, order, outputs, normal, grad_record, grad_own, grad_vectors
         for i in range(what):
             j = BOX + i
             raw = outputs[row, what + i]
-            mean, std = _moments_back(
-                grad_vectors[r, j], raw, normal[b, k, j], grad_record[b, k], j, size
-            )
+            mean, std = _moments_back(grad_vectors[r, j], raw, normal[b, k], grad_record[b, k], j)
             grads[row, i], grads[row, what + i] = mean, std
 
 
@@ -451,7 +449,7 @@ def _where_back(
             placed_slope = scale[i] * slope(sample, squash(sample))
             grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * placed_slope
             raw = outputs[row, BOX + i]
-            mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
+            mean, std = _moments_back(grad, raw, normal[b, k], grad_record[b, k], i)
             grads[row, i], grads[row, BOX + i] = mean, std
         for i in range(passed):
             grads[row, 2 * BOX + i] = grad_own[r, i]
@@ -514,7 +512,7 @@ def cells_backward(
     grad_products,  # [B, K, 3 h]
     grad_edges,  # [B, V]
 ):
-    """Gradients of all that was added and drawn; with training wheels of the encoder's alone."""
+    """Gradients of products, edges and all layers; with training wheels of the encoder alone."""
     order, n, size = grid.order, stop - start, normal.shape[2]
     most = _most_rows(grid.starts, n)
     wheels = numbers.training_wheels

@@ -1,9 +1,8 @@
 """The compiled loop over cells as one function of torch with a gradient, for the CPU and float32.
 
-Weights come in the order of `spairkit.models.cell_loop`: those of the first layers for the
-context; for where, depth and pres those of the first layer for the network's own inputs, then
-weight and bias of the second and of the last layer; last, weight and bias of each layer of the
-encoder, which has at least two.
+The order of weights is that of `spairkit.models.cell_loop`: the first layers' weights for the
+context; for where, depth and pres the first layer's weight for its own inputs, then weight and bias
+of the second and the last layer; weight and bias of each layer of the encoder, at least two.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +46,7 @@ def encode_cells_cpu(
     """Latents in raster order, with gradients to products, edge and weights.
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative was requested.
     """
     record: Tensor = _CompiledCells.apply(
         grid, numbers, images, products, normal, jitter, edge, *weights

@@ -232,8 +232,14 @@ def test_empty_batches(shape: tuple[int, int], relaxed: bool, backend: Backend) 
     [
         ({"samples": torch.zeros(4)}, r"samples must be \[B, n\], got shape \(4,\)"),
         ({"logits": torch.zeros(2, 4)}, r"logits must have the shape of samples, \(2, 3\)"),
-        ({"samples": torch.zeros(2, 3).bool()}, "samples must be floating point, got torch.bool"),
-        ({"logits": torch.zeros(2, 3).int()}, "logits must be floating point, got torch.int32"),
+        (
+            {"samples": torch.zeros(2, 3).bool()},
+            "samples must be a floating-point tensor",
+        ),
+        (
+            {"logits": torch.zeros(2, 3).int()},
+            "logits must be a floating-point tensor",
+        ),
         ({"logits": torch.zeros(2, 3, device="meta")}, "logits must be on the device of samples"),
         ({"success": 0.0}, r"success must lie in \(0, 1\), got 0.0"),
         ({"success": 1.0}, r"success must lie in \(0, 1\), got 1.0"),
