@@ -44,6 +44,7 @@ class Grid(NamedTuple):
     order: Array  # [K] the raster index of each place
     neighbours: Array  # [K, 4] places of the cells that a place reads; K is beyond the rim
     followers: Array  # [K, 4] the inverse: the places whose neighbour d this place is, or K
+    largest: int  # cells of the largest wave
 
 
 class Numbers(NamedTuple):
@@ -301,15 +302,6 @@ def _fill_edges(start, n, neighbours, edge, contexts):
                         contexts[r, d * vector + i] = edge[i]
 
 
-@inlined
-def _most_rows(starts, n):
-    """Rows of the largest wave."""
-    most = 0
-    for t in range(len(starts) - 1):
-        most = max(most, starts[t + 1] - starts[t])
-    return n * most
-
-
 @compiled
 def cells_forward(
     start,
@@ -329,7 +321,7 @@ def cells_forward(
 ):
     """Latents of the images from start to stop, and everything that their gradients need."""
     order, n, h = grid.order, stop - start, products.shape[2] // 3
-    most = _most_rows(grid.starts, n)
+    most = n * grid.largest
     added = np.empty((most, 3 * h), np.float32)
     boxes = np.empty((most, BOX), np.float32)
     here = images[start:stop]
@@ -497,24 +489,18 @@ def _edges_back(start, n, neighbours, grad_contexts, grad_edges):
 
 @compiled
 def cells_backward(
-    start,
-    stop,
-    grid,
-    numbers,
-    networks,
+    start, stop, grid, numbers, networks,
     grads,  # four, each as the values of its network, before the activation; to be filled
-    images,
-    normal,
-    record,
+    images, normal, record,
     grad_record,  # [B, K, 3 M + 6]
     context_weight,
     grad_added,  # [R, 3 h] to be filled, as are the next two
     grad_products,  # [B, K, 3 h]
     grad_edges,  # [B, V]
-):
+):  # fmt: skip
     """Gradients of products, edges and all layers; with training wheels of the encoder alone."""
     order, n, size = grid.order, stop - start, normal.shape[2]
-    most = _most_rows(grid.starts, n)
+    most = n * grid.largest
     wheels = numbers.training_wheels
     lateral = context_weight.shape[1] > 0 and not wheels
     here = images[start:stop]

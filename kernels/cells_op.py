@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spairkit.kernels.cells_cpu import (
-    COLUMN,
-    DEPTH,
-    ENCODER,
-    OUTPUTS,
-    PRES,
-    WHERE,
-    Grid,
-    Network,
-    Numbers,
-    cells_backward,
-    cells_forward,
-)
-from spairkit.kernels.threads import over_images, single_threaded_blas
+from spairkit.kernels import cells_cpu as cells
+from spairkit.kernels.cells_cpu import DEPTH, ENCODER, OUTPUTS, PRES, WHERE, Grid, Network, Numbers
+from spairkit.kernels.threads import arrays, over_images, single_threaded_blas
 
 _HEADS = 3  # where, depth, pres
 _OF_HEAD = 5  # weights: own, then weight and bias of the second and of the last layer
@@ -57,16 +46,9 @@ def encode_cells_cpu(
 class _CompiledCells(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        grid: Grid,
-        numbers: Numbers,
-        images: Tensor,
-        products: Tensor,
-        normal: Tensor,
-        jitter: Tensor,
-        edge: Tensor | None,
-        *weights: Tensor,
-    ) -> Tensor:
+        ctx: Any, grid: Grid, numbers: Numbers, images: Tensor, products: Tensor, normal: Tensor,
+        jitter: Tensor, edge: Tensor | None, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
         batch, num_cells, size = normal.shape
         kept: list[Tensor] = []
 
@@ -76,13 +58,13 @@ class _CompiledCells(torch.autograd.Function):
 
         networks, contexts = _networks(weights, new)
         record = products.new_empty(batch, num_cells, 3 * size + 6)
-        inputs = [_array(x) for x in (images, products, normal, jitter)]
-        beyond = np.zeros(size + 1, np.float32) if edge is None else _array(edge)
-        encoder_bias = _array(weights[_HEADS * _OF_HEAD + 2])[None]
+        inputs = arrays(images, products, normal, jitter)
+        edge = products.new_zeros(size + 1) if edge is None else edge
+        shared = arrays(edge, weights[0], weights[_HEADS * _OF_HEAD + 2][None])
         with single_threaded_blas():
             over_images(
-                cells_forward, batch, grid, numbers, networks, *inputs, beyond,
-                _array(weights[0]), encoder_bias, contexts, record.numpy(),
+                cells.cells_forward, batch, grid, numbers, networks, *inputs, *shared, contexts,
+                record.numpy(),
             )  # fmt: skip
         ctx.grid, ctx.numbers, ctx.num_weights = grid, numbers, len(weights)
         # torch notices where one of them is changed, and frees them after the backward pass
@@ -102,10 +84,10 @@ class _CompiledCells(torch.autograd.Function):
         grad_added = record.new_empty(batch * num_cells, shared)
         grad_products = record.new_empty(batch, num_cells, shared)
         grad_edges = record.new_empty(batch, size + 1)
-        inputs = [_array(x) for x in (images, normal, record, grad_record, context_weight)]
+        inputs = arrays(images, normal, record, grad_record, context_weight)
         with single_threaded_blas():
             over_images(
-                cells_backward, batch, ctx.grid, numbers, networks, grads, *inputs,
+                cells.cells_backward, batch, ctx.grid, numbers, networks, grads, *inputs,
                 *(x.numpy() for x in (grad_added, grad_products, grad_edges)),
             )  # fmt: skip
         own, *later = _weight_gradients(networks[ENCODER], grads[ENCODER])
@@ -125,10 +107,6 @@ class _CompiledCells(torch.autograd.Function):
         )
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
-
-
 def _networks(
     weights: Sequence[Tensor], rows: Callable[[int], Tensor]
 ) -> tuple[tuple[Network, ...], np.ndarray]:
@@ -145,23 +123,20 @@ def _networks(
         layers = _offsets(tuple(len(weight) for weight in (own, *later[::2])))
         flat = torch.cat([weight.detach().flatten() for weight in later[::2]])
         biases = torch.cat([bias.detach() for bias in later[1::2]])
-        inputs, values = rows(own.shape[1]), rows(layers[-1, COLUMN] + layers[-1, OUTPUTS])
-        arrays = (x.numpy() for x in (inputs, flat, biases[None], values.flatten()))
-        networks.append(Network(layers, _array(own), *arrays))
+        inputs, values = rows(own.shape[1]), rows(layers[-1, cells.COLUMN] + layers[-1, OUTPUTS])
+        parts_of = (x.numpy() for x in (inputs, flat, biases[None], values.flatten()))
+        networks.append(Network(layers, *arrays(own), *parts_of))
     return tuple(networks), rows(context.shape[1]).numpy()
 
 
 @lru_cache(maxsize=64)
 def _offsets(outputs: tuple[int, ...]) -> np.ndarray:
-    """`Network.layers` of layers with so many outputs."""
-    rows, column, weight, bias = [], 0, 0, 0
-    for layer, size in enumerate(outputs):
-        rows.append((size, column, weight, bias))
-        column += size
-        if layer > 0:
-            weight += size * outputs[layer - 1]
-            bias += size
-    return np.array(rows, np.int64)
+    """`Network.layers` from the outputs of each layer."""
+    size = np.array(outputs, np.int64)
+    weights, biases = np.zeros_like(size), np.zeros_like(size)
+    weights[1:], biases[1:] = size[1:] * size[:-1], size[1:]
+    starts = (x.cumsum() - x for x in (size, weights, biases))
+    return np.stack([size, *starts], axis=1)
 
 
 def _by_layer(flat: np.ndarray, network: Network) -> list[Tensor]:

@@ -10,20 +10,20 @@ from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def direct_unless_watched(
-    operator: Callable[..., Any], kernel: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`operator`, or `kernel`, its implementation, where no gradient is recorded or traced.
+def registered(name: str, kernel: Callable[..., Any]) -> tuple[Any, Callable[..., Any]]:
+    """Registers a kernel with torch: the operator, and a function that calls it where needed.
 
-    The first call of a custom operator imports torch's compiler: a second's work, and for nothing
-    in a process that only detects objects.
+    The function calls the kernel directly if nothing records a gradient or traces the call. The
+    first call of a custom operator imports torch's compiler, which takes a second, and a process
+    that only detects objects never needs it.
     """
+    operator = torch.library.custom_op(name, mutates_args=())(kernel)
 
     @functools.wraps(kernel)
     def call(*arguments: Any) -> Any:
         return operator(*arguments) if _is_watched(arguments) else kernel(*arguments)
 
-    return call
+    return operator, call
 
 
 def _is_watched(arguments: Iterable[Any]) -> bool:

@@ -210,12 +210,8 @@ def compose_configurations() -> Iterator[Configuration]:
 
 def configurations() -> list[Configuration]:
     """All configurations that ship."""
-    return [
-        *render_configurations(),
-        *presence_configurations(),
-        *scatter_configurations(),
-        *compose_configurations(),
-    ]
+    scenes = [*scatter_configurations(), *compose_configurations()]
+    return [*render_configurations(), *presence_configurations(), *scenes]
 
 
 def build(configuration: Configuration, target: GPUTarget) -> Build:
@@ -277,9 +273,7 @@ def _output(tool: Path, *arguments: str) -> str:
 def main() -> int:
     """Builds and prints every row; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--representative", action="store_true", help="only the defaults, and only for sm_90"
-    )
+    parser.add_argument("--representative", action="store_true", help="only defaults, for sm_90")
     representative = parser.parse_args().representative
     targets = {"sm_90": TARGETS["sm_90"]} if representative else TARGETS
     failures = 0

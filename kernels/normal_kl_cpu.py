@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from spairkit.kernels.elementary_cpu import log
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
@@ -70,23 +70,19 @@ def weighted_kls_cpu(
 ) -> Tensor:  # [B, G]
     """Divergences in nats of groups: number of dimensions, mean and std of their prior."""
     sums = mean.new_empty(len(mean), len(groups))
-    inputs = *_arrays(mean, std, weight), *_ends_and_priors(groups)
+    inputs = *arrays(mean, std, weight), *_ends_and_priors(groups)
     over_images(_weighted_kls, len(mean), *inputs, sums.numpy())
     return sums
 
 
 def weighted_kls_backward_cpu(
-    grad_sums: Tensor,
-    sums: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    weight: Tensor,
+    grad_sums: Tensor, sums: Tensor, mean: Tensor, std: Tensor, weight: Tensor,
     *groups: tuple[int, float, float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of mean, std and weight."""
     grad_mean, grad_std, grad_weight = (x.new_empty(x.shape) for x in (mean, std, weight))
-    inputs = *_arrays(grad_sums, mean, std, weight), *_ends_and_priors(groups)
-    grads = _arrays(grad_mean, grad_std, grad_weight)
+    inputs = *arrays(grad_sums, mean, std, weight), *_ends_and_priors(groups)
+    grads = arrays(grad_mean, grad_std, grad_weight)
     over_images(_weighted_kls_backward, len(mean), *inputs, *grads)
     return grad_mean, grad_std, grad_weight
 
@@ -97,7 +93,3 @@ def _ends_and_priors(
 ) -> tuple[np.ndarray, np.ndarray]:
     table = np.array(groups)
     return table[:, 0].cumsum().astype(np.int64), table[:, 1:].astype(np.float32)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spairkit.kernels.constants import MIN_PROBABILITY
 from spairkit.kernels.elementary_cpu import exp64, log64
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
 # likelihood of a count that the samples rule out: -691 as a logarithm, far below that of any count
 # that they allow
@@ -161,7 +161,7 @@ def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[T
     num_images, num_cells = samples.shape
     kl = torch.empty(num_images, num_cells, dtype=torch.float32)
     prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
-    inputs = _array(logits), _array(samples), _odds(float(success), num_cells)
+    inputs = *arrays(logits, samples), _odds(float(success), num_cells)
     over_images(_presence_kl, num_images, *inputs, kl.numpy(), prior_logit.numpy())
     return kl, prior_logit
 
@@ -169,7 +169,7 @@ def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[T
 def count_posterior_cpu(samples: Tensor, success: Tensor) -> Tensor:
     """[B, n] float64 log-odds of the prior of relaxed samples."""
     prior_logit = torch.empty(samples.shape, dtype=torch.double)
-    inputs = _array(samples), _log_failure(success)
+    inputs = *arrays(samples), _log_failure(success)
     over_images(_count_posterior, len(samples), *inputs, prior_logit.numpy())
     return prior_logit
 
@@ -180,7 +180,7 @@ def count_posterior_backward_cpu(
     """Gradients of the samples [B, n], and of log(1 - success) for each image [B]."""
     grad_samples = torch.empty(samples.shape, dtype=torch.float32)
     grad_log_failure = torch.empty(len(samples), dtype=torch.double)
-    inputs = grad_logit.double().contiguous().numpy(), _array(samples), _log_failure(success)
+    inputs = grad_logit.double().contiguous().numpy(), *arrays(samples), _log_failure(success)
     outputs = grad_samples.numpy(), grad_log_failure.numpy()
     over_images(_count_posterior_backward, len(samples), *inputs, *outputs)
     return grad_samples, grad_log_failure
@@ -190,7 +190,3 @@ def _log_failure(success: Tensor) -> float:
     """log(1 - s); NaN where s lies outside (0, 1), which a compiled caller could not check."""
     s = float(success)
     return math.log1p(-s) if 0.0 < s < 1.0 else math.nan
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().contiguous().numpy()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spairkit.kernels.dispatch import direct_unless_watched
+from spairkit.kernels.dispatch import registered
 from spairkit.kernels.presence_blocks import saved_shape
 
 
@@ -21,8 +21,7 @@ def _presence_kl(
     return forward(logits, samples, success)
 
 
-_presence_kl_op = torch.library.custom_op("spairkit::presence_kl", mutates_args=())(_presence_kl)
-presence_kl_op = direct_unless_watched(_presence_kl_op, _presence_kl)
+_presence_kl_op, presence_kl_op = registered("spairkit::presence_kl", _presence_kl)
 
 
 @_presence_kl_op.register_fake
@@ -66,10 +65,7 @@ def _count_posterior(
     return count_posterior_triton(samples, success)
 
 
-_count_posterior_op = torch.library.custom_op("spairkit::count_posterior", mutates_args=())(
-    _count_posterior
-)
-count_posterior_op = direct_unless_watched(_count_posterior_op, _count_posterior)
+_count_posterior_op, count_posterior_op = registered("spairkit::count_posterior", _count_posterior)
 
 
 @_count_posterior_op.register_fake

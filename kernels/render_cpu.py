@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
@@ -154,8 +154,7 @@ def _render_forward(
 
 @compiled
 def _render_backward(
-    start,
-    stop,
+    start, stop,
     grad_image,  # [B, C, H, W]
     rgba,  # [B, N, h, w, C + 1]
     boxes,  # [B, N, 4]
@@ -164,13 +163,8 @@ def _render_backward(
     background,  # [B, C, H, W]
     change,  # [B, C, H, W]
     inverse,  # [B, H, W]
-    floor,
-    channels,
-    grad_rgba,
-    grad_boxes,
-    grad_depth,
-    grad_presence,
-):
+    floor, channels, grad_rgba, grad_boxes, grad_depth, grad_presence,
+):  # fmt: skip
     num_objects, map_height, map_width = rgba.shape[1:4]
     height, width = background.shape[2:]
     num_colours = len(channels)
@@ -289,31 +283,23 @@ def render_cpu(
     shape = background.shape
     image, change = _empty(shape), _empty(shape)
     inverse, keep = _empty(shape[:1] + shape[2:]), _empty(shape[:1] + shape[2:])
-    inputs = _arrays(rgba, boxes, depth, presence, background)
-    outputs = _arrays(image, change, inverse, keep)
+    inputs = arrays(rgba, boxes, depth, presence, background)
+    outputs = arrays(image, change, inverse, keep)
     channels = (0,) * shape[1]
     over_images(_render_forward, shape[0], *inputs, np.float32(floor), channels, *outputs)
     return image, change, inverse, keep
 
 
 def render_backward_cpu(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
     grads = tuple(_empty(t.shape) for t in (rgba, boxes, depth, presence))
-    inputs = _arrays(grad_image, rgba, boxes, depth, presence, background, change, inverse)
+    inputs = arrays(grad_image, rgba, boxes, depth, presence, background, change, inverse)
     channels = (0,) * background.shape[1]
     over_images(
-        _render_backward, rgba.shape[0], *inputs, np.float32(floor), channels, *_arrays(*grads)
+        _render_backward, rgba.shape[0], *inputs, np.float32(floor), channels, *arrays(*grads)
     )
     grad_rgba, grad_boxes, grad_depth, grad_presence = grads
     grad_background = (grad_image * keep[:, None]).contiguous()
@@ -323,7 +309,3 @@ def render_backward_cpu(
 def _empty(shape: torch.Size) -> Tensor:
     # not in the default dtype, which the caller may have changed
     return torch.empty(shape, dtype=torch.float32)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().float().contiguous().numpy() for tensor in tensors]

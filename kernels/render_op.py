@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from spairkit.kernels.dispatch import direct_unless_watched
+from spairkit.kernels.dispatch import registered
 
 
 def _render(
@@ -27,8 +27,7 @@ def _render(
     return forward(rgba, boxes, depth, presence, background, floor)
 
 
-_render_op = torch.library.custom_op("spairkit::render", mutates_args=())(_render)
-render_op = direct_unless_watched(_render_op, _render)
+_render_op, render_op = registered("spairkit::render", _render)
 
 
 @_render_op.register_fake
@@ -40,18 +39,9 @@ def _(rgba, boxes, depth, presence, background, floor, backend):
 
 @torch.library.custom_op("spairkit::render_backward", mutates_args=())
 def render_backward_op(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba, boxes, depth, presence and background."""
     if backend == "cpu":
         from spairkit.kernels.render_cpu import render_backward_cpu as backward

@@ -87,24 +87,11 @@ def _render_forward_kernel(
     change_ptr,  # [B, C, H, W] float32
     inverse_ptr,  # [B, H, W] float32
     keep_ptr,  # [B, H, W] float32
-    num_objects,
-    height,
-    width,
-    tiles_x,
-    tiles,
-    stride_b,
-    stride_c,
-    stride_y,
-    stride_x,
-    floor,
-    MAP_H: tl.constexpr,
-    MAP_W: tl.constexpr,
-    C: tl.constexpr,
+    num_objects, height, width, tiles_x, tiles, stride_b, stride_c, stride_y, stride_x, floor,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr,  # C + 1 rounded up to a power of two
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-):
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     tile = program % tiles

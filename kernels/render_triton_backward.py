@@ -95,32 +95,15 @@ def _render_backward_kernel(
     grad_depth_ptr,  # [B, N, BANDS] float32
     grad_presence_ptr,  # [B, N, BANDS] float32
     grad_background_ptr,  # [B, C, H, W] float32
-    num_objects,
-    height,
-    width,
+    num_objects, height, width,
     programs,  # objects, then runs of pixels, of one image
-    stride_gb,
-    stride_gc,
-    stride_gy,
-    stride_gx,
-    stride_b,
-    stride_c,
-    stride_y,
-    stride_x,
-    floor,
-    MAP_H: tl.constexpr,
-    MAP_W: tl.constexpr,
+    stride_gb, stride_gc, stride_gy, stride_gx, stride_b, stride_c, stride_y, stride_x, floor,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr,
     SIZE_H: tl.constexpr,  # texels of a band, which one program serves
-    SIZE_W: tl.constexpr,
-    BANDS: tl.constexpr,
-    BANDS_W: tl.constexpr,
-    C: tl.constexpr,
+    SIZE_W: tl.constexpr, BANDS: tl.constexpr, BANDS_W: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr,  # C + 1 rounded up to a power of two
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    RUN: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-):
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, RUN: tl.constexpr, HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
     n = tl.program_id(0) % programs
     if n >= num_objects * BANDS:
@@ -311,17 +294,9 @@ def backward_tile(map_height: int, map_width: int) -> dict[str, int]:
 
 
 def render_backward_triton(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
     num_images, num_objects, map_height, map_width, channels = rgba.shape
     _, num_colours, height, width = background.shape

@@ -22,18 +22,11 @@ def _compose_kernel(
     colours_ptr,  # [B, N, C] int32, by strides
     backgrounds_ptr,  # [B, C] int32
     images_ptr,  # [B, 3, H, W] float32
-    num_glyphs,
-    height,
-    width,
-    blocks,
-    side,
-    stride_b,
-    stride_n,
-    stride_c,
+    num_glyphs, height, width, blocks, side, stride_b, stride_n, stride_c,
     C: tl.constexpr,  # 1 if all channels are alike, else 3
     CH: tl.constexpr,  # C rounded up to a power of two
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0)
     b = (program // blocks).to(tl.int64)
     pixel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -67,15 +60,9 @@ def _compose_kernel(
 
 
 def compose_triton(
-    table: Tensor,
-    entries: Tensor,
-    corners: Tensor,
-    colours: Tensor,
-    backgrounds: Tensor,
-    height: int,
-    width: int,
-    side: int,
-) -> Tensor:
+    table: Tensor, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor,
+    height: int, width: int, side: int,
+) -> Tensor:  # fmt: skip
     """Images [B, 3, H, W]; see `spairkit.kernels.scenes_op.compose_op`."""
     num_images, num_glyphs = entries.shape
     num_channels = backgrounds.shape[1]

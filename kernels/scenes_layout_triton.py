@@ -73,20 +73,12 @@ def _scatter_kernel(
     corners_ptr,  # [B, N, 2] int64
     sides_ptr,  # [B, N] int64
     complete_ptr,  # [B] bool
-    num_squares,
-    least_side,
-    num_sides,
-    height,
-    width,
-    max_overlap_px2,
-    max_attempts,
-    FIRST_WORD: tl.constexpr,
-    SQUARE_WORDS: tl.constexpr,
-    ATTEMPT_WORDS: tl.constexpr,
+    num_squares, least_side, num_sides, height, width, max_overlap_px2, max_attempts,
+    FIRST_WORD: tl.constexpr, SQUARE_WORDS: tl.constexpr, ATTEMPT_WORDS: tl.constexpr,
     SQUARES: tl.constexpr,  # N rounded up to a power of two
     ROWS: tl.constexpr,  # of positions in a tile
     COLUMNS: tl.constexpr,  # all that a square may have
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     key = tl.load(keys_ptr + b)
     count = tl.load(counts_ptr + b).to(tl.int32)
@@ -159,17 +151,9 @@ def scatter_tile(num_squares: int, rows: int, columns: int) -> dict[str, int]:
 
 
 def scatter_triton(
-    keys: Tensor,
-    counts: Tensor,
-    num_squares: int,
-    least_side: int,
-    greatest_side: int,
-    height: int,
-    width: int,
-    max_overlap_px2: int,
-    max_attempts: int,
-    words: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
+    keys: Tensor, counts: Tensor, num_squares: int, least_side: int, greatest_side: int,
+    height: int, width: int, max_overlap_px2: int, max_attempts: int, words: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Corners, sides and completeness; see `spairkit.kernels.scenes_op.scatter_op`."""
     num_images = len(keys)
     corners = torch.empty(num_images, num_squares, 2, dtype=torch.int64, device=keys.device)

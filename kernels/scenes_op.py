@@ -10,15 +10,10 @@ from torch import Tensor
 def scatter_op(
     keys: Tensor,  # [B] int64
     counts: Tensor,  # [B] int64
-    num_squares: int,
-    least_side: int,
-    greatest_side: int,
-    height: int,
-    width: int,
-    max_overlap_px2: int,
-    max_attempts: int,
+    num_squares: int, least_side: int, greatest_side: int, height: int, width: int,
+    max_overlap_px2: int, max_attempts: int,
     words: Sequence[int],  # the first one, words of a square, words of an attempt
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Corners [B, N, 2] and sides [B, N], int64, and whether each scene is complete [B], bool.
 
     Squares of an incomplete scene, or beyond a scene's count, have corner 0 and the least side.

@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from threadpoolctl import OpenBLASController, ThreadpoolController
+from torch import Tensor
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -32,20 +34,18 @@ def compiled(function: Callable[..., Any]) -> Any:
         return njit(function, **_OPTIONS)
 
 
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+def inlined(function: Callable[..., Any]) -> Any:
     """The function, inlined by Numba into compiled functions and cached with them."""
-    dispatcher: Callable[..., Any] = njit(function, inline="always", **_OPTIONS)
-    return dispatcher
+    return njit(function, inline="always", **_OPTIONS)
 
 
-def part(function: Callable[..., Any]) -> Callable[..., Any]:
+def part(function: Callable[..., Any]) -> Any:
     """The function, inlined by LLVM into compiled functions: faster to compile if it is large.
 
     Without inlining it would be compiled twice, alone and with its caller. Which of the two runs,
     with different rounding, would depend on whether the caller came from the cache.
     """
-    dispatcher: Callable[..., Any] = njit(function, forceinline=True, **_OPTIONS)
-    return dispatcher
+    return njit(function, forceinline=True, **_OPTIONS)
 
 
 def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:
@@ -60,6 +60,11 @@ def over_images(function: Callable[..., None], num_images: int, *arguments: Any)
     function(*edges[:2], *arguments)
     for job in rest:
         job.result()
+
+
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Contiguous float32 arrays for compiled functions; a copy only where needed."""
+    return [tensor.detach().float().contiguous().numpy() for tensor in tensors]
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def _cells_forward() -> Tensor:
     size, passed, side = BOX + 2, 1, 2
     vector = size + 1
     beyond = np.ones((1, 4), np.int64)
-    grid = Grid(np.array([0, 1]), np.array([0]), beyond, beyond)
+    grid = Grid(np.array([0, 1]), np.array([0]), beyond, beyond, 1)
     numbers = Numbers(np.ones((3, 4), np.float32), 1, side, np.float32(1.0), True, False)
     weights = [_ones(3, 4 * vector)]
     heads = [(0, 2 * BOX + passed), (passed + BOX + 1, 2 + passed), (passed + size, 1)]

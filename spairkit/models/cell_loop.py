@@ -58,11 +58,8 @@ def encode_cells(
     noise: Noise,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
-    encoder: nn.Sequential,
-    config: SPAIRConfig,
-    front: Wavefront,
-    training_wheels: bool,
-) -> Latents:
+    encoder: nn.Sequential, config: SPAIRConfig, front: Wavefront, training_wheels: bool,
+) -> Latents:  # fmt: skip
     """Relaxed latents in raster order, with gradients to everything except images and noise.
 
     With training wheels only the weights of `encoder` get gradients, through what.
@@ -76,8 +73,8 @@ def encode_cells(
     weights = [context_weight]
     for network in networks:
         weights += [network.first.weight[:, network.shared :]]
-        weights += [network.second.weight, network.second.bias]
-        weights += [network.last.weight, network.last.bias]
+        for line in (network.second, network.last):
+            weights += [line.weight, line.bias]
     if training_wheels:
         # autograd has to know too that they get no gradient
         weights = [weight.detach() for weight in weights]
@@ -108,9 +105,10 @@ def _grid(front: Wavefront) -> "Grid":
     """The schedule as arrays for the compiled loop."""
     from spairkit.kernels.cells_cpu import Grid
 
-    starts = [wave.start for wave in front.waves] + [len(front.order)]
-    tables = (x.numpy() for x in (front.order, front.neighbours, front.followers))
-    return Grid(np.array(starts, np.int64), *tables)
+    starts = np.array([wave.start for wave in front.waves] + [len(front.order)], np.int64)
+    order, neighbours, followers = front.order, front.neighbours, front.followers
+    tables = order.numpy(), neighbours.numpy(), followers.numpy()
+    return Grid(starts, *tables, largest=int(np.diff(starts).max()))
 
 
 def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Numbers":

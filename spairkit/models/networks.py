@@ -46,13 +46,10 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self,
-        strides: Sequence[int],
+        self, strides: Sequence[int],
         channels: Sequence[int],  # of the strided layers; the last one repeats
-        features: int,
-        pointwise_kernel: int,
-        activation: str,
-    ) -> None:
+        features: int, pointwise_kernel: int, activation: str,
+    ) -> None:  # fmt: skip
         super().__init__()
         strided = strided_shapes(strides, channels)
         width, *_ = strided[-1]
