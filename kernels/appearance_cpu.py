@@ -1,37 +1,21 @@
-"""Numba twin of the squashing of object maps, float32: sigmoid of scaled and clipped logits."""
+"""Numba twin of `scaled_squash`, float32: the sigmoid of scaled and clipped logits."""
 
 import numpy as np
 from torch import Tensor
 
-from spairkit.kernels.squash_cpu import slope, squash
+from spairkit.kernels.elementary_cpu import slope, squash
 from spairkit.kernels.threads import compiled, over_images
 
 
 @compiled
-def _squash_all(
-    start,
-    stop,
-    logits,  # [R, n]
-    scale,  # [n]
-    bias,  # [n]
-    values,  # [R, n]
-):
+def _squash_all(start, stop, logits, scale, bias, values):
     for r in range(start, stop):
         for i in range(logits.shape[1]):
             values[r, i] = squash(logits[r, i] * scale[i] + bias[i])
 
 
 @compiled
-def _squash_backward(
-    start,
-    stop,
-    grad_values,  # [R, n]
-    values,  # [R, n]
-    logits,  # [R, n]
-    scale,  # [n]
-    bias,  # [n]
-    grad_logits,  # [R, n]
-):
+def _squash_backward(start, stop, grad_values, values, logits, scale, bias, grad_logits):
     for r in range(start, stop):
         for i in range(logits.shape[1]):
             steepness = slope(logits[r, i] * scale[i] + bias[i], values[r, i])
@@ -39,7 +23,7 @@ def _squash_backward(
 
 
 def squash_cpu(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Of logits whose last axes are those of scale and bias."""
+    """squash(logits * scale + bias), where scale and bias have the last axes of the logits."""
     values = logits.new_empty(logits.shape)
     factors = _flat(scale), _flat(bias)
     rows = _rows(logits, scale)
@@ -50,7 +34,7 @@ def squash_cpu(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def squash_backward_cpu(
     grad_values: Tensor, values: Tensor, logits: Tensor, scale: Tensor, bias: Tensor
 ) -> tuple[Tensor, None, None]:
-    """The gradient of the logits; scale and bias get none."""
+    """The gradient of the logits, and None for scale and bias."""
     grad_logits = logits.new_empty(logits.shape)
     factors = _flat(scale), _flat(bias)
     rows = [_rows(tensor, scale) for tensor in (grad_values, values, logits)]

@@ -1,18 +1,15 @@
 """Numba twin of `spairkit.models.cell_loop` in float32: one call forward, one backward.
 
-The images of a call, n of them, are those of one thread, and no two calls share a row. Row
-start * K + place * n + (image - start) belongs to a cell and an image: the cells of a wave lie one
-after the other, each with the n images, and what is in rows are the operands of matrix products.
-What comes from outside or goes there, [B, K, ...], has its cells in raster order.
+A call handles n images, those of one thread, and no two calls share a row. Row
+start * K + place * n + (image - start) belongs to one cell of one image: the cells of a wave lie
+one after the other, each with its n images, and matrix products run over rows. Tensors from the
+outside, [B, K, ...], have their cells in raster order.
 
-What belongs to a wave, from place `first` to `last`, and the n images from `start` on, is computed
-by parts. `boxes`, `added` and `grad_boxes`, `grad_vectors` and `grad_own` are those of the wave,
-[(last - first) n, ...]. `outputs` [R, outputs] are of a network's last layer and `grads` their
-gradients, `own` its inputs, [R, S + 4 + A] of depth and one more, nearness, of pres. All other
-arrays are described where `cells_forward` and `cells_backward` take them; R = K B rows.
+The layers of a network lie one after the other in flat arrays, with a table of offsets. The depth
+of a network is thus data, and one compilation serves every config.
 
-M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an object vector (box, what,
-nearness, presence), S the features passed on, h the hidden units. NaN goes the way of the numbers.
+K cells, R = K B rows, h hidden units, S features passed on, M = 4 + A + 1 numbers of where, what
+and depth, V = M + 1 numbers of an object vector (box, what, nearness, presence). NaN propagates.
 """
 
 from typing import Any, NamedTuple
@@ -20,32 +17,38 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spairkit.kernels.elementary_cpu import exp
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, STD_SCALE
+from spairkit.kernels.elementary_cpu import clip, clip_backward, exp, slope, squash
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
-from spairkit.kernels.squash_cpu import clip, clip_backward, slope, squash
 from spairkit.kernels.threads import compiled, inlined, part
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
-_TWO = np.float32(2.0)
-_DEPTH_SCALE = np.float32(4.0)  # as in spairkit.models.cell_steps
-_BOX = 4
+_STD_SCALE = np.float32(STD_SCALE)
+_DEPTH_SCALE = np.float32(DEPTH_SCALE)
 
 Array = NDArray[Any]
 
+WHERE, ENCODER, DEPTH, PRES = range(4)
+"""The networks of a cell in the order in which they run."""
+
+OUTPUTS, COLUMN, WEIGHT, BIAS = range(4)
+"""Columns of `Network.layers`."""
+
 
 class Grid(NamedTuple):
-    """Which cell is worked out when: `spairkit.models.wavefront` as arrays of int64."""
+    """The schedule of `spairkit.models.wavefront` as arrays of int64."""
 
     starts: Array  # [waves + 1] the first place of each wave, then K
     order: Array  # [K] the raster index of each place
     neighbours: Array  # [K, 4] places of the cells that a place reads; K is beyond the rim
-    followers: Array  # [K, 4] the way back: of which places is it neighbour d; or K
+    followers: Array  # [K, 4] the inverse: the places whose neighbour d this place is, or K
+    largest: int  # cells of the largest wave
 
 
 class Numbers(NamedTuple):
-    """What the config says."""
+    """Settings of the config."""
 
     constants: Array  # [3, 4] float32 of y, x, h, w: scale, shift, pixels for each unit of placed
     columns: int  # of cells
@@ -56,16 +59,56 @@ class Numbers(NamedTuple):
 
 
 class Network(NamedTuple):
-    """Linear layers with the activation between them.
+    """Linear layers with an activation between them; `added` joins the product of the first."""
 
-    The first layer adds the product of its own inputs to what the caller gives.
-    """
-
+    layers: Array  # [L, 4] int64 outputs, outputs of all layers below, first weight, first bias
     own: Array  # [h, inputs] weights of the first layer for the network's own inputs
     inputs: Array  # [R, inputs]
-    weights: tuple[Array, ...]  # of the layers after the first
-    biases: tuple[Array, ...]
-    values: tuple[Array, ...]  # [R, outputs] of each layer, but for the last one's activated
+    weights: Array  # [outputs, inputs] of each layer after the first, flat
+    biases: Array  # [1, outputs] of each layer after the first, side by side
+    values: Array  # [R, outputs] of each layer, flat; activated, except for the last layer
+
+
+class Wave(NamedTuple):
+    """Cells that are computed together."""
+
+    first: int  # place of the first cell
+    start: int  # first image of the call
+    n: int  # images of the call
+    lo: int  # first row
+    rows: int
+
+
+@inlined
+def _wave(grid, t, start, n):
+    first, last = grid.starts[t], grid.starts[t + 1]
+    return Wave(first, start, n, start * len(grid.order) + first * n, (last - first) * n)
+
+
+@inlined
+def _cell(wave, order, r):
+    """Image and raster index of row r of a wave."""
+    return wave.start + r % wave.n, order[wave.first + r // wave.n]
+
+
+@part
+def _layer(flat, network, layer):
+    """[R, outputs] of a layer, from the values or gradients of all layers."""
+    rows, outputs = len(network.inputs), network.layers[layer, OUTPUTS]
+    begin = rows * network.layers[layer, COLUMN]
+    return flat[begin : begin + rows * outputs].reshape((rows, outputs))
+
+
+@part
+def _last(flat, network):
+    return _layer(flat, network, len(network.layers) - 1)
+
+
+@part
+def _weight(network, layer):  # [outputs, inputs]
+    outputs, inputs = network.layers[layer, OUTPUTS], network.layers[layer - 1, OUTPUTS]
+    begin = network.layers[layer, WEIGHT]
+    return network.weights[begin : begin + outputs * inputs].reshape((outputs, inputs))
 
 
 @part
@@ -76,43 +119,38 @@ def _fill(values, value):
 
 
 @part
-def _add(values, bias):
-    for r in range(len(values)):
-        for i in range(len(bias)):
-            values[r, i] += bias[i]
-
-
-@part
-def _add_and_activate(values, added, relu):
-    """values += added, [m, h] or [1, h] for all rows; then the activation."""
+def _add_and_activate(values, added, column, linear, relu):
+    """values += added[:, column:], [m, ...] or [1, ...] for all rows; then the activation."""
     for r in range(len(values)):
         row, more = values[r], added[min(r, len(added) - 1)]
-        if relu:
+        if linear:
             for i in range(len(row)):
-                total = row[i] + more[i]
+                row[i] += more[column + i]
+        elif relu:
+            for i in range(len(row)):
+                total = row[i] + more[column + i]
                 row[i] = _ZERO if total < _ZERO else total
         else:
             for i in range(len(row)):
-                total = row[i] + more[i]
+                total = row[i] + more[column + i]
                 row[i] = total if total > _ZERO else exp(total) - _ONE
 
 
 @part
-def _forward(lo, hi, network, added, relu):
-    """Fills the values of rows lo to hi; `added` is the rest of the first layer."""
-    if network.own.shape[1] > 0:
-        np.dot(network.inputs[lo:hi], network.own.T, network.values[0][lo:hi])
-    else:
-        _fill(network.values[0][lo:hi], _ZERO)
-    _add_and_activate(network.values[0][lo:hi], added, relu)
-    num_layers = len(network.weights)
-    for layer in range(num_layers):
-        values = network.values[layer + 1][lo:hi]
-        np.dot(network.values[layer][lo:hi], network.weights[layer].T, values)
-        if layer < num_layers - 1:
-            _add_and_activate(values, network.biases[layer].reshape((1, -1)), relu)
+def _forward(wave, network, added, column, relu):
+    """Fills the values of a wave; `added[:, column:]` is the rest of the first layer."""
+    lo, hi = wave.lo, wave.lo + wave.rows
+    for layer in range(len(network.layers)):
+        values = _layer(network.values, network, layer)[lo:hi]
+        if layer > 0:
+            below = _layer(network.values, network, layer - 1)[lo:hi]
+            np.dot(below, _weight(network, layer).T, values)
+            added, column = network.biases, network.layers[layer, BIAS]
+        elif network.own.shape[1] > 0:
+            np.dot(network.inputs[lo:hi], network.own.T, values)
         else:
-            _add(values, network.biases[layer])
+            _fill(values, _ZERO)
+        _add_and_activate(values, added, column, layer == len(network.layers) - 1, relu)
 
 
 @part
@@ -128,74 +166,63 @@ def _multiply_by_slope(grad, values, relu):
 
 
 @part
-def _backward(lo, hi, network, grads, relu):
-    """Fills the gradients, before the activation, of all layers but the last one, which has its."""
-    for layer in range(len(network.weights) - 1, -1, -1):
-        grad = grads[layer][lo:hi]
-        np.dot(grads[layer + 1][lo:hi], network.weights[layer], grad)
-        _multiply_by_slope(grad, network.values[layer][lo:hi], relu)
+def _backward(wave, network, grads, relu):
+    """Fills a wave's gradients before the activation, from those of the last layer down."""
+    lo, hi = wave.lo, wave.lo + wave.rows
+    for layer in range(len(network.layers) - 1, 0, -1):
+        grad = _layer(grads, network, layer - 1)[lo:hi]
+        np.dot(_layer(grads, network, layer)[lo:hi], _weight(network, layer), grad)
+        _multiply_by_slope(grad, _layer(network.values, network, layer - 1)[lo:hi], relu)
 
 
 @inlined
-def _draw(mean, raw, normal, record, i, size):
-    """A sample; writes it, its mean and its standard deviation to the record."""
-    std = _TWO * squash(raw)
-    sample = mean + std * normal
+def _draw(mean, raw, normal, record, i):
+    """Sample i of a cell; its record gets mean, standard deviation and sample."""
+    size = len(normal)
+    std = _STD_SCALE * squash(raw)
+    sample = mean + std * normal[i]
     record[i], record[size + i], record[2 * size + i] = mean, std, sample
     return sample
 
 
 @inlined
-def _moments_back(grad, raw, normal, grad_record, i, size):
-    """Gradients of a mean and a raw, with `grad` what else reaches the sample."""
+def _moments_back(grad, raw, normal, grad_record, i):
+    """Gradients of mean and raw i of a cell; `grad` adds to the record's gradient of the sample."""
+    size = len(normal)
     grad_sample = grad_record[2 * size + i] + grad
-    raw_slope = _TWO * slope(raw, squash(raw))
-    return grad_record[i] + grad_sample, raw_slope * (grad_record[size + i] + grad_sample * normal)
+    grad_std = grad_record[size + i] + grad_sample * normal[i]
+    return grad_record[i] + grad_sample, _STD_SCALE * slope(raw, squash(raw)) * grad_std
 
 
 @part
-def _first_layers(first, last, start, n, order, context_weight, contexts, products, added):
-    """The products of three first layers with what they share: features and context."""
-    rows = (last - first) * n
+def _first_layers(wave, order, context_weight, contexts, products, added):
+    """The products of three first layers with the inputs they share: features and context."""
     if contexts.shape[1] > 0:
-        lo = start * len(order) + first * n
-        np.dot(contexts[lo : lo + rows], context_weight.T, added[:rows])
+        np.dot(contexts[wave.lo : wave.lo + wave.rows], context_weight.T, added[: wave.rows])
     else:
-        _fill(added[:rows], _ZERO)
-    for r in range(rows):
-        product = products[start + r % n, order[first + r // n]]
+        _fill(added[: wave.rows], _ZERO)
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        product = products[b, k]
         for i in range(added.shape[1]):
             added[r, i] += product[i]
 
 
 @part
-def _draw_where(
-    first,
-    last,
-    start,
-    n,
-    order,
-    constants,
-    columns,
-    outputs_of_where,
-    own_of_depth,
-    normal,
-    record,
-    boxes,
-):
-    """where, its box, and what is passed on to depth."""
+def _draw_where(wave, order, numbers, all_outputs, own_of_depth, normal, record, boxes):
+    """where, its box, and the features passed on to depth."""
+    constants, begin = numbers.constants, record.shape[2] - BOX
     scale, shift, to_pixels = constants[0], constants[1], constants[2]
-    lo, size = start * len(order) + first * n, normal.shape[2]
-    pixels = np.empty(_BOX, np.float32)
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        outputs, own = outputs_of_where[lo + r], own_of_depth[lo + r]
-        passed = len(outputs) - 2 * _BOX
+    pixels = np.empty(BOX, np.float32)
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        outputs, own = all_outputs[wave.lo + r], own_of_depth[wave.lo + r]
+        passed = len(outputs) - 2 * BOX
         for i in range(passed):
-            own[i] = outputs[2 * _BOX + i]
-        corner = k // columns, k % columns
-        for i in range(_BOX):
-            sample = _draw(outputs[i], outputs[_BOX + i], normal[b, k, i], record[b, k], i, size)
+            own[i] = outputs[2 * BOX + i]
+        corner = k // numbers.columns, k % numbers.columns
+        for i in range(BOX):
+            sample = _draw(outputs[i], outputs[BOX + i], normal[b, k], record[b, k], i)
             placed = shift[i] + scale[i] * squash(sample)
             pixels[i] = placed * to_pixels[i]
             own[passed + i] = placed
@@ -204,75 +231,58 @@ def _draw_where(
             low = centre - _HALF * pixels[3 - i]
             boxes[r, i] = low
             boxes[r, 2 + i] = low + pixels[3 - i]
-        for i in range(_BOX):
-            record[b, k, 3 * size + 2 + i] = boxes[r, i]
+        for i in range(BOX):
+            record[b, k, begin + i] = boxes[r, i]
 
 
 @part
-def _draw_what(first, last, start, n, order, outputs_of_encoder, own_of_depth, normal, record):
-    """what."""
-    lo, size = start * len(order) + first * n, normal.shape[2]
-    what = size - _BOX - 1
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        outputs, own = outputs_of_encoder[lo + r], own_of_depth[lo + r]
+def _draw_what(wave, order, all_outputs, own_of_depth, normal, record):
+    size = normal.shape[2]
+    what = size - BOX - 1
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        outputs, own = all_outputs[wave.lo + r], own_of_depth[wave.lo + r]
         begin = len(own) - what
         for i in range(what):
-            j = _BOX + i
-            own[begin + i] = _draw(
-                outputs[i], outputs[what + i], normal[b, k, j], record[b, k], j, size
-            )
+            j = BOX + i
+            own[begin + i] = _draw(outputs[i], outputs[what + i], normal[b, k], record[b, k], j)
 
 
 @part
-def _draw_depth(
-    first, last, start, n, order, outputs_of_depth, own_of_depth, own_of_pres, normal, record
-):
-    """depth, and all that pres reads of its own."""
-    lo, size = start * len(order) + first * n, normal.shape[2]
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        outputs, own = outputs_of_depth[lo + r], own_of_pres[lo + r]
+def _draw_depth(wave, order, all_outputs, own_of_depth, own_of_pres, normal, record):
+    """depth, and all own inputs of pres."""
+    size = normal.shape[2]
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        outputs, own = all_outputs[wave.lo + r], own_of_pres[wave.lo + r]
         passed = len(outputs) - 2
         for i in range(passed):
             own[i] = outputs[2 + i]
         for i in range(passed, len(own) - 1):
-            own[i] = own_of_depth[lo + r, i]
+            own[i] = own_of_depth[wave.lo + r, i]
         j = size - 1
-        sample = _draw(outputs[0], outputs[1], normal[b, k, j], record[b, k], j, size)
+        sample = _draw(outputs[0], outputs[1], normal[b, k], record[b, k], j)
         own[-1] = _DEPTH_SCALE * squash(-sample)
 
 
 @part
-def _draw_presence(
-    first,
-    last,
-    start,
-    n,
-    order,
-    followers,
-    temperature,
-    logits,
-    own_of_pres,
-    jitter,
-    record,
-    contexts,
-):
-    """pres; and the object vector, to all that will read it."""
-    base, size = start * len(order), (record.shape[2] - 6) // 3
-    lo, vector = base + first * n, size + 1
-    for r in range((last - first) * n):
-        place, image = first + r // n, r % n
-        b, k = start + image, order[place]
-        own = own_of_pres[lo + r]
-        logit = clip(logits[lo + r, 0])
+def _draw_presence(wave, grid, temperature, logits, own_of_pres, jitter, record, contexts):
+    """pres; and the object vector, written to the contexts of all cells that will read it."""
+    order, followers = grid.order, grid.followers
+    base, size = wave.start * len(order), (record.shape[2] - 6) // 3
+    vector = size + 1
+    for r in range(wave.rows):
+        place, image = wave.first + r // wave.n, r % wave.n
+        b, k = _cell(wave, order, r)
+        own = own_of_pres[wave.lo + r]
+        logit = clip(logits[wave.lo + r, 0])
         present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / temperature))
         record[b, k, 3 * size], record[b, k, 3 * size + 1] = logit, present
         if contexts.shape[1] == 0:
             continue
         for d in range(followers.shape[1]):
             if followers[place, d] < len(order):
-                slot = contexts[base + followers[place, d] * n + image]
+                slot = contexts[base + followers[place, d] * wave.n + image]
                 begin = d * vector
                 for i in range(size):
                     slot[begin + i] = own[len(own) - size + i]
@@ -292,166 +302,137 @@ def _fill_edges(start, n, neighbours, edge, contexts):
                         contexts[r, d * vector + i] = edge[i]
 
 
-@inlined
-def _most_rows(starts, n):
-    """Of a wave."""
-    most = 0
-    for t in range(len(starts) - 1):
-        most = max(most, starts[t + 1] - starts[t])
-    return n * most
-
-
 @compiled
 def cells_forward(
     start,
     stop,
     grid,  # Grid
     numbers,  # Numbers
+    networks,  # four of Network: where, encoder, depth, pres; inputs and values are to be filled
     images,  # [B, C, H, W]
     products,  # [B, K, 3 h] first layers applied to features, with their biases
     normal,  # [B, K, M] standard normal
     jitter,  # [B, K] standard logistic
     edge,  # [V]
     context_weight,  # [3 h, 4 V], or no columns
-    where,  # Network, as the others are; values and inputs are to be filled
-    encoder,
     encoder_bias,  # [1, h] of its first layer
-    depth,
-    pres,
     contexts,  # [R, 4 V], or no columns; to be filled
     record,  # [B, K, 3 M + 6], columns as in `spairkit.models.latents.unpack`; to be filled
 ):
-    """Latents of the images from start to stop, and what their gradients will need."""
-    starts, order = grid.starts, grid.order
-    n, num_cells, h = stop - start, len(order), products.shape[2] // 3
-    most = _most_rows(starts, n)
+    """Latents of the images from start to stop, and everything that their gradients need."""
+    order, n, h = grid.order, stop - start, products.shape[2] // 3
+    most = n * grid.largest
     added = np.empty((most, 3 * h), np.float32)
-    boxes = np.empty((most, _BOX), np.float32)
+    boxes = np.empty((most, BOX), np.float32)
     here = images[start:stop]
+    of_depth, of_pres = networks[DEPTH].inputs, networks[PRES].inputs
     if contexts.shape[1] > 0:
         _fill_edges(start, n, grid.neighbours, edge, contexts)
-    for t in range(len(starts) - 1):
-        first, last = starts[t], starts[t + 1]
-        rows = (last - first) * n
-        lo = start * num_cells + first * n
-        hi = lo + rows
-        _first_layers(first, last, start, n, order, context_weight, contexts, products, added)
-        _forward(lo, hi, where, added[:rows, :h], numbers.relu)
-        _draw_where(
-            first, last, start, n, order, numbers.constants, numbers.columns, where.values[-1],
-            depth.inputs, normal, record, boxes,
-        )  # fmt: skip
-        glimpses = encoder.inputs[lo:hi].reshape((rows, images.shape[1], numbers.size, -1))
-        glimpses_forward(here, boxes[:rows], glimpses)
-        _forward(lo, hi, encoder, encoder_bias, numbers.relu)
-        _draw_what(first, last, start, n, order, encoder.values[-1], depth.inputs, normal, record)
-        _forward(lo, hi, depth, added[:rows, h : 2 * h], numbers.relu)
-        _draw_depth(
-            first, last, start, n, order, depth.values[-1], depth.inputs, pres.inputs, normal,
-            record,
-        )  # fmt: skip
-        _forward(lo, hi, pres, added[:rows, 2 * h :], numbers.relu)
-        _draw_presence(
-            first, last, start, n, order, grid.followers, numbers.temperature, pres.values[-1],
-            pres.inputs, jitter, record, contexts,
-        )  # fmt: skip
+    for t in range(len(grid.starts) - 1):
+        wave = _wave(grid, t, start, n)
+        _first_layers(wave, order, context_weight, contexts, products, added)
+        # a loop, so that the code of a network is compiled once and not four times
+        for stage in range(len(networks)):
+            network = networks[stage]
+            if stage == ENCODER:
+                inputs = network.inputs[wave.lo : wave.lo + wave.rows]
+                glimpses = inputs.reshape((wave.rows, images.shape[1], numbers.size, -1))
+                glimpses_forward(here, boxes[: wave.rows], glimpses)
+            column = 0 if stage <= ENCODER else (stage - 1) * h
+            rest = encoder_bias if stage == ENCODER else added
+            _forward(wave, network, rest, column, numbers.relu)
+            outputs = _last(network.values, network)
+            if stage == WHERE:
+                _draw_where(wave, order, numbers, outputs, of_depth, normal, record, boxes)
+            elif stage == ENCODER:
+                _draw_what(wave, order, outputs, of_depth, normal, record)
+            elif stage == DEPTH:
+                _draw_depth(wave, order, outputs, of_depth, of_pres, normal, record)
+            else:
+                _draw_presence(
+                    wave, grid, numbers.temperature, outputs, of_pres, jitter, record, contexts
+                )
 
 
 @part
-def _vectors_back(first, last, n, followers, grad_contexts, grad_vectors):
+def _vectors_back(wave, followers, grad_contexts, grad_vectors):
     """The gradient that reaches object vectors from the cells that read them."""
     vector = grad_vectors.shape[1]
-    for r in range((last - first) * n):
-        place, image = first + r // n, r % n
+    for r in range(wave.rows):
+        place, image = wave.first + r // wave.n, r % wave.n
         for i in range(vector):
             grad_vectors[r, i] = _ZERO
         for d in range(followers.shape[1]):
             if followers[place, d] < len(followers) and grad_contexts.shape[1] > 0:
-                slot = grad_contexts[followers[place, d] * n + image]
+                slot = grad_contexts[followers[place, d] * wave.n + image]
                 begin = d * vector
                 for i in range(vector):
                     grad_vectors[r, i] += slot[begin + i]
 
 
 @part
-def _presence_back(
-    first, last, start, n, order, temperature, logits, record, grad_record, grad_vectors, grads
-):
+def _presence_back(wave, order, temperature, logits, record, grad_record, grad_vectors, grads):
     """From vectors and the record to the outputs of pres."""
-    lo, size = start * len(order) + first * n, grad_vectors.shape[1] - 1
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
+    size = grad_vectors.shape[1] - 1
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
         present = record[b, k, 3 * size + 1]
         grad = grad_record[b, k, 3 * size + 1] + grad_vectors[r, size]
         grad = grad * present * (_ONE - present) / temperature
-        grads[lo + r, 0] = clip_backward(logits[lo + r, 0], grad + grad_record[b, k, 3 * size])
+        row = wave.lo + r
+        grads[row, 0] = clip_backward(logits[row, 0], grad + grad_record[b, k, 3 * size])
 
 
 @part
-def _depth_back(
-    first,
-    last,
-    start,
-    n,
-    order,
-    outputs,
-    normal,
-    record,
-    grad_record,
-    grad_own,
-    grad_vectors,
-    grads,
-):
+def _depth_back(wave, order, outputs, normal, record, grad_record, grad_own, grad_vectors, grads):
     """From vectors and the inputs of pres to the outputs of depth."""
-    lo, size = start * len(order) + first * n, normal.shape[2]
+    size = normal.shape[2]
     j = size - 1
     passed = grads.shape[1] - 2
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
         for i in range(size):
             grad_vectors[r, i] += grad_own[r, passed + i]
         sample = record[b, k, 2 * size + j]
         grad = -_DEPTH_SCALE * slope(sample, squash(-sample)) * grad_vectors[r, j]
-        raw = outputs[lo + r, 1]
-        mean, std = _moments_back(grad, raw, normal[b, k, j], grad_record[b, k], j, size)
-        grads[lo + r, 0], grads[lo + r, 1] = mean, std
+        row = wave.lo + r
+        raw = outputs[row, 1]
+        mean, std = _moments_back(grad, raw, normal[b, k], grad_record[b, k], j)
+        grads[row, 0], grads[row, 1] = mean, std
         for i in range(passed):
-            grads[lo + r, 2 + i] = grad_own[r, i]
+            grads[row, 2 + i] = grad_own[r, i]
 
 
 @part
-def _what_back(
-    first, last, start, n, order, outputs, normal, grad_record, grad_own, grad_vectors, grads
-):
+def _what_back(wave, order, outputs, normal, grad_record, grad_own, grad_vectors, grads):
     """From vectors and the inputs of depth to the outputs of the encoder."""
-    lo, size = start * len(order) + first * n, normal.shape[2]
-    what = size - _BOX - 1
-    passed = grad_own.shape[1] - _BOX - what
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        for i in range(_BOX + what):
+    size = normal.shape[2]
+    what = size - BOX - 1
+    passed = grad_own.shape[1] - BOX - what
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        for i in range(BOX + what):
             grad_vectors[r, i] += grad_own[r, passed + i]
+        row = wave.lo + r
         for i in range(what):
-            j = _BOX + i
-            raw = outputs[lo + r, what + i]
-            mean, std = _moments_back(
-                grad_vectors[r, j], raw, normal[b, k, j], grad_record[b, k], j, size
-            )
-            grads[lo + r, i], grads[lo + r, what + i] = mean, std
+            j = BOX + i
+            raw = outputs[row, what + i]
+            mean, std = _moments_back(grad_vectors[r, j], raw, normal[b, k], grad_record[b, k], j)
+            grads[row, i], grads[row, what + i] = mean, std
 
 
 @part
 def _where_back(
-    first, last, start, n, order, constants, outputs, normal, record, grad_record, grad_own,
-    grad_vectors, grad_boxes, grads,
+    wave, order, constants, outputs, normal, record, grad_record, grad_own, grad_vectors,
+    grad_boxes, grads,
 ):  # fmt: skip
-    """From vectors and boxes to the outputs of where, and what depth was passed."""
-    scale, to_pixels = constants[0], constants[2]
-    lo, size = start * len(order) + first * n, normal.shape[2]
-    passed = grads.shape[1] - 2 * _BOX
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        for i in range(_BOX):  # y, x, h, w
+    """From vectors and boxes to the outputs of where, with the features passed on to depth."""
+    scale, to_pixels, size = constants[0], constants[2], normal.shape[2]
+    passed = grads.shape[1] - 2 * BOX
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        row = wave.lo + r
+        for i in range(BOX):  # y, x, h, w
             edge = 1 - i % 2
             low = grad_boxes[r, edge] + grad_record[b, k, 3 * size + 2 + edge]
             high = grad_boxes[r, 2 + edge] + grad_record[b, k, 3 * size + 4 + edge]
@@ -459,24 +440,36 @@ def _where_back(
             sample = record[b, k, 2 * size + i]
             placed_slope = scale[i] * slope(sample, squash(sample))
             grad = (grad_vectors[r, i] + pixels * to_pixels[i]) * placed_slope
-            raw = outputs[lo + r, _BOX + i]
-            mean, std = _moments_back(grad, raw, normal[b, k, i], grad_record[b, k], i, size)
-            grads[lo + r, i], grads[lo + r, _BOX + i] = mean, std
+            raw = outputs[row, BOX + i]
+            mean, std = _moments_back(grad, raw, normal[b, k], grad_record[b, k], i)
+            grads[row, i], grads[row, BOX + i] = mean, std
         for i in range(passed):
-            grads[lo + r, 2 * _BOX + i] = grad_own[r, i]
+            grads[row, 2 * BOX + i] = grad_own[r, i]
 
 
 @part
-def _first_layers_back(first, last, start, n, order, where, depth, pres, grad_added, grad_products):
+def _boxes_back(wave, order, record, images, grad_inputs, size, boxes, grad_boxes):
+    """From the encoder's inputs, the glimpses, to the boxes."""
+    begin = record.shape[2] - BOX
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        for i in range(BOX):
+            boxes[r, i] = record[b, k, begin + i]
+    grad_glimpses = grad_inputs.reshape((wave.rows, images.shape[1], size, -1))
+    glimpses_backward(grad_glimpses, images, boxes[: wave.rows], grad_boxes)
+
+
+@part
+def _first_layers_back(wave, order, where, depth, pres, grad_added, grad_products):
     """The gradients of three first layers side by side, in rows and in raster order."""
-    lo, h = start * len(order) + first * n, where.shape[1]
-    for r in range((last - first) * n):
-        b, k = start + r % n, order[first + r // n]
-        row = grad_added[lo + r]
+    h = where.shape[1]
+    for r in range(wave.rows):
+        b, k = _cell(wave, order, r)
+        row = grad_added[wave.lo + r]
         for i in range(h):
-            row[i] = where[lo + r, i]
-            row[h + i] = depth[lo + r, i]
-            row[2 * h + i] = pres[lo + r, i]
+            row[i] = where[wave.lo + r, i]
+            row[h + i] = depth[wave.lo + r, i]
+            row[2 * h + i] = pres[wave.lo + r, i]
         for i in range(3 * h):
             grad_products[b, k, i] = row[i]
 
@@ -496,88 +489,76 @@ def _edges_back(start, n, neighbours, grad_contexts, grad_edges):
 
 @compiled
 def cells_backward(
-    start,
-    stop,
-    grid,
-    numbers,
-    images,
-    normal,
-    record,
+    start, stop, grid, numbers, networks,
+    grads,  # four, each as the values of its network, before the activation; to be filled
+    images, normal, record,
     grad_record,  # [B, K, 3 M + 6]
     context_weight,
-    where,
-    encoder,
-    depth,
-    pres,
-    grad_where,  # a tuple of [R, outputs] for each layer, before its activation; to be filled
-    grad_encoder,  # likewise
-    grad_depth,
-    grad_pres,
-    grad_added,  # [R, 3 h] to be filled, as is what follows
+    grad_added,  # [R, 3 h] to be filled, as are the next two
     grad_products,  # [B, K, 3 h]
     grad_edges,  # [B, V]
-):
-    """Gradients of all that was added and drawn; with training wheels of the encoder's alone."""
-    starts, order = grid.starts, grid.order
-    n, num_cells, size = stop - start, len(order), normal.shape[2]
-    most = _most_rows(starts, n)
-    relu = numbers.relu
-    lateral = context_weight.shape[1] > 0
+):  # fmt: skip
+    """Gradients of products, edges and all layers; with training wheels of the encoder alone."""
+    order, n, size = grid.order, stop - start, normal.shape[2]
+    most = n * grid.largest
+    wheels = numbers.training_wheels
+    lateral = context_weight.shape[1] > 0 and not wheels
     here = images[start:stop]
-    grad_contexts = np.empty((num_cells * n, context_weight.shape[1]), np.float32)
+    grad_contexts = np.empty((len(order) * n, context_weight.shape[1]), np.float32)
     grad_vectors = np.zeros((most, size + 1), np.float32)
-    grad_pres_own = np.zeros((most, pres.inputs.shape[1]), np.float32)
-    grad_depth_own = np.zeros((most, depth.inputs.shape[1]), np.float32)
-    grad_glimpses = np.empty((most, encoder.inputs.shape[1]), np.float32)
-    grad_boxes = np.empty((most, _BOX), np.float32)
-    boxes = np.empty((most, _BOX), np.float32)
-    for t in range(len(starts) - 2, -1, -1):
-        first, last = starts[t], starts[t + 1]
-        rows = (last - first) * n
-        lo = start * num_cells + first * n
-        hi = lo + rows
-        if numbers.training_wheels:
-            _what_back(
-                first, last, start, n, order, encoder.values[-1], normal, grad_record,
-                grad_depth_own, grad_vectors, grad_encoder[-1],
-            )  # fmt: skip
-            _backward(lo, hi, encoder, grad_encoder, relu)
-            continue
-        _vectors_back(first, last, n, grid.followers, grad_contexts, grad_vectors)
-        _presence_back(
-            first, last, start, n, order, numbers.temperature, pres.values[-1], record,
-            grad_record, grad_vectors, grad_pres[-1],
-        )  # fmt: skip
-        _backward(lo, hi, pres, grad_pres, relu)
-        np.dot(grad_pres[0][lo:hi], pres.own, grad_pres_own[:rows])
-        _depth_back(
-            first, last, start, n, order, depth.values[-1], normal, record, grad_record,
-            grad_pres_own, grad_vectors, grad_depth[-1],
-        )  # fmt: skip
-        _backward(lo, hi, depth, grad_depth, relu)
-        np.dot(grad_depth[0][lo:hi], depth.own, grad_depth_own[:rows])
-        _what_back(
-            first, last, start, n, order, encoder.values[-1], normal, grad_record, grad_depth_own,
-            grad_vectors, grad_encoder[-1],
-        )  # fmt: skip
-        _backward(lo, hi, encoder, grad_encoder, relu)
-        np.dot(grad_encoder[0][lo:hi], encoder.own, grad_glimpses[:rows])
-        for r in range(rows):
-            for i in range(_BOX):
-                cell = record[start + r % n, order[first + r // n]]
-                boxes[r, i] = cell[3 * size + 2 + i]
-        glimpses = grad_glimpses[:rows].reshape((rows, images.shape[1], numbers.size, -1))
-        glimpses_backward(glimpses, here, boxes[:rows], grad_boxes)
-        _where_back(
-            first, last, start, n, order, numbers.constants, where.values[-1], normal, record,
-            grad_record, grad_depth_own, grad_vectors, grad_boxes, grad_where[-1],
-        )  # fmt: skip
-        _backward(lo, hi, where, grad_where, relu)
-        _first_layers_back(
-            first, last, start, n, order, grad_where[0], grad_depth[0], grad_pres[0], grad_added,
-            grad_products,
-        )  # fmt: skip
+    grad_boxes, boxes = np.empty((most, BOX), np.float32), np.empty((most, BOX), np.float32)
+    grad_inputs = (
+        np.zeros((most, networks[WHERE].inputs.shape[1]), np.float32),
+        np.zeros((most, networks[ENCODER].inputs.shape[1]), np.float32),
+        np.zeros((most, networks[DEPTH].inputs.shape[1]), np.float32),
+        np.zeros((most, networks[PRES].inputs.shape[1]), np.float32),
+    )
+    of_depth, of_pres = grad_inputs[DEPTH], grad_inputs[PRES]
+    for t in range(len(grid.starts) - 2, -1, -1):
+        wave = _wave(grid, t, start, n)
+        lo, hi, rows = wave.lo, wave.lo + wave.rows, wave.rows
+        for stage in range(PRES, WHERE - 1, -1):
+            if wheels and stage != ENCODER:
+                continue
+            network = networks[stage]
+            outputs, grad = _last(network.values, network), _last(grads[stage], network)
+            if stage == PRES:
+                _vectors_back(wave, grid.followers, grad_contexts, grad_vectors)
+                _presence_back(
+                    wave, order, numbers.temperature, outputs, record, grad_record, grad_vectors,
+                    grad,
+                )  # fmt: skip
+            elif stage == DEPTH:
+                _depth_back(
+                    wave, order, outputs, normal, record, grad_record, of_pres, grad_vectors, grad
+                )
+            elif stage == ENCODER:
+                _what_back(wave, order, outputs, normal, grad_record, of_depth, grad_vectors, grad)
+            else:
+                _boxes_back(
+                    wave, order, record, here, grad_inputs[ENCODER][:rows], numbers.size, boxes,
+                    grad_boxes,
+                )  # fmt: skip
+                _where_back(
+                    wave, order, numbers.constants, outputs, normal, record, grad_record,
+                    of_depth, grad_vectors, grad_boxes, grad,
+                )  # fmt: skip
+            _backward(wave, network, grads[stage], numbers.relu)
+            if network.own.shape[1] > 0 and not wheels:
+                first = _layer(grads[stage], network, 0)[lo:hi]
+                np.dot(first, network.own, grad_inputs[stage][:rows])
+        if not wheels:
+            _first_layers_back(
+                wave,
+                order,
+                _layer(grads[WHERE], networks[WHERE], 0),
+                _layer(grads[DEPTH], networks[DEPTH], 0),
+                _layer(grads[PRES], networks[PRES], 0),
+                grad_added,
+                grad_products,
+            )
         if lateral:
-            np.dot(grad_added[lo:hi], context_weight, grad_contexts[first * n : last * n])
-    if lateral and not numbers.training_wheels:
+            begin = wave.first * n
+            np.dot(grad_added[lo:hi], context_weight, grad_contexts[begin : begin + rows])
+    if lateral:
         _edges_back(start, n, grid.neighbours, grad_contexts, grad_edges)

@@ -7,20 +7,19 @@ gives two neighbouring outputs of a kernel (g0, g1), on blocks d0, d1 and d2, fr
     y0 = d0 g0 + d1 g1 = m0 + m1
     y1 = d1 g0 + d2 g1 = m1 + m2
 
-Down and across it gives a tile of 2 x 2 outputs from 9 products instead of 16 (Lavin and Gray,
-"Fast algorithms for convolutional neural networks", CVPR 2016, section 4). A product is one of
-matrices here: it sums over the four pixels of a block and the input channels. All factors are 1
-or -1, so rounding in float32 grows little: errors are at most twice those of torch's convolutions.
-The way back is the transpose of every step.
+In two dimensions it gives a tile of 2 x 2 outputs from 9 products instead of 16 (Lavin and Gray,
+"Fast algorithms for convolutional neural networks", CVPR 2016, section 4). A product here is one of
+matrices, summed over the four pixels of a block and the input channels. All factors are 1 or -1, so
+errors in float32 are at most twice those of torch's convolutions. Gradients transpose each step.
 
 An image of H x W pixels has ceil(H / 4) x ceil(W / 4) tiles, which read zeros beyond it: tile
-(i, j) reads pixels 4 i .. 4 i + 5 and 4 j .. 4 j + 5. Rows of tiles share their products, as many
-as have some 288 tiles, so that what lies between two steps stays in the cache. Where threads cut a
-batch, and what else is in it, may change the last bit of a result.
+(i, j) reads pixels 4 i .. 4 i + 5 and 4 j .. 4 j + 5. Rows of about 288 tiles share their products,
+so intermediate results stay in the cache. The composition of a batch, and its cuts between threads,
+may change the last bit of a result.
 
-C channels come in and N go out; images lie as [B, H, W C], the colours of a pixel side by side, and
-the three steps down and across are the first axis, 9, of `tiles` [9, R, 4 C], `products` [9, R, N]
-and `factors` [9, N, 4 C].
+C channels come in and N go out. Images are [B, H, W C], with the channels of a pixel side by side.
+The 3 x 3 steps down and across are the first axis of `tiles` [9, R, 4 C], `products` [9, R, N] and
+`factors` [9, N, 4 C].
 """
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor
 from spairkit.kernels.threads import compiled, over_images, part, single_threaded_blas
 
 _ZERO = np.float32(0.0)
-_TILES = 288  # whose products are made at once
+_TILES = 288  # with shared products
 
 
 @compiled
@@ -101,7 +100,7 @@ def _minus_both(out, a, b, c):
 
 @part
 def _read(image, i, j, patch):
-    """Copies what tile (i, j) reads of an image [H, W C] into a patch [6, 6 C]."""
+    """Copies the pixels of tile (i, j) from an image [H, W C] into a patch [6, 6 C]."""
     width = patch.shape[1]
     start = 4 * j * (width // 6)
     inside = min(image.shape[1] - start, width)
@@ -116,7 +115,7 @@ def _read(image, i, j, patch):
 
 @part
 def _add(patch, i, j, image):
-    """The way back of `_read`."""
+    """The transpose of `_read`."""
     width = patch.shape[1]
     start = 4 * j * (width // 6)
     inside = min(image.shape[1] - start, width)
@@ -128,7 +127,7 @@ def _add(patch, i, j, image):
 
 @part
 def _split(patch, tiles, at):
-    """A patch [6, 6 C] as tile `at`: differences down, and of those across."""
+    """Fills tile `at` from a patch [6, 6 C]: differences down, then across."""
     pair = patch.shape[1] // 3
     for q in range(2):
         d1 = patch[2 + q]
@@ -146,7 +145,7 @@ def _split(patch, tiles, at):
 
 @part
 def _join(tiles, at, patch):
-    """The way back of `_split`."""
+    """The transpose of `_split`."""
     pair = patch.shape[1] // 3
     for q in range(2):
         for end in range(2):
@@ -165,8 +164,8 @@ def _join(tiles, at, patch):
 
 @part
 def _sum_products(products, at, bias, i, j, values):
-    """The products of tile `at`, which is (i, j), as outputs of an image [rows, columns, N]."""
-    # outputs beyond the image are written first, and then over
+    """Fills the outputs of tile (i, j) of an image [rows, columns, N] from the products `at`."""
+    # outputs beyond the image are written first, then overwritten
     below, right = min(2 * i + 1, len(values) - 1), min(2 * j + 1, values.shape[1] - 1)
     y11, y10 = values[below, right], values[below, 2 * j]
     y01, y00 = values[2 * i, right], values[2 * i, 2 * j]
@@ -182,7 +181,7 @@ def _sum_products(products, at, bias, i, j, values):
 
 @part
 def _spread(grads, i, j, nothing, products, at):
-    """The way back of `_sum_products`."""
+    """The transpose of `_sum_products`."""
     down, across = 2 * i + 1 < len(grads), 2 * j + 1 < grads.shape[1]
     y00 = grads[2 * i, 2 * j]
     y01 = grads[2 * i, 2 * j + 1] if across else nothing
@@ -284,7 +283,7 @@ def _convolve_backward(
 
 
 def convolve_cpu(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """[B, C, H, W], [N, C, 4, 4] and [N] -> [B, N, ceil(H / 2), ceil(W / 2)], channels last."""
+    """[B, N, ceil(H / 2), ceil(W / 2)], channels last, from [B, C, H, W], [N, C, 4, 4] and [N]."""
     num_images, _, height, width = images.shape
     values = images.new_empty(num_images, (height + 1) // 2, (width + 1) // 2, len(weight))
     operands = _lines(images), _factors_of(weight), bias.detach().contiguous().numpy()
@@ -296,7 +295,7 @@ def convolve_cpu(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def convolve_backward_cpu(
     grad_values: Tensor, values: Tensor, images: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of images, weight and bias."""
+    """Gradients of images, weight and bias."""
     grads = grad_values.permute(0, 2, 3, 1).contiguous()
     factors = _factors_of(weight)
     parts = max(min(torch.get_num_threads(), len(images)), 1)

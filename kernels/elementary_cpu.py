@@ -1,16 +1,19 @@
-"""exp and log in float32 and float64 for loops that LLVM turns into vector instructions.
+"""exp, log and the clipped sigmoid for compiled loops; LLVM turns them into vector instructions.
 
-Calls of the C library's are not vectorised, and take seven times as long. Polynomials after Cody
-and Waite's reduction; relative errors below 3e-7, since LLVM may reassociate, and 3e-14 in float64.
-NaN stays NaN.
+Calls into the C library are not vectorised and take seven times as long. exp and log are
+polynomials after Cody and Waite's range reduction. Relative errors stay below 3e-7 in float32, as
+LLVM may reassociate, and below 3e-14 in float64. NaN stays NaN.
 """
 
 import numpy as np
 
+from spairkit.kernels.constants import LOGIT_LIMIT
 from spairkit.kernels.threads import inlined
 
+_ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
+_LIMIT = np.float32(LOGIT_LIMIT)
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH = np.float32(0.693359375)  # few bits, so that its product with an exponent is exact
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -93,7 +96,7 @@ def exp64(x):
     p = p * r + 1.0 / 6.0
     p = p * r + 0.5
     p = p * r * r + r + 1.0
-    # through int32, as not every processor turns vectors of float64 into int64
+    # by way of int32: not every processor converts vectors of float64 to int64
     bits = np.int64((np.int64(np.int32(power)) + _BIAS_64) << _FRACTION_BITS_64)
     return p * bits.view(np.float64)
 
@@ -120,3 +123,31 @@ def log64(x):
     p = p * z + 2.0 / 3.0
     p = (p * z * s + power * _LN2_LOW_64) + 2.0 * s + power * _LN2_HIGH_64
     return p if x == x else x
+
+
+@inlined
+def clip(logit):
+    """The logit, clipped to [-10, 10]."""
+    if logit > _LIMIT:
+        logit = _LIMIT
+    elif logit < -_LIMIT:
+        logit = -_LIMIT
+    return logit
+
+
+@inlined
+def squash(logit):
+    """1 / (1 + e^-logit) of the clipped logit."""
+    return _ONE / (_ONE + exp(-clip(logit)))
+
+
+@inlined
+def clip_backward(logit, grad):
+    """The gradient of a logit from that of the clipped one."""
+    return grad if abs(logit) <= _LIMIT else _ZERO
+
+
+@inlined
+def slope(logit, squashed):
+    """The derivative of `squash`. The squashed logit alone cannot tell whether it was clipped."""
+    return clip_backward(logit, squashed * (_ONE - squashed))

@@ -1,8 +1,7 @@
 """Numba twin of the spatial transformer, float32: glimpses, and their gradient to the boxes.
 
-Row r of boxes and glimpses belongs to image r modulo n, as the cells of a wave lie one after the
-other, each with n images. A coordinate beyond the image takes the border pixel and has no gradient;
-NaN counts as 0 here, since it must never become an address.
+Row r of boxes and glimpses belongs to image r modulo n. A coordinate beyond the image reads the
+border pixel and gets no gradient; NaN reads as 0, because it must not become an address.
 """
 
 import numpy as np
@@ -15,7 +14,7 @@ _ZERO = np.float32(0.0)
 
 @inlined
 def _place(low, high, num_pixels, tap, fraction, inside):
-    """Taps and fractions of the points from `low` to `high` on one axis; 1 where not clamped."""
+    """Fills taps and fractions of the points on one axis, and `inside`: 1 where not clamped."""
     num_points = len(tap)
     limit = np.float32(num_pixels - 1)
     scale = limit / np.float32(num_pixels)
@@ -65,7 +64,7 @@ def glimpses_backward(
     boxes,  # [m n, 4]
     grad_boxes,  # [m n, 4] to be filled
 ):
-    """The gradient of the boxes."""
+    """Fills the gradient of the boxes."""
     num_images, num_channels, height, width = images.shape
     size = grad_glimpses.shape[2]
     row, column = np.empty(size, np.uint64), np.empty(size, np.uint64)

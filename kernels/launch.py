@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel needs: the right device, and a trial of the installation."""
+"""Launches of Triton kernels: the device they run on, and a test of the installation."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes `device` the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -18,7 +18,11 @@ def _successor_kernel(number_ptr):
 
 
 def probe() -> None:
-    """Compiles and runs the least kernel: raises what a broken Triton raises."""
+    """Compiles and runs the least kernel.
+
+    Raises:
+        Exception: whatever a broken installation of Triton raises.
+    """
     number = torch.ones(1, dtype=torch.int32, device="cuda")
     _successor_kernel[(1,)](number)
     if int(number) != 2:

@@ -1,4 +1,4 @@
-"""Numba twin of the cross entropy of images, float32: a pass for the sums, one for the gradient."""
+"""Numba twin of the cross entropy of images, float32, forward and backward."""
 
 import numpy as np
 from torch import Tensor
@@ -8,7 +8,7 @@ from spairkit.kernels.threads import compiled, inlined, over_images
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
-_BLOCK = 512  # terms that are summed in float32; the blocks are in float64
+_BLOCK = 512  # terms that are summed in float32; blocks are summed in float64
 
 
 @inlined
@@ -22,28 +22,21 @@ def _clipped(x):
 
 
 @inlined
-def _chances(x, floor):
+def _probabilities(x, floor):
     """x + floor and 1 - x + floor of the clipped x."""
-    # the difference too is clipped, or LLVM might take x from 1 + floor, which is 1
+    # the difference is clipped too, or LLVM might compute (1 + floor) - x, where 1 + floor is 1
     return _clipped(x) + floor, _clipped(_ONE - x) + floor
 
 
 @compiled
-def _cross_entropy(
-    start,
-    stop,
-    image,  # [B, n]
-    target,  # [B, n]
-    floor,
-    sums,  # [B]
-):
+def _cross_entropy(start, stop, image, target, floor, sums):
     size = image.shape[1]
     for b in range(start, stop):
         total = np.float64(0.0)
         for first in range(0, size, _BLOCK):
             part = _ZERO
             for i in range(first, min(first + _BLOCK, size)):
-                on, off = _chances(image[b, i], floor)
+                on, off = _probabilities(image[b, i], floor)
                 log_off = log(off)
                 part += log_off + target[b, i] * (log(on) - log_off)
             total -= part
@@ -51,26 +44,18 @@ def _cross_entropy(
 
 
 @compiled
-def _cross_entropy_backward(
-    start,
-    stop,
-    grad_sums,  # [B]
-    image,  # [B, n]
-    target,  # [B, n]
-    floor,
-    grad_image,  # [B, n]
-):
+def _cross_entropy_backward(start, stop, grad_sums, image, target, floor, grad_image):
     for b in range(start, stop):
         for i in range(image.shape[1]):
             x, wanted = image[b, i], target[b, i]
-            on, off = _chances(x, floor)
+            on, off = _probabilities(x, floor)
             grad = grad_sums[b] * ((_ONE - wanted) / off - wanted / on)
-            # NaN is not inside, and gets no gradient in torch either
+            # NaN lies outside, and torch gives it no gradient either
             grad_image[b, i] = grad if x >= _ZERO and x <= _ONE else _ZERO
 
 
 def cross_entropy_cpu(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
-    """Of images [B, ...], in nats."""
+    """-log p(target | image) in nats, of images [B, ...]; `floor` is added in both logarithms."""
     sums = image.new_empty(len(image))
     inputs = _matrix(image), _matrix(target)
     over_images(_cross_entropy, len(image), *inputs, np.float32(floor), sums.numpy())
@@ -80,7 +65,7 @@ def cross_entropy_cpu(image: Tensor, target: Tensor, floor: float) -> Tensor:  #
 def cross_entropy_backward_cpu(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, floor: float
 ) -> tuple[Tensor, None]:
-    """The gradient of the image; the target gets none."""
+    """The gradient of the image, and None for the target."""
     grad_image = image.new_empty(image.shape)
     inputs = grad_sums.contiguous().numpy(), _matrix(image), _matrix(target)
     over_images(

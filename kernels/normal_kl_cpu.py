@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from spairkit.kernels.elementary_cpu import log
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
 _ZERO = np.float32(0.0)
 _HALF = np.float32(0.5)
@@ -23,16 +23,8 @@ def _divergence(ratio, distance):
 
 
 @compiled
-def _weighted_kls(
-    start,
-    stop,
-    mean,  # [B, K, M]
-    std,  # [B, K, M]
-    weight,  # [B, K]
-    ends,  # [G] of the groups of dimensions
-    priors,  # [G, 2] mean, std
-    sums,  # [B, G]
-):
+def _weighted_kls(start, stop, mean, std, weight, ends, priors, sums):
+    """Fills [B, G] from [B, K, M], [B, K, M], [B, K], ends of groups [G], means and stds [G, 2]."""
     num_cells = mean.shape[1]
     for b in range(start, stop):
         first = 0
@@ -51,17 +43,7 @@ def _weighted_kls(
 
 @compiled
 def _weighted_kls_backward(
-    start,
-    stop,
-    grad_sums,  # [B, G]
-    mean,  # [B, K, M]
-    std,  # [B, K, M]
-    weight,  # [B, K]
-    ends,  # [G]
-    priors,  # [G, 2]
-    grad_mean,  # [B, K, M]
-    grad_std,  # [B, K, M]
-    grad_weight,  # [B, K]
+    start, stop, grad_sums, mean, std, weight, ends, priors, grad_mean, grad_std, grad_weight
 ):
     num_cells = mean.shape[1]
     for b in range(start, stop):
@@ -86,25 +68,21 @@ def _weighted_kls_backward(
 def weighted_kls_cpu(
     mean: Tensor, std: Tensor, weight: Tensor, *groups: tuple[int, float, float]
 ) -> Tensor:  # [B, G]
-    """Of groups of so many dimensions with mean and std of their prior; nats."""
+    """Divergences in nats of groups: number of dimensions, mean and std of their prior."""
     sums = mean.new_empty(len(mean), len(groups))
-    inputs = *_arrays(mean, std, weight), *_ends_and_priors(groups)
+    inputs = *arrays(mean, std, weight), *_ends_and_priors(groups)
     over_images(_weighted_kls, len(mean), *inputs, sums.numpy())
     return sums
 
 
 def weighted_kls_backward_cpu(
-    grad_sums: Tensor,
-    sums: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    weight: Tensor,
+    grad_sums: Tensor, sums: Tensor, mean: Tensor, std: Tensor, weight: Tensor,
     *groups: tuple[int, float, float],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of mean, std and weight."""
     grad_mean, grad_std, grad_weight = (x.new_empty(x.shape) for x in (mean, std, weight))
-    inputs = *_arrays(grad_sums, mean, std, weight), *_ends_and_priors(groups)
-    grads = _arrays(grad_mean, grad_std, grad_weight)
+    inputs = *arrays(grad_sums, mean, std, weight), *_ends_and_priors(groups)
+    grads = arrays(grad_mean, grad_std, grad_weight)
     over_images(_weighted_kls_backward, len(mean), *inputs, *grads)
     return grad_mean, grad_std, grad_weight
 
@@ -115,7 +93,3 @@ def _ends_and_priors(
 ) -> tuple[np.ndarray, np.ndarray]:
     table = np.array(groups)
     return table[:, 0].cumsum().astype(np.int64), table[:, 1:].astype(np.float32)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().contiguous().numpy() for tensor in tensors]

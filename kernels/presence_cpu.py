@@ -1,7 +1,7 @@
-"""Numba twins of the presence prior: float64 inside, for it costs nothing here.
+"""Numba twins of the presence prior, which `spairkit.presence` explains; float64 inside.
 
-Hard samples read a table of odds; relaxed ones walk the cells with the posterior over the count in
-log space, and the gradients walk back. Both are explained in `spairkit.presence`.
+Hard samples read a table of odds. Relaxed ones walk the cells with the posterior over the count in
+log space, and the gradients walk back.
 """
 
 import functools
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import MIN_PROBABILITY
 from spairkit.kernels.elementary_cpu import exp64, log64
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
-_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
-# likelihood of a count that the samples rule out: -691 in logarithms, while a count beside it that
-# they allow is within some dozens of it, and no later cell tells between them
+# likelihood of a count that the samples rule out: -691 as a logarithm, far below that of any count
+# that they allow
 _TINY = 1e-300
 
 
@@ -62,8 +62,8 @@ def _presence_kl(start, stop, logits, samples, odds, kl, prior_logit):
 @inlined
 def _shares(count, before, num_open):
     """Probability that the next of the open cells is on, and off, if `count` is the total."""
-    # whole numbers are subtracted as such: LLVM may reorder sums of floats, and `before` may be so
-    # small that a whole number swallows it
+    # whole numbers are subtracted first: LLVM may reorder sums of floats, which would round away a
+    # small `before`
     share = (np.float64(np.int32(count)) - before) / num_open
     rest = (np.float64(np.int32(num_open) - np.int32(count)) + before) / num_open
     return min(max(share, 0.0), 1.0), min(max(rest, 0.0), 1.0)
@@ -71,7 +71,7 @@ def _shares(count, before, num_open):
 
 @inlined
 def _weigh(belief, before, num_open, weight):
-    """Fills `weight` with the posterior over the count; probabilities of the next cell: on, off."""
+    """p(on) and p(off) of the next cell; fills `weight` with the posterior over the count."""
     largest = belief[0]
     for c in range(1, len(belief)):
         largest = max(largest, belief[c])
@@ -90,7 +90,7 @@ def _weigh(belief, before, num_open, weight):
 
 @inlined
 def _condition(belief, sample, before, num_open, after):
-    """The log-weights once the cell is known to be `sample`."""
+    """Fills `after` with the log-weights, given that the cell is `sample`."""
     for c in range(len(belief)):
         share, rest = _shares(c, before, num_open)
         likelihood = sample * share + (1.0 - sample) * rest
@@ -107,7 +107,9 @@ def _count_posterior(start, stop, samples, log_failure, prior_logit):
             belief[c] = c * log_failure
         for k in range(n):
             on, off = _weigh(belief, before, n - k, weight)
-            prior_logit[b, k] = math.log(max(on, _LEAST)) - math.log(max(off, _LEAST))
+            prior_logit[b, k] = math.log(max(on, MIN_PROBABILITY)) - math.log(
+                max(off, MIN_PROBABILITY)
+            )
             _condition(belief, np.float64(samples[b, k]), before, n - k, belief)
             before += samples[b, k]
 
@@ -132,9 +134,9 @@ def _count_posterior_backward(
             num_open = n - k
             on, off = _weigh(beliefs[k], before[k], num_open, weight)
             grad = np.float64(grad_logit[b, k])
-            # a probability below the least is read as a constant
-            grad_on = 0.0 if on < _LEAST else grad / on
-            grad_off = 0.0 if off < _LEAST else -grad / off
+            # a probability below the floor is a constant
+            grad_on = 0.0 if on < MIN_PROBABILITY else grad / on
+            grad_off = 0.0 if off < MIN_PROBABILITY else -grad / off
             common = grad_on * on + grad_off * off
             grad_sample, grad_here = grad_before, 0.0
             for c in range(n + 1):
@@ -155,58 +157,36 @@ def _count_posterior_backward(
 
 
 def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
-    """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
+    """KL in nats, float32, and log-odds of the prior, float64, both [B, n], of hard samples."""
     num_images, num_cells = samples.shape
     kl = torch.empty(num_images, num_cells, dtype=torch.float32)
     prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
-    over_images(
-        _presence_kl,
-        num_images,
-        _array(logits),
-        _array(samples),
-        _odds(float(success), num_cells),
-        kl.numpy(),
-        prior_logit.numpy(),
-    )
+    inputs = *arrays(logits, samples), _odds(float(success), num_cells)
+    over_images(_presence_kl, num_images, *inputs, kl.numpy(), prior_logit.numpy())
     return kl, prior_logit
 
 
 def count_posterior_cpu(samples: Tensor, success: Tensor) -> Tensor:
-    """[B, n] float64 log-odds of the prior, relaxed samples."""
+    """[B, n] float64 log-odds of the prior of relaxed samples."""
     prior_logit = torch.empty(samples.shape, dtype=torch.double)
-    over_images(
-        _count_posterior,
-        len(samples),
-        _array(samples),
-        _log_failure(success),
-        prior_logit.numpy(),
-    )
+    inputs = *arrays(samples), _log_failure(success)
+    over_images(_count_posterior, len(samples), *inputs, prior_logit.numpy())
     return prior_logit
 
 
 def count_posterior_backward_cpu(
     grad_logit: Tensor, samples: Tensor, success: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the samples and, an entry an image, of log(1 - success)."""
+    """Gradients of the samples [B, n], and of log(1 - success) for each image [B]."""
     grad_samples = torch.empty(samples.shape, dtype=torch.float32)
     grad_log_failure = torch.empty(len(samples), dtype=torch.double)
-    over_images(
-        _count_posterior_backward,
-        len(samples),
-        grad_logit.double().contiguous().numpy(),
-        _array(samples),
-        _log_failure(success),
-        grad_samples.numpy(),
-        grad_log_failure.numpy(),
-    )
+    inputs = grad_logit.double().contiguous().numpy(), *arrays(samples), _log_failure(success)
+    outputs = grad_samples.numpy(), grad_log_failure.numpy()
+    over_images(_count_posterior_backward, len(samples), *inputs, *outputs)
     return grad_samples, grad_log_failure
 
 
 def _log_failure(success: Tensor) -> float:
-    """log(1 - s); NaN where s is no probability, which a compiled caller cannot have checked."""
+    """log(1 - s); NaN where s lies outside (0, 1), which a compiled caller could not check."""
     s = float(success)
     return math.log1p(-s) if 0.0 < s < 1.0 else math.nan
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().contiguous().numpy()

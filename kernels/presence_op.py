@@ -1,13 +1,13 @@
-"""The presence prior as operators of torch: shapes for tracing, gradients, choice of kernel."""
+"""The presence prior as operators of torch: shapes for tracing, gradients, choice of the kernel."""
 
 import torch
 from torch import Tensor
 
-from spairkit.kernels.walk import saved_shape
+from spairkit.kernels.dispatch import registered
+from spairkit.kernels.presence_blocks import saved_shape
 
 
-@torch.library.custom_op("spairkit::presence_kl", mutates_args=())
-def presence_kl_op(
+def _presence_kl(
     logits: Tensor,  # [B, n]
     samples: Tensor,  # [B, n] read as samples > 0.5
     success: Tensor,  # [] float64
@@ -21,7 +21,10 @@ def presence_kl_op(
     return forward(logits, samples, success)
 
 
-@presence_kl_op.register_fake
+_presence_kl_op, presence_kl_op = registered("spairkit::presence_kl", _presence_kl)
+
+
+@_presence_kl_op.register_fake
 def _(logits, samples, success, backend):
     kl = samples.new_empty(samples.shape, dtype=torch.float32)
     return kl, samples.new_empty(samples.shape, dtype=torch.float64)
@@ -44,16 +47,15 @@ def _kl_gradients(ctx, grad_kl, *_):
     return (grad_kl * slope).to(logits.dtype), None, None, None
 
 
-presence_kl_op.register_autograd(_kl_gradients, setup_context=_save_kl)
+_presence_kl_op.register_autograd(_kl_gradients, setup_context=_save_kl)
 
 
-@torch.library.custom_op("spairkit::count_posterior", mutates_args=())
-def count_posterior_op(
+def _count_posterior(
     samples: Tensor,  # [B, n] in [0, 1]
     success: Tensor,  # [] float64
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Log-odds of the prior, [B, n] float64, and what the walk back needs (Triton only)."""
+    """Log-odds of the prior, [B, n] float64, and log-weights for the backward walk of Triton."""
     if backend == "cpu":
         from spairkit.kernels.presence_cpu import count_posterior_cpu
 
@@ -63,7 +65,10 @@ def count_posterior_op(
     return count_posterior_triton(samples, success)
 
 
-@count_posterior_op.register_fake
+_count_posterior_op, count_posterior_op = registered("spairkit::count_posterior", _count_posterior)
+
+
+@_count_posterior_op.register_fake
 def _(samples, success, backend):
     prior_logit = samples.new_empty(samples.shape, dtype=torch.float64)
     saved = (0,) if backend == "cpu" else saved_shape(*samples.shape)
@@ -115,5 +120,5 @@ def _refuse(ctx, *_):
     )
 
 
-count_posterior_op.register_autograd(_walk_gradients, setup_context=_save_walk)
+_count_posterior_op.register_autograd(_walk_gradients, setup_context=_save_walk)
 count_posterior_backward_op.register_autograd(_refuse)

@@ -1,12 +1,12 @@
-"""Triton twins of the presence prior.
+"""Triton twins of the presence prior, which `spairkit.presence` explains.
 
-Hard samples: one launch fills the table of odds, every entry on its own, and one looks the cells up
-and takes the KL. Relaxed samples: one program walks one image, with the log-weights of all counts
-in registers, and a second one walks back. Both are explained in `spairkit.presence`.
+Hard samples: one launch fills the table of odds, each entry by itself, and one looks the cells up
+and computes the KL. Relaxed samples: one program walks the cells of one image with the log-weights
+of all counts in registers, and a second one walks back.
 
-The table here is not built row after row, which would be n launches or n barriers. Of the first k
-cells let m hold objects, and let S(k, m) be the probability of one certain such arrangement over
-that of it with all later cells empty. Adding j of the n - k open cells, term after term,
+Building the table row by row would take n launches or n barriers. Of the first k cells let m hold
+objects, and let S(k, m) be the probability of one such arrangement, divided by its probability with
+all later cells empty. Adding j of the n - k open cells, term by term,
 
     S(k, m) = sum_j r_0 r_1 .. r_(j-1),   r_j = (1 - s) (m + j + 1)/(j + 1) (n - k - j)/(n - m - j)
 
@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
 from spairkit.kernels.launch import on
-from spairkit.kernels.walk import saved_shape, walk_block
+from spairkit.kernels.presence_blocks import saved_shape, walk_block
 
 ODDS_BLOCK, ODDS_WARPS = 256, 4
 LOOKUP_WARPS = 4
-_DEAD = tl.constexpr(-1e30)  # log-weight of a count that the samples rule out
-_LEAST = tl.constexpr(1e-30)  # a probability in a relaxed chain is never read as less
+_IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
+_LEAST = tl.constexpr(MIN_PROBABILITY)
 
 
 @triton.jit
@@ -98,10 +99,10 @@ def _presence_kl_kernel(
 
 @triton.jit
 def _shares(counts, before, num_open):
-    """[BLOCK, COUNTS] chances that a cell is on, and off, if the total is `counts`; and if between.
+    """[BLOCK, COUNTS] probability of on and of off given `counts`, and whether neither is clipped.
 
-    `before` is float64. What is left is taken in whole numbers and a part below 1 that is small
-    when the chance is: float32 then loses nothing near either end.
+    `before` is float64. The rest is split into whole numbers and a part below 1, which is small
+    where the probability is: float32 then loses nothing near 0 and 1.
     """
     whole = tl.floor(before)
     broken = (before - whole).to(tl.float32)[:, None]
@@ -118,17 +119,17 @@ def _shares(counts, before, num_open):
 
 @triton.jit
 def _likelihoods(counts, before, num_open, sample, walked):
-    """[BLOCK, COUNTS] likelihood of a cell's sample, its log (dead if impossible), chances."""
+    """[BLOCK, COUNTS] likelihood of a cell's sample, its log, on - off, and `between`."""
     on, off, between = _shares(counts, before, num_open)
     likelihood = sample[:, None] * on + (1.0 - sample[:, None]) * off
     impossible = likelihood <= 0
-    log = tl.where(impossible, _DEAD, tl.log(tl.where(impossible, 1.0, likelihood)))
+    log = tl.where(impossible, _IMPOSSIBLE, tl.log(tl.where(impossible, 1.0, likelihood)))
     return likelihood, tl.where(walked[:, None], log, 0.0), on - off, between
 
 
 @triton.jit
 def _posterior(belief, log, on, off):
-    """[BLOCK, COUNTS] weights of the counts, and the chances [BLOCK] that a cell is on, and off."""
+    """[BLOCK, COUNTS] weights of the counts, and [BLOCK] the probability of on and of off."""
     weights = belief[None, :] + tl.cumsum(log, 0)
     weight = tl.exp(weights - tl.max(weights, 1)[:, None])
     weight = weight / tl.sum(weight, 1)[:, None]
@@ -150,16 +151,16 @@ def _count_posterior_kernel(
     blocks = (num_cells + BLOCK - 1) // BLOCK
     c = tl.arange(0, COUNTS)
     counts = c.to(tl.float32)
-    # float64, because a count that is hopeless now may be all that is left in the end
+    # float64: a count that is unlikely now may be the only one left in the end
     belief = c.to(tl.float64) * tl.log(1.0 - tl.load(success_ptr))
-    belief = tl.where(c <= num_cells, belief, _DEAD)
+    belief = tl.where(c <= num_cells, belief, _IMPOSSIBLE)
     seen = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
     start = 0
     while start < num_cells:
         shifted = (belief - tl.max(belief, 0)).to(tl.float32)
-        shifted = tl.where(shifted < _DEAD, _DEAD, shifted)
+        shifted = tl.where(shifted < _IMPOSSIBLE, _IMPOSSIBLE, shifted)
         tl.store(saved_ptr + (b * blocks + start // BLOCK) * COUNTS + c, shifted)
-        # each row conditions on the cell before it, so that no log-weight has to be taken back
+        # each row conditions on the cell before it, so no log-weight has to be undone
         k = start + tl.arange(0, BLOCK)
         walked = (k >= 1) & (k <= num_cells)
         sample = tl.load(samples_ptr + row + k - 1, mask=walked, other=0.0)
@@ -174,7 +175,7 @@ def _count_posterior_kernel(
         prior_logit = (tl.log(chance) - tl.log(rest)).to(tl.float64)
         tl.store(prior_logit_ptr + row + k, prior_logit, mask=k < num_cells)
         belief += tl.sum(log, 0).to(tl.float64)
-        belief = tl.where(belief < _DEAD, _DEAD, belief)
+        belief = tl.where(belief < _IMPOSSIBLE, _IMPOSSIBLE, belief)
         seen += tl.sum(sample.to(tl.float64), 0)
         start += BLOCK
 
@@ -220,12 +221,12 @@ def _count_posterior_backward_kernel(
         )
         weight, chance, rest = _posterior(shifted, log, on, off)
         grad = tl.load(grad_logit_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
-        # a chance below the least is read as a constant
+        # a probability below the floor is a constant
         grad_on = tl.where(chance < _LEAST, 0.0, grad / tl.where(chance < _LEAST, 1.0, chance))
         grad_off = tl.where(rest < _LEAST, 0.0, -grad / tl.where(rest < _LEAST, 1.0, rest))
         common = grad_on * chance + grad_off * rest
         grad_weights = weight * (grad_on[:, None] * on + grad_off[:, None] * off - common[:, None])
-        # of the log-weights at row k, from all rows from k on
+        # of the log-weights at row k, from rows k and later
         grad_belief = tl.cumsum(grad_weights, 0, reverse=True) + tail[None, :]
         tail += tl.sum(grad_weights, 0)
         possible = walked[:, None] & (likelihood > 0)
@@ -244,18 +245,18 @@ def _count_posterior_backward_kernel(
         tl.store(grad_samples_ptr + row + k - 1, grad_sample, mask=walked)
         start -= BLOCK
     if num_cells % BLOCK == 0:
-        # no row conditioned on the last cell, and nothing comes after it
+        # no row conditions on the last cell, and no cell follows it
         tl.store(grad_samples_ptr + row + num_cells - 1, 0.0)
     tl.store(grad_log_failure_ptr + b, tl.sum(tail * counts, 0).to(tl.float64))
 
 
 def lookup_block(num_cells: int) -> int:
-    """Cells that a program looks up at once."""
+    """Cells that a program of the KL looks up at once."""
     return min(256, max(32, int(triton.next_power_of_2(num_cells))))
 
 
 def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
-    """KL in nats, float32, and log-odds of the prior, float64; both [B, n], hard samples."""
+    """KL in nats, float32, and log-odds of the prior, float64, both [B, n], of hard samples."""
     num_images, num_cells = samples.shape
     device = samples.device
     kl = torch.empty(samples.shape, device=device, dtype=torch.float32)
@@ -268,20 +269,14 @@ def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tupl
                 success, odds, num_cells, BLOCK=ODDS_BLOCK, num_warps=ODDS_WARPS
             )
             _presence_kl_kernel[(num_images,)](
-                logits.contiguous(),
-                samples.contiguous(),
-                odds,
-                kl,
-                prior_logit,
-                num_cells,
-                BLOCK=lookup_block(num_cells),
-                num_warps=LOOKUP_WARPS,
-            )
+                logits.contiguous(), samples.contiguous(), odds, kl, prior_logit, num_cells,
+                BLOCK=lookup_block(num_cells), num_warps=LOOKUP_WARPS,
+            )  # fmt: skip
     return kl, prior_logit
 
 
 def count_posterior_triton(samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, n] float64 log-odds of the prior, relaxed samples, and what the way back needs."""
+    """[B, n] float64 log-odds of the prior of relaxed samples, and log-weights for the backward."""
     num_images, num_cells = samples.shape
     device = samples.device
     prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
@@ -290,22 +285,16 @@ def count_posterior_triton(samples: Tensor, success: Tensor) -> tuple[Tensor, Te
     if samples.numel():
         with on(device):
             _count_posterior_kernel[(num_images,)](
-                samples.float().contiguous(),
-                success,
-                prior_logit,
-                saved,
-                num_cells,
-                COUNTS=counts,
-                BLOCK=block,
-                num_warps=warps,
-            )
+                samples.float().contiguous(), success, prior_logit, saved, num_cells,
+                COUNTS=counts, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
     return prior_logit, saved
 
 
 def count_posterior_backward_triton(
     grad_logit: Tensor, samples: Tensor, saved: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the samples and, an entry an image, of log(1 - success)."""
+    """Gradients of the samples [B, n], and of log(1 - success) for each image [B]."""
     num_images, num_cells = samples.shape
     grad_samples = torch.empty(samples.shape, device=samples.device, dtype=torch.float32)
     grad_log_failure = torch.zeros(num_images, device=samples.device, dtype=torch.float64)
@@ -313,14 +302,8 @@ def count_posterior_backward_triton(
     if samples.numel():
         with on(samples.device):
             _count_posterior_backward_kernel[(num_images,)](
-                grad_logit.contiguous(),
-                samples.float().contiguous(),
-                saved.contiguous(),
-                grad_samples,
-                grad_log_failure,
-                num_cells,
-                COUNTS=counts,
-                BLOCK=block,
-                num_warps=warps,
-            )
+                grad_logit.contiguous(), samples.float().contiguous(), saved.contiguous(),
+                grad_samples, grad_log_failure, num_cells,
+                COUNTS=counts, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
     return grad_samples, grad_log_failure

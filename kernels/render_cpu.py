@@ -17,21 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spairkit.kernels.threads import compiled, inlined, over_images
+from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images
 
 _HALF = np.float32(0.5)
 _ONE = np.float32(1.0)
 _ZERO = np.float32(0.0)
-_MIN_SIDE = np.float32(1e-6)
-_MIN_IMPORTANCE = np.float32(1e-30)
+_MIN_SIDE = np.float32(MIN_SIDE)
+_MIN_IMPORTANCE = np.float32(MIN_IMPORTANCE)
 _NEXT = np.uint64(1)
 
 
 @inlined
 def _place(low, high, num_texels, num_pixels, index, fraction, share):
-    """Pixels that a map covers on one axis, with their taps, fractions and shares of the box.
+    """First pixel that a map covers on one axis, and one after the last, with the texels per pixel.
 
-    Positions are unsigned: a signed one is tested for being counted from the end at every use.
+    Fills taps, fractions and shares of the box. Indices are unsigned, because Numba tests a signed
+    one at every use for being negative.
     """
     scale = np.float32(num_texels) / (high - low)
     pad = _HALF / scale + _HALF
@@ -41,7 +43,7 @@ def _place(low, high, num_texels, num_pixels, index, fraction, share):
     start = last
     stop = first
     for p in range(first, last):
-        # counted from the ring: 0 and num_texels + 1 are on it, where nothing is left to see
+        # counted from the ring: 0 and num_texels + 1 are on it, where the map ends
         position = (np.float32(p) + _HALF - low) * scale + _HALF
         if position > _ZERO and position < np.float32(num_texels + 1):
             start = min(start, p)
@@ -55,7 +57,7 @@ def _place(low, high, num_texels, num_pixels, index, fraction, share):
 
 @inlined
 def _copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
-    """[h, w, C + 1] into the inside of [h + 2, w + 2, C + 3]."""
+    """Copies a map [h, w, C + 1] into the inside of `ringed` [h + 2, w + 2, C + 3]."""
     num_colours = len(channels)
     for r in range(rgba.shape[0]):
         for c in range(rgba.shape[1]):
@@ -72,7 +74,7 @@ def _copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
 
 @inlined
 def _interpolate_row(ringed, index, fraction, row):
-    """Row `index + fraction` of the map, all texels and channels."""
+    """Fills `row` with row `index + fraction` of the map, all texels and channels."""
     for c in range(row.shape[0]):
         upper = ringed[index, c]
         row[c] = upper + fraction * (ringed[index + _NEXT, c] - upper)
@@ -88,7 +90,7 @@ def _render_forward(
     presence,  # [B, N]
     background,  # [B, C, H, W]
     floor,
-    channels,  # a tuple of C numbers: its length is known when this is compiled
+    channels,  # a tuple of C numbers, so that the compiler knows C
     image,  # [B, C, H, W]
     change,  # [B, C, H, W] image - background
     inverse,  # [B, H, W] 1 / summed importance, 0 where nothing contributes
@@ -137,7 +139,7 @@ def _render_forward(
         for y in range(height):
             for x in range(width):
                 total = sums[y, x, num_colours + 1]
-                # not "> least": NaN has to stay NaN
+                # written so that NaN stays NaN
                 inv = _ZERO if total <= _MIN_IMPORTANCE else _ONE / total
                 inverse[b, y, x] = inv
                 keep[b, y, x] = _ONE - sums[y, x, cover] * inv
@@ -152,8 +154,7 @@ def _render_forward(
 
 @compiled
 def _render_backward(
-    start,
-    stop,
+    start, stop,
     grad_image,  # [B, C, H, W]
     rgba,  # [B, N, h, w, C + 1]
     boxes,  # [B, N, 4]
@@ -162,13 +163,8 @@ def _render_backward(
     background,  # [B, C, H, W]
     change,  # [B, C, H, W]
     inverse,  # [B, H, W]
-    floor,
-    channels,
-    grad_rgba,
-    grad_boxes,
-    grad_depth,
-    grad_presence,
-):
+    floor, channels, grad_rgba, grad_boxes, grad_depth, grad_presence,
+):  # fmt: skip
     num_objects, map_height, map_width = rgba.shape[1:4]
     height, width = background.shape[2:]
     num_colours = len(channels)
@@ -283,35 +279,27 @@ def _render_backward(
 def render_cpu(
     rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor, background: Tensor, floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """image, change, inverse and keep: the last three are for `render_backward_cpu`."""
+    """image, change, inverse and keep; `render_backward_cpu` needs the last three."""
     shape = background.shape
     image, change = _empty(shape), _empty(shape)
     inverse, keep = _empty(shape[:1] + shape[2:]), _empty(shape[:1] + shape[2:])
-    inputs = _arrays(rgba, boxes, depth, presence, background)
-    outputs = _arrays(image, change, inverse, keep)
+    inputs = arrays(rgba, boxes, depth, presence, background)
+    outputs = arrays(image, change, inverse, keep)
     channels = (0,) * shape[1]
     over_images(_render_forward, shape[0], *inputs, np.float32(floor), channels, *outputs)
     return image, change, inverse, keep
 
 
 def render_backward_cpu(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
     grads = tuple(_empty(t.shape) for t in (rgba, boxes, depth, presence))
-    inputs = _arrays(grad_image, rgba, boxes, depth, presence, background, change, inverse)
+    inputs = arrays(grad_image, rgba, boxes, depth, presence, background, change, inverse)
     channels = (0,) * background.shape[1]
     over_images(
-        _render_backward, rgba.shape[0], *inputs, np.float32(floor), channels, *_arrays(*grads)
+        _render_backward, rgba.shape[0], *inputs, np.float32(floor), channels, *arrays(*grads)
     )
     grad_rgba, grad_boxes, grad_depth, grad_presence = grads
     grad_background = (grad_image * keep[:, None]).contiguous()
@@ -319,9 +307,5 @@ def render_backward_cpu(
 
 
 def _empty(shape: torch.Size) -> Tensor:
-    # the dtype is said, or it would be the caller's default
+    # not in the default dtype, which the caller may have changed
     return torch.empty(shape, dtype=torch.float32)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.detach().float().contiguous().numpy() for tensor in tensors]

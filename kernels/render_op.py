@@ -1,11 +1,12 @@
-"""The renderer as operators of torch: shapes for tracing, gradients, and which kernel runs."""
+"""The renderer as operators of torch: shapes for tracing, gradients, choice of the kernel."""
 
 import torch
 from torch import Tensor
 
+from spairkit.kernels.dispatch import registered
 
-@torch.library.custom_op("spairkit::render", mutates_args=())
-def render_op(
+
+def _render(
     rgba: Tensor,  # [B, N, h, w, C + 1] float32, float16 or bfloat16; the rest is float32
     boxes: Tensor,  # [B, N, 4]
     depth: Tensor,  # [B, N]
@@ -14,9 +15,10 @@ def render_op(
     floor: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """image and, for the gradients: image - background, 1 / importance, d image / d background.
+    """image, image - background, 1 / importance and d image / d background.
 
-    The difference is kept in float32 because image - background cancels at small presence.
+    The last three serve the gradients. The difference is saved because computing it from the image
+    would cancel digits where presence is small.
     """
     if backend == "cpu":
         from spairkit.kernels.render_cpu import render_cpu as forward
@@ -25,7 +27,10 @@ def render_op(
     return forward(rgba, boxes, depth, presence, background, floor)
 
 
-@render_op.register_fake
+_render_op, render_op = registered("spairkit::render", _render)
+
+
+@_render_op.register_fake
 def _(rgba, boxes, depth, presence, background, floor, backend):
     image = background.new_empty(background.shape)
     flat = background.new_empty(background.shape[0], *background.shape[2:])
@@ -34,18 +39,9 @@ def _(rgba, boxes, depth, presence, background, floor, backend):
 
 @torch.library.custom_op("spairkit::render_backward", mutates_args=())
 def render_backward_op(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba, boxes, depth, presence and background."""
     if backend == "cpu":
         from spairkit.kernels.render_cpu import render_backward_cpu as backward
@@ -85,5 +81,5 @@ def _refuse(ctx, *_):
     )
 
 
-render_op.register_autograd(_gradients, setup_context=_save)
+_render_op.register_autograd(_gradients, setup_context=_save)
 render_backward_op.register_autograd(_refuse)

@@ -1,8 +1,8 @@
-"""Triton twin of the renderer, forward: one launch, a program for each tile of each image.
+"""Triton twin of the renderer, forward: one launch, one program for each tile of each image.
 
-A program tests 32 boxes at once against its tile, and walks the set bits of the word that comes
-out. Nothing of the size of objects times pixels is ever in memory. What the backward pass shares
-with it stands here too; the formulas are those of `spairkit.kernels.render_cpu`.
+A program tests 32 boxes at once against its tile and packs the results into a word, whose set bits
+it then visits. No tensor has the size of objects times pixels. Functions that the backward pass
+shares are here too. The formulas are those of `spairkit.kernels.render_cpu`.
 """
 
 from functools import partial
@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels import constants
 from spairkit.kernels.launch import on
 
-MIN_SIDE = tl.constexpr(1e-6)
-_MIN_IMPORTANCE = tl.constexpr(1e-30)
-_HUGE = tl.constexpr(3e38)  # beyond it, or NaN: not a coordinate
+MIN_SIDE = tl.constexpr(constants.MIN_SIDE)
+_MIN_IMPORTANCE = tl.constexpr(constants.MIN_IMPORTANCE)
+_HUGE = tl.constexpr(3e38)  # the greatest coordinate: infinity and NaN fail the comparison
 
 
 @triton.jit
 def axis_taps(pixel, low, high, TEXELS: tl.constexpr):
-    """Which pixels a map covers on one axis, their first texels (from -1) and what is beyond."""
+    """On one axis: whether a map covers a pixel, its first texel (from -1), the fraction beyond."""
     side = tl.where(high - low < MIN_SIDE, 1.0, high - low)
     position = (pixel.to(tl.float32) + 0.5 - low) * tl.div_rn(TEXELS * 1.0, side) - 0.5
     covered = (position > -1.0) & (position < TEXELS)
@@ -34,11 +35,32 @@ def axis_taps(pixel, low, high, TEXELS: tl.constexpr):
 def texel_values(
     map_ptr, row, column, here, channel, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr
 ):
-    """[P, CH] float32 values of a texel for each pixel, 0 beyond the map, and whether it is in."""
+    """[P, CH] float32 values of one texel for each pixel, and [P] 1 inside the map, else 0."""
     inside = here & (row >= 0) & (row < H) & (column >= 0) & (column < W)
     mask = inside[:, None] & (channel < K)[None, :]
     address = map_ptr + ((row * W + column) * K)[:, None] + channel[None, :]
     return tl.load(address, mask=mask, other=0.0).to(tl.float32), inside.to(tl.float32)
+
+
+@triton.jit
+def tap_weights(f, e):
+    """Weights of the taps at (0, 0), (0, 1), (1, 0) and (1, 1), for fractions down and across."""
+    w11 = f * e
+    w10, w01 = f - w11, e - w11
+    return 1.0 - f - w01, w01, w10, w11
+
+
+@triton.jit
+def weighted(w00, w01, w10, w11, t00, t01, t10, t11):
+    """[P, CH] interpolated values of four taps."""
+    return w00[:, None] * t00 + w01[:, None] * t01 + w10[:, None] * t10 + w11[:, None] * t11
+
+
+@triton.jit
+def planes(ptr, b, y, x, channel, stride_b, stride_c, stride_y, stride_x, mask):
+    """[P, CH] values at pixels of an image, by strides; 0 beyond the mask."""
+    pixel = (y * stride_y + x * stride_x)[:, None]
+    return tl.load(ptr + b * stride_b + pixel + (channel * stride_c)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,12 +71,9 @@ def picked(values, channel, K: tl.constexpr):
 
 @triton.jit
 def finite_box(x1, y1, x2, y2):
-    return (
-        (tl.abs(x1) <= _HUGE)
-        & (tl.abs(y1) <= _HUGE)
-        & (tl.abs(x2) <= _HUGE)
-        & (tl.abs(y2) <= _HUGE)
-    )
+    # in this order: with both x first, LLVM fails an assertion for sm_100 (Triton 3.7.1)
+    first = (tl.abs(x1) <= _HUGE) & (tl.abs(y1) <= _HUGE)
+    return first & (tl.abs(x2) <= _HUGE) & (tl.abs(y2) <= _HUGE)
 
 
 @triton.jit
@@ -68,24 +87,11 @@ def _render_forward_kernel(
     change_ptr,  # [B, C, H, W] float32
     inverse_ptr,  # [B, H, W] float32
     keep_ptr,  # [B, H, W] float32
-    num_objects,
-    height,
-    width,
-    tiles_x,
-    tiles,
-    stride_b,
-    stride_c,
-    stride_y,
-    stride_x,
-    floor,
-    MAP_H: tl.constexpr,
-    MAP_W: tl.constexpr,
-    C: tl.constexpr,
+    num_objects, height, width, tiles_x, tiles, stride_b, stride_c, stride_y, stride_x, floor,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr,  # C + 1 rounded up to a power of two
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-):
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     tile = program % tiles
@@ -111,15 +117,10 @@ def _render_forward_kernel(
         y2 = tl.load(box_ptr + 3, mask=exists, other=0.0)
         # an object reaches half a texel beyond its box
         reach_x, reach_y = (x2 - x1) * (0.5 / MAP_W), (y2 - y1) * (0.5 / MAP_H)
-        meets = (
-            (x2 - x1 >= MIN_SIDE)
-            & (y2 - y1 >= MIN_SIDE)
-            & (x1 - reach_x < left + TILE_W)
-            & (x2 + reach_x > left)
-            & (y1 - reach_y < top + TILE_H)
-            & (y2 + reach_y > top)
-        )
-        # a box that is no box is drawn too, as NaN
+        meets = (x2 - x1 >= MIN_SIDE) & (y2 - y1 >= MIN_SIDE)
+        meets &= (x1 - reach_x < left + TILE_W) & (x2 + reach_x > left)
+        meets &= (y1 - reach_y < top + TILE_H) & (y2 + reach_y > top)
+        # a box that is not finite is drawn too, as NaN
         meets = exists & (meets | (finite_box(x1, y1, x2, y2) == 0))
         bits = tl.sum(tl.where(meets, one << bit.to(tl.uint32), 0), 0).to(tl.uint32)
         while bits != 0:
@@ -142,12 +143,8 @@ def _render_forward_kernel(
             t01, m01 = texel_values(map_ptr, i, j + 1, here, channel, MAP_H, MAP_W, C + 1)
             t10, m10 = texel_values(map_ptr, i + 1, j, here, channel, MAP_H, MAP_W, C + 1)
             t11, m11 = texel_values(map_ptr, i + 1, j + 1, here, channel, MAP_H, MAP_W, C + 1)
-            w11 = f * e
-            w10, w01 = f - w11, e - w11
-            w00 = 1.0 - f - w01
-            value = (
-                w00[:, None] * t00 + w01[:, None] * t01 + w10[:, None] * t10 + w11[:, None] * t11
-            )
+            w00, w01, w10, w11 = tap_weights(f, e)
+            value = weighted(w00, w01, w10, w11, t00, t01, t10, t11)
             cover = w00 * m00 + w01 * m01 + w10 * m10 + w11 * m11
             alpha = picked(value, channel, C) * presence
             if HAS_FLOOR:
@@ -165,15 +162,10 @@ def _render_forward_kernel(
         start += 32
 
     colour = on_image[:, None] & (channel < C)[None, :]
-    background = tl.load(
-        background_ptr
-        + b * stride_b
-        + (y * stride_y + x * stride_x)[:, None]
-        + (channel * stride_c)[None, :],
-        mask=colour,
-        other=0.0,
+    background = planes(
+        background_ptr, b, y, x, channel, stride_b, stride_c, stride_y, stride_x, colour
     )
-    untouched = total <= _MIN_IMPORTANCE  # not "> least": NaN has to stay NaN
+    untouched = total <= _MIN_IMPORTANCE  # written so that NaN stays NaN
     inverse = tl.where(untouched, 0.0, 1.0 / tl.where(untouched, 1.0, total))
     change = (sums - covered[:, None] * background) * inverse[:, None]
     pixel = y * width + x
@@ -186,11 +178,11 @@ def _render_forward_kernel(
 
 @triton.jit
 def at_least(value, floor):
-    return tl.where(value < floor, floor, value)  # NaN has to stay NaN
+    return tl.where(value < floor, floor, value)  # written so that NaN stays NaN
 
 
 def forward_tile(num_objects: int, num_colours: int) -> dict[str, int]:
-    """Tiles of pixels, as constants of the kernel: small ones waste less, large ones cull less."""
+    """Constants of the kernel: small tiles waste fewer pixels, large ones test fewer boxes."""
     if num_objects < 576:
         # four colours and alpha take eight channels, too many for two pixels a thread
         return {"TILE_H": 8, "TILE_W": 8, "num_warps": 2 if num_colours == 4 else 1}
@@ -200,41 +192,22 @@ def forward_tile(num_objects: int, num_colours: int) -> dict[str, int]:
 def render_triton(
     rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor, background: Tensor, floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """image, change, inverse and keep: the last three are for `render_backward_triton`."""
+    """image, change, inverse and keep; `render_backward_triton` needs the last three."""
     num_images, num_objects, map_height, map_width, channels = rgba.shape
     _, num_colours, height, width = background.shape
     empty = partial(torch.empty, device=rgba.device, dtype=torch.float32)
-    image = empty(background.shape)
-    change = empty(background.shape)
-    inverse = empty(num_images, height, width)
-    keep = empty(num_images, height, width)
+    image, change = empty(background.shape), empty(background.shape)
+    inverse, keep = empty(num_images, height, width), empty(num_images, height, width)
     tile = forward_tile(num_objects, num_colours)
+    objects = (x.contiguous() for x in (rgba, boxes, depth, presence))
     tiles_x = triton.cdiv(width, tile["TILE_W"])
     tiles = tiles_x * triton.cdiv(height, tile["TILE_H"])
     if tiles * num_images:
         with on(rgba.device):
             _render_forward_kernel[(tiles * num_images,)](
-                rgba.contiguous(),
-                boxes.contiguous(),
-                depth.contiguous(),
-                presence.contiguous(),
-                background,
-                image,
-                change,
-                inverse,
-                keep,
-                num_objects,
-                height,
-                width,
-                tiles_x,
-                tiles,
-                *background.stride(),
-                floor,
-                MAP_H=map_height,
-                MAP_W=map_width,
-                C=num_colours,
-                CH=triton.next_power_of_2(channels),
-                HAS_FLOOR=floor > 0,
-                **tile,
-            )
+                *objects, background, image, change, inverse, keep, num_objects, height, width,
+                tiles_x, tiles, *background.stride(), floor,
+                MAP_H=map_height, MAP_W=map_width, C=num_colours,
+                CH=triton.next_power_of_2(channels), HAS_FLOOR=floor > 0, **tile,
+            )  # fmt: skip
     return image, change, inverse, keep

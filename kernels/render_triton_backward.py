@@ -1,10 +1,10 @@
-"""Triton twin of the renderer, backward: one launch, no atomics, the same bits every time.
+"""Triton twin of the renderer, backward: one launch without atomics, so bits do not vary.
 
-Maps of more than 32 texels a side are cut into bands, and three small sums over the bands follow.
-
-A program is one object: it gathers over the pixels of its box and hands them back to the texels as
-two small products with the weights of the taps, Wy^T G Wx. Further programs scale the gradient of
-the background. The formulas are those of `spairkit.kernels.render_cpu`.
+One program serves one object: it gathers the gradients of the pixels in its box and returns them to
+the texels by two small products with the weights of the taps, Wy^T G Wx. Maps of more than 32
+texels a side are cut into bands, one program each, and three small sums over the bands follow.
+Further programs scale the gradient of the background. The formulas are those of
+`spairkit.kernels.render_cpu`.
 """
 
 from functools import partial
@@ -21,7 +21,10 @@ from spairkit.kernels.render_triton import (
     axis_taps,
     finite_box,
     picked,
+    planes,
+    tap_weights,
     texel_values,
+    weighted,
 )
 
 
@@ -67,7 +70,7 @@ def _scale_background(
 
 @triton.jit
 def _pixels(low, high, first, limit, TEXELS: tl.constexpr, SIZE: tl.constexpr):
-    """First pixel and the one after the last that may reach the texels first .. first + SIZE."""
+    """First pixel, and one after the last, that may touch the texels first .. first + SIZE."""
     texel = (high - low) * (1.0 / TEXELS)
     end = tl.minimum(first + SIZE, TEXELS)
     start = tl.floor(low + texel * (first - 0.5) - 0.5)
@@ -92,32 +95,15 @@ def _render_backward_kernel(
     grad_depth_ptr,  # [B, N, BANDS] float32
     grad_presence_ptr,  # [B, N, BANDS] float32
     grad_background_ptr,  # [B, C, H, W] float32
-    num_objects,
-    height,
-    width,
+    num_objects, height, width,
     programs,  # objects, then runs of pixels, of one image
-    stride_gb,
-    stride_gc,
-    stride_gy,
-    stride_gx,
-    stride_b,
-    stride_c,
-    stride_y,
-    stride_x,
-    floor,
-    MAP_H: tl.constexpr,
-    MAP_W: tl.constexpr,
-    SIZE_H: tl.constexpr,  # a band of the map: what one program gathers for
-    SIZE_W: tl.constexpr,
-    BANDS: tl.constexpr,
-    BANDS_W: tl.constexpr,
-    C: tl.constexpr,
+    stride_gb, stride_gc, stride_gy, stride_gx, stride_b, stride_c, stride_y, stride_x, floor,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr,
+    SIZE_H: tl.constexpr,  # texels of a band, which one program serves
+    SIZE_W: tl.constexpr, BANDS: tl.constexpr, BANDS_W: tl.constexpr, C: tl.constexpr,
     CH: tl.constexpr,  # C + 1 rounded up to a power of two
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    RUN: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-):
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, RUN: tl.constexpr, HAS_FLOOR: tl.constexpr,
+):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
     n = tl.program_id(0) % programs
     if n >= num_objects * BANDS:
@@ -133,7 +119,7 @@ def _render_backward_kernel(
         x1, y1 = tl.load(boxes_ptr + item * 4), tl.load(boxes_ptr + item * 4 + 1)
         x2, y2 = tl.load(boxes_ptr + item * 4 + 2), tl.load(boxes_ptr + item * 4 + 3)
         drawn = finite_box(x1, y1, x2, y2) & (x2 - x1 >= MIN_SIDE) & (y2 - y1 >= MIN_SIDE)
-        # an object that is not drawn gets the range of no pixel
+        # an object that is not drawn gets an empty range of pixels
         x1, x2 = tl.where(drawn, x1, -2.0), tl.where(drawn, x2, -1.0)
         y1, y2 = tl.where(drawn, y1, -2.0), tl.where(drawn, y2, -1.0)
         presence = tl.load(presence_ptr + item)
@@ -167,15 +153,8 @@ def _render_backward_kernel(
                 t01, m01 = texel_values(map_ptr, i, j + 1, here, channel, MAP_H, MAP_W, C + 1)
                 t10, m10 = texel_values(map_ptr, i + 1, j, here, channel, MAP_H, MAP_W, C + 1)
                 t11, m11 = texel_values(map_ptr, i + 1, j + 1, here, channel, MAP_H, MAP_W, C + 1)
-                w11 = f * e
-                w10, w01 = f - w11, e - w11
-                w00 = 1.0 - f - w01
-                value = (
-                    w00[:, None] * t00
-                    + w01[:, None] * t01
-                    + w10[:, None] * t10
-                    + w11[:, None] * t11
-                )
+                w00, w01, w10, w11 = tap_weights(f, e)
+                value = weighted(w00, w01, w10, w11, t00, t01, t10, t11)
                 cover = w00 * m00 + w01 * m01 + w10 * m10 + w11 * m11
                 opacity = picked(value, channel, C)
                 alpha = opacity * presence
@@ -187,21 +166,11 @@ def _render_backward_kernel(
                     b * C * height * width + pixel[:, None] + (channel * (height * width))[None, :]
                 )
                 change = tl.load(change_ptr + plane, mask=colour, other=0.0)
-                grad = tl.load(
-                    grad_ptr
-                    + b * stride_gb
-                    + (y * stride_gy + x * stride_gx)[:, None]
-                    + (channel * stride_gc)[None, :],
-                    mask=colour,
-                    other=0.0,
+                grad = planes(
+                    grad_ptr, b, y, x, channel, stride_gb, stride_gc, stride_gy, stride_gx, colour
                 )
-                background = tl.load(
-                    background_ptr
-                    + b * stride_b
-                    + (y * stride_y + x * stride_x)[:, None]
-                    + (channel * stride_c)[None, :],
-                    mask=colour,
-                    other=0.0,
+                background = planes(
+                    background_ptr, b, y, x, channel, stride_b, stride_c, stride_y, stride_x, colour
                 )
                 grad = grad * inverse[:, None]  # 0 for the channel of alpha
                 uncovered = tl.sum(grad * background, 1)
@@ -224,7 +193,7 @@ def _render_backward_kernel(
                 grad_value = tl.where(
                     is_alpha, (grad_alpha * presence)[:, None], grad * blend[:, None]
                 )
-                # what each tap is worth: its differences are the slopes along the axes
+                # the loss's derivative by the weight of each tap; differences give the slopes
                 s00 = tl.sum(grad_value * t00, 1) - uncovered * blend * m00
                 s01 = tl.sum(grad_value * t01, 1) - uncovered * blend * m01
                 s10 = tl.sum(grad_value * t10, 1) - uncovered * blend * m10
@@ -238,7 +207,7 @@ def _render_backward_kernel(
                 slope_y = (s10 - s00) + e * ((s11 - s01) - (s10 - s00))
                 to_presence, to_nearness = grad_alpha * opacity, grad_importance * alpha
                 if BANDS > 1:
-                    # a pixel between two bands counts in the one of its first texel
+                    # a pixel between two bands belongs to that of its first texel
                     own_y = (tl.maximum(i, 0) >= first_row) & (i < first_row + SIZE_H)
                     own_x = (tl.maximum(j, 0) >= first_column) & (j < first_column + SIZE_W)
                     own = own_y & own_x
@@ -284,7 +253,7 @@ def _render_backward_kernel(
             in_alpha = in_map & (k == C)
             opacities = tl.load(map_ptr + texel, mask=in_alpha, other=0.0).to(tl.float32)
             above = in_alpha & (opacities * (presence * nearness) >= floor)
-            # importance has its gradient as long as the floor does not hold it
+            # importance gets a gradient only above the floor
             grad_above = tl.sum(tl.where(k == C + 1, grads, 0.0), 2)
             grad_above = tl.where(above, grad_above[:, :, None], 0.0)
             grads += grad_above * (presence * nearness)
@@ -302,9 +271,9 @@ def _render_backward_kernel(
 
 
 def backward_tile(map_height: int, map_width: int) -> dict[str, int]:
-    """Tiles of pixels and bands of the map, as constants of the kernel.
+    """Constants of the kernel: tiles of pixels and bands of the map.
 
-    A program holds the gradient of its band in registers: 32 texels a side is what they can take.
+    A program holds the gradient of its band in registers, which suffice for 32 texels a side.
     """
     rows, columns = (
         min(32, max(16, triton.next_power_of_2(side))) for side in (map_height, map_width)
@@ -319,23 +288,15 @@ def backward_tile(map_height: int, map_width: int) -> dict[str, int]:
         "BANDS_W": bands_x,
         "TILE_H": 16,
         "TILE_W": 16,
-        "RUN": 1024,  # pixels that one program scales, of the gradient of the background
+        "RUN": 1024,  # pixels of the background whose gradients one program scales
         "num_warps": 8,
     }
 
 
 def render_backward_triton(
-    grad_image: Tensor,
-    rgba: Tensor,
-    boxes: Tensor,
-    depth: Tensor,
-    presence: Tensor,
-    background: Tensor,
-    change: Tensor,
-    inverse: Tensor,
-    keep: Tensor,
-    floor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
+    background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
     num_images, num_objects, map_height, map_width, channels = rgba.shape
     _, num_colours, height, width = background.shape
@@ -343,42 +304,21 @@ def render_backward_triton(
     parts = num_images, num_objects, tile["BANDS"]
     grad_rgba = torch.empty(rgba.shape, dtype=rgba.dtype, device=rgba.device)
     empty = partial(torch.empty, device=rgba.device, dtype=torch.float32)
-    grad_boxes = empty(*parts, 4)
-    grad_depth = empty(parts)
-    grad_presence = empty(parts)
+    grad_boxes, grad_depth, grad_presence = empty(*parts, 4), empty(parts), empty(parts)
     grad_background = empty(background.shape)
+    objects = (x.contiguous() for x in (rgba, boxes, depth, presence))
+    saved = (x.contiguous() for x in (change, inverse, keep))
     programs = num_objects * tile["BANDS"] + triton.cdiv(height * width, tile["RUN"])
     if programs * num_images:
         with on(rgba.device):
             _render_backward_kernel[(programs * num_images,)](
-                grad_image,
-                rgba.contiguous(),
-                boxes.contiguous(),
-                depth.contiguous(),
-                presence.contiguous(),
-                background,
-                change.contiguous(),
-                inverse.contiguous(),
-                keep.contiguous(),
-                grad_rgba,
-                grad_boxes,
-                grad_depth,
-                grad_presence,
-                grad_background,
-                num_objects,
-                height,
-                width,
-                programs,
-                *grad_image.stride(),
-                *background.stride(),
-                floor,
-                C=num_colours,
-                CH=triton.next_power_of_2(channels),
-                HAS_FLOOR=floor > 0,
-                **tile,
-            )
-    if tile["BANDS"] == 1:
-        merged = [part.squeeze(2) for part in (grad_boxes, grad_depth, grad_presence)]
-    else:
-        merged = [part.sum(2) for part in (grad_boxes, grad_depth, grad_presence)]
-    return grad_rgba, merged[0], merged[1], merged[2], grad_background
+                grad_image, *objects, background, *saved, grad_rgba, grad_boxes, grad_depth,
+                grad_presence, grad_background, num_objects, height, width, programs,
+                *grad_image.stride(), *background.stride(), floor,
+                C=num_colours, CH=triton.next_power_of_2(channels), HAS_FLOOR=floor > 0, **tile,
+            )  # fmt: skip
+    grad_boxes, grad_depth, grad_presence = (
+        part.squeeze(2) if tile["BANDS"] == 1 else part.sum(2)
+        for part in (grad_boxes, grad_depth, grad_presence)
+    )
+    return grad_rgba, grad_boxes, grad_depth, grad_presence, grad_background

@@ -1,8 +1,8 @@
 """Numba on the CPU: how functions are compiled, and how a batch is spread over threads.
 
-Compiled functions let go of the interpreter's lock and take a range of images, so that plain
-Python threads run them side by side. This needs none of Numba's own threading layers, which
-differ from machine to machine, may not be entered by two threads at once and do not survive a fork.
+Compiled functions release the interpreter's lock and take a range of images, so Python threads run
+them in parallel. Numba's own threading layers differ from machine to machine, must not be entered
+by two threads at once and do not survive a fork.
 """
 
 import functools
@@ -13,9 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from threadpoolctl import OpenBLASController, ThreadpoolController
+from torch import Tensor
 
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
@@ -24,33 +26,30 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call and kept on disk where there is a place to."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """The function, compiled at its first call and cached on disk if there is a writable folder."""
     try:
-        dispatcher: Callable[..., Any] = njit(function, cache=True, **_OPTIONS)
-    except RuntimeError:  # no folder that Numba could write its cache to
-        dispatcher = njit(function, **_OPTIONS)
-    return dispatcher
+        return njit(function, cache=True, **_OPTIONS)
+    except RuntimeError:  # Numba found no folder for its cache
+        return njit(function, **_OPTIONS)
 
 
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of compiled functions; it is kept on disk with them."""
-    dispatcher: Callable[..., Any] = njit(function, inline="always", **_OPTIONS)
-    return dispatcher
+def inlined(function: Callable[..., Any]) -> Any:
+    """The function, inlined by Numba into compiled functions and cached with them."""
+    return njit(function, inline="always", **_OPTIONS)
 
 
-def part(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of compiled functions as `inlined`, but by LLVM, which takes less time for large ones.
+def part(function: Callable[..., Any]) -> Any:
+    """The function, inlined by LLVM into compiled functions: faster to compile if it is large.
 
-    A part that is called would be compiled twice, by itself and with its caller, and which of the
-    two ran would depend on whether the caller came from disk: with other roundings.
+    Without inlining it would be compiled twice, alone and with its caller. Which of the two runs,
+    with different rounding, would depend on whether the caller came from the cache.
     """
-    dispatcher: Callable[..., Any] = njit(function, forceinline=True, **_OPTIONS)
-    return dispatcher
+    return njit(function, forceinline=True, **_OPTIONS)
 
 
 def over_images(function: Callable[..., None], num_images: int, *arguments: Any) -> None:
-    """Calls `function(start, stop, *arguments)` on ranges of images, one to a torch thread."""
+    """Calls `function(start, stop, *arguments)` on ranges of images, one for each torch thread."""
     num_threads = max(1, min(torch.get_num_threads(), num_images))
     edges = [num_images * i // num_threads for i in range(num_threads + 1)]
     if num_threads == 1:
@@ -63,18 +62,23 @@ def over_images(function: Callable[..., None], num_images: int, *arguments: Any)
         job.result()
 
 
+def arrays(*tensors: Tensor) -> list[np.ndarray]:
+    """Contiguous float32 arrays for compiled functions; a copy only where needed."""
+    return [tensor.detach().float().contiguous().numpy() for tensor in tensors]
+
+
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
-    """Lets matrix products in compiled functions run on the thread that asks for them.
+    """Has matrix products in compiled functions run on the thread that calls them.
 
-    The limit is the whole process's, so one Python thread at a time may be inside.
+    The limit holds for the whole process, so one Python thread at a time may be inside.
     """
     with _BLAS_LOCK:
         try:
             with _blas_controller().limit(limits=1):
                 yield
         finally:
-            # else no other thread could set a limit as long as this one lives
+            # otherwise no other thread could set a limit while this one lives
             OpenBLASController.clear_controlling_thread(force=True)
 
 
@@ -83,22 +87,27 @@ _BLAS_LOCK = threading.Lock()
 
 @functools.cache
 def _blas_controller() -> Any:
-    import scipy.linalg  # noqa: F401 # whose BLAS Numba calls: it must be there to be found
+    import scipy.linalg  # noqa: F401 # Numba calls its BLAS, so it has to be loaded here
 
     return ThreadpoolController().select(user_api="blas")
 
 
 @functools.lru_cache(maxsize=4)
 def _pool(process: int, num_threads: int) -> ThreadPoolExecutor:
-    # a pool belongs to the process that started it: its threads do not live on in a fork
+    # threads do not survive a fork, so a pool belongs to the process that started it
     return ThreadPoolExecutor(num_threads, thread_name_prefix=f"spairkit-{process}")
 
 
 def probe() -> None:
-    """Compiles and runs the least function: raises what a broken Numba raises."""
-    if njit(_successor, **_OPTIONS)(1) != 2:
+    """Runs the least function, which is compiled or comes from the cache.
+
+    Raises:
+        Exception: whatever a broken installation of Numba raises.
+    """
+    if _successor(1) != 2:
         raise RuntimeError("numba computes wrong results")
 
 
+@compiled
 def _successor(number: int) -> int:
     return number + 1

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs, and compiled kernels as functions with a gradient."""
+"""The choice between implementations of an operator, and kernels as functions with gradients."""
 
 import os
 import warnings
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "cpu", "triton"]
-"""`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: GPUs, or, with
-TRITON_INTERPRET=1 in the environment, CPU tensors. `auto`: by device."""
+"""`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: Triton on a GPU, or its
+interpreter on the CPU if TRITON_INTERPRET=1 is in the environment. `auto`: chosen by device."""
 
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once, at import
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 _tried: dict[str, bool] = {}
 
 
 def chosen_backend(
     backend: Backend, tensor: Tensor, name: str
 ) -> Literal["torch", "cpu", "triton"]:
-    """The implementation for `tensor`, which errors call `name`.
+    """The implementation for `tensor`, which error messages call `name`.
 
-    "auto" takes Triton on a GPU and Numba on the CPU, plain torch for float64 and elsewhere, and
-    also, after one warning, where Triton or Numba is missing or broken.
+    "auto" is Triton on a GPU, Numba on the CPU, and plain torch for float64 and other devices. If
+    Triton or Numba is missing or broken it is plain torch too, after one warning.
 
     Raises:
-        ValueError: no such backend, or one that cannot run on the device or dtype of `tensor`.
+        ValueError: the backend is unknown, or cannot run on the device or dtype of `tensor`.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -42,17 +42,19 @@ def chosen_backend(
             return "torch"
         return natural
     if tensor.dtype == torch.float64:
-        raise ValueError(f"{name} must not be float64 on backend {backend!r}: use 'torch'")
+        raise ValueError(
+            f"{name} is float64, which backend {backend!r} does not support: use backend='torch'"
+        )
     if backend != natural and not (backend == "triton" and device == "cpu" and _INTERPRETED):
-        rule = "the CPU" if backend == "cpu" else "a GPU, or TRITON_INTERPRET=1 before the start"
+        rule = "the CPU" if backend == "cpu" else "a GPU (or start with TRITON_INTERPRET=1)"
         raise ValueError(f"backend {backend!r} needs {name} on {rule}, got {tensor.device}")
     return backend
 
 
 def runs_compiled(*tensors: Tensor) -> bool:
-    """Whether Numba computes what there is to compute of these tensors, beside the operators.
+    """Whether functions other than the operators use Numba for these tensors.
 
-    It does for float32 on the CPU, but not in a trace: the compiler that traces fuses by itself.
+    True for float32 on the CPU, but not while tracing: the compiler fuses them by itself.
     """
     if torch.compiler.is_compiling():
         return False
@@ -62,10 +64,10 @@ def runs_compiled(*tensors: Tensor) -> bool:
 
 
 def _works(backend: Literal["cpu", "triton"]) -> bool:
-    """Whether the backend can be used: it is tried out once in a process."""
+    """Whether the backend can be used; tried once in each process."""
     if backend not in _tried:
         if torch.compiler.is_compiling():
-            return True  # no trace goes through a trial; if this is wrong the operator raises
+            return True  # a trial cannot be traced; a broken backend raises when it runs
         _tried[backend] = _try(backend)
     return _tried[backend]
 
@@ -77,12 +79,12 @@ def _try(backend: Literal["cpu", "triton"]) -> bool:
         else:
             from spairkit.kernels.launch import probe
         probe()
-    # a broken installation fails in its own way: whatever it raises, plain torch still works
+    # a broken installation may raise anything, and plain torch still works
     except Exception as error:
         package = "numba" if backend == "cpu" else "triton"
         warnings.warn(
-            f"{package} does not work here, so spairkit's operators run in plain torch, many "
-            f"times slower: {type(error).__name__}: {error}",
+            f"{package} does not work here: {type(error).__name__}: {error}. spairkit uses plain "
+            "torch instead, which is many times slower; reinstalling the package may help.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -97,15 +99,16 @@ def fused(
     inputs: tuple[Tensor, ...],
     constants: tuple[Any, ...] = (),
 ) -> Tensor:
-    """What `forward(*inputs, *constants)` gives, as autograd sees it.
+    """`forward(*inputs, *constants)` with a gradient.
 
     Args:
-        plain: the same in plain torch. It gives the gradients where they are to be derived in turn.
-        forward: a kernel.
-        backward: a kernel that takes the gradient of the value, the value, inputs and constants,
-            and gives the gradient of each input; None for one that has none.
-        inputs: those that require gradients must be among the ones that `backward` gives.
-        constants: what is no tensor.
+        plain: the same function in plain torch; it computes gradients if second derivatives are
+            requested.
+        forward: the kernel.
+        backward: a kernel from the gradient of the value, the value, inputs and constants to the
+            gradients of all inputs, None for an input without one.
+        inputs: tensors. `backward` must return a gradient for each that requires one.
+        constants: arguments that are not tensors.
     """
     value: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
         plain, forward, backward, constants, *inputs
@@ -141,7 +144,7 @@ class _Fused(torch.autograd.Function):
 def _differentiable(
     plain: Callable[..., Tensor], inputs: list[Tensor], constants: tuple[Any, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs, with a record of how they came about."""
+    """The gradients of the inputs, recorded by autograd for second derivatives."""
     wanted = [x for x in inputs if x.requires_grad]
     grads = torch.autograd.grad(plain(*inputs, *constants), wanted, grad, create_graph=True)
     found = iter(grads)

@@ -1,16 +1,16 @@
 """The count prior on which cells hold an object, and the KL of the posterior against it.
 
-The number of objects C in n cells is geometric, p(C = c) ~ (1 - s)^c, cut off at n; given C every
-arrangement is equally likely (supplement, section A). Read cell by cell in raster order this is a
-chain of Bernoullis, equations (B1) and (B2). Here it is held as log-odds:
+The number of objects C in n cells has a geometric prior, p(C = c) ~ (1 - s)^c, truncated at n.
+Given C, all arrangements are equally likely (supplement, section A). In raster order this is a
+chain of Bernoullis, equations (B1) and (B2), which is computed as log-odds:
 
 - Hard samples: the odds of cell k depend only on k and on m, the number of objects before it. Let
-  r(k, m) be the probability of one certain arrangement of the first k cells with m + 1 objects over
+  r(k, m) be the probability of one arrangement of the first k cells with m + 1 objects, divided by
   that of one with m. Then r(n, m) = (1 - s)(m + 1)/(n - m), the odds of cell k are r(k + 1, m), and
-  r(k, m) = r(k + 1, m) (1 + r(k + 1, m + 1))/(1 + r(k + 1, m)): sums and products of positive
-  numbers, exact in float64 for any s and n, with nothing to underflow.
-- Relaxed samples: the posterior over the count is carried from cell to cell, in log space, for
-  (1 - s)^c underflows.
+  r(k, m) = r(k + 1, m) (1 + r(k + 1, m + 1))/(1 + r(k + 1, m)). Sums and products of positive
+  numbers are accurate in float64 for any s and n, and nothing underflows.
+- Relaxed samples: the posterior over the count is carried from cell to cell. It is kept in log
+  space because (1 - s)^c underflows.
 """
 
 import functools
@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
+from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
+from spairkit.kernels.presence_blocks import MAX_CELLS
 from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
-from spairkit.kernels.walk import MAX_CELLS
-
-_LEAST = 1e-30  # a probability in a relaxed chain is never read as less
 
 
 def presence_prior(
@@ -38,21 +37,21 @@ def presence_prior(
 
     Args:
         samples: [B, n] z_pres as sampled, in raster order.
-        success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
-            objects. A 0-d tensor on the device of `samples` is read without waiting for it, so on
-            a GPU and in a compiled function nobody checks its value: outside (0, 1) gives NaN.
-            Make it float64: float32 knows 1 - .9999 to three digits only.
-        relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
-            they are, in [0, 1], with gradients.
+        success: s in (0, 1) of the truncated geometric prior on the count; values near 1 expect few
+            objects. May be a 0-d tensor on the device of `samples`. On a GPU and in a compiled
+            function its value is not checked, since that would wait for the device, and one outside
+            (0, 1) gives NaN. Use float64: float32 holds only three digits of 1 - .9999.
+        relaxed: False reads `samples > 0.5`, and `samples` get no gradient; True uses the samples
+            as they are, in [0, 1], with gradients.
         backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
             cells), or "auto".
 
     Returns:
-        [B, n], p(z_k = 1 | z_<k), the dtype of `samples` (at least float32). `success` gets a
-        gradient where it is a tensor. NaN from the first cell that is NaN.
+        [B, n] p(z_k = 1 | z_<k), float64 if `samples` are, else float32. A tensor `success` gets a
+        gradient. NaN after the first sample that is NaN.
 
     Raises:
-        ValueError: an argument's rank, dtype, device or value does not fit; the message names it.
+        ValueError: the rank, dtype, device or value of an argument is wrong; the message names it.
 
     Source: equations (B1) and (B2) of the supplement.
     """
@@ -75,31 +74,37 @@ def presence_kl(
     relaxed: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:  # [B, n]
-    """KL of each cell's posterior from its prior given the cells before it, in nats.
+    """KL divergence in nats of each cell's posterior from its prior, given the cells before it.
 
-    The exact KL between two Bernoullis, posterior probability sigmoid(logits) as given.
+    The exact KL between two Bernoullis; the posterior has probability sigmoid(logits).
 
     Args:
-        logits: [B, n] posterior log-odds of z_pres, finite.
+        logits: [B, n] finite log-odds of the posterior of z_pres.
         samples: [B, n] z_pres as sampled, in raster order.
-        success: s in (0, 1) of the truncated geometric prior on the count; near 1 asks for few
-            objects. A 0-d tensor on the device of `samples` is read without waiting for it, so on
-            a GPU and in a compiled function nobody checks its value: outside (0, 1) gives NaN.
-            Make it float64: float32 knows 1 - .9999 to three digits only.
-        relaxed: False reads `samples > 0.5`, and `samples` gets no gradient; True takes them as
-            they are, in [0, 1], with gradients.
+        success: s in (0, 1) of the truncated geometric prior on the count; values near 1 expect few
+            objects. May be a 0-d tensor on the device of `samples`. On a GPU and in a compiled
+            function its value is not checked, since that would wait for the device, and one outside
+            (0, 1) gives NaN. Use float64: float32 holds only three digits of 1 - .9999.
+        relaxed: False reads `samples > 0.5`, and `samples` get no gradient; True uses the samples
+            as they are, in [0, 1], with gradients.
         backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
             cells), or "auto".
 
     Returns:
-        [B, n] nats, the dtype of `logits` (at least float32). NaN from the first sample that is
-        NaN, and where a logit is NaN.
+        [B, n] nats, float64 if `logits` are, else float32. NaN from the first sample that is NaN,
+        and where a logit is NaN.
 
     Raises:
-        ValueError: an argument's rank, shape, dtype, device or value does not fit; the message
+        ValueError: the rank, shape, dtype, device or value of an argument is wrong; the message
             names it.
 
-    Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, without clips.
+    Two cells of one image, of which the first holds an object:
+
+    >>> logits, samples = torch.tensor([[2.0, -2.0]]), torch.tensor([[1.0, 0.0]])
+    >>> presence_kl(logits, samples, 0.5)
+    tensor([[0.7782, 0.3278]])
+
+    Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, unclipped.
     """
     _check(logits, samples, success)
     chosen = _chosen(backend, logits, success, relaxed)
@@ -117,19 +122,19 @@ def _chosen(
     backend: Backend, logits: Tensor, success: float | Tensor, relaxed: bool
 ) -> Literal["torch", "cpu", "triton"]:
     if isinstance(success, Tensor) and success.requires_grad and not relaxed:
-        # the table of the compiled backends is data: no gradient comes out of it
+        # the compiled backends read a table of odds, which passes on no gradient
         if backend in ("cpu", "triton"):
             raise ValueError(
-                f"success with a gradient needs relaxed samples on backend {backend!r}: "
-                "use backend='torch'"
+                f"backend {backend!r} has no gradient of success for hard samples: "
+                "use relaxed=True or backend='torch'"
             )
         backend = "torch" if backend == "auto" else backend
     chosen = chosen_backend(backend, logits, "logits")
     if chosen == "triton" and logits.shape[1] > MAX_CELLS:
         if backend == "triton":
             raise ValueError(
-                f"samples must hold at most {MAX_CELLS} cells on backend 'triton', "
-                f"got {logits.shape[1]}: use backend='torch'"
+                f"backend 'triton' supports at most {MAX_CELLS} cells, got {logits.shape[1]}: "
+                "use backend='torch'"
             )
         return "torch"
     return chosen
@@ -155,7 +160,7 @@ def _check(logits: Tensor, samples: Tensor, success: float | Tensor) -> None:
         )
     for name, tensor in {"samples": samples, "logits": logits}.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
         if tensor.device != samples.device:
             raise ValueError(
                 f"{name} must be on the device of samples, {samples.device}, got {tensor.device}"
@@ -170,7 +175,7 @@ def _check(logits: Tensor, samples: Tensor, success: float | Tensor) -> None:
             raise ValueError(
                 f"success must be on the device of samples, {samples.device}, got {success.device}"
             )
-        # to look into a tensor on a GPU would wait for it, and inside a trace there is no value
+        # reading a value on a GPU would wait for the device, and a trace has no values
         if torch.compiler.is_compiling() or success.device.type != "cpu":
             return
         success = float(success.detach())
@@ -234,18 +239,17 @@ def _relaxed_prior_logit(samples: Tensor, failure: float | Tensor) -> Tensor:
     before = samples.new_zeros(num_images, 1)
     logits = []
     for k in range(num_cells):
-        # of the count, what is still missing falls evenly on the cells still open
+        # the remaining objects fall evenly on the remaining cells
         on = ((counts - before) / (num_cells - k)).clamp(0, 1)
         off = ((num_cells - k - counts + before) / (num_cells - k)).clamp(0, 1)
         weight = belief.softmax(1)
-        log_on = (weight * on).sum(1).clamp(min=_LEAST).log()
-        log_off = (weight * off).sum(1).clamp(min=_LEAST).log()
+        log_on = (weight * on).sum(1).clamp(min=MIN_PROBABILITY).log()
+        log_off = (weight * off).sum(1).clamp(min=MIN_PROBABILITY).log()
         logits.append(log_on - log_off)
         here = samples[:, k, None]
         likelihood = here * on + (1 - here) * off
         impossible = likelihood <= 0
-        # -1e30, not -inf: a softmax over nothing but -inf would be NaN
         log_likelihood = torch.where(impossible, 1.0, likelihood).log()
-        belief = torch.where(impossible, -1e30, belief + log_likelihood)
+        belief = torch.where(impossible, IMPOSSIBLE, belief + log_likelihood)
         before = before + here
     return torch.stack(logits, dim=1) if logits else samples.clone()

@@ -1,4 +1,8 @@
-"""Named configs, and how one is put together. The docstring of each preset is its lab note."""
+"""Named configs. The docstring of each preset is its lab note.
+
+Every preset trains on one CPU thread: where other processes keep the cores busy, a second thread
+waits in a busy loop and made updates ten times slower.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,16 +13,16 @@ from spairkit.errors import InputError
 
 
 def quick() -> dict[str, Any]:
-    """SPAIR on 1 to 3 digits of 48 x 48 pixels, in a few minutes on a laptop's CPU.
+    """SPAIR on 1 to 3 digits in 48 x 48 pixels, in a few minutes on a laptop's CPU.
 
-    `spairkit train`: 2 minutes on one thread of a small two-core virtual machine (2026-11-26).
-    Test AP .795, .797, .810 and counts exactly right .925, .944, .944 for seeds 0, 1, 2.
+    `spairkit train` takes 2 minutes on one thread of a small two-core virtual machine (2026-11-26).
+    Test AP .795, .797, .810 and count accuracy .925, .944, .944 for seeds 0, 1, 2.
 
-    Found by hand on the embedded digits. What mattered, in order: the gradient clipped to norm 1
-    at a learning rate of 1e-3 (2e-3, or no clipping, learns worse or not at all); boxes drawn
-    round what is seen (`box_contrast`); KL terms that weigh twice, so that fewer digits are found
-    twice; 48 pixels rather than 32, where the cells at the right and bottom see too little to be
-    used. Single runs led there, so no figures stand beside them.
+    The settings were tuned by hand on the embedded digits. In order of importance: clipping the
+    gradient to norm 1 at a learning rate of 1e-3 (training fails or is worse at 2e-3 or without
+    clipping); tight boxes (`box_contrast`); a weight of 2 on the KL terms, so that fewer digits are
+    detected twice; images of 48 pixels, as cells at the right and bottom of 32 pixels see too
+    little to be used. Each was tried in single runs, so there are no figures.
     """
     return {
         "data": {"max_objects": 3, "validation_images": 256},
@@ -59,16 +63,16 @@ def quick() -> dict[str, Any]:
 
 
 def laptop() -> dict[str, Any]:
-    """SPAIR on 1 to 9 digits of 48 x 48 pixels, in less than half an hour of a laptop's one core.
+    """SPAIR on 1 to 9 digits in 48 x 48 pixels, in less than half an hour on one core of a laptop.
 
-    `spairkit train --preset laptop --data MNIST.npz`; test figures of three seeds, for each number
-    of digits and without lateral connections too, are in BENCHMARKS.md. Without `--data` it trains
-    on the digits that ship with spairkit, whose figures were not measured.
+    `spairkit train --preset laptop --data MNIST.npz`. BENCHMARKS.md has test figures of three seeds
+    for each number of digits, with and without lateral connections. Without `--data` it trains on
+    the digits that ship with spairkit; that was not measured.
 
-    The recipe of `quick` with 32 numbers for what an object looks like in place of 16, KL terms
-    that weigh 1.5 times in place of twice, a learning rate half as high again and eleven times the
-    updates. Chosen among ten by 1,024 validation images after 5,000 updates of one run each: the
-    rate and the weight each made AP and counts better, and the 32 numbers counts.
+    It differs from `quick` in 32 appearance dimensions instead of 16, a KL weight of 1.5 instead of
+    2, a learning rate 1.5 times as high and eleven times as many updates. It was the best of ten
+    settings on 1,024 validation images after 5,000 updates of one run each: learning rate and KL
+    weight each improved AP and counts, the 32 dimensions improved counts.
     """
     return merge(
         quick(),
@@ -81,30 +85,31 @@ def laptop() -> dict[str, Any]:
 
 
 def paper() -> dict[str, Any]:
-    """SPAIR as in Table 1 and the released code: every default of the config.
+    """SPAIR as in Table 1 and the released code: the defaults of the config, on one thread.
 
-    Two things are not the authors': the glyphs (`--data` takes EMNIST or MNIST, and they trained
-    on 1, 3, 5, 7 or 9 of them exactly), and that `best` is by the ELBO (`--select ap` is theirs).
+    It differs from the authors' code in the glyphs (they trained on exactly 1, 3, 5, 7 or 9 digits
+    of EMNIST, which `--data` can load) and in choosing the best checkpoint by the ELBO (`--select
+    ap` is their rule).
 
-    `spairkit train --preset paper`: some 5 updates a second on one thread of a small virtual
-    machine (48 x 48, 2026-11-26), so that its 300,000 want a GPU. The score was not measured.
+    `spairkit train --preset paper` makes about 5 updates a second on one thread of a small virtual
+    machine (48 x 48, 2026-11-26): its 300,000 updates need a GPU. The score was not measured.
     """
-    return {}
+    return {"train": {"threads": 1}}
 
 
 def quick_air() -> dict[str, Any]:
-    """AIR and DAIR that count: 0 to 2 digits on 50 x 50 pixels, in minutes on a laptop's CPU.
+    """AIR and DAIR that infer the count: 0 to 2 digits in 50 x 50 pixels, in minutes on a CPU.
 
-    `spairkit train --model air`; the figures of five seeds are in BENCHMARKS.md.
+    `spairkit train --model air`; BENCHMARKS.md has the figures of five seeds.
 
-    What mattered, on single runs. The loss is the expectation over all counts, in place of Concrete
-    draws, and log-odds of presence are clipped to 4: every object may then be missing with a chance
-    of 1 in 56, so that the first one learns to explain a digit alone. Without the clip two objects
-    share a single digit for 1,000 to 2,000 updates, some runs longer, as hardly any gradient is
-    left to switch the second one off; with it counts are right after 750 to 1,000. Clipped to 3
-    they are right sooner, and boxes fit worse. The prior of sizes is narrow and a little larger
-    than a digit, so that no box takes two. That does not hold boxes back where the count is given
-    and greater than one: there the prior is of smaller ones.
+    In single runs, two settings mattered. The loss is the expectation over all counts instead of
+    Concrete samples, and log-odds of presence are clipped to 4. Every object is then missing with a
+    probability of at least 1 in 56, so the first one learns to explain a digit alone, and counts
+    are right after 750 to 1,000 updates. Without the clip two objects share a digit for 1,000 to
+    2,000 updates or longer, because almost no gradient is left to switch the second one off. With a
+    clip of 3 counts are right sooner, but boxes fit worse. The prior of sizes is narrow and has a
+    mean slightly above the size of a digit, so that no box covers two. If the count is given and
+    greater than one that does not suffice, and the prior has a smaller mean.
     """
     return {
         "data": {
@@ -150,27 +155,30 @@ def quick_air() -> dict[str, Any]:
 
 
 def paper_air() -> dict[str, Any]:
-    """AIR and DAIR as the SPAIR paper compared them, the true counts given (docs/model.md 7, 8).
+    """AIR and DAIR as compared in the SPAIR paper, given the true counts (docs/model.md 7, 8).
 
-    Where every image has the same number of objects, 1, 3, 5, 7 or 9, the priors are those that
-    the authors searched for this number (`PRIORS`); otherwise those for five. On a CPU this is
-    for measuring, not for training: 300,000 updates. The score was not measured.
+    If all images have the same number of objects, 1, 3, 5, 7 or 9, the priors are those that the
+    authors found by search for this number (`PRIORS`), otherwise those for five. On a CPU 300,000
+    updates take too long. The score was not measured.
     """
-    return {"train": {"batch_size": 64, "gradient_noise": 0.0, "training_wheels": 0}}
+    return {"train": {"batch_size": 64, "gradient_noise": 0.0, "training_wheels": 0, "threads": 1}}
 
 
 def quick_conncomp() -> dict[str, Any]:
-    """ConnComp on 1 to 3 digits of 48 x 48 pixels: 100 thresholds tried on 1,000 scenes.
+    """ConnComp on 1 to 3 digits in 48 x 48 pixels: tries 100 thresholds on 1,000 scenes.
 
-    `spairkit train --model conncomp`: under a minute on one thread of a small two-core virtual
-    machine (2026-11-22). Test AP .677, of single digits .938; counts exactly right .728, 1.000.
+    `spairkit train --model conncomp` takes under a minute on one thread of a small two-core virtual
+    machine (2026-11-22). Test AP .677 and count accuracy .728; on single digits .938 and 1.000.
     """
-    return {"data": {"max_objects": 3, "validation_images": 256}, "train": {"steps": 100}}
+    return {
+        "data": {"max_objects": 3, "validation_images": 256},
+        "train": {"steps": 100, "threads": 1},
+    }
 
 
 def paper_conncomp() -> dict[str, Any]:
     """ConnComp as in the paper: 100 thresholds from .01 to 3, on black (docs/model.md 9)."""
-    return {"train": {"steps": 100}}
+    return {"train": {"steps": 100, "threads": 1}}
 
 
 PRIORS: dict[str, dict[int, tuple[float, float, float]]] = {
@@ -189,11 +197,11 @@ PRIORS: dict[str, dict[int, tuple[float, float, float]]] = {
         9: (-0.405, 0.25, 2.0),
     },
 }
-"""Mean and std of the scale's prior and std of the shift's, by number of digits in every image.
+"""Mean and std of the prior of the scale, and std of the prior of the shift, by digits per image.
 
-AIR's are those of the authors' code of 22 July 2018: they lie on the grid that the authors searched
-and came two days before the run in Fig. 2; the released file has others, off the grid. DAIR's are
-the released file's, the only ones there are (docs/model.md 7).
+Those of AIR are from the authors' code of 22 July 2018: they lie on the authors' search grid and
+are two days older than the run in Fig. 2. The released file has others, off the grid. Those of DAIR
+are from the released file, the only source (docs/model.md 7).
 """
 
 _PRESETS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
@@ -205,35 +213,34 @@ DEFAULT = "quick"
 
 
 def names() -> list[str]:
-    """The presets there are, the default one first."""
+    """Names of all presets, the default first."""
     return list(_PRESETS)
 
 
 def resolve(preset: str, *layers: Mapping[str, Any]) -> Config:
-    """The config of `preset` with `layers` of nested values laid over it, the last one on top.
+    """The config of `preset`, overridden by `layers` of nested values; later layers win.
 
-    A preset has a recipe for each kind of model; `model.kind` of the layers says which.
+    A preset has a recipe for each kind of model; `model.kind` in the layers selects it.
 
     Raises:
-        InputError: no such preset (the message lists them), or mistakes in the values, all at
-            once.
+        InputError: the preset is unknown, has no recipe for the kind, or values are invalid. The
+            message lists the presets, the kinds, or all invalid values.
     """
     if preset not in _PRESETS:
-        raise InputError(f"no preset {preset!r}; there are: {', '.join(names())}")
+        raise InputError(f"unknown preset {preset!r}; choose from: {', '.join(names())}")
     over = merge(*layers, {"preset": preset})
     kind = model_kind(over) or "spair"
     if kind not in _PRESETS[preset]:
-        from_dict(over)  # says what is wrong with a kind that there is not
-        raise InputError(
-            f"preset {preset} has no recipe for {kind}; it has for: {', '.join(_PRESETS[preset])}"
-        )
+        from_dict(over)  # raises if there is no such kind
+        kinds = ", ".join(_PRESETS[preset])
+        raise InputError(f"preset {preset!r} has no recipe for {kind}; it supports: {kinds}")
     recipe = _PRESETS[preset][kind]()
     config = from_dict(merge(recipe, over))
     return from_dict(merge(recipe, _fitted_to_data(config), over))
 
 
 def _fitted_to_data(config: Config) -> dict[str, Any]:
-    """What a recipe for AIR or DAIR takes from the numbers of objects in the images."""
+    """Settings of AIR and DAIR that depend on the numbers of objects in the images."""
     if not isinstance(config.model, AIRConfig):
         return {}
     least, most = config.data.min_objects, config.data.max_objects
@@ -242,6 +249,6 @@ def _fitted_to_data(config: Config) -> dict[str, Any]:
         names = ("scale_prior_mean", "scale_prior_std", "shift_prior_std")
         model |= dict(zip(names, PRIORS[config.model.kind][most], strict=True))
     elif config.preset == "quick" and config.model.told and most > 1:
-        # a steady pull to small boxes, where nothing else keeps one from taking several digits
+        # nothing else keeps a box from covering several digits
         model |= {"scale_prior_mean": -1.7, "scale_prior_std": 0.25}
     return {"model": model}

@@ -1,20 +1,15 @@
-"""The compositing renderer: objects with boxes, depths and presences onto an image.
+"""The compositing renderer: draws objects with boxes, depths and presences on a background.
 
-`render` is Algorithm 1 of the supplement (section C) with the rim rule of the authors' renderer.
-This file checks the arguments, picks an implementation and holds the readable one, in torch.
+`render` is Algorithm 1 of the supplement (section C) with the rim of the authors' renderer. This
+file checks the arguments, chooses an implementation and contains the readable one, in plain torch.
 """
 
 import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
+from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
 from spairkit.kernels.render_op import render_op
-
-MIN_SIDE = 1e-6
-"""Pixels. A box with a shorter side is empty: it has no scale to speak of."""
-
-MIN_IMPORTANCE = 1e-30
-"""Where the summed importance is not above this, float32 cannot divide by it: no object there."""
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -30,45 +25,56 @@ def render(
     importance_floor: float = 0.0,
     backend: Backend = "auto",
 ) -> Tensor:  # [B, C, H, W]
-    """Image of all objects, blended by transparency and importance over the background.
+    """The image of all objects, blended by transparency and importance over the background.
 
-    Object maps are placed in their boxes by bilinear interpolation, pixel centres on both sides;
-    beyond the texels of a map alpha and importance are 0 and the colour is the background's, so
-    that an object fades out over the texel at its rim and the image is continuous in the box.
-    With primes for values at a pixel, alpha' = interpolated alpha * presence, colour o', and
-    importance gamma' = interpolated max(alpha * presence * sigmoid(-depth), importance_floor):
+    Object maps are placed in their boxes by bilinear interpolation between pixel centres. Beyond
+    the texels of a map, alpha and importance are 0 and the colour is that of the background: an
+    object fades out over its outermost texel, and the image is continuous in the box. Primes denote
+    values at a pixel: alpha' is the interpolated alpha * presence, o' the interpolated colour, and
+    gamma' the interpolated importance max(alpha * presence * sigmoid(-depth), importance_floor).
 
         image = background + sum gamma' alpha' (o' - background) / sum gamma'
 
-    and exactly the background where the sum of gamma' is 0 (up to 1e-30). All presences 0 give
-    the background bit for bit. Every tensor gets its gradient; where nothing contributes it is 0.
-    NaN in an object gives NaN at the pixels that it covers, or a little beyond; a coordinate that
-    is not finite gives NaN in its whole image.
+    A pixel shows exactly the background if the sum of gamma' is at most 1e-30, as it is if all
+    presences are 0. All tensors get gradients, which are 0 where nothing contributes. NaN in an
+    object gives NaN at the pixels that it covers, or slightly beyond; a coordinate that is not
+    finite gives NaN in its whole image.
 
     Args:
         rgba: [B, N, h, w, C + 1] in [0, 1], alpha last; float32, float16 or bfloat16 with float32
             arithmetic, or float64 on the torch backend. C from 1 to 4, h and w from 2 to 64.
         boxes: [B, N, 4] x1, y1, x2, y2 in pixels, half-open. A box may leave the image; one that
             is empty or inverted (a side under 1e-6 px) contributes nothing and gets no gradient.
-        depth: [B, N] z_depth, lower is nearer.
+        depth: [B, N] z_depth; lower is nearer.
         presence: [B, N] z_pres in [0, 1].
-        background: [B, C, H, W] in [0, 1], or [B, C, 1, 1] for one colour an image, with `size`.
-        size: (H, W) in pixels of the image where the background is one colour; by default the
-            background's own.
-        importance_floor: 0 is the supplement; the authors' renderer has 0.01. A texel's
-            importance is never below it, so that absent objects still blend in background where
-            boxes overlap.
+        background: [B, C, H, W] in [0, 1], or [B, C, 1, 1] for one colour per image, with `size`.
+        size: (H, W) of the image in pixels if the background is one colour; default: the size of
+            the background.
+        importance_floor: lower bound of a texel's importance. 0 is the supplement. The authors'
+            renderer has 0.01: absent objects still blend in background where boxes overlap.
         backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto": by
             the device of `rgba`. Only "torch" has second derivatives and float64.
 
     Returns:
-        [B, C, H, W] float32 (float64 if `rgba` is).
+        [B, C, H, W] float32, or float64 if `rgba` is.
 
     Raises:
-        ValueError: an argument's rank, shape, dtype or device does not fit, or its value is out
-            of range; the message names it.
+        ValueError: the rank, shape, dtype, device or value of an argument is wrong; the message
+            names it.
 
-    Source: Algorithm 1 of the supplement, section C; rim rule and floor from the authors' code.
+    A white square of 2 x 2 texels in a box of 2 x 2 pixels:
+
+    >>> square = torch.ones(1, 1, 2, 2, 4)
+    >>> boxes = torch.tensor([[[1.0, 1.0, 3.0, 3.0]]])
+    >>> depth, presence = torch.zeros(1, 1), torch.ones(1, 1)
+    >>> black = torch.zeros(1, 3, 4, 4)
+    >>> render(square, boxes, depth, presence, black)[0, 0]
+    tensor([[0., 0., 0., 0.],
+            [0., 1., 1., 0.],
+            [0., 1., 1., 0.],
+            [0., 0., 0., 0.]])
+
+    Source: Algorithm 1 of the supplement, section C; rim and floor from the authors' code.
     """
     _check(rgba, boxes, depth, presence, background, size, importance_floor)
     if size is not None:
@@ -96,9 +102,9 @@ def _check(
         raise ValueError(f"rgba must be [B, N, h, w, C + 1], got shape {tuple(rgba.shape)}")
     num_images, num_objects, height, width, channels = rgba.shape
     if not 2 <= channels <= 5:
-        raise ValueError(f"rgba must hold 1 to 4 colours and alpha, got {channels} channels")
+        raise ValueError(f"rgba must have 1 to 4 colours and alpha, got {channels} channels")
     if not (2 <= height <= 64 and 2 <= width <= 64):
-        raise ValueError(f"rgba maps must be 2 to 64 texels a side, got {height}x{width}")
+        raise ValueError(f"rgba must have 2 to 64 texels per side, got {height}x{width}")
     wanted = {
         "boxes": (boxes, (num_images, num_objects, 4)),
         "depth": (depth, (num_images, num_objects)),
@@ -107,11 +113,11 @@ def _check(
     for name, (tensor, shape) in wanted.items():
         if tensor.shape != shape:
             raise ValueError(
-                f"{name} must have shape {shape} to go with rgba, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to match rgba, got {tuple(tensor.shape)}"
             )
     if background.dim() != 4 or background.shape[:2] != (num_images, channels - 1):
         raise ValueError(
-            f"background must be [{num_images}, {channels - 1}, H, W] to go with rgba, "
+            f"background must be [{num_images}, {channels - 1}, H, W] to match rgba, "
             f"got shape {tuple(background.shape)}"
         )
     if size is not None and not (
@@ -119,11 +125,11 @@ def _check(
         and len(size) == 2
         and all(isinstance(n, int | torch.SymInt) and n > 0 for n in size)
     ):
-        raise ValueError(f"size must be two whole numbers above 0, (H, W), got {size!r}")
+        raise ValueError(f"size must be two positive integers (H, W), got {size!r}")
     if size is not None and background.shape[2:] not in ((1, 1), tuple(size)):
         raise ValueError(
-            f"size is for a background of [B, C, 1, 1], got size {tuple(size)} "
-            f"with a background of {tuple(background.shape)}"
+            f"size {tuple(size)} needs a background of [B, C, 1, 1], "
+            f"got shape {tuple(background.shape)}"
         )
     for name, tensor in {
         "rgba": rgba,
@@ -131,7 +137,7 @@ def _check(
         "background": background,
     }.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
         if tensor.device != rgba.device:
             raise ValueError(
                 f"{name} must be on the device of rgba, {rgba.device}, got {tensor.device}"
@@ -141,7 +147,7 @@ def _check(
         if tensor.dtype == torch.float64 and rgba.dtype != torch.float64:
             raise ValueError(f"{name} is float64, so rgba must be too, got {rgba.dtype}")
     if not 0.0 <= importance_floor < float("inf"):
-        raise ValueError(f"importance_floor must be 0 or positive, got {importance_floor}")
+        raise ValueError(f"importance_floor must be finite and at least 0, got {importance_floor}")
 
 
 def _render_torch(
@@ -169,7 +175,7 @@ def _render_torch(
     values = rows[:, :, None] @ maps @ columns.mT[:, :, None]  # [B, N, C + 2, H, W]
     colour, alpha, importance = values.split([rgba.shape[-1] - 1, 1, 1], dim=2)
 
-    # what the taps inside the map do not cover is background: o' - bg has no term for it
+    # taps beyond the map have the colour of the background and add nothing to o' - background
     cover = rows.sum(-1)[:, :, None, :, None] * columns.sum(-1)[:, :, None, None, :]
     change = (importance * alpha * (colour - cover * background[:, None])).sum(1)
     total = importance.sum(1)  # [B, 1, H, W]
@@ -179,7 +185,7 @@ def _render_torch(
 
 
 def _taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels: int) -> Tensor:
-    """[B, N] -> [B, N, pixels, texels]: the weight of every texel at every pixel, on one axis."""
+    """[B, N, pixels, texels]: the weight of every texel at every pixel, on one axis."""
     side = torch.where(empty, torch.ones_like(low), high - low)[..., None]
     pixel = torch.arange(num_pixels, dtype=low.dtype, device=low.device) + 0.5
     texel = torch.arange(num_texels, dtype=low.dtype, device=low.device)

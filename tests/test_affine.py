@@ -1,4 +1,4 @@
-"""Glimpses and placed maps beside loops over pixels in float64, and their gradients."""
+"""Glimpses and placed maps against loops over pixels in float64, and their gradients."""
 
 import math
 
@@ -10,7 +10,7 @@ from spairkit.models.affine import cut, place
 
 
 def sample(image: list[list[float]], row: float, column: float) -> float:
-    """Bilinear interpolation of the four neighbours, of which those outside are zero."""
+    """Bilinear interpolation of the four neighbours, with zeros outside."""
     total = 0.0
     for r in (math.floor(row), math.floor(row) + 1):
         for c in (math.floor(column), math.floor(column) + 1):
@@ -24,7 +24,7 @@ def index(along: float, samples: int) -> float:
 
 
 def boxes(batch: int, num: int) -> tuple[Tensor, Tensor]:
-    """Some of them leave the image."""
+    """Boxes, some of which leave the image."""
     generator = torch.Generator().manual_seed(2)
     scale = 0.05 + 0.9 * torch.rand(batch, num, 2, generator=generator, dtype=torch.float64)
     shift = 2 * torch.rand(batch, num, 2, generator=generator, dtype=torch.float64) - 1
@@ -67,7 +67,7 @@ def test_place_equals_a_loop_over_pixels() -> None:
                         assert float(placed[b, n, c, i, j]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_whole_image_is_itself() -> None:
+def test_cutting_the_whole_image_returns_it() -> None:
     images = torch.rand(1, 3, 9, 9, dtype=torch.float64)
     whole = torch.ones(1, 1, 2, dtype=torch.float64), torch.zeros(1, 1, 2, dtype=torch.float64)
     # a thousandth of a texel short, as in the authors' code
@@ -77,8 +77,8 @@ def test_the_whole_image_is_itself() -> None:
     )
 
 
-def test_place_puts_back_what_cut_took_out() -> None:
-    """Of an image that is bright in the middle of a box, and smooth."""
+def test_place_inverts_cut() -> None:
+    """For a smooth image that is bright in the middle of a box."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, 64, dtype=torch.float64)] * 2, indexing="ij")
     image = torch.exp(-((x - 0.2) ** 2 + (y + 0.3) ** 2) / 0.05).expand(1, 3, 64, 64)
     scale = torch.tensor([[[0.5, 0.6]]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Which backend runs: chosen by device, without numba or triton in the way, never silently slow."""
+"""The choice of the backend by device, and warnings if Numba or Triton is missing."""
 
 import subprocess
 import sys
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def _untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend has been tried out yet."""
+    """No backend has been tried yet."""
     monkeypatch.setattr(backends, "_tried", {})
 
 
-def test_auto_goes_by_device_and_dtype() -> None:
+def test_auto_depends_on_device_and_dtype() -> None:
     assert chosen_backend("auto", torch.zeros(1), "x") == "cpu"
     assert chosen_backend("auto", torch.zeros(1).bfloat16(), "x") == "cpu"
     assert chosen_backend("auto", torch.zeros(1).double(), "x") == "torch"
@@ -60,19 +60,22 @@ def test_auto_is_decided_while_tracing(relaxed: bool) -> None:
     torch.testing.assert_close(traced(*inputs), loss(*inputs))
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_functions_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     def njit_without_a_place(*args: Any, cache: bool = False, **kwargs: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function: no locator available for file")
         return numba.njit(*args, **kwargs)
 
+    def successor(number: int) -> int:
+        return number + 1
+
     monkeypatch.setattr(threads, "njit", njit_without_a_place)
-    assert threads.compiled(threads._successor)(4) == 5
+    assert threads.compiled(successor)(4) == 5
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("num_images", [0, 1, 5])
-def test_every_image_is_done_once(num_images: int, num_threads: int) -> None:
+def test_every_image_is_computed_once(num_images: int, num_threads: int) -> None:
     done = [0] * num_images
 
     def count(start: int, stop: int) -> None:
@@ -86,7 +89,7 @@ def test_every_image_is_done_once(num_images: int, num_threads: int) -> None:
     assert done == [1] * num_images
 
 
-def test_compilers_are_imported_only_when_they_are_needed() -> None:
+def test_compilers_are_imported_on_demand() -> None:
     code = (
         "import sys, spairkit.rendering, spairkit.presence; "
         "print(sorted({'numba', 'triton'} & set(sys.modules)))"

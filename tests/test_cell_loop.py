@@ -46,7 +46,7 @@ def build(config: SPAIRConfig) -> SPAIR:
 
 
 def latents_of(model: SPAIR, images: Tensor, noise: Noise, wheels: bool, readable: bool) -> Latents:
-    """Gradients to the images are what the readable loop alone can give."""
+    """Requires gradients of images for the readable loop, which alone supports them."""
     images = images.clone().requires_grad_() if readable else images
     return model._encode(images, noise, training_wheels=wheels, relaxed=True)
 
@@ -63,7 +63,7 @@ def score(latents: Latents) -> Tensor:
 
 
 def gradients(model: SPAIR, total: Tensor) -> dict[str, Tensor]:
-    """Of the parameters that get one at all."""
+    """Gradients of all parameters that have one."""
     model.zero_grad()
     total.backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -124,7 +124,7 @@ def test_float32_is_near_float64(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # Numba, and torch
-def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
+def test_nan_propagates(dtype: torch.dtype) -> None:
     model = build(SMALL).to(dtype)
     images = torch.rand(2, 3, 36, 36, dtype=dtype)
     images[0, :, 20, 20] = torch.nan
@@ -158,6 +158,16 @@ def test_threads_share_the_images_of_a_batch(variant: str) -> None:
         assert float((alone - shared).detach().norm() / alone.detach().norm()) < 1e-5
 
 
+def test_networks_of_any_depth_and_activation_share_one_compilation() -> None:
+    from spairkit.kernels.cells_cpu import cells_backward, cells_forward
+
+    for variant in VARIANTS.values():
+        for wheels in (False, True):
+            model = build(variant).float()
+            model(torch.rand(2, 3, 24, 24), training_wheels=wheels).total.sum().backward()
+    assert len(cells_forward.signatures) == len(cells_backward.signatures) == 1
+
+
 def test_two_runs_give_the_same_bits() -> None:
     model = build(VARIANTS["celu"]).float()
     images = torch.rand(4, 3, 48, 48)
@@ -168,7 +178,7 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_to_images_are_right_if_asked_for() -> None:
+def test_gradients_of_images_match_differences() -> None:
     model = build(SMALL)
     images = torch.rand(1, 3, 12, 24, dtype=torch.float64, requires_grad=True)
     noise = model._draw(images.detach(), torch.Generator().manual_seed(1))
@@ -195,7 +205,7 @@ def test_refuses_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_notices_weights_that_were_changed_before_the_way_back(
+def test_notices_weights_that_changed_before_the_backward_pass(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(backends._tried, "cpu", compiled)
@@ -207,14 +217,14 @@ def test_notices_weights_that_were_changed_before_the_way_back(
         total.backward()
 
 
-def test_frees_what_it_kept_after_the_way_back() -> None:
+def test_frees_saved_tensors_after_the_backward_pass() -> None:
     total = build(SMALL).float()(torch.rand(2, 3, 24, 24)).total.sum()
     total.backward()
     with pytest.raises(RuntimeError, match="second time"):
         total.backward()
 
 
-def test_mixed_precision_outside_changes_the_features_only() -> None:
+def test_autocast_outside_changes_only_the_features() -> None:
     model = build(SMALL).float()
     images = torch.rand(2, 3, 24, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):

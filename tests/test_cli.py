@@ -108,7 +108,7 @@ def test_wrong_usage_is_one_line_and_2(run: Runner, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--preset", "nope"], "no preset 'nope'; there are: quick, laptop, paper"),
+        (["train", "--preset", "nope"], "unknown preset 'nope'; choose from: quick, laptop, paper"),
         (["train", "--set", "train.steps=0"], "train.steps: input should be greater than or equal"),
         (["train", "--set", "train.stops=1"], "unknown key, did you mean steps?"),
         (["train", "--set", "steps"], "--set steps: write key=value"),

@@ -253,7 +253,7 @@ def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture[s
         (["--set", "data.max_objects=2"], "--set data.max_objects: set by the comparison"),
         (["--set", "spair.data.seed=2"], "--set spair.data: all models use the same images"),
         (["--budget", "soon"], "--budget soon: write updates"),
-        (["--preset", "slow"], "no preset 'slow'"),
+        (["--preset", "slow"], "unknown preset 'slow'"),
         (["--set", "spair.model.whats=3"], "model.whats: unknown key, did you mean what?"),
         (["--objects", "100"], "more area than the image has"),
     ],

@@ -1,6 +1,6 @@
-"""Every kernel compiles, without a GPU: the defaults here, all for all GPUs by the gate's command.
+"""Default kernels compile without a GPU; the gate's command builds all, for all GPUs.
 
-The interpreter that stands in for a GPU is laxer than the compiler, and says nothing of registers.
+The interpreter accepts more than the compiler does, and does not count registers.
 """
 
 import os
@@ -43,7 +43,7 @@ def test_the_gate_lists_every_kernel() -> None:
     assert listed == written
 
 
-def test_a_failure_or_a_spill_does_not_pass() -> None:
+def test_failures_and_spills_do_not_pass() -> None:
     rows = configurations()
     default = next(row for row in rows if row.is_default)
     other = next(row for row in rows if not row.is_default)

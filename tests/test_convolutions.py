@@ -16,7 +16,7 @@ ROUNDING = 3e-7  # torch's own is less on some processors than on others
 
 
 def operands(*shape: int, channels: int = CHANNELS, outputs: int = OUTPUTS) -> list[Tensor]:
-    """Images, weight and bias that want gradients."""
+    """Images, weight and bias that require gradients."""
     torch.manual_seed(0)
     batch, height, width = shape
     images = torch.randn(batch, channels, height, width)
@@ -30,14 +30,14 @@ def halve(inputs: list[Tensor]) -> Tensor:
 
 
 def expected(inputs: list[Tensor]) -> Tensor:
-    """By torch in float64, of images to which many zeros are added."""
+    """The convolution by torch in float64, of images padded with many zeros."""
     images, weight, bias = (x.double() for x in inputs)
     rows, columns = ((size + 1) // 2 for size in images.shape[2:])
     return F.conv2d(F.pad(images, (0, 3, 0, 3)), weight, bias, 2)[..., :rows, :columns]
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    """Relative, of all numbers together."""
+    """Relative error over all numbers."""
     found, wanted = found.detach().double(), wanted.detach()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-3))
 
@@ -48,7 +48,7 @@ def assert_near(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which functions of the kernel were called, as it goes; it takes images of any size."""
+    """Kernel functions called so far; the kernel is used for images of any size."""
     made: list[str] = []
     monkeypatch.setattr(convolutions, "_LEAST_PIXELS", 0)
 
@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("size", "paddings"),
     [(48, (2, 2, 1)), (84, (2, 2, 1)), (210, (2, 3, 2)), (160, (2, 2, 3))],
 )
-def test_pads_as_the_specification_computes(size: int, paddings: tuple[int, ...]) -> None:
+def test_padding_equals_that_of_the_specification(size: int, paddings: tuple[int, ...]) -> None:
     for stride, padding in zip((2, 2, 3), paddings, strict=True):
         assert end_padding(size, 4, stride) == padding
         size = (size + padding - 4) // stride + 1
@@ -87,7 +87,7 @@ def test_pads_as_the_specification_computes(size: int, paddings: tuple[int, ...]
         (0, 8, 8),
     ],
 )
-def test_stride_two_is_that_of_torch(shape: tuple[int, int, int], calls: list[str]) -> None:
+def test_stride_two_matches_torch(shape: tuple[int, int, int], calls: list[str]) -> None:
     inputs = operands(*shape)
     found, wanted = halve(inputs), expected(inputs)
     assert found.shape == wanted.shape
@@ -102,7 +102,7 @@ def test_stride_two_is_that_of_torch(shape: tuple[int, int, int], calls: list[st
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_any_layout_of_memory_will_do(layout: torch.memory_format, calls: list[str]) -> None:
+def test_any_memory_format_is_supported(layout: torch.memory_format, calls: list[str]) -> None:
     images, weight, bias = (x.detach() for x in operands(2, 10, 8))
     images, weight = (x.contiguous(memory_format=layout) for x in (images, weight))
     wide = torch.cat([images, images], dim=3)[..., :8]
@@ -129,7 +129,7 @@ def test_threads_share_the_images(calls: list[str]) -> None:
             assert_near(got, wanted.double())
 
 
-def test_a_gradient_can_be_derived_in_turn(calls: list[str]) -> None:
+def test_second_derivatives_match_torch(calls: list[str]) -> None:
     inputs = operands(2, 5, 6)
 
     def derivatives(values: Tensor) -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ def test_a_gradient_can_be_derived_in_turn(calls: list[str]) -> None:
         (48, 64, 4, 2, torch.bfloat16),
     ],
 )
-def test_all_others_are_torchs(
+def test_other_convolutions_use_torch(
     channels: int,
     outputs: int,
     side: int,
@@ -172,7 +172,7 @@ def test_all_others_are_torchs(
     assert not calls
 
 
-def test_autocast_is_torchs(calls: list[str]) -> None:
+def test_autocast_uses_torch(calls: list[str]) -> None:
     images, weight, bias = operands(2, 32, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert convolve(images, weight, bias, 2).dtype == torch.bfloat16
@@ -181,7 +181,7 @@ def test_autocast_is_torchs(calls: list[str]) -> None:
     assert calls == ["convolve_cpu"]
 
 
-def test_a_few_pixels_are_torchs() -> None:
+def test_small_batches_use_torch() -> None:
     images, weight, bias = operands(1, 24, 24)
     values = convolve(images, weight, bias, 2)
     assert torch.equal(values, convolutions.convolve_by_torch(images, weight, bias, 2))

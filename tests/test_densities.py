@@ -37,7 +37,7 @@ def test_concrete_samples_are_on_as_often_as_the_logit_says(temperature: float) 
     torch.testing.assert_close((draws > 0.5).float().mean(0), logits.sigmoid(), rtol=0, atol=0.01)
 
 
-def test_concrete_samples_are_finite_at_the_ends() -> None:
+def test_concrete_samples_are_finite_at_extreme_logits() -> None:
     logits = torch.tensor([-10.0, 10.0], requires_grad=True)
     for end in (0.0, 1 - 2**-24):
         draws = concrete_sample(logits, logistic(torch.full((2,), end)), 0.5)
@@ -45,7 +45,7 @@ def test_concrete_samples_are_finite_at_the_ends() -> None:
         assert bool(torch.autograd.grad(draws.sum(), logits)[0].isfinite().all())
 
 
-def test_cross_entropy_is_finite_for_a_perfect_and_for_an_opposite_image() -> None:
+def test_cross_entropy_is_finite_for_a_perfect_and_an_inverted_image() -> None:
     target = torch.tensor([[0.0, 1.0]])
     same, opposite = target.clone(), 1 - target
     assert float(bernoulli_cross_entropy(same, target, 1e-9)) == pytest.approx(0, abs=1e-6)
@@ -58,22 +58,22 @@ def test_cross_entropy_is_finite_for_a_perfect_and_for_an_opposite_image() -> No
     ("step", "success"),
     [(0, 1e-6), (3000, 0.0010), (5000, 0.0908), (6000, 0.4969), (8000, 0.9780), (10**6, 0.98765)],
 )
-def test_the_exponential_schedule_is_the_table_of_section_2(step: int, success: float) -> None:
+def test_the_exponential_schedule_matches_the_table_of_section_2(step: int, success: float) -> None:
     actual = count_success(step, 1e6, 0.0125, 1000, "exponential")
     assert actual == pytest.approx(success, rel=0.01)
 
 
-def test_the_log_linear_schedule_goes_straight_and_stays() -> None:
+def test_the_log_linear_schedule_is_linear_then_constant() -> None:
     odds = [1 / count_success(t, 1.0, 0.01, 100, "log-linear") - 1 for t in (0, 50, 100, 999)]
     assert odds == pytest.approx([1.0, 0.1, 0.01, 0.01])
 
 
-def test_squash_keeps_away_from_0_and_1() -> None:
+def test_squash_stays_away_from_0_and_1() -> None:
     values = squash(torch.tensor([-1e4, 0.0, 1e4]))
     torch.testing.assert_close(values, torch.tensor([4.54e-5, 0.5, 1 - 4.54e-5]), rtol=0, atol=1e-7)
 
 
-def test_limited_logits_can_come_back() -> None:
+def test_limited_logits_can_return_inside() -> None:
     logits = torch.tensor([-9.0, -2.0, 1.0, 9.0], requires_grad=True)
     assert limited(logits, 3.0).tolist() == [-3.0, -2.0, 1.0, 3.0]
     for sign, passed in ((1.0, [0.0, 1.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, -1.0, 0.0])):

@@ -33,14 +33,14 @@ _exp_all, _log_all = compiled(_exp_of_all), compiled(_log_of_all)
 _exp64_all, _log64_all = compiled(_exp64_of_all), compiled(_log64_of_all)
 
 
-def test_exp_is_right_to_a_bit_or_two_where_results_are_normal() -> None:
+def test_exp_is_accurate_to_two_bits_for_normal_results() -> None:
     x = np.linspace(-87, 88, 200_001).astype(np.float32)
     y = np.empty_like(x)
     _exp_all(x, y)
     np.testing.assert_allclose(y, np.exp(x.astype(np.float64)), rtol=3e-7)
 
 
-def test_log_is_right_to_a_bit_or_two_over_all_normal_numbers() -> None:
+def test_log_is_accurate_to_two_bits_for_normal_numbers() -> None:
     spread = np.exp(np.linspace(-87, 88, 200_001))
     near_one = np.linspace(0.5, 2, 200_001)
     for x in (spread.astype(np.float32), near_one.astype(np.float32)):
@@ -49,14 +49,14 @@ def test_log_is_right_to_a_bit_or_two_over_all_normal_numbers() -> None:
         np.testing.assert_allclose(y, np.log(x.astype(np.float64)), rtol=3e-7, atol=1e-9)
 
 
-def test_exp_of_float64_is_right_to_13_digits() -> None:
+def test_exp_of_float64_is_accurate_to_13_digits() -> None:
     x = np.linspace(-708, 709, 200_001)
     y = np.empty_like(x)
     _exp64_all(x, y)
     np.testing.assert_allclose(y, np.exp(x), rtol=3e-14)
 
 
-def test_log_of_float64_is_right_to_14_digits() -> None:
+def test_log_of_float64_is_accurate_to_14_digits() -> None:
     for x in (np.exp(np.linspace(-708, 709, 200_001)), np.linspace(0.5, 2, 200_001)):
         y = np.empty_like(x)
         _log64_all(x, y)
@@ -80,7 +80,7 @@ def test_nan_stays_nan(function: Any, dtype: Any) -> None:
     assert np.isfinite(y[1::2]).all()
 
 
-def test_beyond_the_range_of_normal_numbers_exp_stays_at_its_ends() -> None:
+def test_exp_saturates_beyond_the_range_of_normal_numbers() -> None:
     x = np.array([-np.inf, -1e4, 1e4, np.inf], np.float32)
     y = np.empty_like(x)
     _exp_all(x, y)

@@ -1,4 +1,4 @@
-"""Fused functions on the CPU against plain torch in float64, and when plain torch has to do."""
+"""Fused functions on the CPU against plain torch in float64, and the cases for plain torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,14 +25,14 @@ def kls(mean: Tensor, std: Tensor, weight: Tensor) -> Tensor:
 
 
 def maps(*shape: int) -> list[Tensor]:
-    """Logits [..., 3, 5, 4] of which some are clipped, scale and bias."""
+    """Logits [..., 3, 5, 4], some of them clipped; scale; bias."""
     scale = torch.tensor([2.0, 2.0, 2.0, 0.1]).expand(3, 5, 4)
     bias = torch.tensor([0.0, 0.0, 0.0, 5.0]).expand(3, 5, 4)
     return [6 * torch.randn(*shape, 3, 5, 4), scale, bias]
 
 
 def pixels(*shape: int) -> list[Tensor]:
-    """An image that leaves [0, 1] here and there, and what it should be."""
+    """An image with some pixels outside [0, 1], and a target."""
     return [1.4 * torch.rand(*shape) - 0.2, torch.rand(*shape)]
 
 
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[Function, Callable[..., list[Tensor]], int]] = {
     "cross_entropy": (cross_entropy, pixels, 1),
     "kls": (kls, moments, 3),
 }
-"""Function, its inputs, and how many of them get gradients."""
+"""Function, its inputs, and the number of inputs with gradients."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Function]:
-    """The kernels that were called, as it goes."""
+    """The kernels called so far."""
     calls: list[Function] = []
 
     def watched(plain: Function, forward: Function, *rest: Any) -> Tensor:
@@ -69,7 +69,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Function]:
 
 
 def plain(function: Function) -> Function:
-    """The function as it is where Numba does not work."""
+    """The function as on a machine without Numba."""
 
     def without_numba(*inputs: Tensor) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
@@ -80,7 +80,7 @@ def plain(function: Function) -> Function:
 
 
 def weighted(value: Tensor) -> Tensor:
-    """A sum with a weight of its own on every number."""
+    """A sum with a different weight for every number."""
     generator = torch.Generator().manual_seed(5)
     return (value * torch.randn(value.shape, generator=generator).to(value.dtype)).sum()
 
@@ -111,7 +111,7 @@ def assert_no_worse(function: Function, inputs: list[Tensor], num_wanted: int) -
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (32, 16)])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_are_those_of_torch(
+def test_values_and_gradients_match_torch(
     name: str, shape: tuple[int, ...], kernel_calls: list[Function]
 ) -> None:
     function, inputs, num_wanted = CASES[name]
@@ -120,32 +120,32 @@ def test_values_and_gradients_are_those_of_torch(
 
 
 @pytest.mark.parametrize("floor", [1e-2, 1e-9, 1e-30])
-def test_a_floor_of_any_size_counts_at_black_and_at_white(floor: float) -> None:
+def test_floors_of_any_size_hold_at_black_and_white(floor: float) -> None:
     image, target = pixels(3, 3, 48, 48)
     image.view(-1)[::7], image.view(-1)[::11] = 0.0, 1.0
     image.view(-1)[::13], image.view(-1)[::17] = 2.0**-24, 1 - 2.0**-24
     assert_no_worse(lambda x, y: bernoulli_cross_entropy(x, y, floor), [image, target], 1)
 
 
-def test_a_floor_that_is_no_normal_number_takes_plain_torch(kernel_calls: list[Function]) -> None:
+def test_a_subnormal_floor_uses_plain_torch(kernel_calls: list[Function]) -> None:
     value = bernoulli_cross_entropy(torch.zeros(1, 1), torch.ones(1, 1), 1e-40)
     assert float(value) == pytest.approx(92.1, abs=0.1)
     assert not kernel_calls
 
 
-def test_a_pixel_gets_a_gradient_from_0_to_1_and_none_beyond() -> None:
+def test_a_pixel_gets_a_gradient_only_within_0_and_1() -> None:
     image = torch.tensor([[-1e-6, 0.0, 1.0, 1 + 1e-6, 5.0]], requires_grad=True)
     (grad,) = torch.autograd.grad(cross_entropy(image, torch.full((1, 5), 0.5)).sum(), image)
     assert (grad != 0).tolist() == [[False, True, True, False, False]]
 
 
-def test_sums_over_a_large_image_keep_their_digits() -> None:
+def test_sums_over_a_large_image_are_accurate() -> None:
     image, target = pixels(4, 3, 512, 512)
     exact = cross_entropy(image.double(), target.double())
     torch.testing.assert_close(cross_entropy(image, target).double(), exact, rtol=3e-7, atol=0)
 
 
-def test_a_logit_gets_a_gradient_up_to_the_limit_and_none_beyond() -> None:
+def test_a_logit_gets_a_gradient_only_up_to_the_limit() -> None:
     ends = torch.tensor([9.9999, 10.0, 10.0001, 1e30])
     logits = torch.cat([ends, -ends]).requires_grad_()
     values = scaled_squash(logits, torch.ones(8), torch.zeros(8))
@@ -156,7 +156,7 @@ def test_a_logit_gets_a_gradient_up_to_the_limit_and_none_beyond() -> None:
         assert end[1] == end[2] == end[3]
 
 
-def test_without_objects_kls_are_0_and_weights_still_get_gradients() -> None:
+def test_with_zero_weights_kls_are_0_and_weights_get_gradients() -> None:
     mean, std, weight = moments(2, 3)
     value, *grads = results(kls, [mean, std, torch.zeros_like(weight)], 3, torch.float32)
     assert not bool(value.any())
@@ -164,7 +164,7 @@ def test_without_objects_kls_are_0_and_weights_still_get_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_no_number_goes_where_it_goes_in_torch(name: str) -> None:
+def test_nan_propagates_as_in_torch(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     for position in range(num_wanted):
         broken = inputs(2, 3)
@@ -177,7 +177,7 @@ def test_what_is_no_number_goes_where_it_goes_in_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_strided_inputs_and_gradients_give_the_same(name: str) -> None:
+def test_strides_do_not_change_results(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     straight = inputs(4, 6)
     strided = [torch.stack([x, x], dim=-1)[..., 0] for x in straight]
@@ -193,7 +193,7 @@ def test_strided_inputs_and_gradients_give_the_same(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
+def test_threads_do_not_change_bits(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     given, num_threads = inputs(5, 6), torch.get_num_threads()
     try:
@@ -207,7 +207,7 @@ def test_the_same_bits_for_any_number_of_threads(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_images_are_no_error(name: str) -> None:
+def test_empty_batches(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     value, *grads = results(function, inputs(0, 6), num_wanted, torch.float32)
     assert value.shape[0] == 0
@@ -215,7 +215,7 @@ def test_no_images_are_no_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_can_be_derived_in_turn(name: str) -> None:
+def test_second_derivatives_match_plain_torch(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
 
     def slope(*inputs: Tensor) -> Tensor:
@@ -234,7 +234,7 @@ def test_gradients_can_be_derived_in_turn(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_compiler_that_traces_sees_plain_torch(name: str, kernel_calls: list[Function]) -> None:
+def test_a_trace_contains_plain_torch(name: str, kernel_calls: list[Function]) -> None:
     function, inputs, _ = CASES[name]
     given = inputs(2, 3)
     traced = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
@@ -243,7 +243,7 @@ def test_a_compiler_that_traces_sees_plain_torch(name: str, kernel_calls: list[F
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_other_dtypes_and_a_broken_numba_take_plain_torch(
+def test_other_dtypes_and_a_broken_numba_use_plain_torch(
     name: str, kernel_calls: list[Function]
 ) -> None:
     function, inputs, _ = CASES[name]
@@ -256,7 +256,7 @@ def test_other_dtypes_and_a_broken_numba_take_plain_torch(
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_inference_takes_the_kernel(
+def test_inference_uses_the_kernel(
     name: str, mode: Callable[[], Any], kernel_calls: list[Function]
 ) -> None:
     function, inputs, _ = CASES[name]
@@ -268,7 +268,7 @@ def test_inference_takes_the_kernel(
     assert len(kernel_calls) == 2
 
 
-def test_inputs_whose_gradients_no_kernel_gives_take_plain_torch(
+def test_inputs_without_a_gradient_kernel_use_plain_torch(
     kernel_calls: list[Function],
 ) -> None:
     for function, make in ((scaled_squash, maps), (cross_entropy, pixels)):
@@ -278,7 +278,7 @@ def test_inputs_whose_gradients_no_kernel_gives_take_plain_torch(
     assert not kernel_calls
 
 
-def test_shapes_that_broadcast_take_plain_torch(kernel_calls: list[Function]) -> None:
+def test_shapes_that_broadcast_use_plain_torch(kernel_calls: list[Function]) -> None:
     image, target = pixels(2, 3)
     both = torch.stack([target[0], target[0]])
     assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))

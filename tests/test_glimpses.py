@@ -44,7 +44,7 @@ def test_matches_a_loop_over_pixels(height: int, width: int) -> None:
             torch.testing.assert_close(actual[b, n], expected, rtol=0, atol=1e-12)
 
 
-def test_the_whole_image_at_its_own_size_is_the_image() -> None:
+def test_a_glimpse_of_the_whole_image_equals_the_image() -> None:
     images = torch.rand(1, 3, 8, 8)
     boxes = torch.tensor([[[0.0, 0.0, 8.0, 8.0]]])
     torch.testing.assert_close(extract_glimpses(images, boxes, 8)[:, 0], images)
@@ -106,7 +106,7 @@ def test_rows_and_their_gradient_match_autograd(way: str, height: int, width: in
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_boxes_that_are_no_numbers_read_inside_the_image(way: str) -> None:
+def test_nan_boxes_read_inside_the_image(way: str) -> None:
     dtype, cut, gradient = WAYS[way]
     images = torch.rand(1, 3, 8, 8, dtype=dtype)
     rows = [[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]]

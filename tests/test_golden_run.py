@@ -1,8 +1,8 @@
-"""Twenty seeded updates of a small SPAIR, losses written down: a rewrite may not move them.
+"""Twenty seeded updates of a small SPAIR, whose losses a rewrite must not change.
 
-In float64: training amplifies rounding, and twenty updates in float32 would differ by percents. A
-faster way to the same mathematics moves the last digits only. A change of the mathematics moves
-them all: it says so in its commit, with these figures anew.
+They run in float64, because training amplifies rounding: twenty updates in float32 would differ by
+percents. A faster implementation changes only the last digits. A commit that changes the
+mathematics says so and updates the losses.
 """
 
 import pytest
@@ -67,5 +67,5 @@ def losses_of_a_run() -> list[float]:
     return totals
 
 
-def test_losses_are_those_written_down() -> None:
+def test_losses_equal_the_recorded_ones() -> None:
     assert losses_of_a_run() == pytest.approx(LOSSES, rel=1e-5)

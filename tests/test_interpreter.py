@@ -1,7 +1,7 @@
-"""The Triton kernels, on a machine without a GPU: their tests again, in Triton's interpreter.
+"""Runs the tests of the Triton kernels in Triton's interpreter, on a machine without a GPU.
 
-Triton chooses between compiler and interpreter when it is imported: hence a process of its own, and
-one for all of them, since torch and its compiler take long to import.
+Triton chooses between compiler and interpreter when it is imported, so they need another process:
+a single one, because importing torch and its compiler takes long.
 """
 
 import os
@@ -16,7 +16,7 @@ FILES = [
     "tests/test_kernels_render.py",
     "tests/test_kernels_presence.py",
     "tests/test_kernels_scenes.py",
-    "tests/test_update_graph.py",  # of which only what makes scenes
+    "tests/test_update_graph.py",  # only the tests of scenes
 ]
 
 

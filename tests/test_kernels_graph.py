@@ -1,4 +1,4 @@
-"""The operators inside a CUDA graph: no wait for the GPU, no shape out of data."""
+"""The operators inside a CUDA graph: they neither wait for the GPU nor derive shapes from data."""
 
 import pytest
 import torch

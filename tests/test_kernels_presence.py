@@ -1,7 +1,7 @@
 """The compiled presence priors against plain torch in float64, and as operators of torch.
 
-Here runs Numba, and Triton where there is a GPU; `test_interpreter.py` runs this file again with
-Triton's interpreter.
+This file tests Numba, and Triton if there is a GPU; `test_interpreter.py` runs it in Triton's
+interpreter.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_hard_prior_is_exact_to_float32(
 
 
 @pytest.mark.parametrize("num_cells", [40, 130])
-def test_relaxed_prior_holds_with_many_objects(
+def test_relaxed_prior_is_accurate_with_many_objects(
     num_cells: int, kernel: Backend, kernel_device: torch.device
 ) -> None:
     # in probabilities (1 - s)^c is below the least float32 from 20 objects on
@@ -96,7 +96,9 @@ def test_relaxed_prior_holds_with_many_objects(
     torch.testing.assert_close(prior.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_relaxed_gradients_hold_near_the_ends(kernel: Backend, kernel_device: torch.device) -> None:
+def test_relaxed_gradients_are_accurate_near_0_and_1(
+    kernel: Backend, kernel_device: torch.device
+) -> None:
     # what is left of a count is then a small difference of numbers near 1
     logits, samples = make_inputs(1, 400, relaxed=False, device=kernel_device)
     samples = 0.02 + 0.96 * samples
@@ -108,7 +110,7 @@ def test_relaxed_gradients_hold_near_the_ends(kernel: Backend, kernel_device: to
         assert (actual.double() - expected).norm() <= 1e-4 * expected.norm()
 
 
-def test_relaxed_gradients_hold_where_samples_are_tiny(
+def test_relaxed_gradients_are_accurate_for_tiny_samples(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     if kernel == "triton":
@@ -151,7 +153,7 @@ def test_autocast_changes_nothing(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_more_cells_than_triton_takes(
+def test_more_cells_than_triton_supports_run_in_torch(
     relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     samples = torch.zeros(1, 1025, device=kernel_device)
@@ -165,7 +167,7 @@ def test_more_cells_than_triton_takes(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_hard_samples_in_any_dtype(
+def test_hard_samples_may_have_any_dtype(
     relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(2, 9, relaxed=False, device=kernel_device)
@@ -187,7 +189,7 @@ def test_extremes_stay_finite(relaxed: bool, kernel: Backend, kernel_device: tor
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # the interpreter
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_nan_in_is_nan_out(relaxed: bool, kernel: Backend, kernel_device: torch.device) -> None:
+def test_nan_propagates(relaxed: bool, kernel: Backend, kernel_device: torch.device) -> None:
     logits, samples = make_inputs(3, 6, relaxed=relaxed, device=kernel_device)
     samples[1, 2] = torch.nan
     logits[2, 4] = torch.nan
@@ -210,7 +212,7 @@ def test_empty_batches(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_strides_in_memory_change_no_bit(
+def test_strides_do_not_change_bits(
     relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     inputs = make_inputs(2, 6, relaxed=relaxed, device=kernel_device)
@@ -221,7 +223,7 @@ def test_strides_in_memory_change_no_bit(
 
 
 def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
-    """Inputs that operators trip over: strides, views, nothing, one of everything."""
+    """Inputs with strides and views, empty ones, and those of size 1."""
     logits, samples = make_inputs(2, 6, relaxed=relaxed, device=device)
     return [
         (logits, samples),
@@ -239,7 +241,7 @@ def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
 
 
 @pytest.mark.parametrize("index", range(11))
-def test_is_a_sound_operator(index: int, kernel: Backend, kernel_device: torch.device) -> None:
+def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
     operators = torch.ops.spairkit
     success = torch.tensor(0.9, dtype=torch.double, device=kernel_device)
     logits, samples = awkward_inputs(False, kernel_device)[index]
@@ -259,7 +261,7 @@ def test_is_a_sound_operator(index: int, kernel: Backend, kernel_device: torch.d
 
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("by_tensor", [False, True])
-def test_compiles_without_a_break(
+def test_compiles_without_graph_breaks(
     by_tensor: bool, relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(2, 7, relaxed=relaxed, device=kernel_device)
@@ -290,7 +292,7 @@ def test_hard_kl_has_second_derivatives(kernel: Backend, kernel_device: torch.de
     torch.testing.assert_close(hessians[0].double(), hessians[1], rtol=1e-4, atol=1e-6)
 
 
-def test_second_derivatives_of_relaxed_samples_are_refused(
+def test_relaxed_samples_refuse_second_derivatives(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(1, 3, relaxed=True, device=kernel_device)
@@ -301,12 +303,12 @@ def test_second_derivatives_of_relaxed_samples_are_refused(
         grad.sum().backward()
 
 
-def test_a_learned_success_needs_torch_for_hard_samples(
+def test_gradient_of_success_for_hard_samples_needs_torch(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(1, 3, relaxed=False, device=kernel_device)
     success = torch.tensor(0.6, device=kernel_device, requires_grad=True)
-    with pytest.raises(ValueError, match="success with a gradient needs relaxed samples"):
+    with pytest.raises(ValueError, match="no gradient of success for hard samples"):
         presence_kl(logits, samples, success, backend=kernel)
     presence_kl(logits, samples, success).sum().backward()
     assert success.grad is not None

@@ -1,7 +1,7 @@
 """The compiled renderers against plain torch in float64, and as operators of torch.
 
-Here runs Numba, and Triton where there is a GPU; `test_interpreter.py` runs this file again with
-Triton's interpreter.
+This file tests Numba, and Triton if there is a GPU; `test_interpreter.py` runs it in Triton's
+interpreter.
 """
 
 import itertools
@@ -29,7 +29,7 @@ def make_scene(
     least_presence: float = 0.1,
     device: torch.device | str = "cpu",
 ) -> Scene:
-    """Random objects that overlap, some of them across the border of the image."""
+    """Random objects that overlap, some of them across the rim of the image."""
     random = torch.Generator().manual_seed(num_objects)
 
     def uniform(*shape: int) -> Tensor:
@@ -100,12 +100,14 @@ def test_matches_float64_at_small_presence(
     assert_matches_float64(scene, kernel, gradient_error=gradient_error)
 
 
-def test_more_objects_than_a_word_has_bits(kernel: Backend, kernel_device: torch.device) -> None:
+def test_matches_float64_with_more_than_32_objects(
+    kernel: Backend, kernel_device: torch.device
+) -> None:
     scene = make_scene(1, 36, (3, 3), (8, 8), 1, device=kernel_device)
     assert_matches_float64(scene, kernel, gradient_error=1e-4)
 
 
-def test_boxes_of_whole_pixels_touch_no_neighbour(
+def test_integer_boxes_do_not_touch_neighbouring_pixels(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     # the centres of the neighbours lie exactly at the ends of the map, where weights are 0
@@ -119,7 +121,9 @@ def test_boxes_of_whole_pixels_touch_no_neighbour(
 
 
 @pytest.mark.parametrize("presence", [0.0, 1e-8])
-def test_faint_objects(presence: float, kernel: Backend, kernel_device: torch.device) -> None:
+def test_matches_float64_for_faint_objects(
+    presence: float, kernel: Backend, kernel_device: torch.device
+) -> None:
     scene = make_scene(1, 4, device=kernel_device)
     scene["presence"].fill_(presence)
     image, grads = image_and_gradients(scene, backend=kernel)
@@ -142,7 +146,7 @@ def test_the_default_dtype_changes_nothing(
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_low_precision_appearance(
+def test_16_bit_maps_are_as_accurate_as_torch(
     dtype: torch.dtype, rounding: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(1, 4, device=kernel_device)
@@ -159,7 +163,7 @@ def test_low_precision_appearance(
 
 
 @pytest.mark.parametrize("where", ["rgba", "boxes", "depth", "presence", "background"])
-def test_nan_in_is_nan_out(where: str, kernel: Backend, kernel_device: torch.device) -> None:
+def test_nan_propagates(where: str, kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(2, 3, (3, 3), (8, 8), device=kernel_device)
     scene["boxes"][1, 1] = torch.tensor([2.0, 2.0, 6.0, 6.0])
     scene[where][(1, 1, 4, 4) if where == "background" else (1, 1)] = torch.nan
@@ -169,7 +173,7 @@ def test_nan_in_is_nan_out(where: str, kernel: Backend, kernel_device: torch.dev
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30, -1e30])
-def test_wild_boxes_neither_hang_nor_crash(
+def test_extreme_boxes_neither_hang_nor_crash(
     value: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     for corner in (0, 3):
@@ -180,7 +184,7 @@ def test_wild_boxes_neither_hang_nor_crash(
 
 
 @pytest.mark.parametrize(("num_images", "num_objects"), [(0, 2), (2, 0), (0, 0)])
-def test_nothing_to_draw(
+def test_without_objects_the_background_remains(
     num_images: int, num_objects: int, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(num_images, num_objects, device=kernel_device)
@@ -189,7 +193,9 @@ def test_nothing_to_draw(
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in scene.values()]
 
 
-def test_gradients_are_the_same_every_time(kernel: Backend, kernel_device: torch.device) -> None:
+def test_gradients_have_the_same_bits_every_time(
+    kernel: Backend, kernel_device: torch.device
+) -> None:
     scene = make_scene(device=kernel_device)
     first, first_grads = image_and_gradients(scene, backend=kernel)
     again, again_grads = image_and_gradients(scene, backend=kernel)
@@ -197,7 +203,7 @@ def test_gradients_are_the_same_every_time(kernel: Backend, kernel_device: torch
     assert all(map(torch.equal, first_grads, again_grads))
 
 
-def test_threads_do_not_change_a_bit(kernel: Backend, kernel_device: torch.device) -> None:
+def test_threads_do_not_change_bits(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(5, 2, (3, 4), (8, 7), device=kernel_device)
     found = []
     threads = torch.get_num_threads()
@@ -209,7 +215,7 @@ def test_threads_do_not_change_a_bit(kernel: Backend, kernel_device: torch.devic
     assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
-def test_strides_in_memory_change_no_bit(kernel: Backend, kernel_device: torch.device) -> None:
+def test_strides_do_not_change_bits(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(2, 2, (3, 2), (7, 5), device=kernel_device)
     strided = {name: torch.stack([x, x + 1], -1)[..., 0] for name, x in scene.items()}
     image, grads = image_and_gradients(strided, backend=kernel)
@@ -219,7 +225,7 @@ def test_strides_in_memory_change_no_bit(kernel: Backend, kernel_device: torch.d
 
 
 def awkward_samples(device: torch.device) -> list[Scene]:
-    """Inputs that operators trip over: strides, views, nothing, one of everything."""
+    """Inputs with strides and views, empty ones, and those of size 1."""
     plain = make_scene(2, 1, (3, 2), (7, 5), device=device)
     one_colour = plain["background"][..., :1, :1]
     return [
@@ -242,7 +248,7 @@ def awkward_samples(device: torch.device) -> list[Scene]:
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_is_a_sound_operator(index: int, kernel: Backend, kernel_device: torch.device) -> None:
+def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
     scene = awkward_samples(kernel_device)[index]
     leaves = [tensor.detach().requires_grad_() for tensor in scene.values()]
     torch.library.opcheck(torch.ops.spairkit.render.default, (*leaves, 0.01, kernel))
@@ -253,7 +259,7 @@ def test_is_a_sound_operator(index: int, kernel: Backend, kernel_device: torch.d
     torch.library.opcheck(torch.ops.spairkit.render_backward.default, inputs)
 
 
-def test_compiles_without_a_break(kernel: Backend, kernel_device: torch.device) -> None:
+def test_compiles_without_graph_breaks(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(1, 2, (3, 3), (8, 8), 1, device=kernel_device)
 
     def loss(*inputs: Tensor) -> Tensor:
@@ -267,7 +273,7 @@ def test_compiles_without_a_break(kernel: Backend, kernel_device: torch.device) 
         torch.testing.assert_close(traced, eager)
 
 
-def test_autocast_leaves_the_arithmetic_alone(kernel: Backend, kernel_device: torch.device) -> None:
+def test_autocast_changes_nothing(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(1, 2, (3, 3), (8, 8), device=kernel_device)
     expected, expected_grads = image_and_gradients(scene, backend=kernel)
     with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
@@ -287,7 +293,7 @@ def test_second_derivatives_are_refused(kernel: Backend, kernel_device: torch.de
         grad.sum().backward()
 
 
-def test_only_inputs_that_want_gradients_get_them(
+def test_only_inputs_that_require_gradients_get_them(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(1, 2, (3, 3), (6, 6), device=kernel_device)
@@ -304,5 +310,5 @@ def test_names_a_backend_that_cannot_run_here() -> None:
         with pytest.raises(ValueError, match="backend 'cpu' needs rgba on the CPU, got cuda"):
             render(**scene, backend="cpu")
     double = {name: tensor.double() for name, tensor in scene.items()}
-    with pytest.raises(ValueError, match="rgba must not be float64 on backend"):
+    with pytest.raises(ValueError, match="rgba is float64, which backend"):
         render(**double, backend="triton")

@@ -1,6 +1,6 @@
-"""Scenes by Triton, bit for bit against plain torch, which `test_scenes.py` holds to the rule.
+"""Scenes by Triton have the bits of plain torch, which `test_scenes.py` tests.
 
-Here runs nothing but on a GPU; `test_interpreter.py` runs this file with Triton's interpreter.
+This file needs a GPU; `test_interpreter.py` runs it in Triton's interpreter.
 """
 
 import os
@@ -17,7 +17,7 @@ from spairkit.data import scenes as scenes_module
 from spairkit.data.hashing import below, draws, hashed
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
-from spairkit.kernels import scatter_triton
+from spairkit.kernels import scenes_layout_triton
 from spairkit.kernels.scenes_op import scatter_op
 
 GPU = torch.cuda.is_available()
@@ -68,7 +68,7 @@ def assert_equal(found: Batch, wanted: Batch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scenes_are_those_of_plain_torch(case: str, device: torch.device) -> None:
+def test_scenes_equal_those_of_plain_torch(case: str, device: torch.device) -> None:
     indices = torch.tensor([0, 1_000_003, (29 << 32) + 5])
     wanted = scenes_of(CASES[case], torch.device("cpu"), fused=False).batch(indices)
     fused = scenes_of(CASES[case], device, fused=True)
@@ -86,13 +86,13 @@ def test_indices_may_lie_on_either_device(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 64, 128])
-def test_layouts_are_the_same_in_tiles_of_any_size(
+def test_layouts_do_not_depend_on_the_tile_size(
     limit: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = {"image_height": 17, "image_width": 24, "glyph_size": 10, "glyph_jitter": 2}
     case |= {"min_objects": 2, "max_objects": 3}
     fused, plain = (scenes_of(case, device, fused=way) for way in (True, False))
-    monkeypatch.setattr(scatter_triton, "_MAX_POSITIONS", limit)
+    monkeypatch.setattr(scenes_layout_triton, "_MAX_POSITIONS", limit)
     keys, counts = keys_and_counts(plain, 2)
     wanted = plain._numbers < counts[:, None]
     for found, expected in zip(
@@ -108,7 +108,7 @@ def test_the_tight_case_takes_several_attempts(device: torch.device) -> None:
     assert not complete.all()
 
 
-def test_after_the_last_attempt_a_scene_is_not_complete(
+def test_a_scene_is_incomplete_after_the_last_attempt(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the other scenes are as ever."""
@@ -125,7 +125,7 @@ def test_after_the_last_attempt_a_scene_is_not_complete(
     assert (sides[~complete] == 6).all()
 
 
-def test_a_scene_without_a_layout_is_told_of_once(
+def test_a_scene_without_a_layout_is_reported_once(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scenes_module, "_MAX_ATTEMPTS", 2)
@@ -158,7 +158,7 @@ def test_making_scenes_never_waits_for_the_device(
         scenes.unchecked(indices)
 
 
-def test_no_objects_and_no_scenes(device: torch.device) -> None:
+def test_empty_scenes_and_empty_batches(device: torch.device) -> None:
     empty = scenes_of({"min_objects": 0, "max_objects": 0}, device, fused=True)
     batch = empty.unchecked(torch.arange(2, device=device))
     assert batch.images.abs().sum() == 0
@@ -169,7 +169,7 @@ def test_no_objects_and_no_scenes(device: torch.device) -> None:
     scenes.check()
 
 
-def test_the_operator_is_a_sound_one(device: torch.device) -> None:
+def test_passes_opcheck(device: torch.device) -> None:
     keys, counts = keys_and_counts(scenes_of(TIGHT, device, fused=True), 2)
     torch.library.opcheck(scatter_op, (keys, counts, 3, 6, 6, 13, 14, 0, 9, [3, 16, 4096]))
 
@@ -177,7 +177,7 @@ def test_the_operator_is_a_sound_one(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("case", ["default", "varied", "tight"])
-def test_a_graph_makes_the_scenes_of_the_indices_it_is_given(case: str) -> None:
+def test_a_cuda_graph_makes_the_scenes_of_new_indices(case: str) -> None:
     device = torch.device("cuda")
     scenes = Scenes(DataConfig(**CASES[case]), "train", device)
     assert scenes.fused

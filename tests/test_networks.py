@@ -16,7 +16,7 @@ def paper_backbone(channels: int = 8) -> Backbone:
 
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (1, 5), (13, 100), (210, 160)])
 @pytest.mark.parametrize("cell", [5, 8, 12])
-def test_gives_one_vector_for_each_cell(height: int, width: int, cell: int) -> None:
+def test_each_cell_has_one_feature_vector(height: int, width: int, cell: int) -> None:
     strides = SPAIRConfig(cell=cell).strides
     backbone = Backbone(strides, (4, 6), 7, pointwise_kernel=2, activation="celu")
     features = backbone(torch.rand(1, 3, height, width))
@@ -32,14 +32,14 @@ def test_a_cell_sees_22_pixels_from_its_corner() -> None:
     assert (int(columns.min()), int(columns.max())) == (24, 45)
 
 
-def test_an_image_with_more_to_the_right_and_below_keeps_its_features() -> None:
+def test_extending_an_image_right_and_down_keeps_its_features() -> None:
     backbone = paper_backbone()
     images = torch.rand(1, 3, 96, 96)
     whole, part = backbone(images), backbone(images[..., :60, :72])
     torch.testing.assert_close(whole[..., :4, :5], part[..., :4, :5])
 
 
-def test_shared_products_are_the_first_layer_in_parts() -> None:
+def test_shared_and_own_products_add_up_to_the_first_layer() -> None:
     torch.manual_seed(0)
     networks = [LateralNetwork(5, own, 6, 4, "relu") for own in (0, 3)]
     shared, own = torch.rand(2, 5), torch.rand(2, 3)

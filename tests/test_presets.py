@@ -1,4 +1,6 @@
-"""Presets resolve, and layers lie over them in the order they are given."""
+"""Presets resolve, and layers override them in the given order."""
+
+from dataclasses import replace
 
 import pytest
 
@@ -14,27 +16,31 @@ KINDS = ("spair", "air", "dair", "conncomp")
     ("name", "kind"),
     [("laptop", "spair"), *((name, kind) for name in ("quick", "paper") for kind in KINDS)],
 )
-def test_every_preset_is_a_config_that_survives_toml(name: str, kind: str) -> None:
+def test_every_preset_survives_toml_and_uses_one_thread(name: str, kind: str) -> None:
     config = resolve(name, {"model": {"kind": kind}})
     assert config.preset == name
     assert config.model.kind == kind
     assert from_toml(to_toml(config)) == config
+    assert config.train.threads == 1, "two threads spin on a busy machine"
 
 
-def test_the_paper_preset_is_the_defaults() -> None:
-    assert resolve("paper") == Config()
+def test_the_paper_preset_is_the_defaults_on_one_thread() -> None:
+    paper = resolve("paper")
+    assert replace(paper, train=replace(paper.train, threads=0)) == Config()
 
 
 def test_quick_is_the_default() -> None:
     assert names()[0] == DEFAULT == "quick"
 
 
-def test_a_preset_without_a_recipe_for_a_kind_names_those_it_has() -> None:
-    with pytest.raises(InputError, match="preset laptop has no recipe for air; it has for: spair"):
+def test_a_preset_without_a_recipe_for_a_kind_lists_those_it_supports() -> None:
+    with pytest.raises(
+        InputError, match="preset 'laptop' has no recipe for air; it supports: spair"
+    ):
         resolve("laptop", {"model": {"kind": "air"}})
 
 
-def test_later_layers_win_and_leave_the_rest() -> None:
+def test_later_layers_override_earlier_ones() -> None:
     config = resolve("quick", {"train": {"steps": 7, "seed": 1}}, {"train": {"steps": 9}})
     assert (config.train.steps, config.train.seed) == (9, 1)
     assert config.model == resolve("quick").model
@@ -77,7 +83,7 @@ def test_the_paper_has_priors_for_a_fixed_number_of_objects(
     assert model.scale_prior_std == 0.5, "what the user says lies on top"
 
 
-def test_quick_draws_boxes_together_where_several_objects_are_given() -> None:
+def test_quick_expects_smaller_boxes_if_several_objects_are_given() -> None:
     def prior(**data: int) -> float:
         model = resolve("quick", {"model": {"kind": "air", "count": "given"}, "data": data}).model
         assert isinstance(model, AIRConfig)
@@ -90,13 +96,15 @@ def test_quick_draws_boxes_together_where_several_objects_are_given() -> None:
     assert (counting.scale_prior_mean, counting.max_objects) == (-0.7, 5)
 
 
-def test_an_unknown_kind_names_those_there_are() -> None:
+def test_an_unknown_kind_is_reported_with_the_known_ones() -> None:
     with pytest.raises(
         InputError, match=r"model\.kind: there are spair, air, dair, conncomp \(got 'yolo'\)"
     ):
         resolve("quick", {"model": {"kind": "yolo"}})
 
 
-def test_an_unknown_preset_names_those_there_are() -> None:
-    with pytest.raises(InputError, match="no preset 'fast'; there are: quick, laptop, paper"):
+def test_an_unknown_preset_is_reported_with_the_known_ones() -> None:
+    with pytest.raises(
+        InputError, match="unknown preset 'fast'; choose from: quick, laptop, paper"
+    ):
         resolve("fast")

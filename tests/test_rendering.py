@@ -107,7 +107,7 @@ def test_torch_gradients_match_finite_differences(floor: float) -> None:
     assert torch.autograd.gradcheck(image, leaves, atol=1e-6, rtol=1e-5)
 
 
-def test_an_object_in_a_box_of_its_own_size_is_itself() -> None:
+def test_an_object_at_its_own_size_is_copied_exactly() -> None:
     rgba = torch.rand(1, 1, 6, 5, 4)
     rgba[..., 3] = 1
     background = torch.rand(1, 3, 10, 12)
@@ -128,7 +128,7 @@ def test_the_nearer_object_wins() -> None:
     torch.testing.assert_close(image, torch.ones(1, 1, 4, 4))
 
 
-def test_low_precision_appearance_is_computed_in_float32() -> None:
+def test_16_bit_maps_are_computed_in_float32() -> None:
     scene = make_scene(dtype=torch.float32)
     scene["rgba"] = scene["rgba"].bfloat16().requires_grad_()
     image = render(**scene, backend="torch")
@@ -179,7 +179,7 @@ def test_gradients_stay_finite_at_small_presence(backend: Backend, presence: flo
     [(4, 4, 4, 8), (6, 4, 3, 8), (2, 2, 2, 2), (30, 30, 40, 40), (-9, -9, -1, -2)],
     ids=["flat", "inverted", "point", "right of it", "left of it"],
 )
-def test_a_box_that_shows_nothing_gets_zero_gradients(
+def test_an_invisible_box_gets_zero_gradients(
     backend: Backend, box: tuple[int, ...], device: torch.device
 ) -> None:
     scene = make_scene(1, 1, dtype=torch.float32)
@@ -195,7 +195,9 @@ def test_a_box_that_shows_nothing_gets_zero_gradients(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("num_images", "num_objects"), [(2, 0), (0, 3)])
-def test_nothing_to_draw(backend: Backend, num_images: int, num_objects: int) -> None:
+def test_without_objects_the_background_remains(
+    backend: Backend, num_images: int, num_objects: int
+) -> None:
     scene = make_scene(num_images, num_objects, dtype=torch.float32)
     leaves = {name: tensor.requires_grad_() for name, tensor in scene.items()}
     image = render(**leaves, backend=backend)
@@ -207,7 +209,7 @@ def test_nothing_to_draw(backend: Backend, num_images: int, num_objects: int) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["rgba", "boxes", "depth", "presence", "background"])
-def test_nan_in_is_nan_out(backend: Backend, name: str) -> None:
+def test_nan_propagates(backend: Backend, name: str) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     scene["boxes"][1, 1] = torch.tensor([2.0, 2.0, 9.0, 9.0])
     where = (1, 1, slice(4, 6), slice(4, 6)) if name == "background" else (1, 1)
@@ -219,7 +221,7 @@ def test_nan_in_is_nan_out(backend: Backend, name: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30, -1e30])
-def test_wild_boxes_neither_hang_nor_crash(backend: Backend, value: float) -> None:
+def test_extreme_boxes_neither_hang_nor_crash(backend: Backend, value: float) -> None:
     for corner in range(4):
         scene = make_scene(1, 2, dtype=torch.float32)
         scene["boxes"][0, 1, corner] = value
@@ -252,7 +254,7 @@ def test_permuting_objects_changes_nothing(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), dx=st.integers(-4, 4), dy=st.integers(-4, 4))
-def test_moving_by_whole_pixels_moves_the_picture(
+def test_moving_boxes_by_whole_pixels_moves_the_image(
     backend: Backend, seed: int, dx: int, dy: int
 ) -> None:
     scene = make_scene(1, 3, image_size=(24, 24), seed=seed, dtype=torch.float32)
@@ -268,7 +270,9 @@ def test_moving_by_whole_pixels_moves_the_picture(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), floor=st.sampled_from([0.0, 0.01, 0.3]))
-def test_every_pixel_lies_between_the_colours(backend: Backend, seed: int, floor: float) -> None:
+def test_every_pixel_lies_between_the_colours_of_objects_and_background(
+    backend: Backend, seed: int, floor: float
+) -> None:
     scene = make_scene(1, 4, seed=seed, dtype=torch.float32)
     scene["rgba"][..., :3] = 0.3 + 0.2 * scene["rgba"][..., :3]
     scene["background"] = 0.4 + 0.3 * scene["background"]
@@ -278,7 +282,7 @@ def test_every_pixel_lies_between_the_colours(backend: Backend, seed: int, floor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_one_colour_for_the_background(backend: Backend) -> None:
+def test_a_background_of_one_colour_equals_a_full_one(backend: Backend) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     colour = scene["background"][..., :1, :1].clone().requires_grad_()
     full = colour.expand(-1, -1, 13, 11)
@@ -294,29 +298,32 @@ def test_one_colour_for_the_background(backend: Backend) -> None:
     [
         ({"rgba": torch.rand(2, 3, 5, 4)}, r"rgba must be \[B, N, h, w, C \+ 1\]"),
         ({"rgba": torch.rand(2, 3, 5, 4, 6)}, "1 to 4 colours and alpha, got 6"),
-        ({"rgba": torch.rand(2, 3, 1, 4, 4)}, "2 to 64 texels a side, got 1x4"),
-        ({"rgba": torch.rand(2, 3, 5, 65, 4)}, "2 to 64 texels a side, got 5x65"),
+        ({"rgba": torch.rand(2, 3, 1, 4, 4)}, "2 to 64 texels per side, got 1x4"),
+        ({"rgba": torch.rand(2, 3, 5, 65, 4)}, "2 to 64 texels per side, got 5x65"),
         ({"boxes": torch.rand(2, 3, 2)}, r"boxes must have shape \(2, 3, 4\).*got \(2, 3, 2\)"),
         ({"depth": torch.rand(2, 4)}, r"depth must have shape \(2, 3\).*got \(2, 4\)"),
         ({"presence": torch.rand(2, 3, 1)}, r"presence must have shape \(2, 3\)"),
         ({"background": torch.rand(2, 1, 13, 11)}, r"background must be \[2, 3, H, W\]"),
         ({"background": torch.rand(3, 13, 11)}, r"background must be \[2, 3, H, W\]"),
-        ({"presence": torch.ones(2, 3).long()}, "presence must be floating point, got torch.int64"),
+        (
+            {"presence": torch.ones(2, 3).long()},
+            "presence must be a floating-point tensor",
+        ),
         ({"depth": torch.ones(2, 3).double()}, "depth is float64, so rgba must be too"),
         ({"boxes": torch.rand(2, 3, 4, device="meta")}, "boxes must be on the device of rgba, cpu"),
-        ({"size": (4, 4)}, r"size is for a background of \[B, C, 1, 1\]"),
-        ({"size": (-1, -1)}, r"size must be two whole numbers above 0, \(H, W\), got \(-1, -1\)"),
-        ({"size": (4,)}, r"size must be two whole numbers above 0, \(H, W\), got \(4,\)"),
-        ({"size": (2.5, 4)}, "size must be two whole numbers above 0"),
+        ({"size": (4, 4)}, r"needs a background of \[B, C, 1, 1\]"),
+        ({"size": (-1, -1)}, r"size must be two positive integers \(H, W\), got \(-1, -1\)"),
+        ({"size": (4,)}, r"size must be two positive integers \(H, W\), got \(4,\)"),
+        ({"size": (2.5, 4)}, "size must be two positive integers"),
         (
             {"rgba": torch.rand(2, 3, 5, 4, 4).to(torch.float8_e4m3fn)},
             "rgba must have 16, 32 or 64",
         ),
-        ({"importance_floor": -0.1}, "importance_floor must be 0 or positive, got -0.1"),
-        ({"importance_floor": math.nan}, "importance_floor must be 0 or positive, got nan"),
+        ({"importance_floor": -0.1}, "importance_floor must be finite and at least 0, got -0.1"),
+        ({"importance_floor": math.nan}, "importance_floor must be finite and at least 0, got nan"),
         ({"backend": "numba"}, "backend must be one of auto, torch, cpu, triton, got 'numba'"),
     ],
 )
-def test_names_the_argument_and_the_rule(change: dict[str, Any], message: str) -> None:
+def test_errors_name_the_argument_and_the_rule(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         render(**{**make_scene(dtype=torch.float32), **change})

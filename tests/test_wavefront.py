@@ -1,4 +1,4 @@
-"""Every cell appears once, after all that it looks at, and finds them where the wave says."""
+"""Every cell appears once, after its neighbours, which lie at the indices of its wave."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 @pytest.mark.parametrize(
     ("rows", "columns", "waves"), [(4, 4, 10), (7, 7, 19), (18, 14, 48), (1, 6, 6), (6, 1, 11)]
 )
-def test_neighbours_are_where_the_wave_says(rows: int, columns: int, waves: int) -> None:
+def test_neighbours_lie_at_the_indices_of_the_wave(rows: int, columns: int, waves: int) -> None:
     front = wavefront(rows, columns, torch.device("cpu"))
     assert len(front.waves) == waves
     assert sorted(front.order.tolist()) == list(range(rows * columns))
@@ -28,7 +28,7 @@ def test_neighbours_are_where_the_wave_says(rows: int, columns: int, waves: int)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, 4), (3, 5), (1, 6), (6, 1)])
-def test_neighbours_and_followers_are_one_relation(rows: int, columns: int) -> None:
+def test_followers_are_the_inverse_of_neighbours(rows: int, columns: int) -> None:
     front = wavefront(rows, columns, torch.device("cpu"))
     num_cells = rows * columns
     cells = [divmod(k, columns) for k in front.order.tolist()]

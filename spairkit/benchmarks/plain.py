@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import Dataset
+from spairkit.kernels.constants import LOGIT_LIMIT, MIN_IMPORTANCE, MIN_PROBABILITY
 from spairkit.models.convolutions import convolve_by_torch
-from spairkit.models.densities import LOGIT_LIMIT, count_success, normal_kl, squash
+from spairkit.models.densities import count_success, normal_kl, squash
 from spairkit.models.elbo import Losses
 from spairkit.models.latents import Latents, Noise, join
 from spairkit.models.networks import Backbone, shared_weights
 from spairkit.models.spair import SPAIR, appearance_constants
 from spairkit.models.wavefront import NEIGHBOURS
-from spairkit.rendering import MIN_IMPORTANCE
 
 COPIES = 40
 """Tensors [B, N, H, W] that grid_sample over all objects and its gradients hold at their peak."""
@@ -197,7 +197,7 @@ def presence_kl_by_loop(
         weight = belief.softmax(1)
         chance, rest = (weight * on).sum(1), (weight * (1 - on)).sum(1)
         if relaxed:
-            chance, rest = chance.clamp(min=1e-30), rest.clamp(min=1e-30)
+            chance, rest = chance.clamp(min=MIN_PROBABILITY), rest.clamp(min=MIN_PROBABILITY)
         log_odds.append(chance.log() - rest.log())
         here = present[:, k, None]
         belief = belief + (here * on + (1 - here) * (1 - on)).log()

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import SPLITMIX64
+
 
 def _signed(word: int) -> int:
     """The int64 with the lower 64 bits of an integer."""
     return ((word + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
+_GOLDEN, _FIRST, _SECOND = (_signed(word) for word in SPLITMIX64)
 
 
 def _mix(bits: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
 """Affine maps between an image and a small object map, for axis-aligned boxes (docs/model.md 7).
 
-A box is a scale (w, h) in (0, 1) and a shift (x, y) in (-1, 1), the image reaching from -1 to 1:
-the point (u, v) of the map lies at (w u + x, h v + y) of the image. Along an axis of n samples the
-coordinate p is the sample (p + 1)(n - 1.001) / 2, and between samples both are bilinear, with zeros
-beyond the rim. The axes are independent, so each map is one product of matrices an axis.
+A box is a scale (w, h) in (0, 1) and a shift (x, y) in (-1, 1), in an image that extends from -1 to
+1: point (u, v) of the map lies at (w u + x, h v + y) in the image. On an axis of n samples,
+coordinate p is sample (p + 1)(n - 1.001) / 2. Interpolation is bilinear, with zeros beyond the rim.
+The axes are independent, so each map is one matrix product for each axis.
 """
 
 import torch
 from torch import Tensor
 
-_SHORT = 1.001  # the authors' spatial transformer stops just short of the last sample
+_SHORT = 1.001  # the authors' spatial transformer ends just before the last sample
 
 
 def cut(
@@ -18,17 +18,17 @@ def cut(
     shift: Tensor,  # [B, n, 2] x, y
     size: int,
 ) -> Tensor:  # [B, n, C, size, size]
-    """The images inside boxes, at size x size points that reach from edge to edge of the box.
+    """The images inside boxes, at size x size points from edge to edge of the box.
 
-    Gradients flow to every input.
+    All inputs get gradients.
     """
     steps = torch.linspace(-1, 1, size, device=images.device, dtype=images.dtype)
     along = scale[..., None] * steps + shift[..., None]  # [B, n, 2, size]
     columns = _tents(along[:, :, 0], images.shape[-1])  # [B, n, size, W]
     rows = _tents(along[:, :, 1], images.shape[-2])  # [B, n, size, H]
-    # pixels keep their precision where the networks around are in bfloat16
+    # in full precision under autocast too
     with torch.autocast(images.device.type, enabled=False):
-        # all boxes of an image in one product: no copy of the image for each
+        # one product for all boxes of an image avoids a copy of the image for each
         narrow = images.flatten(1, 2) @ columns.flatten(1, 2).mT  # [B, C H, n size]
         narrow = narrow.unflatten(2, (-1, size)).unflatten(1, images.shape[1:3])
         cut_out: Tensor = rows[:, :, None] @ narrow.permute(0, 3, 1, 2, 4)
@@ -44,7 +44,7 @@ def place(
 ) -> Tensor:  # [B, n, C, height, width]
     """Object maps in their boxes, each on an image of zeros: the inverse affine map of `cut`.
 
-    Gradients flow to every input.
+    All inputs get gradients.
     """
     x, y = (
         torch.linspace(-1, 1, pixels, device=maps.device, dtype=maps.dtype)
@@ -58,7 +58,7 @@ def place(
 
 
 def _tents(along: Tensor, samples: int) -> Tensor:  # [...] -> [..., samples]
-    """The weight of each sample at coordinates of which -1 is the first and 1 the last one."""
+    """The weight of each sample at coordinates from -1, the first sample, to 1, the last."""
     position = (along + 1) * ((samples - _SHORT) / 2)
     places = torch.arange(samples, device=along.device, dtype=along.dtype)
     return (1 - (position[..., None] - places).abs()).clamp(min=0)

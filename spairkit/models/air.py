@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from spairkit.config import AIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
+from spairkit.kernels.constants import LOGIT_LIMIT
 from spairkit.models.affine import cut, place
 from spairkit.models.densities import (
-    LOGIT_LIMIT,
     bernoulli_cross_entropy,
     limited,
     logistic,

@@ -1,17 +1,16 @@
-"""The cells of a batch in training, wave by wave, with a hand-written gradient.
+"""The loop over the cells of a batch in training, with a hand-written gradient.
 
-The same mathematics as `SPAIR._encode_wave`, which is the readable version and the one that
-inference uses. There a wave costs some 90 small operations, each recorded by autograd, and one
-product a layer for the gradients of the weights. Here nothing is recorded, and what need not be
-done wave by wave is done once for all cells: the products with features, factors of derivatives,
-and the gradients of the weights. What remains are matrix products and the steps between them. On
-the CPU in float32 `spairkit.kernels.cells_op` does all of it in one compiled call each way, unless
-the encoder has no hidden layer or Numba is missing.
+The mathematics is that of `SPAIR._encode_wave`, the readable version, which inference uses. There a
+wave takes about 90 small operations, each recorded by autograd, and each layer one more product for
+the gradient of its weights. Here autograd records nothing, and the products with features, the
+factors of derivatives and the gradients of weights are computed once for all cells. On the CPU in
+float32 `spairkit.kernels.cells_op` is one compiled call each way, unless the encoder has no hidden
+layer or Numba is missing.
 
-Tensors are matrices [R, ...] whose rows are cells in wave order, each with all images: row
-place * B + image, R = K B. M = 4 + A + 1 counts where, what and depth, V = M + 1 the numbers of an
-object vector (box, what, nearness, presence), S the passthrough features, h the hidden units.
-`split_with_sizes` is `split` without its checks in Python, a tenth of the loop.
+Tensors are matrices [R, ...] of R = K B rows, cells in wave order, each with all images: row
+place * B + image. h hidden units, S features passed on, A numbers of what, M = 4 + A + 1 of where,
+what and depth, V = M + 1 of an object vector (box, what, nearness, presence). `split_with_sizes`
+is `split` without its checks in Python, which take a tenth of the loop.
 """
 
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from spairkit.backends import runs_compiled
 from spairkit.config import SPAIRConfig
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT, STD_SCALE
 from spairkit.models import cell_steps
-from spairkit.models.cell_steps import DEPTH_SCALE, by_wave, wave_by_wave
-from spairkit.models.densities import LOGIT_LIMIT, squash
+from spairkit.models.cell_steps import by_wave, wave_by_wave
+from spairkit.models.densities import squash
 from spairkit.models.glimpses import box_gradient, glimpse_rows
-from spairkit.models.latents import BOX, Latents, Noise, unpack
+from spairkit.models.latents import Latents, Noise, unpack
 from spairkit.models.networks import LateralNetwork, shared_weights
 from spairkit.models.wavefront import NEIGHBOURS, Wavefront
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is not a tensor with a gradient."""
+    """Arguments of a pass that are not tensors with gradients."""
 
     config: SPAIRConfig
     front: Wavefront
@@ -58,28 +58,25 @@ def encode_cells(
     noise: Noise,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
-    encoder: nn.Sequential,
-    config: SPAIRConfig,
-    front: Wavefront,
-    training_wheels: bool,
-) -> Latents:
-    """Relaxed latents in raster order, with gradients to all but images and noise.
+    encoder: nn.Sequential, config: SPAIRConfig, front: Wavefront, training_wheels: bool,
+) -> Latents:  # fmt: skip
+    """Relaxed latents in raster order, with gradients to everything except images and noise.
 
     With training wheels only the weights of `encoder` get gradients, through what.
 
     Raises:
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative was requested.
     """
     lines = [module for module in encoder if isinstance(module, nn.Linear)]
-    # without lateral connections the context is of no width, as is the own input of where
+    # the context has no columns without lateral connections, and where has no inputs of its own
     context_weight = shared_weights(networks, config.features, networks[0].shared)
     weights = [context_weight]
     for network in networks:
         weights += [network.first.weight[:, network.shared :]]
-        weights += [network.second.weight, network.second.bias]
-        weights += [network.last.weight, network.last.bias]
+        for line in (network.second, network.last):
+            weights += [line.weight, line.bias]
     if training_wheels:
-        # so that autograd too knows who gets no gradient
+        # autograd has to know too that they get no gradient
         weights = [weight.detach() for weight in weights]
         products, edge = products.detach(), None if edge is None else edge.detach()
     for line in lines:
@@ -105,16 +102,17 @@ def encode_cells(
 
 @cache
 def _grid(front: Wavefront) -> "Grid":
-    """The schedule as the compiled loop reads it."""
+    """The schedule as arrays for the compiled loop."""
     from spairkit.kernels.cells_cpu import Grid
 
-    starts = [wave.start for wave in front.waves] + [len(front.order)]
-    tables = (x.numpy() for x in (front.order, front.neighbours, front.followers))
-    return Grid(np.array(starts, np.int64), *tables)
+    starts = np.array([wave.start for wave in front.waves] + [len(front.order)], np.int64)
+    order, neighbours, followers = front.order, front.neighbours, front.followers
+    tables = order.numpy(), neighbours.numpy(), followers.numpy()
+    return Grid(starts, *tables, largest=int(np.diff(starts).max()))
 
 
 def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Numbers":
-    """The config as the compiled loop reads it."""
+    """The settings for the compiled loop."""
     from spairkit.kernels.cells_cpu import Numbers
 
     return Numbers(
@@ -128,10 +126,10 @@ def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Num
 
 
 class _Network:
-    """Linear layers with the activation between them, for all rows, wave by wave.
+    """Linear layers with an activation between them, for all rows, wave by wave.
 
-    The caller fills `inputs[0]` of a wave, and on the way back `grads[-1]`. The first layer adds
-    what the caller gives: a bias, or the product with the input that networks share.
+    The caller fills a wave's `inputs[0]`, and in the backward pass its `grads[-1]`. The first layer
+    adds a term from the caller: a bias, or the product with inputs that networks share.
     """
 
     def __init__(self, activation: str, weights: list[Tensor], biases: list[Tensor]) -> None:
@@ -145,14 +143,14 @@ class _Network:
         self.grads: list[Tensor] = []  # [R, outputs] of each layer, before its activation
 
     def start(self, sizes: list[int]) -> None:
-        """Makes room for the way there, in waves of so many rows."""
+        """Allocates the forward pass, for waves of `sizes` rows."""
         rows = sum(sizes)
         self.inputs = [weight.new_empty(rows, weight.shape[1]) for weight in self.weights]
         self.outputs = self.weights[-1].new_empty(rows, self.weights[-1].shape[0])
         self.wave_inputs = [x.split_with_sizes(sizes) for x in (*self.inputs, self.outputs)]
 
     def forward(self, wave: int, added: Tensor) -> None:
-        """Fills the inputs of layer 1 on, and the outputs."""
+        """Fills a wave's inputs of all layers after the first, and its outputs."""
         inputs = [waves[wave] for waves in self.wave_inputs]
         torch.addmm(added, inputs[0], self.transposed[0], out=inputs[1])
         for layer, bias in enumerate(self.biases, start=1):
@@ -160,7 +158,7 @@ class _Network:
             torch.addmm(bias, inputs[layer], self.transposed[layer], out=inputs[layer + 1])
 
     def start_back(self, sizes: list[int]) -> None:
-        """Makes room for the way back."""
+        """Allocates the backward pass, for waves of `sizes` rows."""
         rows = sum(sizes)
         self.grads = [weight.new_empty(rows, weight.shape[0]) for weight in self.weights]
         # from the output y: relu' = [y > 0], celu' = exp(min(x, 0)) = min(y, 0) + 1
@@ -169,7 +167,7 @@ class _Network:
         self.wave_slopes = [slope.split_with_sizes(sizes) for slope in slopes]
 
     def back(self, wave: int, grad_inputs: Tensor | None = None) -> None:
-        """Fills the gradients below the last layer's, and those of the first inputs if wanted."""
+        """Fills a wave's gradients of all layers before the last, and `grad_inputs` if given."""
         for layer in range(len(self.weights) - 1, 0, -1):
             grad = self.wave_grads[layer - 1][wave]
             torch.mm(self.wave_grads[layer][wave], self.weights[layer], out=grad)
@@ -178,7 +176,7 @@ class _Network:
             torch.mm(self.wave_grads[0][wave], self.weights[0], out=grad_inputs)
 
     def grad_weights(self) -> list[Tensor]:
-        """Of weight 0, weight 1, bias 1, ...: one product a layer, over all rows."""
+        """Gradients of weight 0, weight 1, bias 1, ...: one product a layer, over all rows."""
         products = [grad.t() @ x for grad, x in zip(self.grads, self.inputs, strict=True)]
         grads = products[:1]
         for product, grad in zip(products[1:], self.grads[1:], strict=True):
@@ -187,7 +185,7 @@ class _Network:
 
 
 def _networks(activation: str, weights: tuple[Tensor, ...]) -> list[_Network]:
-    """where, depth, pres and encoder from the weights in the order of `encode_cells`."""
+    """where, depth, pres and encoder, from weights in the order of `encode_cells`."""
     parts = [weights[5 * n : 5 * n + 5] for n in range(3)]
     first, _, *rest = weights[15:]  # the caller adds the bias of the encoder's first layer
     parts.append((first, *rest))
@@ -277,7 +275,9 @@ class _CellLoop(torch.autograd.Function):
             contexts, *(x for network in networks for x in network.inputs),
         )  # fmt: skip
         clipped = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
-        return torch.cat([means, 2 * squash(raws), samples, clipped, presence, boxes], dim=1)
+        return torch.cat(
+            [means, STD_SCALE * squash(raws), samples, clipped, presence, boxes], dim=1
+        )
 
     @staticmethod
     @once_differentiable
@@ -296,10 +296,10 @@ class _CellLoop(torch.autograd.Function):
             grad_record.split_with_sizes([m, m, m, 1, 1, BOX], dim=1)
         )
 
-        # sample = mean + std noise and std = 2 sigmoid(raw): a gradient g that reaches a sample
-        # adds g to its mean's and g * lever to its raw's
+        # sample = mean + std noise and std = 2 sigmoid(raw): a gradient g of a sample adds g to
+        # that of its mean and g * lever to that of its raw
         half = squash(raws)
-        slope_std = 2 * half * (1 - half) * _inside(raws)
+        slope_std = STD_SCALE * half * (1 - half) * _inside(raws)
         lever = normal * slope_std
         grad_mean = grad_mean + grad_sample
         grad_raw = torch.addcmul(grad_std * slope_std, grad_sample, lever)
@@ -322,7 +322,7 @@ class _CellLoop(torch.autograd.Function):
             network.start_back(sizes)
         new, zeros = samples.new_empty, samples.new_zeros
         grad_products = new(len(samples), context_weight.shape[0])
-        # of each row the four vectors in its context; those of no cell are 0
+        # for each row the four vectors in its context; the last B rows, of no cell, stay 0
         grad_contexts = zeros(len(samples) + batch, context_weight.shape[1])
         grad_vectors = (new if c.lateral else zeros)(len(samples), m + 1)
         grad_depth_own, grad_presence_own = new(depth.inputs[0].shape), new(pres.inputs[0].shape)
@@ -389,14 +389,14 @@ def _vector_rows(places: Tensor, batch: int) -> Tensor:
     return (places[:, None] * batch + images).flatten(0, 1)
 
 
-@cache  # for good: a CUDA graph that was recorded reads where they lie
+@cache  # without limit: a recorded CUDA graph reads from their addresses
 @torch.inference_mode(False)  # the cache outlives the mode
 def _box_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype
 ) -> Tensor:  # [3, 4]
-    """Of y, x, h, w: placed = scale * sigmoid + shift, and pixels for each unit of placed.
+    """Scale and shift of placed = scale * sigmoid + shift, and pixels for each unit of placed.
 
-    Made once: a tensor from numbers in Python waits for the device.
+    For y, x, h, w. Cached, because a tensor from numbers in Python waits for the device.
     """
     low, span = config.centre_min, config.centre_max - config.centre_min
     rows = ([span, span, 1.0, 1.0], [low, low, 0.0, 0.0], [config.cell] * 2 + [config.anchor] * 2)
@@ -404,7 +404,7 @@ def _box_constants(
 
 
 def _corners(images: Tensor, plan: _Plan, to_pixels: Tensor) -> Tensor:  # [R, 4]
-    """Corner of each row's cell in pixels, y and x, then zeros."""
+    """Corner y, x of each row's cell in pixels, then two zeros."""
     columns = -(-images.shape[-1] // plan.config.cell)
     order = plan.front.order
     corners = torch.zeros(len(order), BOX, device=order.device, dtype=to_pixels.dtype)

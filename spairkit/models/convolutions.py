@@ -1,4 +1,6 @@
-"""Strided convolutions, zeros beyond the right and lower rim of the image (docs/model.md 3.1)."""
+"""Strided convolutions with zeros beyond the right and lower rim (docs/model.md 3.1)."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -6,18 +8,25 @@ from torch import Tensor
 
 from spairkit.backends import fused, runs_compiled
 
-_KERNEL, _STRIDE = 4, 2  # of the convolution that has a kernel of its own on the CPU
-_LEAST_WEIGHTS = 2048  # of a pixel of the kernel: with fewer there is little to save
-_LEAST_PIXELS = 1024  # of all images: with fewer it takes longer to prepare the weights
+_KERNEL, _STRIDE = 4, 2  # of convolutions with a Numba kernel
+_LEAST_WEIGHTS = 2048  # for each pixel of the kernel; with fewer there is little to gain
+_LEAST_PIXELS = 1024  # of all images; with fewer, preparing the weights takes longer
 
 
 def end_padding(size: int, kernel: int, stride: int) -> int:
-    """Zeros after the last pixel that make a convolution give ceil(size / stride) outputs."""
+    """Zeros after the last pixel, so that a convolution has ceil(size / stride) outputs."""
     return max(kernel - (size % stride or stride), 0)
 
 
+def has_kernel(weight: Sequence[int], stride: int) -> bool:
+    """Whether a weight of this shape, [N, C, k, k], is convolved by Numba on the CPU in float32."""
+    outputs, channels, *kernel = weight
+    fits = (*kernel, stride) == (_KERNEL, _KERNEL, _STRIDE)
+    return fits and outputs * channels >= _LEAST_WEIGHTS
+
+
 def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """A convolution with zeros after the last pixel, so that every pixel is below an output.
+    """A convolution with zeros after the last pixel, so that outputs cover every pixel.
 
     Args:
         images: [B, C, H, W].
@@ -26,13 +35,12 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
         stride: pixels.
 
     Returns:
-        [B, N, ceil(H / stride), ceil(W / stride)]. On the CPU in float32, 4 x 4 kernels of many
-        channels with stride 2 take 9 products instead of 16 (`kernels.convolution_cpu`).
+        [B, N, ceil(H / stride), ceil(W / stride)]. On the CPU in float32, wide 4 x 4 kernels with
+        stride 2 take 9 products instead of 16 (`spairkit.kernels.convolution_cpu`).
     """
-    outputs, channels, *kernel = weight.shape
+    channels = weight.shape[1]
     if (
-        (*kernel, stride) == (_KERNEL, _KERNEL, _STRIDE)
-        and outputs * channels >= _LEAST_WEIGHTS
+        has_kernel(weight.shape, stride)
         and images.numel() >= channels * _LEAST_PIXELS
         and not torch.is_autocast_enabled("cpu")
         and runs_compiled(images, weight, bias)
@@ -44,7 +52,7 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
 
 
 def convolve_by_torch(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """The same by torch's own convolution, on any device and in any dtype."""
+    """The result of `convolve` by torch's convolution, on any device and in any dtype."""
     height, width = images.shape[-2:]
     kernel = weight.shape[-1]
     bottom, right = end_padding(height, kernel, stride), end_padding(width, kernel, stride)

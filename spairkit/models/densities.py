@@ -1,4 +1,4 @@
-"""Samples and Kullback-Leibler divergences of the continuous latents (docs/model.md 3.3, 5)."""
+"""Samples, KL divergences and likelihoods (docs/model.md 2.1, 3.3, 5)."""
 
 import math
 from typing import Any
@@ -7,24 +7,23 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import fused, runs_compiled
+from spairkit.kernels.constants import LOGIT_LIMIT
 
 _EPSILON = 1e-9
-LOGIT_LIMIT = 10.0
-"""Every logit is clipped to +-10 before its sigmoid, as in the authors' code."""
 
 
 def squash(logits: Tensor) -> Tensor:
-    """sigmoid of the clipped logits, in (4.5e-5, 1 - 4.5e-5); any shape."""
+    """sigmoid of logits clipped to +-10, in [4.5e-5, 1 - 4.5e-5]; any shape."""
     return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
 
 
 def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """squash(logits * scale + bias), in one pass where Numba does it.
+    """squash(logits * scale + bias), in a single pass with Numba.
 
     Args:
-        logits: any shape, with gradients.
+        logits: any shape.
         scale: the shape of the last axes of `logits`.
-        bias: the same.
+        bias: the shape of `scale`.
     """
     fits = scale.shape == bias.shape == logits.shape[-scale.dim() :]
     constant = not (scale.requires_grad or bias.requires_grad)
@@ -55,7 +54,7 @@ class _Limited(torch.autograd.Function):
 
 
 def limited(logits: Tensor, limit: float) -> Tensor:
-    """`logits` clipped to +-limit; beyond it, gradients that lead back inside still pass."""
+    """`logits` clipped to +-limit; outside, gradients pass only if they point back inside."""
     clipped: Tensor = _Limited.apply(logits, limit)  # type: ignore[no-untyped-call]
     return clipped
 
@@ -63,7 +62,7 @@ def limited(logits: Tensor, limit: float) -> Tensor:
 def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) -> Tensor:
     """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, elementwise.
 
-    The latents are normal before they are squashed, so no Jacobian enters (docs/model.md 1).
+    Latents are normal before their sigmoid, so there is no Jacobian (docs/model.md 1).
     """
     variance = (std / prior_std).square()
     distance = ((mean - prior_mean) / prior_std).square()
@@ -71,7 +70,7 @@ def normal_kl(mean: Tensor, std: Tensor, prior_mean: float, prior_std: float) ->
 
 
 Group = tuple[int, float, float]
-"""How many dimensions, and mean and standard deviation of their prior."""
+"""Number of dimensions, and mean and standard deviation of their prior."""
 
 
 def weighted_kls(
@@ -80,9 +79,9 @@ def weighted_kls(
     weight: Tensor,  # [B, K]
     *groups: Group,
 ) -> Tensor:  # [B, G]
-    """`normal_kl` of consecutive groups of the M dimensions, each weighted and summed, in nats.
+    """`normal_kl` of consecutive groups of the M dimensions, in nats, weighted, summed over cells.
 
-    With gradients to mean, std and weight.
+    mean, std and weight get gradients.
     """
     fits = mean.shape == std.shape == (*weight.shape, sum(size for size, _, _ in groups))
     if not fits or not runs_compiled(mean, std, weight):
@@ -101,20 +100,20 @@ def _weighted_kls_torch(mean: Tensor, std: Tensor, weight: Tensor, *groups: Grou
 
 
 def logistic(uniform: Tensor) -> Tensor:
-    """Draws from the standard logistic distribution, given draws from U[0, 1) of any shape.
+    """Samples of the standard logistic distribution from samples of U[0, 1), any shape.
 
-    Source: docs/model.md 3.3; the authors' 1e-9 stands inside the logarithms.
+    Source: docs/model.md 3.3, with the authors' 1e-9 inside the logarithms.
     """
     return (uniform + _EPSILON).log() - (1 - uniform + _EPSILON).log()
 
 
 def concrete_sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """A relaxed Bernoulli draw in (0, 1) with gradients to `logits`.
+    """A relaxed Bernoulli sample in (0, 1), with a gradient to `logits`.
 
     Args:
         logits: log-odds of 1, any shape.
-        noise: draws from `logistic`, the same shape.
-        temperature: positive; towards 0 the draws become 0 and 1.
+        noise: samples from `logistic`, the same shape.
+        temperature: positive; samples approach 0 and 1 as it approaches 0.
     """
     return torch.sigmoid((logits + noise) / temperature)
 
@@ -124,7 +123,7 @@ def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tens
 
     Args:
         image: reconstruction, in [0, 1] up to rounding.
-        target: real-valued in [0, 1], the same shape.
+        target: in [0, 1], not only 0 and 1; the same shape.
         floor: positive, added inside both logarithms.
 
     Source: docs/model.md 5, "Reconstruction".
@@ -145,10 +144,10 @@ def _cross_entropy_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:
 
 
 def count_success(step: int, start: float, end: float, decay: float, schedule: str) -> float:
-    """s of the count prior after `step` updates: s = 1 / (1 + odds).
+    """s = 1 / (1 + odds) of the count prior after `step` updates.
 
     "exponential": odds = (start - end) * .1^(step / decay) + end, the authors' schedule.
-    "log-linear": log odds go from start to end on a straight line in `decay` updates.
+    "log-linear": the log of the odds is linear from start to end, for `decay` updates.
 
     Source: docs/model.md 2.1.
     """

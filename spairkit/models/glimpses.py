@@ -15,9 +15,9 @@ def extract_glimpses(
 ) -> Tensor:  # [B, n, C, size, size]
     """The images inside boxes, resampled to size x size, with gradients to boxes and images.
 
-    `size` points per axis run from edge to edge of the box, both ends included; image
-    coordinates map linearly to pixel indices 0 .. H - 1; outside, the border pixel is taken.
-    The renderer uses pixel centres instead; the authors' code has the same difference.
+    On each axis `size` points run from edge to edge of the box, both included. Image coordinates
+    map linearly to pixel indices 0 .. H - 1; beyond the image the border pixel is read. The
+    renderer uses pixel centres instead, and so does the authors' code.
 
     Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
@@ -26,9 +26,9 @@ def extract_glimpses(
     corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
     low, high = corners.unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
-    # all boxes of an image as one tall grid: no copy of the image for each box
+    # one tall grid for all boxes of an image avoids a copy of the image for each box
     grid = grid.reshape(batch, -1, size, 2)
-    # torch's gradient on the CPU takes NaN for an address
+    # torch's gradient on the CPU would use NaN as an address
     grid = grid.nan_to_num(-1.0, math.inf, -math.inf)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
@@ -40,7 +40,7 @@ def glimpse_rows(
     size: int,
     out: Tensor,  # [n B, C size size]
 ) -> None:
-    """Fills `out` with the same for boxes that lie cell by cell, without gradients."""
+    """Fills `out` with the glimpses of boxes that lie cell by cell, without gradients."""
     by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
     glimpses = extract_glimpses(images, by_image, size).transpose(0, 1)  # [n, B, ...]
     out.copy_(glimpses.flatten(2).flatten(0, 1))
@@ -63,12 +63,12 @@ def box_gradient(
     return grad_boxes.transpose(0, 1).flatten(0, 1)
 
 
-@cache  # for good: a CUDA graph that was recorded reads where they lie
+@cache  # without limit: a recorded CUDA graph reads from their addresses
 def _constants(
     height: int, width: int, size: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[4] from pixels to a range of 2; [size^2, 2] x, y of the points as shares of the box."""
-    # the cache outlives the mode: a tensor made in inference mode could not be trained with
+    """[4] factors from pixels to a range of 2; [size^2, 2] x, y of points, 0 to 1 in the box."""
+    # training could not use a tensor that was created in inference mode
     with torch.inference_mode(False):
         scale = torch.tensor([2 / width, 2 / height] * 2, device=device, dtype=dtype)
         steps = torch.linspace(0, 1, size, device=device, dtype=dtype)

@@ -1,20 +1,18 @@
-"""What the encoder draws from, what it draws, and the order that it packs them in."""
+"""The encoder's noise and latents, and the order in which latents are packed."""
 
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from spairkit.kernels.constants import BOX
 from spairkit.models.densities import logistic
 from spairkit.models.noise import Source, normal, uniform
-
-BOX = 4
-"""Numbers of a box: y, x, h, w."""
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Random numbers for one pass over a batch, drawn before it."""
+    """Random numbers for one pass over a batch, drawn in advance."""
 
     normal: Tensor  # [B, K, 4 + A + 1] standard normal: where, what, depth
     logistic: Tensor  # [B, K] standard logistic: pres
@@ -30,7 +28,7 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """The posterior of every cell and what was drawn from it; normals are before the sigmoid."""
+    """Posterior and samples of every cell; normal variables are before their sigmoid."""
 
     where_mean: Tensor  # [B, K, 4] of z_y, z_x, z_h, z_w
     where_std: Tensor  # [B, K, 4]
@@ -46,30 +44,32 @@ class Latents:
 
     @property
     def mean(self) -> Tensor:  # [B, K, 4 + A + 1]
-        """Of where, what and depth."""
+        """Means of where, what and depth."""
         return torch.cat([self.where_mean, self.what_mean, self.depth_mean[..., None]], dim=-1)
 
     @property
     def std(self) -> Tensor:  # [B, K, 4 + A + 1]
-        """Of where, what and depth."""
+        """Standard deviations of where, what and depth."""
         return torch.cat([self.where_std, self.what_std, self.depth_std[..., None]], dim=-1)
 
 
-_NUMBERS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
+_SCALARS = ("depth_mean", "depth_std", "depth", "presence_logit", "presence")
 
 
 def join(waves: list[Latents], places: Tensor) -> Latents:
-    """Waves of [n, B, ...] as one value in raster order: [B, K, ...], and [B, K] for numbers."""
+    """Joins waves of [n, B, ...] to latents in raster order, [B, K, ...], or [B, K] for scalars."""
     joined = {}
     for field in fields(Latents):
         part = torch.cat([getattr(wave, field.name) for wave in waves])[places].transpose(0, 1)
-        joined[field.name] = part.squeeze(-1) if field.name in _NUMBERS else part
+        joined[field.name] = part.squeeze(-1) if field.name in _SCALARS else part
     return Latents(**joined)
 
 
 def unpack(record: Tensor, what: int) -> Latents:
-    """Latents from [B, K, 3 (4 + A + 1) + 6]: means, stds and samples of where, what and depth
-    (Noise's order), then logit and sample of pres, and boxes."""
+    """Latents from [B, K, 3 (4 + A + 1) + 6] columns.
+
+    Columns: means, stds and samples of where, what and depth; logit and sample of pres; boxes.
+    """
     sizes = [BOX, what, 1] * 3 + [1, 1, BOX]
     parts = record.split(sizes, dim=-1)
     mean, std, sample, (logit, presence, boxes) = parts[:3], parts[3:6], parts[6:9], parts[9:]

@@ -1,4 +1,4 @@
-"""The networks of SPAIR (supplement D.2, docs/model.md 3): weights only, no sampling."""
+"""The networks of SPAIR, without sampling (supplement D.2, docs/model.md 3)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -22,49 +22,57 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
-    """Linear layers from sizes[0] to sizes[-1] with the activation between them."""
+    """Linear layers from sizes[0] inputs to sizes[-1] outputs, with an activation between them."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):
         layers += [linear(inputs, outputs), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
-class Backbone(nn.Module):
-    """A feature vector for each cell of any image (docs/model.md 3.1).
+def strided_shapes(
+    strides: Sequence[int], channels: Sequence[int]
+) -> list[tuple[int, int, int, int]]:
+    """[outputs, inputs, 4, 4] of the backbone's strided layers; the last width is repeated."""
+    widths = [3, *(channels[min(i, len(channels) - 1)] for i in range(len(strides)))]
+    return [(outputs, inputs, _KERNEL, _KERNEL) for inputs, outputs in pairwise(widths)]
 
-    Strided 4 x 4 convolutions, then three of kernel `pointwise_kernel`, the last one linear. All
-    zero padding is at the right and bottom, so the output cell (i, j) sees the same pixels,
-    relative to its corner, in an image of any size.
+
+class Backbone(nn.Module):
+    """A feature vector for each cell of an image of any size (docs/model.md 3.1).
+
+    Strided 4 x 4 convolutions, then three with kernels of `pointwise_kernel`, the last one linear.
+    Zero padding is only at the right and bottom, so a cell sees the same pixels, relative to its
+    corner, in an image of any size.
     """
 
     def __init__(
-        self,
-        strides: Sequence[int],
-        channels: Sequence[int],  # of the strided layers; the last holds for the rest
-        features: int,
-        pointwise_kernel: int,
-        activation: str,
-    ) -> None:
+        self, strides: Sequence[int],
+        channels: Sequence[int],  # of the strided layers; the last one repeats
+        features: int, pointwise_kernel: int, activation: str,
+    ) -> None:  # fmt: skip
         super().__init__()
-        widths = [channels[min(i, len(channels) - 1)] for i in range(len(strides))]
-        shapes = [(width, _KERNEL, stride) for width, stride in zip(widths, strides, strict=True)]
-        shapes += [(width, pointwise_kernel, 1) for width in (widths[-1], widths[-1], features)]
+        strided = strided_shapes(strides, channels)
+        width, *_ = strided[-1]
+        pointwise = [
+            (outputs, inputs, pointwise_kernel, pointwise_kernel)
+            for inputs, outputs in ((width, width), (width, width), (width, features))
+        ]
         self.layers = nn.ModuleList()
-        self.strides = [stride for _, _, stride in shapes]
-        inputs = 3
-        for outputs, kernel, stride in shapes:
+        self.strides = [*strides, 1, 1, 1]
+        for (outputs, inputs, kernel, _), stride in zip(
+            [*strided, *pointwise], self.strides, strict=True
+        ):
             layer = nn.Conv2d(inputs, outputs, kernel, stride)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
             self.layers.append(layer)
-            inputs = outputs
         self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, features, rows, columns]
         """Features; rows = ceil(H / cell) and columns = ceil(W / cell)."""
         x = images
         if x.device.type == "cpu":
-            # convolutions and their gradients take a tenth less time with the channels last
+            # convolutions and their gradients are 10 % faster with the channels last
             x = x.contiguous(memory_format=torch.channels_last)
         for index, (layer, stride) in enumerate(zip(self.layers, self.strides, strict=True)):
             assert isinstance(layer, nn.Conv2d)
@@ -76,10 +84,10 @@ class Backbone(nn.Module):
 
 
 class LateralNetwork(nn.Module):
-    """An MLP of two hidden layers whose input starts with what all such networks share.
+    """An MLP with two hidden layers, whose first inputs are shared by all networks of a cell.
 
-    The first layer is applied in parts: the product with the shared input (features and
-    context) is made for all the networks of a cell at once, outside (`shared_product`).
+    The caller computes the product of the first layer with the shared inputs, features and
+    context, for all networks at once (`shared_weights`).
     """
 
     def __init__(self, shared: int, own: int, hidden: int, outputs: int, activation: str) -> None:
@@ -91,7 +99,7 @@ class LateralNetwork(nn.Module):
         self.activation = _ACTIVATIONS[activation]()
 
     def forward(self, product: Tensor, own: Tensor | None) -> Tensor:
-        """[..., hidden] product of the shared input, [..., own] the rest -> [..., outputs]."""
+        """[..., outputs] from the shared product [..., hidden] and the own inputs [..., own]."""
         if own is not None:
             product = product + F.linear(own, self.first.weight[:, self.shared :])
         x = self.activation(product)
@@ -102,15 +110,19 @@ class LateralNetwork(nn.Module):
 def shared_weights(
     networks: Sequence[LateralNetwork], start: int, stop: int
 ) -> Tensor:  # [len(networks) * hidden, stop - start]
-    """First-layer weights of all networks for the inputs start .. stop, one above the other."""
+    """First-layer weights of all networks for inputs start to stop, stacked."""
     return torch.cat([network.first.weight[:, start:stop] for network in networks])
 
 
 def check_images(images: Tensor, *, finite: bool = False) -> None:
-    """Raises ValueError unless `images` is [B, 3, H, W], floating-point and, if asked, finite."""
+    """Checks a batch of images.
+
+    Raises:
+        ValueError: `images` is not [B, 3, H, W], floating-point and, if asked, finite.
+    """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
-            f"images must be [B, 3, H, W] with B, H, W at least 1, got {list(images.shape)}"
+            f"images must be [B, 3, H, W] with none of them 0, got {list(images.shape)}"
         )
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")

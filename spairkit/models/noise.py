@@ -1,4 +1,4 @@
-"""Random numbers for the images of a batch, of which a process may have only a part."""
+"""Random numbers for the images of a batch, which several processes may share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of `size` equal parts of a batch, whose noise is drawn for the whole batch.
+    """One of `size` equal parts of a batch, with noise drawn for the whole batch.
 
-    Every process draws all of it and takes its rows, so what an image gets does not depend on how
-    many processes share the batch.
+    Each process draws all noise and keeps its rows, so the noise of an image does not depend on the
+    number of processes.
     """
 
     generator: torch.Generator
     index: int
-    """From 0."""
+    """Number of this part, from 0."""
     size: int
 
 
 class Tape:
-    """Noise that lies in the same memory at every pass, as a CUDA graph needs it.
+    """Noise at the same address in every pass, as a CUDA graph needs it.
 
-    In the first pass it is drawn as it is asked for. Later it is drawn by `wind`, before a pass
-    that asks for the same, in the same order: the numbers are those that `source` would give. A
-    pass that is broken off can be made once more.
+    The first pass draws on demand and records the draws. Before each later pass `wind` repeats
+    them, so that the pass gets the numbers that `source` would give. A pass that failed can be
+    repeated.
     """
 
     def __init__(self) -> None:
@@ -35,17 +35,17 @@ class Tape:
         self._next = 0
 
     def wind(self, source: torch.Generator) -> None:
-        """Draws anew, for the next pass, all that was asked for in the first one."""
+        """Repeats the draws of the first pass with new numbers, for the next pass."""
         self._source = source
         for draw, numbers in self._draws:
             draw(numbers, generator=source)
 
     def rewind(self) -> None:
-        """Begins a pass."""
+        """Starts a pass."""
         self._next = 0
 
     def take(self, draw: Callable[..., Tensor], like: Tensor, *shape: int) -> Tensor:
-        """The next numbers, [*shape]; `draw` fills a tensor."""
+        """The next numbers [*shape], which `draw` writes into a tensor in the first pass."""
         if self._next == len(self._draws):
             self._draws.append((draw, draw(like.new_empty(shape), generator=self._source)))
         self._next += 1
@@ -53,24 +53,25 @@ class Tape:
 
 
 Source = torch.Generator | Part | Tape | None
-"""Where noise comes from; None is torch's own generator."""
+"""Source of noise; None is torch's default generator."""
 
 
 def normal(source: Source, like: Tensor, batch: int, *shape: int) -> Tensor:
     """Standard normal numbers [batch, *shape], with the dtype and device of `like`."""
-    if isinstance(source, Tape):
-        return source.take(Tensor.normal_, like, batch, *shape)
-    if isinstance(source, Part):
-        whole = normal(source.generator, like, source.size * batch, *shape)
-        return whole[source.index * batch :][:batch]
-    return like.new_empty(batch, *shape).normal_(generator=source)
+    return _drawn(Tensor.normal_, source, like, batch, *shape)
 
 
 def uniform(source: Source, like: Tensor, batch: int, *shape: int) -> Tensor:
-    """Numbers [batch, *shape] from U[0, 1), likewise."""
+    """Numbers [batch, *shape] from U[0, 1), with the dtype and device of `like`."""
+    return _drawn(Tensor.uniform_, source, like, batch, *shape)
+
+
+def _drawn(
+    draw: Callable[..., Tensor], source: Source, like: Tensor, batch: int, *shape: int
+) -> Tensor:
     if isinstance(source, Tape):
-        return source.take(Tensor.uniform_, like, batch, *shape)
+        return source.take(draw, like, batch, *shape)
     if isinstance(source, Part):
-        whole = uniform(source.generator, like, source.size * batch, *shape)
+        whole = _drawn(draw, source.generator, like, source.size * batch, *shape)
         return whole[source.index * batch :][:batch]
-    return like.new_empty(batch, *shape).uniform_(generator=source)
+    return draw(like.new_empty(batch, *shape), generator=source)

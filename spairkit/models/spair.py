@@ -15,10 +15,9 @@ from spairkit.boxes import xyxy_from_centre
 from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour
+from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
 from spairkit.models.cell_loop import encode_cells
-from spairkit.models.cell_steps import DEPTH_SCALE
 from spairkit.models.densities import (
-    LOGIT_LIMIT,
     bernoulli_cross_entropy,
     concrete_sample,
     scaled_squash,
@@ -27,7 +26,7 @@ from spairkit.models.densities import (
 )
 from spairkit.models.elbo import Losses
 from spairkit.models.glimpses import extract_glimpses
-from spairkit.models.latents import BOX, Latents, Noise, join
+from spairkit.models.latents import Latents, Noise, join
 from spairkit.models.networks import Backbone, LateralNetwork, check_images, mlp, shared_weights
 from spairkit.models.noise import Source
 from spairkit.models.tight_boxes import tighten

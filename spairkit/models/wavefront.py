@@ -1,7 +1,7 @@
-"""The order in which cells are worked out: exact, but in waves instead of one by one.
+"""The schedule of the cells: in waves instead of one by one, with the same results.
 
-A cell needs its neighbours top-left, top, top-right and left. Cells (i, j) of equal 2 i + j need
-nothing of each other, so they form one wave: 10 waves instead of 16 cells at 4 x 4.
+A cell reads its neighbours top-left, top, top-right and left. Cells (i, j) with equal 2 i + j do
+not depend on each other and form one wave: a 4 x 4 grid takes 10 waves instead of 16 steps.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,17 @@ NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
 """Row and column offsets: top-left, top, top-right, left (docs/model.md 3.2)."""
 
 LOOKBACK = 3
-"""A neighbour lies at most so many waves back: top-left has 2 (i - 1) + (j - 1) = 2 i + j - 3."""
+"""Waves from a cell back to its farthest neighbour: top-left has 2 (i - 1) + (j - 1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Wave:
-    """Cells that are worked out together."""
+    """Cells that are computed together: places start to stop in wave order."""
 
     start: int
     stop: int
-    """Their places in wave order."""
     neighbours: Tensor  # [stop - start, 4] int64
-    """Rows of [edge, the last LOOKBACK waves one after the other, oldest first]."""
+    """Indices into [edge, the cells of the last LOOKBACK waves, oldest first]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,13 +35,13 @@ class Wavefront:
     order: Tensor  # [K] int64, the raster index of each place in wave order
     places: Tensor  # [K] int64, the place in wave order of each raster index
     neighbours: Tensor  # [K, 4] int64 places of NEIGHBOURS of each place; K is the edge
-    followers: Tensor  # [K, 4] int64 the way back: of which places is it NEIGHBOURS[d]; or K
+    followers: Tensor  # [K, 4] int64 the inverse: the place whose NEIGHBOURS[d] it is, or K
 
 
-@cache  # for good: a CUDA graph that was recorded reads where it lies
-@torch.inference_mode(False)  # the cache outlives the mode
+@cache  # without limit: a recorded CUDA graph reads from its address
+@torch.inference_mode(False)  # cached tensors are used outside the mode too
 def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
-    """The schedule for a grid; made once for each size."""
+    """The schedule for a grid, cached for each size."""
     groups = [
         [(i, t - 2 * i) for i in range(rows) if 0 <= t - 2 * i < columns]
         for t in range(columns + 2 * (rows - 1))

@@ -1,8 +1,8 @@
-"""Triton twin of the placement of squares: one launch, in which a program lays out one scene.
+"""Triton twin of the placement of squares: one launch, one program for each scene.
 
-A program makes all attempts, each with all squares in turn, so that the host need not know which
-scenes must be begun anew. All arithmetic is on integers, and equals that of `spairkit.data.scenes`
-and `spairkit.data.hashing` to the bit; there is the rule explained.
+A program makes all attempts itself, so the host need not know which scenes have to start again. The
+arithmetic is on integers and equals that of `spairkit.data.scenes`, which explains the rule, and
+`spairkit.data.hashing` to the bit.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spairkit.kernels.constants import SPLITMIX64
 from spairkit.kernels.launch import on
 
-# of splitmix64, as int64
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
-_FIRST = tl.constexpr(0xBF58476D1CE4E5B9 - (1 << 64))
-_SECOND = tl.constexpr(0x94D049BB133111EB - (1 << 64))
+# as int64
+_GOLDEN, _FIRST, _SECOND = (tl.constexpr(word - (1 << 64)) for word in SPLITMIX64)
 
 _MAX_POSITIONS = 4096  # of a tile
 _POSITIONS_PER_THREAD = 8
@@ -25,7 +24,7 @@ _POSITIONS_PER_THREAD = 8
 
 @triton.jit
 def _random(key, counter):
-    """int64 in [0, 2^32): the upper half of splitmix64. Products wrap around."""
+    """int64 in [0, 2^32), the upper half of splitmix64; products wrap around."""
     bits = key + (counter + 1) * _GOLDEN
     bits = (bits ^ ((bits >> 30) & 0x3FFFFFFFF)) * _FIRST
     bits = (bits ^ ((bits >> 27) & 0x1FFFFFFFFF)) * _SECOND
@@ -74,20 +73,12 @@ def _scatter_kernel(
     corners_ptr,  # [B, N, 2] int64
     sides_ptr,  # [B, N] int64
     complete_ptr,  # [B] bool
-    num_squares,
-    least_side,
-    num_sides,
-    height,
-    width,
-    max_overlap_px2,
-    max_attempts,
-    FIRST_WORD: tl.constexpr,
-    SQUARE_WORDS: tl.constexpr,
-    ATTEMPT_WORDS: tl.constexpr,
+    num_squares, least_side, num_sides, height, width, max_overlap_px2, max_attempts,
+    FIRST_WORD: tl.constexpr, SQUARE_WORDS: tl.constexpr, ATTEMPT_WORDS: tl.constexpr,
     SQUARES: tl.constexpr,  # N rounded up to a power of two
     ROWS: tl.constexpr,  # of positions in a tile
     COLUMNS: tl.constexpr,  # all that a square may have
-):
+):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     key = tl.load(keys_ptr + b)
     count = tl.load(counts_ptr + b).to(tl.int32)
@@ -119,7 +110,7 @@ def _scatter_kernel(
                 top += ROWS
             top -= ROWS
             number = _below(_picked(places, n, k), total)
-            # back to the tile that has this one
+            # back to the tile that holds this position
             while before > number:
                 top -= ROWS
                 allowed = _allowed(
@@ -147,7 +138,7 @@ def _scatter_kernel(
 
 
 def scatter_tile(num_squares: int, rows: int, columns: int) -> dict[str, int]:
-    """Constants of the kernel for so many squares, and rows and columns of positions at most."""
+    """Constants of the kernel, from the greatest numbers of squares, rows and columns."""
     tile_columns = int(triton.next_power_of_2(columns))
     tile_rows = min(int(triton.next_power_of_2(rows)), max(_MAX_POSITIONS // tile_columns, 1))
     warps = tile_rows * tile_columns // (32 * _POSITIONS_PER_THREAD)
@@ -160,18 +151,10 @@ def scatter_tile(num_squares: int, rows: int, columns: int) -> dict[str, int]:
 
 
 def scatter_triton(
-    keys: Tensor,
-    counts: Tensor,
-    num_squares: int,
-    least_side: int,
-    greatest_side: int,
-    height: int,
-    width: int,
-    max_overlap_px2: int,
-    max_attempts: int,
-    words: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `scatter_op` says."""
+    keys: Tensor, counts: Tensor, num_squares: int, least_side: int, greatest_side: int,
+    height: int, width: int, max_overlap_px2: int, max_attempts: int, words: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Corners, sides and completeness; see `spairkit.kernels.scenes_op.scatter_op`."""
     num_images = len(keys)
     corners = torch.empty(num_images, num_squares, 2, dtype=torch.int64, device=keys.device)
     sides = torch.empty(num_images, num_squares, dtype=torch.int64, device=keys.device)
@@ -180,21 +163,10 @@ def scatter_triton(
     if num_images:
         with on(keys.device):
             _scatter_kernel[(num_images,)](
-                keys.contiguous(),
-                counts.contiguous(),
-                corners,
-                sides,
-                complete,
-                num_squares,
-                least_side,
-                greatest_side - least_side + 1,
-                height,
-                width,
-                max_overlap_px2,
+                keys.contiguous(), counts.contiguous(), corners, sides, complete, num_squares,
+                least_side, greatest_side - least_side + 1, height, width, max_overlap_px2,
                 max_attempts,
-                FIRST_WORD=first_word,
-                SQUARE_WORDS=square_words,
-                ATTEMPT_WORDS=attempt_words,
+                FIRST_WORD=first_word, SQUARE_WORDS=square_words, ATTEMPT_WORDS=attempt_words,
                 **scatter_tile(num_squares, height - least_side + 1, width - least_side + 1),
-            )
+            )  # fmt: skip
     return corners, sides, complete

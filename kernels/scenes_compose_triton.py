@@ -1,7 +1,7 @@
-"""Triton twin of the composition of scenes: one launch, a program for a run of pixels of a scene.
+"""Triton twin of the composition of scenes: one launch, one program for a run of pixels.
 
-Glyphs are pasted in turn in registers, and only the finished pixels are written. All arithmetic is
-on integers but the last division, which is rounded once: the bits are those of plain torch.
+Glyphs are pasted one after the other in registers, and only finished pixels are written. The
+arithmetic is on integers up to the last division, so the bits are those of plain torch.
 """
 
 import torch
@@ -22,18 +22,11 @@ def _compose_kernel(
     colours_ptr,  # [B, N, C] int32, by strides
     backgrounds_ptr,  # [B, C] int32
     images_ptr,  # [B, 3, H, W] float32
-    num_glyphs,
-    height,
-    width,
-    blocks,
-    side,
-    stride_b,
-    stride_n,
-    stride_c,
+    num_glyphs, height, width, blocks, side, stride_b, stride_n, stride_c,
     C: tl.constexpr,  # 1 if all channels are alike, else 3
     CH: tl.constexpr,  # C rounded up to a power of two
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0)
     b = (program // blocks).to(tl.int64)
     pixel = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -59,7 +52,7 @@ def _compose_kernel(
         values = (mixed + (mixed >> 8)) >> 8
         k += 1
     light = tl.div_rn(values.to(tl.float32), 255.0)
-    # all channels alike are written three times
+    # one channel is written three times
     plane = tl.arange(0, 4)
     plane_ptr = images_ptr + (b * 3 + plane[:, None]) * height * width
     written = (plane < 3)[:, None] & exists[None, :]
@@ -67,16 +60,10 @@ def _compose_kernel(
 
 
 def compose_triton(
-    table: Tensor,
-    entries: Tensor,
-    corners: Tensor,
-    colours: Tensor,
-    backgrounds: Tensor,
-    height: int,
-    width: int,
-    side: int,
-) -> Tensor:
-    """What `compose_op` says."""
+    table: Tensor, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor,
+    height: int, width: int, side: int,
+) -> Tensor:  # fmt: skip
+    """Images [B, 3, H, W]; see `spairkit.kernels.scenes_op.compose_op`."""
     num_images, num_glyphs = entries.shape
     num_channels = backgrounds.shape[1]
     images = torch.empty(num_images, 3, height, width, device=table.device, dtype=torch.float32)
@@ -85,21 +72,9 @@ def compose_triton(
     if num_images:
         with on(table.device):
             _compose_kernel[(num_images * blocks,)](
-                table,
-                entries.contiguous(),
-                corners.contiguous(),
-                colours,
-                backgrounds.contiguous(),
-                images,
-                num_glyphs,
-                height,
-                width,
-                blocks,
-                side,
-                *colours.stride(),
-                C=num_channels,
-                CH=triton.next_power_of_2(num_channels),
-                BLOCK=COMPOSE_BLOCK,
-                num_warps=COMPOSE_WARPS,
-            )
+                table, entries.contiguous(), corners.contiguous(), colours,
+                backgrounds.contiguous(), images, num_glyphs, height, width, blocks, side,
+                *colours.stride(), C=num_channels, CH=triton.next_power_of_2(num_channels),
+                BLOCK=COMPOSE_BLOCK, num_warps=COMPOSE_WARPS,
+            )  # fmt: skip
     return images

@@ -1,0 +1,79 @@
+"""Kernels are compiled in advance, all of them and in the forms that training calls."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spairkit import backends
+from spairkit.kernels.warm_up import KERNELS
+from spairkit.models.compiling import compiling
+from spairkit.presets import resolve
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+# one more signature is one more compilation, whether or not the cache on disk has it
+FIRST_UPDATE = """
+import sys, torch
+from numba.core.registry import CPUDispatcher
+from spairkit.models.compiling import compiling
+from spairkit.models.loading import build
+from spairkit.presets import resolve
+
+def compiled():
+    return {
+        f"{name}.{key}": function.signatures
+        for name, module in list(sys.modules.items()) if name.startswith("spairkit.kernels.")
+        for key, function in vars(module).items() if isinstance(function, CPUDispatcher)
+    }
+
+kind, preset = sys.argv[1:]
+config = resolve(preset, {"model": {"kind": kind}})
+steps = list(compiling(config.model, torch.device("cpu")))
+before = compiled()
+model, images = build(config), torch.rand(8, 3, config.data.image_height, config.data.image_width)
+told = {} if kind == "spair" else {"counts": torch.full((8,), 2)}
+model(images, **told).total.mean().backward()
+after = compiled()
+print(len(before), {name for name in after if after[name] != before.get(name, [])})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "preset"), [("spair", "quick"), ("spair", "paper"), ("air", "quick")]
+)
+def test_the_first_update_compiles_nothing_more(kind: str, preset: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_UPDATE, kind, preset],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    number, more = run.stdout.split(maxsplit=1)
+    assert int(number) > 4
+    assert more.strip() == "set()"
+
+
+def test_progress_runs_from_nothing_to_all() -> None:
+    steps = list(compiling(resolve("paper").model, CPU))
+    assert [step.name for step in steps] == list(KERNELS)
+    done = [step.done for step in steps]
+    assert done[0] == 0
+    assert done == sorted(set(done))
+    assert done[-1] < steps[-1].total
+
+
+def test_narrow_backbones_need_no_convolutions() -> None:
+    assert "convolutions" not in [s.name for s in compiling(resolve("quick").model, CPU)]
+
+
+def test_nothing_is_compiled_where_nothing_is_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not list(compiling(resolve("quick", {"model": {"kind": "conncomp"}}).model, CPU))
+    assert not list(compiling(resolve("quick").model, torch.device("meta")))
+    monkeypatch.setitem(backends._tried, "cpu", False)
+    assert not list(compiling(resolve("quick").model, CPU))
