@@ -28,14 +28,12 @@ MAX_WORDS = 900
 
 # commands that would install, download or test, or change the user's shell
 UNRUN = (
-    "git clone",
     "python3 -m venv",
     "source",
     "pip install",
     "pytest",
     "ruff",
     "mypy",
-    "python -m spairkit.kernels.gate",
     "spairkit --install-completion",
 )
 
