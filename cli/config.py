@@ -41,7 +41,7 @@ def show(
 
 @app.command()
 def copy(
-    file: Annotated[Path, typer.Argument(help="The new file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file.")],
     preset: PresetOption = None,
     config: ConfigOption = None,
     set_: SetOption = None,

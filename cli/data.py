@@ -27,7 +27,7 @@ app = typer.Typer(no_args_is_help=True, help="List datasets, or write scenes as 
 _ABOUT = {
     "digits": "scenes of UCI optical digits, which ship with spairkit",
     "mnist": "scenes of MNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
-    "emnist": "the same with EMNIST's digits",
+    "emnist": "scenes of EMNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
     "folder": "your own images: --data FOLDER; eval needs an annotations.json (COCO) in it",
 }
 _BATCH_SIZE = 64
@@ -47,7 +47,7 @@ def list_(as_json: JsonOption = False) -> None:
 
 @app.command()
 def make(
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
     count: Annotated[int, typer.Option("--count", min=1, max=100_000, help="Images.")] = 16,
     preset: PresetOption = None,
     data: DataOption = None,

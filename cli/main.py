@@ -29,7 +29,7 @@ from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
@@ -146,13 +146,17 @@ def _run(arguments: list[str] | None) -> int:
 
 def _say_usage(error: Exception) -> None:
     """One line in place of Typer's box. Without a message, help has been printed already."""
-    message = " ".join(getattr(error, "format_message", error.__str__)().split()).rstrip(".")
+    message = " ".join(getattr(error, "format_message", error.__str__)().split()).rstrip(".?")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "spairkit"
-    if message:
-        meant = _SYNONYMS.get(next(iter(re.findall("No such command '(.*?)'", message)), ""))
-        hint = f"; did you mean {meant}?" if meant else ""
-        say(f"spairkit: {message[:1].lower()}{message[1:]}{hint}; see {command} --help")
+    if not message:
+        return
+    message = message.replace("Value error, ", "").replace("'. Did you mean", "'; did you mean")
+    message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1", message)
+    if meant := _SYNONYMS.get(next(iter(re.findall("No such command '(.*?)'$", message)), "")):
+        message += f"; did you mean '{meant}'"
+    end = "?" if "did you mean" in message else ";"
+    say(f"spairkit: {message[:1].lower()}{message[1:]}{end} see {command} --help")
 
 
 def _exit_status(arguments: list[str] | None) -> int:

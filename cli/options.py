@@ -82,8 +82,8 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         rich_help_panel=_MODEL,
-        help="A run, a checkpoint or `last`. Default: the newest run under ./runs, or else the "
-        "model that ships with spairkit.",
+        help="A run, a checkpoint, `last` or `best`. Default: the newest run under ./runs, or else "
+        "the model that ships with spairkit.",
     ),
 ]
 CountOption = Annotated[

@@ -1,7 +1,6 @@
 """`spairkit train`: from images to a run with figures, and the commands to try next."""
 
 import shlex
-import threading
 import time
 import warnings
 from collections import deque
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from spairkit.training.loop import Step, Validation
 
 _LINE_EVERY_SECONDS = 10
-_PATIENCE_SECONDS = 3.0
+_COMPILING_SECONDS = 3.0  # between lines about kernels
 _NARROW = 0.5  # of the range of intensities
 
 
@@ -225,6 +224,7 @@ def _train(
         ending = stop()
         return ending > 0
 
+    _compile(settings, device, quiet=quiet or run is None)
     events = fit(settings, run, device, stops, world)
     if run is None:
         deque(events, maxlen=0)
@@ -365,6 +365,20 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     return asked
 
 
+def _compile(config: "Config", device: "torch.device", *, quiet: bool) -> None:
+    """Compiles the CPU kernels, or loads them from the cache on disk, and shows the progress."""
+    from spairkit.models.compiling import compiling
+
+    line_at = time.monotonic()
+    with progress_bar(quiet=quiet) as bar:
+        task = bar.add_task("compiling kernels, once", total=None, note="")
+        for step in compiling(config.model, device):
+            bar.update(task, completed=step.done, total=step.total)
+            if not quiet and bar.disable and time.monotonic() - line_at >= _COMPILING_SECONDS:
+                line_at = time.monotonic()
+                say(f"compiling kernels, once: {step.done / step.total:.0%} ({step.name} next)")
+
+
 def _follow(
     events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
 ) -> tuple[int, dict[str, float]]:
@@ -382,7 +396,7 @@ def _follow(
             if not quiet:
                 bar.console.print(text, soft_wrap=True)
 
-        for event in _explained(events, print_line):
+        for event in events:
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
@@ -405,22 +419,6 @@ def _follow(
                     f"{'  ' if losses else ''}{losses}"
                 )
     return step, figures
-
-
-def _explained(
-    events: "Iterable[Step | Validation]", print_line: Callable[[str], None]
-) -> "Iterator[Step | Validation]":
-    """The events; explains the wait if the first one takes long."""
-    words = "compiling kernels for the first step: up to a minute, once for each kind of network"
-    timer = threading.Timer(_PATIENCE_SECONDS, print_line, [words])
-    timer.daemon = True
-    timer.start()
-    try:
-        for event in events:
-            timer.cancel()
-            yield event
-    finally:
-        timer.cancel()
 
 
 def _elbo(losses: dict[str, float]) -> str:

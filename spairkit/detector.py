@@ -52,7 +52,8 @@ class Detector:
         if isinstance(config.model, ConnCompConfig):
             if box_contrast is not None:
                 raise InputError(
-                    "conncomp draws boxes around whole components; remove --box-contrast"
+                    "conncomp draws boxes around whole components; remove the box contrast "
+                    "(--box-contrast)"
                 )
         elif box_contrast is None:
             self.box_contrast = config.model.box_contrast
@@ -179,7 +180,7 @@ class Detector:
         if count is None:
             return None
         if not self.told:
-            raise InputError("this model infers the count; remove --count")
+            raise InputError("this model infers the count; remove the count (--count)")
         return torch.full((images,), count)
 
     def _options(self, threshold: float, counts: Tensor | None) -> dict[str, Any]:

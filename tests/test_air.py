@@ -382,7 +382,7 @@ def test_sampled_counts_follow_the_posterior(kind: str) -> None:
 
 def test_refuses_what_it_cannot_take() -> None:
     told, counting = build(SMALL), build(EXACT)
-    with pytest.raises(InputError, match=r"images of 11x9 px and takes no other, got 12x9 px"):
+    with pytest.raises(InputError, match=r"images of 11x9 px and takes only that size, got 12x9"):
         counting.detect(torch.zeros(1, 3, 12, 9, dtype=torch.float64))
     with pytest.raises(InputError, match=r"this AIR was trained with the number .* --count N, or"):
         told.detect(images())

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,12 +20,14 @@ from torch import Tensor
 
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
+from spairkit.config import Config
 from spairkit.detector import load
 from spairkit.images import read_image, stretch, write_png
+from spairkit.kernels.warm_up import Compiling
+from spairkit.models import compiling
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
-from spairkit.training.loop import Step
 
 TINY = """\
 [data]
@@ -530,7 +531,7 @@ def test_air_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None
         else:
             assert plain.status == 0
             assert counted.status == 2
-            assert "this model infers the count; remove --count" in counted.err
+            assert "this model infers the count; remove the count" in counted.err
 
 
 def test_a_run_is_not_resumed_with_another_model(run: Runner) -> None:
@@ -540,22 +541,15 @@ def test_a_run_is_not_resumed_with_another_model(run: Runner) -> None:
     assert run("train", "--model", "airy").err.strip().endswith("(got 'airy')")
 
 
-def test_a_slow_first_step_is_explained(
-    monkeypatch: pytest.MonkeyPatch,
+def test_slow_compilation_shows_its_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said, heard = [], threading.Event()
-
-    def print_line(text: str) -> None:
-        said.append(text)
-        heard.set()
-
-    steps = [Step(number, 2, None, 0.0) for number in (1, 2)]
-
-    def slow_steps() -> Iterator[Step]:
-        assert heard.wait(20)
-        yield from steps
-
-    monkeypatch.setattr(train_command, "_PATIENCE_SECONDS", 0.01)
-    assert list(train_command._explained(slow_steps(), print_line)) == steps
-    (line,) = said
-    assert "compiling kernels" in line
+    steps = [Compiling(0, 4, "cells"), Compiling(1, 4, "renderer"), Compiling(3, 4, "likelihood")]
+    monkeypatch.setattr(compiling, "compiling", lambda *_: iter(steps))
+    monkeypatch.setattr(train_command, "_COMPILING_SECONDS", 0.0)
+    train_command._compile(Config(), torch.device("cpu"), quiet=False)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "compiling kernels, once: 25% (renderer next)"
+    assert len(said) == 3
+    train_command._compile(Config(), torch.device("cpu"), quiet=True)
+    assert not capsys.readouterr().err

@@ -184,7 +184,7 @@ def test_box_contrast_is_that_of_the_checkpoint_or_the_callers(scenes: Tensor) -
 
 
 def test_only_a_model_that_is_told_takes_a_count(detector: Detector, scenes: Tensor) -> None:
-    with pytest.raises(InputError, match="this model infers the count; remove --count"):
+    with pytest.raises(InputError, match="this model infers the count; remove the count"):
         detector.detect(scenes[0], count=2)
     with pytest.raises(InputError, match="infers the count"):
         list(detector.detect_many(scenes, count=2))

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-EXAMPLES = ["spairkit.rendering.render", "spairkit.presence.presence_kl"]
+EXAMPLES = ["spairkit.detector.load", "spairkit.rendering.render", "spairkit.presence.presence_kl"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

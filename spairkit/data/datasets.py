@@ -61,7 +61,7 @@ def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:
     """
     if data.name == "folder":
         if split == "test":
-            included = ", those for training included" if trained_on else ""
+            included = ", including the training images" if trained_on else ""
             return f"all images of {data.path}{included}"
         return f"{split} images of {data.path}"
     glyphs = (

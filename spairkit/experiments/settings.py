@@ -63,10 +63,12 @@ class Settings:
         if self.budget is not None and scope != "conncomp.":  # its steps are thresholds
             taken |= {"train.steps", "train.validation_every"}
         for name, table in tables.items() if isinstance(tables, dict) else [("", tables)]:
-            if name not in ("data", "model", "train") or not isinstance(table, dict):
-                raise ValueError(f"--set {scope}{name}: write a key in data., model. or train.")
-            if scope and name == "data":
-                raise ValueError(f"--set {scope}data: all models use the same images")
+            if name not in ("data", "prepare", "model", "train") or not isinstance(table, dict):
+                raise ValueError(
+                    f"--set {scope}{name}: write a key in data., prepare., model. or train."
+                )
+            if scope and name in ("data", "prepare"):
+                raise ValueError(f"--set {scope}{name}: all models use the same images")
             if found := sorted(key for key in table if f"{name}.{key}" in taken):
                 raise ValueError(f"--set {scope}{name}.{found[0]}: set by the comparison itself")
 

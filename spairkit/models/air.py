@@ -235,8 +235,8 @@ class AIR(nn.Module):
         height, width = images.shape[-2:]
         if (height, width) != self.size:
             raise InputError(
-                f"{name} was trained on images of {self.size[0]}x{self.size[1]} px and takes no "
-                f"other, got {height}x{width} px; cut them, or train SPAIR, which takes any"
+                f"{name} was trained on images of {self.size[0]}x{self.size[1]} px and takes only "
+                f"that size, got {height}x{width} px; crop them, or train SPAIR, which takes any"
             )
         if not self.config.told:
             return self.config.max_objects

@@ -1,7 +1,7 @@
 """ConnComp: a connected component of pixels that differ from the background is an object.
 
 The baseline of the paper (main text 5.1, supplement D.3; docs/model.md 9). It is the cheapest
-detector there is, and where objects do not touch none is better.
+detector, and none is better where objects do not touch.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Boxes drawn round what an object shows, in whole pixels, as people draw them."""
+"""Tightens boxes to the visible part of an object, in whole pixels, as annotators draw them."""
 
 import torch
 from torch import Tensor
@@ -11,16 +11,13 @@ def tighten(
     contrast: float,  # in [0, 1)
     image_size: tuple[int, int],  # height and width, pixels
 ) -> Tensor:  # [B, K, 4] xyxy, whole pixels
-    """Each box cut down to the rows and columns of its map that can be seen.
+    """Each box tightened to the visible rows and columns of its object map.
 
-    How far a texel stands out is alpha * |colour - background| in the channel where that is most.
-    It is seen if this exceeds `contrast` times the most of all texels of the object: at .5 a box
-    ends at half the height of a blurred object, however dim that is, and a single bright texel has
-    a box of its own. Edges go to the nearest edge of a pixel of the image, and are at least a pixel
-    apart. An
-    object of which nothing is seen keeps its box, brought to whole pixels. z_where's own boxes are
-    a pixel or two wider than their objects all round, or cut them short: nothing in the loss holds
-    them close.
+    A texel's contrast is alpha * max_c |colour - background|. It is visible if that exceeds
+    `contrast` times the greatest contrast of the object, so that with .5 a box ends at half the
+    height of a blurred object. Edges are rounded to edges of pixels, at least a pixel apart. An
+    object without a visible texel keeps its box, rounded. The boxes of z_where are a pixel or two
+    wider than their objects, or cut them: nothing in the loss holds them close.
     """
     colour, alpha = maps[..., :3], maps[..., 3]
     difference = (colour - background.flatten(1)[:, None, None, None]).abs().amax(-1)
@@ -38,9 +35,9 @@ def tighten(
 
 
 def _span(seen: Tensor) -> tuple[Tensor, Tensor]:  # [..., P] bool -> [...], [...]
-    """Where the first seen texel starts and the last one ends, as shares of the map's side.
+    """Start of the first and end of the last visible texel, as shares of the map's side.
 
-    All of the side where none is seen.
+    The whole side if no texel is visible.
     """
     places = torch.arange(seen.shape[-1], device=seen.device)
     any_seen = seen.any(-1, keepdim=True)
