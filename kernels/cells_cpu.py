@@ -79,13 +79,13 @@ class Wave(NamedTuple):
     rows: int
 
 
-@inlined
+@part
 def _wave(grid, t, start, n):
     first, last = grid.starts[t], grid.starts[t + 1]
     return Wave(first, start, n, start * len(grid.order) + first * n, (last - first) * n)
 
 
-@inlined
+@part
 def _cell(wave, order, r):
     """Image and raster index of row r of a wave."""
     return wave.start + r % wave.n, order[wave.first + r // wave.n]
