@@ -172,7 +172,7 @@ def test_a_model_that_is_told_counts_needs_them(tmp_path: Path) -> None:
     write_png(images / "0.png", torch.rand(3, 30, 30))
     data = {"name": "folder", "path": str(images)}
     config = from_dict(merge(AIR, {"data": data, "model": {"kind": "air"}}))
-    with pytest.raises(InputError, match=r"model\.count = 'given' needs images whose number"):
+    with pytest.raises(InputError, match=r"model\.count = 'given' needs the true number"):
         train(config, tmp_path / "run")
     counting = {"kind": "air", "count": "inferred"}
     config = from_dict(merge(AIR, {"data": data, "model": counting}))
@@ -370,7 +370,7 @@ def test_an_update_never_waits_for_the_device(
 ) -> None:
     """The presets, but for AIR that is told counts: they decide how many steps it makes."""
     preset, kind = recipe.split()
-    for module in (cell_loop, densities):  # what runs on a GPU, and not what is for the CPU alone
+    for module in (cell_loop, densities):  # the code of a GPU, without the kernels of the CPU
         monkeypatch.setattr(module, "runs_compiled", lambda *_: False)
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
     config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
@@ -431,7 +431,7 @@ def test_selection_by_ap_needs_boxes(tmp_path: Path) -> None:
     write_png(images / "0.png", torch.rand(3, 30, 30))
     data = {"name": "folder", "path": str(images)}
     config = from_dict(merge(TINY, {"data": data, "train": {"select": "ap"}}))
-    with pytest.raises(InputError, match=r"train\.select = 'ap' needs images whose boxes"):
+    with pytest.raises(InputError, match=r"train\.select = 'ap' needs ground truth"):
         train(config, tmp_path / "run")
 
 

@@ -34,35 +34,6 @@ def extract_glimpses(
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
 
 
-def glimpse_rows(
-    images: Tensor,  # [B, C, H, W]
-    boxes: Tensor,  # [n B, 4] row r belongs to image r modulo B
-    size: int,
-    out: Tensor,  # [n B, C size size]
-) -> None:
-    """Fills `out` with the glimpses of boxes that lie cell by cell, without gradients."""
-    by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
-    glimpses = extract_glimpses(images, by_image, size).transpose(0, 1)  # [n, B, ...]
-    out.copy_(glimpses.flatten(2).flatten(0, 1))
-
-
-def box_gradient(
-    grad_glimpses: Tensor,  # [n B, C size size]
-    images: Tensor,
-    boxes: Tensor,  # [n B, 4]
-    size: int,
-) -> Tensor:  # [n B, 4]
-    """The gradient of the boxes of `glimpse_rows`."""
-    grad_glimpses = grad_glimpses.unflatten(1, (-1, size, size))
-    with torch.enable_grad():
-        by_image = boxes.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
-        by_image = by_image.detach().requires_grad_()
-        glimpses = extract_glimpses(images.detach(), by_image, size)
-    grad = grad_glimpses.unflatten(0, (-1, images.shape[0])).transpose(0, 1)
-    grad_boxes: Tensor = torch.autograd.grad(glimpses, by_image, grad)[0]
-    return grad_boxes.transpose(0, 1).flatten(0, 1)
-
-
 @cache  # without limit: a recorded CUDA graph reads from their addresses
 def _constants(
     height: int, width: int, size: int, device: torch.device, dtype: torch.dtype

@@ -46,10 +46,13 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, strides: Sequence[int],
+        self,
+        strides: Sequence[int],
         channels: Sequence[int],  # of the strided layers; the last one repeats
-        features: int, pointwise_kernel: int, activation: str,
-    ) -> None:  # fmt: skip
+        features: int,
+        pointwise_kernel: int,
+        activation: str,
+    ) -> None:
         super().__init__()
         strided = strided_shapes(strides, channels)
         width, *_ = strided[-1]

@@ -16,7 +16,7 @@ from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
-from spairkit.models.cell_loop import encode_cells
+from spairkit.models.cell_loop import encode_cells, has_kernel
 from spairkit.models.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
@@ -265,13 +265,13 @@ class SPAIR(nn.Module):
         bias = torch.cat([network.first.bias for network in networks])
         products = F.linear(features, weights, bias)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
-        # the loop without records of autograd is for the one case that has to be fast
-        plain = images.requires_grad or torch.compiler.is_compiling()
-        if noise is not None and relaxed and torch.is_grad_enabled() and not plain:
+        trains = relaxed and torch.is_grad_enabled() and not images.requires_grad
+        if noise is not None and trains and has_kernel(images, self.encoder):
             return encode_cells(
                 images, products, noise, edge, networks, self.encoder, c, front, training_wheels
             )
-        products = products.transpose(0, 1)[front.order]
+        # from bfloat16, under autocast
+        products = products.to(images.dtype).transpose(0, 1)[front.order]
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
         corners = corners[:, None].to(images.dtype)  # [K, 1, 2] row and column of each cell
         if noise is not None:
