@@ -178,21 +178,17 @@ def choose_checkpoint(given: Path | None) -> Path:
 
 
 def choose_device(device: Device) -> "torch.device":
-    """The torch device; from now on a GPU computes in float32.
+    """The torch device.
 
     Raises:
         InputError: a GPU is asked for and there is none that torch can use.
     """
     import torch
 
-    from spairkit.training.process import set_precision
-
     if device is Device.CUDA and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; run `spairkit doctor` for details")
     finds_gpu = device is Device.AUTO and torch.cuda.is_available()
-    chosen = torch.device("cuda" if finds_gpu or device is Device.CUDA else "cpu")
-    set_precision("float32", chosen)  # torch would use TF32 in convolutions
-    return chosen
+    return torch.device("cuda" if finds_gpu or device is Device.CUDA else "cpu")
 
 
 def open_detector(

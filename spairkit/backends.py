@@ -1,8 +1,9 @@
-"""The choice between implementations of an operator, and kernels as functions with gradients."""
+"""Implementations of an operator, kernels as functions with gradients, precision of GPUs."""
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,14 @@ from torch import Tensor
 Backend = Literal["auto", "torch", "cpu", "triton"]
 """`torch`: plain torch, any device and dtype. `cpu`: Numba. `triton`: Triton on a GPU, or its
 interpreter on the CPU if TRITON_INTERPRET=1 is in the environment. `auto`: chosen by device."""
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""Values of `train.precision`. With bf16, products that stay float32 are exact float32."""
+
+_PRODUCTS: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+)
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 _tried: dict[str, bool] = {}
@@ -149,3 +158,29 @@ def _differentiable(
     grads = torch.autograd.grad(plain(*inputs, *constants), wanted, grad, create_graph=True)
     found = iter(grads)
     return tuple(next(found) if x.requires_grad else None for x in inputs)
+
+
+def set_precision(precision: Precision, device: torch.device) -> None:
+    """Sets the precision of float32 products on a GPU, and makes convolutions deterministic.
+
+    Reading torch's older flags, `allow_tf32`, raises afterwards: they cannot express the setting.
+    """
+    if device.type == "cuda":
+        # torch's default is tf32 for convolutions only
+        torch.backends.cudnn.deterministic = True
+        for products in _PRODUCTS:
+            products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+
+
+@contextmanager
+def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
+    """`set_precision` inside a `with` block; the earlier settings are restored."""
+    deterministic = torch.backends.cudnn.deterministic
+    before = [products.fp32_precision for products in _PRODUCTS]
+    set_precision(precision, device)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+        for products, value in zip(_PRODUCTS, before, strict=True):
+            products.fp32_precision = value

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
@@ -157,15 +158,19 @@ class Detector:
         counts: Tensor | None = None,  # [B] int64, for a network that is told them
     ) -> list[Detections]:
         """The objects in each image of a batch that is already read, for training and metrics."""
-        images = prepare(images.to(self.device), self.config.prepare)
-        return self.network.detect(images, **self._options(threshold, counts))
+        options = self._options(threshold, counts)
+        with computing_in("float32", self.device):  # torch would use TF32 in convolutions
+            images = prepare(images.to(self.device), self.config.prepare)
+            return self.network.detect(images, **options)
 
     def explain_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
     ) -> list[Explanation]:
         """`explain` for a batch that is already read; arguments as in `detect_batch`."""
-        images = prepare(images.to(self.device), self.config.prepare)
-        return self.network.explain(images, **self._options(threshold, counts))
+        options = self._options(threshold, counts)
+        with computing_in("float32", self.device):
+            images = prepare(images.to(self.device), self.config.prepare)
+            return self.network.explain(images, **options)
 
     def _detect(
         self, sources: list[ImageLike], images: list[Tensor], threshold: float, count: int | None

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from spairkit.training.process import Precision, computing_in
+from spairkit.backends import Precision, computing_in
 
 CUDA = torch.device("cuda")
 PROGRAM = """

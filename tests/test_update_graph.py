@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spairkit import backends, presets
+from spairkit.backends import set_precision
 from spairkit.config import Config
 from spairkit.data import scenes as scenes_module
 from spairkit.data.datasets import open_dataset
@@ -23,7 +24,6 @@ from spairkit.storage.runs import Run
 from spairkit.training import loop, update_graph
 from spairkit.training.distributed import World
 from spairkit.training.loop import fit
-from spairkit.training.process import set_precision
 from spairkit.training.trainer import Trainer
 from spairkit.training.update_graph import RecordingTrainer, make_trainer
 

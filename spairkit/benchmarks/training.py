@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spairkit.backends import computing_in
 from spairkit.benchmarks import timing
 from spairkit.benchmarks.plain import COPIES, PlainSPAIR, PlainTrainer
 from spairkit.benchmarks.timing import Figure
@@ -27,7 +28,6 @@ from spairkit.models.loading import build
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
 from spairkit.training.loop import fit
-from spairkit.training.process import computing_in
 from spairkit.training.update_graph import make_trainer
 from spairkit.training.validation import Step, Validation
 

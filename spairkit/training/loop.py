@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from spairkit import presets
+from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig
 from spairkit.config_values import nested
 from spairkit.data.datasets import data_settings, open_splits
@@ -21,7 +22,7 @@ from spairkit.detector import Detector, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
-from spairkit.training.process import computing_in, keep_freed_memory
+from spairkit.training.process import keep_freed_memory
 from spairkit.training.threshold import fit_threshold
 from spairkit.training.update_graph import make_trainer
 from spairkit.training.validation import Step as Step

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig, TrainConfig
 from spairkit.data.datasets import Dataset, evaluation_batches
 from spairkit.data.scenes import Batch, Scenes
@@ -24,7 +25,6 @@ from spairkit.models.spair import SPAIR
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
-from spairkit.training.process import computing_in
 from spairkit.training.validation import Validation, box_figures, draw
 
 _MODE_IMAGES = 256  # whose commonest colour is the background "mode"
