@@ -1,6 +1,7 @@
 """One way from pixels to boxes: every form of an image, many images, one pass for everything."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import spairkit
+from spairkit import detector as detector_module
 from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, PrepareConfig
 from spairkit.data.datasets import open_dataset
 from spairkit.detections import Detections
@@ -159,6 +161,23 @@ def test_explain_agrees_with_detect(detector: Detector, scenes: Tensor) -> None:
     assert torch.equal(explanation.image, scenes[1])
     assert explanation.appearances.shape == (len(explanation.detections), 14, 14, 4)
     assert float((explanation.reconstruction - scenes[1]).abs().mean()) < 0.1
+
+
+def test_networks_run_in_float32(
+    detector: Detector, scenes: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU torch would use TF32 in convolutions."""
+    asked: list[tuple[str, str]] = []
+
+    @contextmanager
+    def noted(precision: str, device: torch.device) -> Iterator[None]:
+        asked.append((precision, device.type))
+        yield
+
+    monkeypatch.setattr(detector_module, "computing_in", noted)
+    detector.detect(scenes[0])
+    detector.explain(scenes[0])
+    assert asked == [("float32", "cpu")] * 2
 
 
 def test_levels_are_applied_inside(detector: Detector, scenes: Tensor) -> None:
