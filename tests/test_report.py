@@ -16,8 +16,8 @@ from spairkit.config import Config
 from spairkit.config_values import from_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.evaluation import Figures, Report
-from spairkit.report import write_report
 from spairkit.report.curves import MAX_POINTS, chart, line
+from spairkit.report.page import write_report
 
 HOSTILE = "</pre><script>alert('1')</script><img src=x onerror=\"alert(2)\">"
 

@@ -1,3 +1,1 @@
-"""One self-contained HTML page about a run: no network, no script, nothing but the file."""
-
-from spairkit.report.page import write_report as write_report
+"""Pictures, charts and the HTML page of a run: self-contained, without scripts or network."""
