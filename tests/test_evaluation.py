@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -172,3 +173,11 @@ def test_measures_an_untrained_spair() -> None:
     assert report.overall.images == 6
     assert set(report.by_objects) <= {1, 2, 3}
     assert sum(figures.images for figures in report.by_objects.values()) == 6
+
+
+def test_a_score_equal_to_the_threshold_is_not_found() -> None:
+    known, _, batches = random_set(7)
+    known = [replace(item, scores=torch.full_like(item.scores, 0.5)) for item in known]
+    found = evaluate(Oracle(known), batches, threshold=0.5).overall
+    true = sum(int(batch.counts.sum()) for batch in batches)
+    assert found.count_bias == pytest.approx(-true / 7)

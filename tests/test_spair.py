@@ -357,3 +357,17 @@ def test_detecting_in_inference_mode_leaves_training_whole() -> None:
 def test_refuses_what_is_no_batch_of_images(model: SPAIR, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.detect(images)
+
+
+def test_beta_of_the_config_weighs_the_divergences() -> None:
+    totals = []
+    images = torch.rand(2, 3, 24, 24)
+    for beta in (1.0, 3.0):
+        torch.manual_seed(0)
+        losses = SPAIR(replace(SMALL, beta=beta))(
+            images, generator=torch.Generator().manual_seed(1)
+        )
+        totals.append(losses.total)
+    terms = losses.terms()
+    weighted = terms["kl_where"] + terms["kl_what"] + terms["kl_depth"]
+    torch.testing.assert_close(totals[1] - totals[0], 2 * weighted)

@@ -63,3 +63,14 @@ def test_an_object_that_cannot_be_seen_keeps_its_box() -> None:
     maps = torch.zeros(1, 1, 4, 4, 4)
     found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05, (20, 20))
     assert found.tolist() == [[[1.0, 2.0, 5.0, 9.0]]]
+
+
+def test_a_texel_at_the_limit_is_not_visible() -> None:
+    maps = torch.zeros(1, 1, 4, 4, 4)
+    maps[..., 3] = 1
+    maps[0, 0, 1:3, 1:3, :3] = 1.0
+    maps[0, 0, 1:3, 0, :3] = 0.5
+    boxes = torch.tensor([[[0.0, 0.0, 8.0, 8.0]]])
+    background = torch.zeros(1, 3, 1, 1)
+    assert tighten(boxes, maps, background, 0.5, (8, 8)).tolist() == [[[2, 2, 6, 6]]]
+    assert tighten(boxes, maps, background, 0.49, (8, 8)).tolist() == [[[0, 2, 6, 6]]]

@@ -496,3 +496,22 @@ def test_gradient_noise_falls_tenfold_in_each_decay() -> None:
     trainer = Trainer(config, None, open_dataset(config.data, "train", CPU), CPU)
     scales = [trainer._inputs(step).gradient_scale for step in (0, 40, 80)]
     assert scales == pytest.approx([0.5, 0.05, 0.005])
+
+
+def test_small_gradients_are_not_scaled_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, unclipped = (
+        gradients_of_first_update(
+            tmp_path / str(norm), monkeypatch, clip_norm=norm, gradient_noise=0.0
+        )
+        for norm in (0.0, 1e6)
+    )
+    assert torch.equal(plain, unclipped)
+
+
+def test_training_stops_as_soon_as_patience_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_elbo", lambda self, _: -float(self.step))  # best at the first
+    run = train(tiny(steps=400, validation_every=2, patience=4), tmp_path / "run")
+    assert load_checkpoint(run.path / "best").step == 2
+    assert [r["step"] for r in run.metrics() if r["kind"] == "validation"] == [2, 4, 6]
