@@ -370,4 +370,4 @@ def test_beta_of_the_config_weighs_the_divergences() -> None:
         totals.append(losses.total)
     terms = losses.terms()
     weighted = terms["kl_where"] + terms["kl_what"] + terms["kl_depth"]
-    torch.testing.assert_close(totals[1] - totals[0], 2 * weighted)
+    torch.testing.assert_close(totals[1] - totals[0], 2 * weighted, rtol=1e-4, atol=1e-3)
