@@ -116,7 +116,7 @@ def test_checkpoint_loads_from_its_folder_files_link_or_run(tmp_path: Path) -> N
     assert load_checkpoint(tmp_path).step == 10
 
 
-def test_optimiser_is_read_only_on_request(tmp_path: Path) -> None:
+def test_optimiser_state_is_loaded_on_request_only(tmp_path: Path) -> None:
     path = save(tmp_path)
     (path / "optimiser.safetensors").unlink()
     assert load_checkpoint(path).optimiser is None

@@ -59,7 +59,7 @@ def test_first_update_compiles_nothing_new(kind: str, preset: str) -> None:
     assert more.strip() == "set()"
 
 
-def test_progress_covers_every_kernel() -> None:
+def test_progress_lists_every_kernel_in_order() -> None:
     steps = list(compiling(resolve("paper").model, CPU))
     assert [step.name for step in steps] == list(KERNELS)
     done = [step.done for step in steps]

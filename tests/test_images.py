@@ -202,7 +202,7 @@ def test_hostile_files_give_one_line_errors(tmp_path: Path, data: bytes, reason:
     assert "\n" not in str(caught.value)
 
 
-def test_limit_applies_to_pixels_not_sides(tmp_path: Path) -> None:
+def test_size_limit_applies_to_pixels_not_sides(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png_header(MAX_PIXELS, 1))
     assert image_size(path) == (1, MAX_PIXELS)

@@ -218,15 +218,13 @@ def test_resuming_elsewhere_warns_of_the_differences(
         train(tiny(), tmp_path / "run", 1)
 
 
-def test_another_seed_gives_another_model(tmp_path: Path) -> None:
+def test_seed_changes_the_trained_weights(tmp_path: Path) -> None:
     runs = [train(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
     first, second = (weights(run)["edge"] for run in runs)
     assert not torch.equal(first, second)
 
 
-def test_another_seed_gives_other_scenes_and_other_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seed_changes_scenes_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
     forward = SPAIR.forward
 
