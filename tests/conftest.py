@@ -1,4 +1,4 @@
-"""Fixtures for all tests: fresh memory is NaN, and kernels run where this machine can run them."""
+"""Shared fixtures: uninitialised memory is NaN; `kernel` runs over this machine's backends."""
 
 import gc
 import os
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Triton warns, once a compile, that its default will change; the gate counts registers under this
+# otherwise every compilation by Triton warns that this default will change
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-# a shell has what it starts in the background ignore Ctrl-C, of which some tests are
+# processes that a shell starts in the background ignore Ctrl-C, which some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,20 +25,20 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _imports_are_no_garbage() -> None:
-    """Collecting garbage takes a third of a second while it also looks through torch's compiler."""
+def _exclude_imports_from_garbage_collection() -> None:
+    """Scanning torch's compiler would add a third of a second to each collection."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An element that nobody wrote is NaN, so that it cannot pass for a result."""
+    """Fills fresh floating-point tensors with NaN, so that an unwritten element is noticed."""
 
     def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def allocate_nan(*args: Any, **kwargs: Any) -> torch.Tensor:
             fresh = allocate(*args, **kwargs)
-            # inside torch.compile the call must stay what it is
+            # torch.compile must trace the original call
             if torch.compiler.is_compiling() or not fresh.is_floating_point():
                 return fresh
             return fresh.fill_(float("nan"))
@@ -52,7 +52,7 @@ def _poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def float64_by_default() -> Callable[[], AbstractContextManager[None]]:
-    """A context in which new tensors are float64 where nobody says what they should be."""
+    """A context in which the default dtype of new tensors is float64."""
 
     @contextmanager
     def context() -> Iterator[None]:
@@ -70,7 +70,7 @@ def kernel_backends() -> list[str]:
     """The compiled backends that this process can run."""
     if torch.cuda.is_available():
         return ["cpu", "triton"]
-    # Triton decides at import between compiler and interpreter, so a process has one of the two
+    # Triton chooses compiler or interpreter when it is imported: a process has only one of them
     return ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["cpu"]
 
 
@@ -81,17 +81,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def kernel_device(kernel: str) -> torch.device:
-    """Where the tensors for the backend `kernel` live."""
+    """The device of tensors for the backend `kernel`."""
     return torch.device("cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu")
 
 
-class _NoWaiting(TorchDispatchMode):
-    """Refuses what would make the host wait for a device: values and shapes that depend on data.
+class _NoSync(TorchDispatchMode):
+    """Fails on operations that synchronise with a device: their values or shapes depend on data.
 
-    Tensors from numbers in Python (`lift_fresh`) too, which are copied to the device at once.
+    `lift_fresh` is one of them: it copies a tensor of Python numbers to the device at once.
     """
 
-    WAITING = (
+    SYNCHRONISING = (
         torch.ops.aten._local_scalar_dense,
         torch.ops.aten.lift_fresh,
         torch.ops.aten.nonzero,
@@ -102,13 +102,13 @@ class _NoWaiting(TorchDispatchMode):
     )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.overloadpacket not in self.WAITING, f"{func} waits for the device"
+        assert func.overloadpacket not in self.SYNCHRONISING, f"{func} synchronises with the device"
         if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
             assert all(index is None or index.dtype != torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
-def no_waiting() -> type[_NoWaiting]:
-    """A context in which what waits for a device fails."""
-    return _NoWaiting
+def no_sync() -> type[_NoSync]:
+    """A context in which an operation that synchronises with a device fails."""
+    return _NoSync

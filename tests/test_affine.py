@@ -24,7 +24,7 @@ def index(along: float, samples: int) -> float:
 
 
 def boxes(batch: int, num: int) -> tuple[Tensor, Tensor]:
-    """Boxes, some of which leave the image."""
+    """Scales and shifts of boxes, some of which extend beyond the image."""
     generator = torch.Generator().manual_seed(2)
     scale = 0.05 + 0.9 * torch.rand(batch, num, 2, generator=generator, dtype=torch.float64)
     shift = 2 * torch.rand(batch, num, 2, generator=generator, dtype=torch.float64) - 1
@@ -70,7 +70,7 @@ def test_place_equals_a_loop_over_pixels() -> None:
 def test_cutting_the_whole_image_returns_it() -> None:
     images = torch.rand(1, 3, 9, 9, dtype=torch.float64)
     whole = torch.ones(1, 1, 2, dtype=torch.float64), torch.zeros(1, 1, 2, dtype=torch.float64)
-    # a thousandth of a texel short, as in the authors' code
+    # the sampling grid is a thousandth of a texel short, as in the authors' code
     torch.testing.assert_close(cut(images, *whole, 9)[:, 0], images, atol=2e-3, rtol=0)
     torch.testing.assert_close(
         place(images[:, None], *whole, 9, 9)[:, 0], images, atol=2e-3, rtol=0
@@ -78,7 +78,7 @@ def test_cutting_the_whole_image_returns_it() -> None:
 
 
 def test_place_inverts_cut() -> None:
-    """For a smooth image that is bright in the middle of a box."""
+    """Approximately, for a smooth image that is bright in the middle of a box."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, 64, dtype=torch.float64)] * 2, indexing="ij")
     image = torch.exp(-((x - 0.2) ** 2 + (y + 0.3) ** 2) / 0.05).expand(1, 3, 64, 64)
     scale = torch.tensor([[[0.5, 0.6]]], dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_place_inverts_cut() -> None:
     torch.testing.assert_close(back, image, atol=0.02, rtol=0)
 
 
-def test_gradients() -> None:
+def test_gradients_match_finite_differences() -> None:
     scale, shift = boxes(1, 2)
     scale, shift = scale.requires_grad_(), shift.requires_grad_()
     images = torch.rand(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""AIR and DAIR beside loops over images, steps and pixels in float64, and sums over counts."""
+"""AIR and DAIR against loops over images, steps and pixels in float64, and sums over counts."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def run(model: AIR, counts: Tensor | None = None, **options: Any) -> Losses:
 
 
 def objects(model: AIR, steps: int, counts: Tensor | None = None) -> tuple[_Objects, _Noise]:
-    """What `run` finds, and its noise."""
+    """The objects that `run` infers, and the noise that it draws."""
     noise = model._draw(images(), steps, generator())
     return model._find(images(), steps, noise, counts), noise
 
@@ -76,7 +76,7 @@ def normal_kl(mean: float, std: float, prior_mean: float, prior_std: float) -> f
 
 
 def step_kl(model: AIR, found: _Objects, b: int, t: int) -> tuple[float, float]:
-    """KL of where and of what, number by number."""
+    """KL divergences of the where and what latents, summed element by element."""
     c = model.config
     priors = [(c.scale_prior_mean, c.scale_prior_std)] * 2 + [(0.0, c.shift_prior_std)] * 2
     where = zip(
@@ -90,7 +90,7 @@ def step_kl(model: AIR, found: _Objects, b: int, t: int) -> tuple[float, float]:
 
 
 def cross_entropy(canvas: Tensor, image: Tensor, floor: float = 1e-6) -> float:
-    """Pixel by pixel, of a canvas that is clipped."""
+    """Cross entropy of an image given the clipped canvas, summed pixel by pixel."""
     total = 0.0
     for x, y in zip(image.flatten().tolist(), canvas.flatten().tolist(), strict=True):
         y = min(max(y, 0.0), 1.0)
@@ -99,14 +99,14 @@ def cross_entropy(canvas: Tensor, image: Tensor, floor: float = 1e-6) -> float:
 
 
 def alone(found: _Objects, b: int, t: int) -> Tensor:
-    """An object on a black image; test_affine holds `place` to a loop over pixels."""
+    """One object on a black image; test_affine compares `place` with a loop over pixels."""
     one = slice(b, b + 1), slice(t, t + 1)
     return affine.place(found.maps[one], found.scale[one], found.shift[one], *SIZE)[0, 0]
 
 
 @pytest.mark.parametrize("kind", ["air", "dair"])
 @torch.no_grad()
-def test_told_losses_equal_a_loop(kind: str) -> None:
+def test_losses_with_given_counts_equal_a_loop(kind: str) -> None:
     model = build(SMALL, kind=kind)
     losses = run(model, COUNTS)
     found, _ = objects(model, 3, COUNTS)
@@ -126,7 +126,7 @@ def test_told_losses_equal_a_loop(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["air", "dair"])
 @torch.no_grad()
-def test_exact_losses_are_the_expectation_over_all_counts(kind: str) -> None:
+def test_exact_losses_equal_the_expectation_over_counts(kind: str) -> None:
     model = build(EXACT, kind=kind, presence_limit=0.7)
     success = 0.7
     losses = run(model, success=success)
@@ -142,7 +142,7 @@ def test_exact_losses_are_the_expectation_over_all_counts(kind: str) -> None:
                 canvas = canvas + alone(found, b, count - 1)
                 kl = step_kl(model, found, b, count - 1)
                 where, what = where + kl[0], what + kl[1]
-            # the count: as many yes, then a no where a step is left to say it
+            # `count` present steps, then an absent one if any step is left
             posterior = math.prod(on[:count]) * (1 - on[count] if count < 3 else 1)
             prior = (1 - success) ** count * (success if count < 3 else 1)
             sums["reconstruction"] += posterior * cross_entropy(canvas, images()[b])
@@ -155,7 +155,7 @@ def test_exact_losses_are_the_expectation_over_all_counts(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["air", "dair"])
 @torch.no_grad()
-def test_relaxed_losses_equal_a_loop_that_stops(kind: str) -> None:
+def test_relaxed_losses_equal_a_loop_with_early_stopping(kind: str) -> None:
     model = build(INFERRED, kind=kind, temperature=0.5)
     success = 0.4
     losses = run(model, success=success)
@@ -186,23 +186,23 @@ def test_relaxed_losses_equal_a_loop_that_stops(kind: str) -> None:
         assert float(losses.kl_where[b]) == pytest.approx(where, rel=1e-9)
         assert float(losses.kl_what[b]) == pytest.approx(what, rel=1e-9)
         assert float(losses.kl_pres[b]) == pytest.approx(pres, rel=1e-9)
-    assert stopped_at, "some image must stop, or this tests nothing"
+    assert stopped_at, "some image must stop early, or this tests nothing"
 
 
 @pytest.mark.parametrize("config", [SMALL, EXACT])
 @torch.no_grad()
-def test_parts_of_a_batch_get_what_the_whole_would(config: AIRConfig) -> None:
+def test_parts_of_a_batch_equal_the_whole_batch(config: AIRConfig) -> None:
     model = build(config)
-    told = config.count == "given"
-    whole = run(model, COUNTS if told else None).total
+    given = config.count == "given"
+    whole = run(model, COUNTS if given else None).total
     for index in range(3):
         rows = slice(index, index + 1)
-        counts = COUNTS[rows] if told else None
+        counts = COUNTS[rows] if given else None
         part = model(images()[rows], generator=Part(generator(), index, 3), counts=counts)
         torch.testing.assert_close(part.total, whole[rows])
 
 
-def test_the_stop_rule() -> None:
+def test_steps_stop_once_absences_sum_to_0_99() -> None:
     presence = torch.tensor([[0.9, 0.8, 0.4, 1.0], [0.01, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
     assert _before_stop(presence).tolist() == [
         [True, True, True, True],
@@ -213,26 +213,26 @@ def test_the_stop_rule() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
-def test_the_concrete_density_is_that_of_torch(temperature: float) -> None:
+def test_concrete_density_equals_torch(temperature: float) -> None:
     drawn, logits = torch.randn(2, 50, dtype=torch.float64).mul(4).unbind()
     expected = LogitRelaxedBernoulli(torch.tensor(temperature), logits=logits).log_prob(drawn)
     actual = _concrete_log_density(drawn, logits, temperature)
     torch.testing.assert_close(actual, expected, check_dtype=False)
 
 
-def test_the_lstm_is_that_of_torch() -> None:
+def test_recurrence_equals_torch_lstm_cell() -> None:
     model = build(SMALL)
     cell = nn.LSTMCell(3 * SIZE[0] * SIZE[1], 10).double()
     look, recur = model.look, model.recur
     assert isinstance(look, nn.Linear)
-    # torch has the gates in the order enter, forget, new, leave
+    # torch's order of the gates: input, forget, cell, output
     order = torch.cat([torch.arange(10) + 10 * gate for gate in (0, 2, 1, 3)])
     with torch.no_grad():
         cell.weight_ih.copy_(look.weight[order])
         cell.weight_hh.copy_(recur.weight[order])
         cell.bias_ih.copy_(look.bias[order])
         cell.bias_hh.copy_(recur.bias[order])
-        cell.bias_hh[10:20] += 1  # that of forgetting
+        cell.bias_hh[10:20] += 1  # the forget gate's
         state = torch.zeros(3, 10, dtype=torch.float64), torch.zeros(3, 10, dtype=torch.float64)
         outputs = []
         for _ in range(4):
@@ -242,8 +242,8 @@ def test_the_lstm_is_that_of_torch() -> None:
 
 
 @pytest.mark.parametrize("config", [SMALL, EXACT, replace(INFERRED, temperature=0.5)])
-def test_dair_looks_at_what_the_canvas_lacks(config: AIRConfig) -> None:
-    """The unclipped difference, with gradients through the canvas; glimpses are of the image."""
+def test_dair_sees_the_image_minus_the_canvas(config: AIRConfig) -> None:
+    """Unclipped, with gradients through the canvas; glimpses are cut from the image."""
     model = build(config, kind="dair")
     seen: list[Tensor] = []
     model.look.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
@@ -263,7 +263,7 @@ def test_dair_looks_at_what_the_canvas_lacks(config: AIRConfig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["air", "dair"])
-def test_gradients_reach_every_weight_and_not_past_the_training_wheels(kind: str) -> None:
+def test_all_weights_get_gradients_except_under_training_wheels(kind: str) -> None:
     for config in (SMALL, INFERRED, EXACT):
         counts = COUNTS if config.count == "given" else None
         model = build(config, kind=kind)
@@ -278,7 +278,7 @@ def test_gradients_reach_every_weight_and_not_past_the_training_wheels(kind: str
         assert moved == {"encoder", "decoder"}
 
 
-def test_given_counts_are_what_is_found() -> None:
+def test_number_of_detections_equals_the_given_count() -> None:
     for kind in ("air", "dair"):
         model = build(SMALL, kind=kind)
         for sample in (False, True):
@@ -289,7 +289,7 @@ def test_given_counts_are_what_is_found() -> None:
         assert [len(item.appearances) for item in shown] == [2, 0, 3]
         none = torch.zeros(3, dtype=torch.int64)
         assert not any(item.reconstruction.any() for item in model.explain(images(), counts=none))
-        run(model, none).total.sum().backward()  # a batch of empty images is no error
+        run(model, none).total.sum().backward()  # a batch of empty images is valid
 
 
 def test_boxes_are_scale_and_shift_in_pixels() -> None:
@@ -303,8 +303,8 @@ def test_boxes_are_scale_and_shift_in_pixels() -> None:
         assert box == pytest.approx(expected, rel=1e-5)
 
 
-def test_tight_boxes_hold_what_is_drawn() -> None:
-    """The lit pixels of each placed map, found by looking at them."""
+def test_tight_boxes_enclose_the_rendered_objects() -> None:
+    """Compares boxes with the extent of the lit pixels of each placed map."""
     model = build(EXACT, box_contrast=0.3)
     with torch.no_grad():
         last_bias(model.output)[8] = 9.0
@@ -324,13 +324,13 @@ def test_tight_boxes_hold_what_is_drawn() -> None:
             inside = [min(columns), min(rows), max(columns) + 1, max(rows) + 1]
             apart += [abs(x - y) for x, y in zip(box, inside, strict=True)]
     assert len(apart) >= 12
-    assert max(apart) <= 1.0, "the edge of a pixel that is half covered"
+    assert max(apart) <= 1.0, "at most one partly covered pixel"
     assert sum(apart) / len(apart) < 0.35
 
 
 @pytest.mark.parametrize("contrast", [0.3, 0.45, 0.6, 0.75])
-def test_tight_boxes_end_at_a_share_of_the_most_light(contrast: float) -> None:
-    """As wide and high as the texels that are lit, on an image where that is many pixels."""
+def test_tight_boxes_end_at_the_contrast_threshold(contrast: float) -> None:
+    """Boxes have the size of the lit texels, on an image where a texel covers many pixels."""
     height, width = 121, 91
     model = build(EXACT, size=(height, width), box_contrast=contrast)
     rim = (torch.arange(6.0) - 2.5).abs()
@@ -353,7 +353,7 @@ def test_tight_boxes_end_at_a_share_of_the_most_light(contrast: float) -> None:
     assert cut >= 5
 
 
-def test_scores_are_the_chance_that_an_object_and_all_before_it_are_there() -> None:
+def test_score_is_the_product_of_presences_so_far() -> None:
     model = build(EXACT)
     steps = model._find(images(), 3, None, None)
     expected = steps.logit.sigmoid().cumprod(1)
@@ -367,7 +367,7 @@ def test_scores_are_the_chance_that_an_object_and_all_before_it_are_there() -> N
 @pytest.mark.parametrize("kind", ["air", "dair"])
 def test_sampled_counts_follow_the_posterior(kind: str) -> None:
     model = build(EXACT, kind=kind)
-    # with no noise in where and what, so that DAIR's later steps are the same every time
+    # without noise in where and what, DAIR's later steps are the same for every sample
     with torch.no_grad():
         last_bias(model.output)[4:8] = -10.0
         last_bias(model.encoder)[4:] = -10.0
@@ -380,24 +380,24 @@ def test_sampled_counts_follow_the_posterior(kind: str) -> None:
         assert share == pytest.approx(chance, abs=4 * (0.25 / 2000) ** 0.5)
 
 
-def test_refuses_what_it_cannot_take() -> None:
-    told, counting = build(SMALL), build(EXACT)
+def test_wrong_images_and_counts_are_refused() -> None:
+    given, inferred = build(SMALL), build(EXACT)
     with pytest.raises(InputError, match=r"images of 11x9 px and takes only that size, got 12x9"):
-        counting.detect(torch.zeros(1, 3, 12, 9, dtype=torch.float64))
+        inferred.detect(torch.zeros(1, 3, 12, 9, dtype=torch.float64))
     with pytest.raises(InputError, match=r"this AIR was trained with the number .* --count N, or"):
-        told.detect(images())
+        given.detect(images())
     with pytest.raises(InputError, match="this DAIR was trained with"):
         build(SMALL, kind="dair")(images())
     with pytest.raises(InputError, match="counts up to 256, got 10000"):
-        told.detect(images(1), counts=torch.tensor([10_000]))
+        given.detect(images(1), counts=torch.tensor([10_000]))
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]"):
-        counting.detect(torch.zeros(3, *SIZE, dtype=torch.float64))
+        inferred.detect(torch.zeros(3, *SIZE, dtype=torch.float64))
     with pytest.raises(ValueError, match="images must be finite"):
-        counting.explain(images() * float("nan"))
+        inferred.explain(images() * float("nan"))
 
 
 @pytest.mark.parametrize("kind", ["air", "dair"])
-def test_networks_may_be_in_bfloat16_and_pixels_are_not(kind: str) -> None:
+def test_losses_stay_float32_under_bfloat16_autocast(kind: str) -> None:
     model = build(EXACT, kind=kind).float()
     seen = images().float()
     exact = model(seen, generator=generator())
@@ -410,13 +410,13 @@ def test_networks_may_be_in_bfloat16_and_pixels_are_not(kind: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_grey_steps_see_the_mean_of_the_channels() -> None:
+def test_grey_models_see_the_mean_of_the_channels() -> None:
     model = build(EXACT, grey=True)
     turned = images()[:, [1, 2, 0]]
     torch.testing.assert_close(model._recurrent(images(), 2), model._recurrent(turned, 2))
 
 
-def test_initial_biases_are_where_the_config_puts_them() -> None:
+def test_initial_biases_come_from_the_config() -> None:
     config = replace(SMALL, scale_bias=-0.5, std_bias=-2.0, presence_bias=3.0, colour_bias=-1.0)
     model = AIR(config, SIZE)
     assert last_bias(model.output).tolist() == [-0.5, -0.5, 0.0, 0.0, *[-2.0] * 4, 3.0]

@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def _untried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No backend has been tried yet."""
+    """Makes every backend untried."""
     monkeypatch.setattr(backends, "_tried", {})
 
 
-def test_auto_depends_on_device_and_dtype() -> None:
+def test_auto_backend_depends_on_device_and_dtype() -> None:
     assert chosen_backend("auto", torch.zeros(1), "x") == "cpu"
     assert chosen_backend("auto", torch.zeros(1).bfloat16(), "x") == "cpu"
     assert chosen_backend("auto", torch.zeros(1).double(), "x") == "torch"
@@ -33,7 +33,7 @@ def test_auto_depends_on_device_and_dtype() -> None:
 
 
 @pytest.mark.usefixtures("_untried")
-def test_a_broken_numba_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_numba_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise OSError("libllvmlite.so: cannot open shared object file")
 
@@ -50,7 +50,7 @@ def test_a_broken_numba_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("_untried")
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_auto_is_decided_while_tracing(relaxed: bool) -> None:
+def test_auto_backend_works_under_torch_compile(relaxed: bool) -> None:
     def loss(rgba: torch.Tensor, flat: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         image = render(rgba, boxes, flat, flat, torch.zeros(1, 1, 5, 5))
         return image.sum() + presence_kl(flat, flat, 0.5, relaxed=relaxed).sum()
@@ -61,7 +61,7 @@ def test_auto_is_decided_while_tracing(relaxed: bool) -> None:
 
 
 def test_functions_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def njit_without_a_place(*args: Any, cache: bool = False, **kwargs: Any) -> Any:
+    def njit_without_cache(*args: Any, cache: bool = False, **kwargs: Any) -> Any:
         if cache:
             raise RuntimeError("cannot cache function: no locator available for file")
         return numba.njit(*args, **kwargs)
@@ -69,7 +69,7 @@ def test_functions_compile_without_a_writable_cache(monkeypatch: pytest.MonkeyPa
     def successor(number: int) -> int:
         return number + 1
 
-    monkeypatch.setattr(threads, "njit", njit_without_a_place)
+    monkeypatch.setattr(threads, "njit", njit_without_cache)
     assert threads.compiled(successor)(4) == 5
 
 

@@ -34,7 +34,7 @@ def test_all_implementations_pass_the_check(operator: str, objects: int) -> None
     check(operator, objects, CPU)
 
 
-def test_the_loop_equals_the_operator_for_relaxed_samples_in_float64() -> None:
+def test_loop_equals_the_operator_for_relaxed_samples() -> None:
     random = torch.Generator().manual_seed(3)
     logits, samples = torch.rand(2, 2, 9, generator=random, dtype=torch.double)
     success = torch.tensor(0.7, dtype=torch.double)
@@ -87,7 +87,7 @@ def test_every_number_of_objects_is_checked(monkeypatch: pytest.MonkeyPatch) -> 
         next(run([("render", 1, 16), ("render", 1, 64)], CPU, 0, quiet))
 
 
-def test_every_case_gets_its_figures() -> None:
+def test_every_case_is_measured() -> None:
     figures = list(run([(name, 2, 16) for name in WAYS], CPU, 0, quiet))
     names = [(name, way) for name, ways in WAYS.items() for _ in range(2) for way in ways]
     assert [(figure.case.split()[0], figure.way) for figure in figures] == names
@@ -97,7 +97,7 @@ def test_every_case_gets_its_figures() -> None:
         assert figure.times == 1 or figure.way != "spairkit"
 
 
-def test_a_plain_version_that_needs_too_much_memory_is_skipped(
+def test_plain_version_is_skipped_if_memory_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(timing, "free_bytes", lambda device: 2**20)
@@ -122,7 +122,7 @@ def test_clocks_take_turns() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_calls_on_a_gpu_are_timed_by_graph_replays_where_possible() -> None:
+def test_gpu_calls_are_timed_by_graph_replay_if_possible() -> None:
     device = torch.device("cuda")
     numbers = torch.ones(1 << 20, device=device)
     clock, note = device_clock(lambda: numbers.mul(2), device)
@@ -142,7 +142,7 @@ def test_bandwidth_is_compared_with_a_copy() -> None:
     assert all(0 < figure.more["% of a copy"] < 200 for figure in figures)
 
 
-def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
+def test_command_prints_a_table_or_json(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     words = ["--operator", "presence_kl", "--objects", "16", "--batch", "2", "--seconds", "0"]
     words += ["--device", "cpu", "--ledger", str(ledger)]
@@ -165,7 +165,7 @@ def test_unknown_cases_are_refused(option: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("ending", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_benchmark_keeps_its_figures(
+def test_interrupted_benchmark_keeps_its_figures(
     ending: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure = next(run([SMALL], CPU, 0, quiet))
@@ -184,7 +184,7 @@ def test_an_interrupted_benchmark_keeps_its_figures(
     assert json.loads(ledger.read_text())["median_ms"] == figure.median_ms
 
 
-def test_further_figures_are_columns_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_additional_figures_are_table_columns(capsys: pytest.CaptureFixture[str]) -> None:
     figure = Figure(
         case="render 1x16, forward", way="spairkit", median_ms=1.5, p20_ms=1.4, p80_ms=1600,
         samples=3, times=1.0, peak_mib=None, note="triton", more={"GB/s": 1234.5},
@@ -196,7 +196,7 @@ def test_further_figures_are_columns_of_the_table(capsys: pytest.CaptureFixture[
     assert "1234" in shown
 
 
-def test_the_machine_includes_the_versions() -> None:
+def test_machine_record_includes_versions() -> None:
     found = machine(CPU)
     for name in ("spairkit", "torch", "triton", "numba"):
         assert found[name][0].isdigit()

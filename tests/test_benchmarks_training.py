@@ -78,11 +78,11 @@ def test_both_versions_have_equal_losses_and_gradients(model: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])
-def test_both_versions_agree_at_the_size_of_a_preset(preset: str) -> None:
+def test_both_versions_agree_at_preset_sizes(preset: str) -> None:
     check(sized(resolve(preset), 32, 4), CPU)
 
 
-def test_the_plain_version_uses_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_version_uses_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*arguments: Any) -> Tensor:
         raise AssertionError("called a kernel")
 
@@ -112,14 +112,14 @@ def test_nothing_is_timed_if_the_versions_differ(
         next(run({"tiny 2x4": tiny()}, CPU, 0, quiet))
 
 
-def test_the_importance_floor_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_floor_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = plain.render_by_grid_sample
     monkeypatch.setattr(plain, "render_by_grid_sample", lambda *a: right(*a[:-1], 0.0))
     with pytest.raises(RuntimeError, match="differ by"):
         check(tiny(importance_floor=0.3), CPU)
 
 
-def test_two_updates_of_both_versions_give_equal_weights() -> None:
+def test_both_versions_have_equal_weights_after_two_updates() -> None:
     config = tiny()
     rate = config.train.learning_rate
     train = replace(config.train, gradient_noise=0.0, learning_rate_end=rate)
@@ -139,15 +139,15 @@ def test_two_updates_of_both_versions_give_equal_weights() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_the_plain_version_adds_gradient_noise() -> None:
+def test_plain_version_adds_gradient_noise() -> None:
     config = tiny()
     config = replace(config, train=replace(config.train, gradient_noise=0.5, clip_norm=0.0))
     model: Any = build(config)
     trainer = PlainTrainer(config, PlainSPAIR.like(model), open_dataset(config.data, "train", CPU))
     trainer.update()
     gradients = [p.grad.flatten() for p in trainer.parameters if p.grad is not None]
-    spread = float(torch.cat(gradients).median())
-    assert abs(spread) < 0.2
+    centre = float(torch.cat(gradients).median())
+    assert abs(centre) < 0.2
     assert float(torch.cat(gradients).abs().median()) > 0.2
 
 
@@ -169,7 +169,7 @@ def test_figures_are_complete() -> None:
     assert [line.partition(": ")[2] for line in lines] == ["checking"] * 2 + ["timing"] * 2
 
 
-def test_a_plain_version_that_needs_too_much_memory_is_skipped(
+def test_plain_version_is_skipped_if_memory_is_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(timing, "free_bytes", lambda device: 2**10)
@@ -181,7 +181,7 @@ def test_a_plain_version_that_needs_too_much_memory_is_skipped(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_updates_on_a_gpu_are_compared_with_the_replayed_backbone() -> None:
+def test_gpu_updates_are_compared_with_the_backbone() -> None:
     ours, theirs = run({"tiny 2x4": tiny()}, torch.device("cuda"), 0, quiet)
     assert ours.note == theirs.note == ""
     assert ours.more["x backbone"] > 1
@@ -206,7 +206,7 @@ def test_bench_train_prints_a_table_or_json(tmp_path: Path) -> None:
     assert isinstance(refused.exception, InputError)
 
 
-def test_batches_are_set_by_one_option(tmp_path: Path) -> None:
+def test_batch_size_as_a_setting_is_refused(tmp_path: Path) -> None:
     words = ["train", "--device", "cpu", "--ledger", str(tmp_path / "ledger.jsonl")]
     refused = CliRunner().invoke(app, [*words, "--set", "train.batch_size=4"])
     assert isinstance(refused.exception, InputError)
@@ -224,7 +224,7 @@ def test_other_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
 
 
-def test_an_interrupted_benchmark_keeps_its_figures(
+def test_interrupted_benchmark_keeps_its_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure = next(run({"tiny 2x4": tiny()}, CPU, 0, quiet))
@@ -241,7 +241,7 @@ def test_an_interrupted_benchmark_keeps_its_figures(
     assert len(document["figures"]) == len(ledger.read_text().splitlines()) == 1
 
 
-def test_a_run_ends_when_one_validation_reaches_all_targets() -> None:
+def test_run_ends_once_one_validation_reaches_all_targets() -> None:
     config: Config = from_dict(TINY)
     events: list[Step | Validation] = []
     easy = attempt(config, {"ap_spair": 0.0, "count_accuracy": 0.0}, CPU, events.append)
@@ -253,7 +253,7 @@ def test_a_run_ends_when_one_validation_reaches_all_targets() -> None:
     assert (never.reached, never.step) == (False, 6)
 
 
-def test_the_default_target_is_published_for_the_number_of_digits() -> None:
+def test_default_target_is_the_papers_ap() -> None:
     assert PAPER_AP == {1: 0.789, 3: 0.696, 5: 0.673, 7: 0.659, 9: 0.624}
     assert target(resolve("quick").data, None) == 0.696
     with pytest.raises(InputError, match=r"no AP for 4 objects, only for 1, 3, 5, 7, 9; give a"):
@@ -305,7 +305,7 @@ def test_time_to_ap_exits_with_2_if_no_seed_succeeds(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_keeps_the_finished_seeds(
+def test_finished_seeds_survive_a_signal(
     number: signal.Signals,
     status: int,
     words: list[str],
@@ -328,7 +328,7 @@ def test_a_signal_keeps_the_finished_seeds(
     assert (line["seed"], line["reached"], line["step"]) == (0, False, 6)
 
 
-def test_time_to_ap_needs_true_boxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_time_to_ap_needs_ground_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_png(tmp_path / "image.png", torch.zeros(3, 48, 48))
     with pytest.raises(SystemExit) as ended:
         main(["bench", "time-to-ap", "--data", str(tmp_path), "--device", "cpu"])

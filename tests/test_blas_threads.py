@@ -10,15 +10,15 @@ def threads_of_blas() -> list[int]:
     return [library["num_threads"] for library in _blas_controller().info()]
 
 
-def test_the_limit_holds_inside_and_is_lifted_afterwards() -> None:
+def test_thread_limit_holds_inside_and_is_lifted_afterwards() -> None:
     before = threads_of_blas()
-    assert before, "numpy and scipy bring a BLAS"
+    assert before, "numpy and scipy ship a BLAS"
     with single_threaded_blas():
         assert set(threads_of_blas()) == {1}
     assert threads_of_blas() == before
 
 
-def test_the_limit_is_lifted_after_an_error() -> None:
+def test_thread_limit_is_lifted_after_an_error() -> None:
     before = threads_of_blas()
     try:
         with single_threaded_blas():
@@ -28,7 +28,7 @@ def test_the_limit_is_lifted_after_an_error() -> None:
     assert threads_of_blas() == before
 
 
-def test_the_limit_holds_for_several_python_threads() -> None:
+def test_thread_limit_holds_for_several_python_threads() -> None:
     before, inside = threads_of_blas(), []
 
     def work() -> None:

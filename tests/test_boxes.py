@@ -1,4 +1,4 @@
-"""IoU beside counting pixels, and what holds for any boxes."""
+"""IoU against counting pixels, and properties of IoU for arbitrary boxes."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ Side = st.floats(0.125, 1000, width=32)
 
 
 @st.composite
-def some_boxes(draw: st.DrawFn) -> Tensor:
+def arbitrary_boxes(draw: st.DrawFn) -> Tensor:
     rows = draw(st.lists(st.tuples(Coordinate, Coordinate, Side, Side), max_size=6))
     corners = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
     return torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:]], dim=1)
@@ -27,7 +27,7 @@ def pixels(box: list[int]) -> set[tuple[int, int]]:
     return {(x, y) for x in range(x1, x2) for y in range(y1, y2)}
 
 
-def test_matches_counted_pixels() -> None:
+def test_iou_and_area_match_counted_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.randint(0, 9, (30, 4), generator=generator)  # some are empty or inverted
     boxes = corners.tolist()
@@ -41,8 +41,8 @@ def test_matches_counted_pixels() -> None:
 
 
 @PROPERTY
-@given(some_boxes(), some_boxes())
-def test_iou_is_symmetric_and_lies_in_0_to_1(first: Tensor, second: Tensor) -> None:
+@given(arbitrary_boxes(), arbitrary_boxes())
+def test_iou_is_symmetric_and_between_0_and_1(first: Tensor, second: Tensor) -> None:
     iou = box_iou(first, second)
     assert iou.shape == (len(first), len(second))
     torch.testing.assert_close(iou, box_iou(second, first).T, rtol=1e-5, atol=0.0)
@@ -50,7 +50,7 @@ def test_iou_is_symmetric_and_lies_in_0_to_1(first: Tensor, second: Tensor) -> N
 
 
 @PROPERTY
-@given(some_boxes())
+@given(arbitrary_boxes())
 def test_iou_with_itself_is_1(boxes: Tensor) -> None:
     boxes = boxes[box_area(boxes) > 0]
     torch.testing.assert_close(box_iou(boxes, boxes).diagonal(), torch.ones(len(boxes)))
@@ -64,6 +64,6 @@ def test_degenerate_boxes_have_iou_0() -> None:
     assert box_iou(torch.zeros(0, 4), some).shape == (0, 4)
 
 
-def test_corners_enclose_centre_and_size() -> None:
+def test_corners_follow_from_centre_and_size() -> None:
     corners = xyxy_from_centre(torch.tensor([[10.0, 20.0]]), torch.tensor([[4.0, 8.0]]))
     assert corners.tolist() == [[16.0, 8.0, 24.0, 12.0]]  # x1, y1, x2, y2

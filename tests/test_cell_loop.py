@@ -26,11 +26,11 @@ SMALL = SPAIRConfig(
 VARIANTS = {
     "relu": SMALL,
     "celu": replace(SMALL, activation="celu", encoder_hidden=(11,)),
-    "alone": replace(SMALL, lateral=False),
-    "nothing passed on": replace(SMALL, passthrough=0),
-    # logits beyond the clipping, where there is no gradient
+    "no lateral": replace(SMALL, lateral=False),
+    "no passthrough": replace(SMALL, passthrough=0),
+    # logits beyond the bounds of clipping, where gradients are zero
     "clipped": replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=9.8),
-    "other centres": replace(SMALL, centre_min=-0.25, centre_max=1.0),
+    "wide centres": replace(SMALL, centre_min=-0.25, centre_max=1.0),
 }
 
 
@@ -46,13 +46,13 @@ def build(config: SPAIRConfig) -> SPAIR:
 
 
 def latents_of(model: SPAIR, images: Tensor, noise: Noise, wheels: bool, readable: bool) -> Latents:
-    """Requires gradients of images for the readable loop, which alone supports them."""
+    """Only the readable loop supports gradients of images: requiring them selects it."""
     images = images.clone().requires_grad_() if readable else images
     return model._encode(images, noise, training_wheels=wheels, relaxed=True)
 
 
 def score(latents: Latents) -> Tensor:
-    """A sum with its own weight for every number of the latents."""
+    """A scalar that weights every element of the latents differently."""
     generator = torch.Generator().manual_seed(3)
     total = torch.zeros((), dtype=torch.float64)
     for field in fields(Latents):
@@ -72,11 +72,11 @@ def gradients(model: SPAIR, total: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (36, 48), (13, 60), (60, 12)])
 @pytest.mark.parametrize("wheels", [False, True], ids=["free", "wheels"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_equals_the_readable_loop_in_float64(
+def test_compiled_loop_equals_the_readable_loop_in_float64(
     variant: str, wheels: bool, height: int, width: int
 ) -> None:
     model = build(VARIANTS[variant])
-    # smooth: where a glimpse's points cross from pixel to pixel the slope of the boxes jumps
+    # smooth images: gradients of boxes jump where a sampling point moves to another pixel
     coarse = torch.rand(3, 3, 3, 4, dtype=torch.float64)
     images = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
     noise = model._draw(images, torch.Generator().manual_seed(1))
@@ -92,7 +92,7 @@ def test_equals_the_readable_loop_in_float64(
     if variant == "clipped":
         assert bool((rough.presence_logit == 10).any() and (rough.where_std > 1.9999).any())
     actual = gradients(model, score(rough))
-    # a parameter without a gradient has none, rather than zeros: optimisers tell them apart
+    # an unused parameter has grad None, not zeros: optimisers treat them differently
     assert set(actual) == set(slopes)
     assert len(actual) >= (4 if wheels else 20)
     for name, grad in actual.items():
@@ -108,15 +108,15 @@ def test_nan_propagates(dtype: torch.dtype) -> None:
     latents = latents_of(model, images, noise, wheels=False, readable=False)
     for field in fields(Latents):
         value = getattr(latents, field.name)
-        if "what" not in field.name:  # a box that is no number reads what lies at the image's edge
+        if "what" not in field.name:  # a glimpse of a NaN box samples the image's edge
             assert bool(value[0, -1].isnan().all()), field.name
         assert bool(value[1].isfinite().all()), field.name
     grads = gradients(model, score(latents))
     assert bool(grads["where_network.last.weight"].isnan().all())
 
 
-@pytest.mark.parametrize("variant", ["celu", "alone"])
-def test_threads_share_the_images_of_a_batch(variant: str) -> None:
+@pytest.mark.parametrize("variant", ["celu", "no lateral"])
+def test_thread_count_does_not_change_results(variant: str) -> None:
     model = build(VARIANTS[variant]).float()
     coarse = torch.rand(5, 3, 3, 4)  # smooth, as above
     images = F.interpolate(coarse, size=(36, 48), mode="bicubic").clamp(0, 1)
@@ -134,7 +134,7 @@ def test_threads_share_the_images_of_a_batch(variant: str) -> None:
         assert float((alone - shared).detach().norm() / alone.detach().norm()) < 1e-5
 
 
-def test_networks_of_any_depth_and_activation_share_one_compilation() -> None:
+def test_all_networks_share_one_compilation() -> None:
     from spairkit.kernels.cells_cpu import cells_backward, cells_forward
 
     for variant in VARIANTS.values():
@@ -144,7 +144,7 @@ def test_networks_of_any_depth_and_activation_share_one_compilation() -> None:
     assert len(cells_forward.signatures) == len(cells_backward.signatures) == 1
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_results_are_bit_identical_between_runs() -> None:
     model = build(VARIANTS["celu"]).float()
     images = torch.rand(4, 3, 48, 48)
     runs = []
@@ -154,7 +154,7 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_of_images_match_differences() -> None:
+def test_gradients_of_images_match_finite_differences() -> None:
     model = build(SMALL)
     images = torch.rand(1, 3, 12, 24, dtype=torch.float64, requires_grad=True)
     noise = model._draw(images.detach(), torch.Generator().manual_seed(1))
@@ -170,7 +170,7 @@ def test_gradients_of_images_match_differences() -> None:
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-4, atol=1e-4)
 
 
-def test_refuses_second_derivatives() -> None:
+def test_second_derivatives_are_refused() -> None:
     model = build(SMALL).float()
     images = torch.rand(1, 3, 24, 24)
     noise = model._draw(images, None)
@@ -181,7 +181,7 @@ def test_refuses_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_notices_weights_that_changed_before_the_backward_pass(
+def test_weights_changed_before_backward_raise_an_error(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(backends._tried, "cpu", compiled)
@@ -193,14 +193,14 @@ def test_notices_weights_that_changed_before_the_backward_pass(
         total.backward()
 
 
-def test_frees_saved_tensors_after_the_backward_pass() -> None:
+def test_saved_tensors_are_freed_after_backward() -> None:
     total = build(SMALL).float()(torch.rand(2, 3, 24, 24)).total.sum()
     total.backward()
     with pytest.raises(RuntimeError, match="second time"):
         total.backward()
 
 
-def test_autocast_outside_changes_only_the_features() -> None:
+def test_losses_under_autocast_are_float32() -> None:
     model = build(SMALL).float()
     images = torch.rand(2, 3, 24, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):

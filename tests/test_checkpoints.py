@@ -1,4 +1,4 @@
-"""Checkpoints: the round trip is bitwise, and whatever is not whole is refused in one line."""
+"""Checkpoints: bit-identical round trips; damaged and hostile files give one-line errors."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
 
 
 def put_model(folder: Path, data: bytes) -> None:
-    """Another model file, with a manifest that agrees."""
+    """Replaces the model file, with a manifest that matches it."""
     (folder / "model.safetensors").write_bytes(data)
     record = {"size": len(data), "sha256": sha256(data).hexdigest()}
     rewrite_manifest(folder, lambda m: m["files"].update({"model.safetensors": record}))
@@ -69,7 +69,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
+def test_round_trip_is_bit_identical(tmp_path: Path) -> None:
     path = save(tmp_path)
     assert path == tmp_path / "step-20"
     loaded = load_checkpoint(path, with_optimiser=True)
@@ -88,7 +88,7 @@ def test_everything_comes_back_to_the_bit(tmp_path: Path) -> None:
     )
 
 
-def test_tensors_that_share_memory_or_are_strided_are_saved(tmp_path: Path) -> None:
+def test_shared_and_strided_tensors_are_saved(tmp_path: Path) -> None:
     shared = torch.arange(6.0).reshape(2, 3).requires_grad_()
     loaded = load_checkpoint(
         save(tmp_path, model={"one": shared, "two": shared, "turned": shared.T})
@@ -98,25 +98,25 @@ def test_tensors_that_share_memory_or_are_strided_are_saved(tmp_path: Path) -> N
     assert not loaded.model["one"].requires_grad
 
 
-def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_states_give_identical_files(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     first, second = save(tmp_path), save(tmp_path / "other")
     for name in ("model.safetensors", "optimiser.safetensors", "manifest.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
-def test_a_checkpoint_has_many_names(tmp_path: Path) -> None:
+def test_checkpoint_loads_from_its_folder_files_link_or_run(tmp_path: Path) -> None:
     path = save(tmp_path)
     (tmp_path / "last").symlink_to(path)
     for name in (path, path / "model.safetensors", path / "manifest.json", tmp_path / "last"):
         assert load_checkpoint(name).path == path
-    assert load_checkpoint(tmp_path).path == path, "a run without a best means its last"
+    assert load_checkpoint(tmp_path).path == path, "a run without `best` loads `last`"
     best = save(tmp_path, step=10)
     (tmp_path / "best").symlink_to(best)
     assert load_checkpoint(tmp_path).step == 10
 
 
-def test_the_optimiser_is_not_read_unless_asked_for(tmp_path: Path) -> None:
+def test_optimiser_state_is_loaded_on_request_only(tmp_path: Path) -> None:
     path = save(tmp_path)
     (path / "optimiser.safetensors").unlink()
     assert load_checkpoint(path).optimiser is None
@@ -129,27 +129,27 @@ def test_the_optimiser_is_not_read_unless_asked_for(tmp_path: Path) -> None:
     ("part", "value"),
     [("model", float("nan")), ("model", float("-inf")), ("optimiser", float("nan"))],
 )
-def test_what_is_not_finite_is_not_saved(tmp_path: Path, part: str, value: float) -> None:
+def test_non_finite_tensors_are_not_saved(tmp_path: Path, part: str, value: float) -> None:
     save(tmp_path)
     with pytest.raises(InputError, match=rf"{part}\.safetensors of step 20 .* 'bad' .* diverged"):
         save(tmp_path, **{part: {"good": torch.zeros(2), "bad": torch.tensor([0.0, value])}})
-    assert load_checkpoint(tmp_path / "step-20").step == 20, "the one before is untouched"
+    assert load_checkpoint(tmp_path / "step-20").step == 20, "the previous checkpoint is untouched"
 
 
-def test_an_optimiser_may_hold_a_best_figure_that_there_is_not_yet(tmp_path: Path) -> None:
+def test_optimiser_state_may_hold_minus_infinity_as_best(tmp_path: Path) -> None:
     path = save(tmp_path, optimiser={"best": torch.tensor([float("-inf"), 0.0])})
     optimiser = load_checkpoint(path, with_optimiser=True).optimiser
     assert optimiser is not None
     assert optimiser["best"].tolist() == [float("-inf"), 0.0]
 
 
-def test_weights_that_are_not_finite_are_not_loaded(tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_loaded(tmp_path: Path) -> None:
     path = save(tmp_path)
     put_model(path, safetensors.torch.save({"w": torch.tensor([1.0, float("nan")])}))
     assert refusal(path).endswith("'w' is not finite; use another checkpoint")
 
 
-def test_every_truncation_is_refused(tmp_path: Path) -> None:
+def test_truncated_files_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path)
     for name in ("model.safetensors", "manifest.json"):
         whole = (path / name).read_bytes()
@@ -160,7 +160,7 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
     load_checkpoint(path)
 
 
-def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
+def test_flipped_bits_are_refused(tmp_path: Path) -> None:
     path, rng = save(tmp_path), random.Random(0)
     for name in ("model.safetensors", "optimiser.safetensors"):
         whole = (path / name).read_bytes()
@@ -173,12 +173,12 @@ def test_every_flipped_bit_is_refused(tmp_path: Path) -> None:
     load_checkpoint(path)
 
 
-def test_a_mutated_model_with_a_manifest_that_agrees_loads_or_is_refused(tmp_path: Path) -> None:
+def test_mutated_model_with_valid_hash_loads_or_is_refused(tmp_path: Path) -> None:
     path, rng = save(tmp_path), random.Random(1)
     whole = (path / "model.safetensors").read_bytes()
     for _ in range(300):
         damaged = bytearray(whole)
-        # most of them in the header, which is what a reader can stumble over
+        # mostly in the header, which the reader parses
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(len(whole) - 70)] = rng.randrange(256)
         put_model(path, bytes(damaged))
@@ -207,7 +207,7 @@ def test_a_mutated_model_with_a_manifest_that_agrees_loads_or_is_refused(tmp_pat
         (lambda m: m["files"]["model.safetensors"].update(size=3), "damaged: "),
     ],
 )
-def test_a_manifest_that_lies_is_refused(
+def test_wrong_manifests_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     path = save(tmp_path)
@@ -227,15 +227,15 @@ def test_a_manifest_that_lies_is_refused(
         "\xff",
         '{"format": NaN}',
     ],
-    ids=["empty", "null", "list", "cut", "deep", "huge number", "not UTF-8", "NaN"],
+    ids=["empty", "null", "list", "truncated", "nested", "huge number", "not UTF-8", "NaN"],
 )
-def test_a_manifest_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+def test_unparsable_manifests_are_refused(tmp_path: Path, text: str) -> None:
     path = save(tmp_path)
     (path / "manifest.json").write_bytes(text.encode("latin-1"))
     assert "manifest.json: not a spairkit manifest" in refusal(path)
 
 
-def test_a_manifest_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+def test_oversized_files_are_not_read(tmp_path: Path) -> None:
     path = save(tmp_path)
     with (path / "manifest.json").open("wb") as file:
         file.truncate(10 << 30)
@@ -246,14 +246,14 @@ def test_a_manifest_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     assert "2147483648 bytes; at most 1073741824 are read" in refusal(path)
 
 
-def test_dtypes_that_no_model_has_are_refused(tmp_path: Path) -> None:
+def test_unsupported_dtypes_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path)
     put_model(path, safetensors.torch.save({"w": torch.zeros(2).to(torch.float8_e4m3fn)}))
     assert "'w' has dtype torch.float8_e4m3fn, which is not supported" in refusal(path)
 
 
 class Payload:
-    """Unpickling one of these writes the file `marker`."""
+    """Creates the folder `marker` when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -279,7 +279,7 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str, zipped: bool) -> 
     assert not marker.exists()
 
 
-def test_a_pickle_under_the_name_of_a_model_is_not_run(tmp_path: Path) -> None:
+def test_pickle_named_as_a_model_is_not_unpickled(tmp_path: Path) -> None:
     path, marker = save(tmp_path), tmp_path / "marker"
     for data in (pickle.dumps(Payload(marker)), pickle.dumps(Payload(marker), protocol=0)):
         put_model(path, data)
@@ -287,7 +287,7 @@ def test_a_pickle_under_the_name_of_a_model_is_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
+def test_special_files_are_refused_unopened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     assert "neither a file nor a folder" in refusal(tmp_path / "fifo")
     assert "neither a file nor a folder" in refusal(Path("/dev/zero"))
@@ -305,7 +305,7 @@ def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
     assert "Too many levels of symbolic links" in refusal(run)
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_wrong_paths_are_named_in_the_error(tmp_path: Path) -> None:
     assert "no such checkpoint; `spairkit train` makes one" in refusal(tmp_path / "absent")
     assert "neither a checkpoint nor a run" in refusal(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
@@ -314,7 +314,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     assert "manifest.json: cannot be read: No such file" in refusal(tmp_path / "model.safetensors")
 
 
-def test_a_reader_sees_one_whole_checkpoint_while_they_are_replaced(tmp_path: Path) -> None:
+def test_concurrent_reader_sees_complete_checkpoints(tmp_path: Path) -> None:
     def save_step(step: int) -> Path:
         tensors = {name: torch.full((5000,), float(step)) for name in "abc"}
         return save(tmp_path, step=step, model=tensors, optimiser=tensors)

@@ -1,4 +1,4 @@
-"""The command line without training: its border, its options, its settings."""
+"""The command line without training: errors, options and settings."""
 
 import io
 import json
@@ -33,7 +33,7 @@ COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config", "repor
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     status: Any
     out: str
@@ -67,26 +67,26 @@ def raising(error: BaseException) -> Callable[..., NoReturn]:
     return fail
 
 
-def test_help_names_every_command(run: Runner) -> None:
+def test_help_lists_every_command(run: Runner) -> None:
     ended = run("--help")
     assert ended.status == 0
     for command in COMMANDS:
         assert re.search(rf"\b{command}\b", ended.out)
         assert run(command, "--help").status == 0
-    assert ended.out.strip() in run().out, "no argument at all gives help"
+    assert ended.out.strip() in run().out, "a command without arguments prints help"
 
 
-def test_help_names_every_preset(run: Runner) -> None:
+def test_help_lists_every_preset(run: Runner) -> None:
     text = " ".join(run("train", "--help").out.split())
     for name in names():
         assert name in text
 
 
-def test_version(run: Runner) -> None:
+def test_version_is_printed(run: Runner) -> None:
     assert run("--version") == Ended(0, f"spairkit {spairkit.__version__}\n", "")
 
 
-def test_module_runs_as_the_command() -> None:
+def test_module_runs_like_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "spairkit", "--version"], capture_output=True, text=True, check=True
     )
@@ -96,7 +96,7 @@ def test_module_runs_as_the_command() -> None:
 @pytest.mark.parametrize(
     "words", [["nonsense"], ["train", "--nonsense"], ["viz"], ["eval", "--threshold", "1"]]
 )
-def test_wrong_usage_is_one_line_and_2(run: Runner, words: list[str]) -> None:
+def test_wrong_usage_prints_one_line_and_exits_with_2(run: Runner, words: list[str]) -> None:
     ended = run(*words)
     assert ended.status == 2
     assert ended.out == ""
@@ -139,7 +139,7 @@ def test_wrong_usage_is_one_line_and_2(run: Runner, words: list[str]) -> None:
         (["data", "make", "new", "--data", "."], "a folder holds image files already"),
     ],
 )
-def test_what_the_person_can_fix_is_one_line_and_2(
+def test_user_errors_print_one_line_and_exit_with_2(
     run: Runner, tmp_path: Path, words: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_bytes(b"content")
@@ -154,7 +154,7 @@ def test_what_the_person_can_fix_is_one_line_and_2(
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
-def test_a_refusal_of_the_system_is_one_line_and_2(
+def test_system_errors_print_one_line_and_exit_with_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = PermissionError(13, "Permission denied", "thing")
@@ -163,7 +163,7 @@ def test_a_refusal_of_the_system_is_one_line_and_2(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_a_lack_of_memory_is_one_line_and_2(
+def test_lack_of_memory_prints_one_line_and_exits_with_2(
     run: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     monkeypatch.setattr(config_values, "to_toml", raising(error))
@@ -172,7 +172,7 @@ def test_a_lack_of_memory_is_one_line_and_2(
     assert ended.err.startswith("spairkit: not enough memory; try a lower train.batch_size")
 
 
-def test_a_bug_is_one_line_and_1_with_its_traceback_on_demand(
+def test_internal_errors_print_one_line_and_exit_with_1(
     run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config_values, "to_toml", raising(KeyError("gone")))
@@ -195,7 +195,7 @@ def test_messages_are_one_printable_line(run: Runner, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_with_128_and_its_number(
+def test_signal_exits_with_128_plus_its_number(
     run: Runner, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
@@ -205,13 +205,13 @@ def test_a_signal_ends_with_128_and_its_number(
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
-def test_a_long_note_leaves_room_for_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_note_leaves_room_for_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "60")
@@ -223,10 +223,10 @@ def test_a_long_note_leaves_room_for_the_bar(monkeypatch: pytest.MonkeyPatch) ->
     assert "3/9" in shown
     assert shown.count("word") % 30 == 0
     monkeypatch.setenv("TERM", "dumb")
-    assert progress_bar().disable, "lines instead"
+    assert progress_bar().disable, "a dumb terminal gets lines instead"
 
 
-def test_a_bar_can_be_redrawn_by_no_thread_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_can_do_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -246,7 +246,7 @@ def test_tables_are_wide_enough_for_their_figures(monkeypatch: pytest.MonkeyPatc
     assert results(least_width=130).width == 130
 
 
-def test_a_reader_that_leaves_early_sees_no_complaint() -> None:
+def test_closed_pipe_causes_no_error_message() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
@@ -261,12 +261,12 @@ def test_a_reader_that_leaves_early_sees_no_complaint() -> None:
     assert done.returncode == 1
 
 
-def test_config_show_is_the_config(run: Runner, tmp_path: Path) -> None:
+def test_config_show_prints_the_config(run: Runner, tmp_path: Path) -> None:
     assert from_toml(run("config", "show").out) == resolve("quick")
     assert from_toml(run("config", "show", "--preset", "paper").out) == resolve("paper")
     shown = json.loads(run("config", "show", "--json").out)
     assert shown == config_values.to_dict(resolve("quick"))
-    # preset < file < words
+    # a file overrides the preset, and --set overrides both
     (tmp_path / "mine.toml").write_text("[train]\nsteps = 5\nseed = 6\n")
     words = ["--config", "mine.toml", "--set", "train.seed=7"]
     settings = tomllib.loads(run("config", "show", *words).out)
@@ -275,7 +275,7 @@ def test_config_show_is_the_config(run: Runner, tmp_path: Path) -> None:
     assert settings["train"]["learning_rate"] == resolve("quick").train.learning_rate
 
 
-def test_a_copied_config_gives_the_same_config(run: Runner, tmp_path: Path) -> None:
+def test_copied_config_round_trips(run: Runner, tmp_path: Path) -> None:
     ended = run("config", "copy", "mine.toml", "--preset", "paper", "--set", "data.seed=3")
     assert ended == Ended(0, "", "wrote mine.toml; train with: spairkit train --config mine.toml\n")
     again = run("config", "show", "--config", "mine.toml")
@@ -283,7 +283,7 @@ def test_a_copied_config_gives_the_same_config(run: Runner, tmp_path: Path) -> N
     assert from_toml(again.out) == resolve("paper", {"data": {"seed": 3}})
 
 
-def test_without_a_checkpoint_the_newest_run_is_taken_else_the_packaged_one(
+def test_default_checkpoint_is_newest_run_else_packaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -297,7 +297,7 @@ def test_without_a_checkpoint_the_newest_run_is_taken_else_the_packaged_one(
     assert choose_checkpoint(Path("last")) == made.path / "last"
     assert choose_checkpoint(Path("elsewhere")) == Path("elsewhere")
     (tmp_path / "last").mkdir()
-    assert choose_checkpoint(Path("last")) == Path("last"), "what is there comes first"
+    assert choose_checkpoint(Path("last")) == Path("last"), "an existing path takes precedence"
     assert capsys.readouterr().err == ""
 
 
@@ -310,7 +310,7 @@ def test_doctor_tries_the_backends(run: Runner) -> None:
     assert len(lines) == len(findings)
 
 
-def test_under_torchrun_a_repeated_signal_waits_for_the_others(
+def test_repeated_signal_is_deferred_under_torchrun(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")

@@ -1,4 +1,4 @@
-"""From `train` to pictures: the commands that must always work, on a model too small to be good."""
+"""The command line from `train` to pictures, with tiny models."""
 
 import json
 import os
@@ -58,7 +58,7 @@ threads = 1
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Exit status and output of a command."""
 
     status: Any
     out: str
@@ -69,7 +69,7 @@ Runner = Callable[..., Ended]
 
 
 @contextmanager
-def inside(folder: Path) -> Iterator[None]:
+def working_in(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -80,10 +80,10 @@ def inside(folder: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run `runs/digits-quick-1`, of six steps."""
+    """A folder that holds the run `runs/digits-quick-1` of six steps."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "tiny.toml").write_text(TINY)
-    with inside(folder), pytest.raises(SystemExit) as ended:
+    with working_in(folder), pytest.raises(SystemExit) as ended:
         main(["train", "--config", "tiny.toml", "--quiet"])
     assert ended.value.code == 0
     return folder
@@ -110,7 +110,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "last" / "model.safetensors").read_bytes()
 
 
-def test_a_run_holds_all_that_it_promises(workplace: Path) -> None:
+def test_run_contains_all_documented_files(workplace: Path) -> None:
     folder = workplace / "runs" / "digits-quick-1"
     names = {"config.toml", "metrics.jsonl", "test.json", "report.html", "example.png"}
     assert names <= {path.name for path in folder.iterdir()}
@@ -119,7 +119,7 @@ def test_a_run_holds_all_that_it_promises(workplace: Path) -> None:
     assert [path.name for path in folder.iterdir() if "tmp" in path.name] == []
 
 
-def test_training_ends_with_figures_and_two_commands_that_work(run: Runner) -> None:
+def test_training_prints_figures_and_two_working_commands(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "my run", "--seed", "3")
     assert ended.status == 0
     assert re.search(
@@ -139,7 +139,7 @@ def test_training_ends_with_figures_and_two_commands_that_work(run: Runner) -> N
         assert run(*words[1:]).status == 0
 
 
-def test_json_has_the_figures_that_eval_gives(run: Runner) -> None:
+def test_train_json_equals_eval_json(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "as-json", "--json", "--quiet")
     assert ended.status == 0
     trained = json.loads(ended.out)
@@ -151,12 +151,12 @@ def test_json_has_the_figures_that_eval_gives(run: Runner) -> None:
     assert json.loads(Path("as-json/test.json").read_text()) == trained["test"]
 
 
-def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
+def test_resumed_run_is_bit_identical(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
     assert ended.status == 0
     assert "ended after step 1 of 6; continue with: spairkit train --resume cut" in ended.err
     assert "goes on" not in ended.err
-    resumed = run("train", "--out", "cut", "--resume", "./cut")  # of one job that starts again
+    resumed = run("train", "--out", "cut", "--resume", "./cut")  # as a restarted job would
     assert resumed.status == 0
     assert "resuming from step 1: 5 of 6 steps left\n" in resumed.err
     again = run("train", "--resume", "cut")
@@ -166,7 +166,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run: Runner) -> None:
     assert Path("cut/metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Runner) -> None:
+def test_run_killed_before_its_first_checkpoint_restarts(run: Runner) -> None:
     settings = Run.open(Path("runs/digits-quick-1")).config
     Run.create(Path("killed"), settings)
     ended = run("train", "--resume", "killed")
@@ -175,7 +175,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(run: Runner) -> N
     assert weights(Path("killed")) == weights(Path("runs/digits-quick-1"))
 
 
-def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) -> None:
+def test_resumed_run_keeps_all_settings_but_steps(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "long", "--steps", "3", "--quiet")
     assert ended.status == 0
     words = ["--seed", "9", "--set", "model.what=5", "--preset", "paper"]
@@ -188,18 +188,18 @@ def test_a_resumed_run_keeps_its_settings_but_may_go_on_for_longer(run: Runner) 
     assert Run.open(Path("long")).config.train.steps == 5
 
 
-def test_quiet_is_quiet(run: Runner) -> None:
+def test_quiet_prints_nothing_to_stderr(run: Runner) -> None:
     assert run("train", "--config", "tiny.toml", "--out", "hush", "--quiet").err == ""
     assert run("train", "--resume", "hush", "--steps", "7", "--quiet").err == ""
 
 
-def test_an_old_run_and_another_new_one_are_too_many(run: Runner) -> None:
+def test_out_and_resume_exclude_each_other(run: Runner) -> None:
     ended = run("train", "--resume", "runs/digits-quick-1", "--out", "runs/digits-quick-2")
     wanted = "spairkit: --out names a new run and --resume an old one; give one of them\n"
     assert ended == Ended(2, "", wanted)
 
 
-def test_a_run_of_damaged_checkpoints_is_refused_in_one_line(run: Runner) -> None:
+def test_run_with_only_damaged_checkpoints_is_refused(run: Runner) -> None:
     assert run("train", "--config", "tiny.toml", "--out", "worn", "--quiet").status == 0
     for weights_ in Path("worn/checkpoints").glob("*/model.safetensors"):
         weights_.write_bytes(weights_.read_bytes()[:100])
@@ -209,7 +209,7 @@ def test_a_run_of_damaged_checkpoints_is_refused_in_one_line(run: Runner) -> Non
     assert ended.err.count("\n") == 1
 
 
-def test_a_second_trainer_is_refused(run: Runner) -> None:
+def test_second_trainer_is_refused(run: Runner) -> None:
     with Run.open(Path("runs/digits-quick-1")).lock():
         ended = run("train", "--resume", "runs/digits-quick-1")
     assert ended.status == 2
@@ -217,7 +217,7 @@ def test_a_second_trainer_is_refused(run: Runner) -> None:
     assert "is training here; wait for it or stop it" in ended.err
 
 
-def test_data_that_cannot_be_read_leaves_no_run(run: Runner, tmp_path: Path) -> None:
+def test_unusable_data_leaves_no_run(run: Runner, tmp_path: Path) -> None:
     before = sorted(Path("runs").iterdir())
     assert run("train", "--data", tmp_path).status == 2
     assert run("train", "--data", "mnist").status == 2
@@ -227,7 +227,7 @@ def test_data_that_cannot_be_read_leaves_no_run(run: Runner, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_is_saved_and_says_how_to_continue(
+def test_signal_saves_a_checkpoint_and_prints_how_to_resume(
     workplace: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     out = tmp_path / "run"
@@ -248,7 +248,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_continue(
             process.send_signal(number)
             printed, said = process.communicate(timeout=60)
         finally:
-            process.kill()  # else it trains for ever where it did not stop
+            process.kill()  # otherwise a run that ignored the signal would never end
     assert process.returncode == status
     assert printed == ""
     assert f"checkpoint saved; continue with: spairkit train --resume {out}" in said
@@ -257,7 +257,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_continue(
     assert f"stopped after step {step}," in said
 
 
-def test_eval_prints_every_number_of_objects_and_names_the_protocols(run: Runner) -> None:
+def test_eval_prints_each_count_and_names_the_protocols(run: Runner) -> None:
     ended = run("eval", "--checkpoint", "runs/digits-quick-1", "--out", "figures.json")
     assert ended.status == 0
     assert "10 scenes of 24 × 28 px, 1 to 2 glyphs of 14 px (UCI optical digits)" in ended.out
@@ -269,7 +269,7 @@ def test_eval_prints_every_number_of_objects_and_names_the_protocols(run: Runner
     assert "COCO matching" in figures["protocols"]["ap"]
 
 
-def test_eval_takes_other_data(run: Runner) -> None:
+def test_eval_accepts_other_data(run: Runner) -> None:
     words = ["--set", "data.max_objects=1", "--set", "data.test_images=4", "--json"]
     figures = json.loads(run("eval", *words).out)
     assert list(figures["by_objects"]) == ["1"]
@@ -279,7 +279,7 @@ def test_eval_takes_other_data(run: Runner) -> None:
     assert "data.max_objects" in run("eval", "--set", "data.max_objects=-1").err
 
 
-def test_pictures_of_scenes_give_the_figures_of_the_scenes(run: Runner) -> None:
+def test_saved_scenes_give_the_same_figures(run: Runner) -> None:
     """`data make` and the folder reader keep every pixel and box."""
     made = run("data", "make", "scenes", "--count", "10", "--config", "tiny.toml")
     assert made.status == 0
@@ -290,7 +290,7 @@ def test_pictures_of_scenes_give_the_figures_of_the_scenes(run: Runner) -> None:
     assert from_folder["by_objects"] == from_scenes["by_objects"]
 
 
-def test_detect_writes_results_that_coco_reads(run: Runner, workplace: Path) -> None:
+def test_detect_writes_valid_coco_csv_and_jsonl(run: Runner, workplace: Path) -> None:
     from pycocotools.coco import COCO
 
     assert run("data", "make", "for-coco", "--count", "3", "--config", "tiny.toml").status == 0
@@ -324,7 +324,7 @@ def test_detect_writes_results_that_coco_reads(run: Runner, workplace: Path) -> 
     assert sum(record["count"] for record in records) == len(found)
 
 
-def test_detect_numbers_images_as_they_come(run: Runner, tmp_path: Path) -> None:
+def test_detect_numbers_images_in_the_given_order(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in ("b/2.png", "b/1.png", "a.png"):
         write_png(tmp_path / name, torch.rand(3, 5, 40))
@@ -338,7 +338,7 @@ def test_detect_numbers_images_as_they_come(run: Runner, tmp_path: Path) -> None
     ]
 
 
-def test_viz_draws_beside_the_current_folder_and_says_where(run: Runner, tmp_path: Path) -> None:
+def test_viz_writes_to_the_current_folder_and_prints_the_path(run: Runner, tmp_path: Path) -> None:
     image = tmp_path / "scene.png"
     write_png(image, torch.rand(3, 30, 31))
     content = image.read_bytes()
@@ -357,7 +357,7 @@ def test_viz_draws_beside_the_current_folder_and_says_where(run: Runner, tmp_pat
     assert drawn[0]["count"] == len(found)
 
 
-def test_where_boxes_end_can_be_chosen_after_training(run: Runner, tmp_path: Path) -> None:
+def test_box_contrast_can_be_chosen_after_training(run: Runner, tmp_path: Path) -> None:
     image, option = tmp_path / "scene.png", "--box-contrast"
     write_png(image, torch.rand(3, 30, 31))
 
@@ -388,9 +388,7 @@ def test_where_boxes_end_can_be_chosen_after_training(run: Runner, tmp_path: Pat
     assert (ended.status, ended.err.count("\n")) == (2, 1)
 
 
-def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
-    run: Runner, tmp_path: Path
-) -> None:
+def test_eval_needs_annotations_but_train_does_not(run: Runner, tmp_path: Path) -> None:
     for index in range(3):
         write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40))
     words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "own", "--steps", "2"]
@@ -404,7 +402,7 @@ def test_folders_without_annotations_can_be_trained_on_but_not_evaluated(
     assert "no annotations.json (COCO), so there is no ground truth" in ended.err
 
 
-def test_a_run_with_levels_prepares_images_by_itself(run: Runner, tmp_path: Path) -> None:
+def test_levels_of_a_run_are_applied_to_all_images(run: Runner, tmp_path: Path) -> None:
     for index in range(3):
         write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 40) * 0.3 + 0.2)
     words = ["--config", "tiny.toml", "--data", tmp_path, "--out", "dim", "--steps", "2"]
@@ -438,7 +436,7 @@ def test_a_run_with_levels_prepares_images_by_itself(run: Runner, tmp_path: Path
     assert run("eval", "--checkpoint", "levels", "--data", "digits").status == 0
 
 
-def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) -> None:
+def test_viz_draws_all_images_or_none(run: Runner, tmp_path: Path) -> None:
     write_png(tmp_path / "good.png", torch.rand(3, 30, 31))
     (tmp_path / "bad.png").write_text("no picture")
     ended = run("viz", tmp_path / "good.png", tmp_path / "bad.png")
@@ -447,14 +445,14 @@ def test_viz_of_several_images_draws_all_or_none(run: Runner, tmp_path: Path) ->
     assert not Path("good-spairkit.png").exists()
 
 
-def test_selecting_by_ap_is_said(run: Runner) -> None:
+def test_selection_by_ap_is_announced(run: Runner) -> None:
     said = "the highest validation AP paper"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     assert said in run(*words, "--out", "by-ap", "--select", "ap").err
     assert said not in run(*words, "--out", "by-elbo").err
 
 
-def test_laptop_without_data_warns_that_its_figures_are_for_mnist(run: Runner) -> None:
+def test_laptop_without_data_warns_about_mnist(run: Runner) -> None:
     said = "the published figures of the laptop preset are for MNIST (--data FILE)"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     laptop = [*words, "--preset", "laptop"]
@@ -464,7 +462,7 @@ def test_laptop_without_data_warns_that_its_figures_are_for_mnist(run: Runner) -
     assert said not in run("train", "--resume", "laptop").err
 
 
-def test_report_is_written_again(run: Runner) -> None:
+def test_report_can_be_regenerated(run: Runner) -> None:
     page = Path("runs/digits-quick-1/report.html")
     page.unlink()
     ended = run("report", "runs/digits-quick-1")
@@ -498,8 +496,8 @@ threads = 1
 
 
 @pytest.mark.parametrize(("kind", "preset"), [("air", "quick"), ("dair", "paper")])
-def test_air_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None:
-    """The quick preset infers the count, and the paper's is told it; images may be empty."""
+def test_air_works_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None:
+    """The quick preset infers the count; the paper preset is given it. Images may be empty."""
     Path("air.toml").write_text(AIR)
     options = ("--config", "air.toml", "--preset", preset, "--model", kind)
     ended = run("train", *options, "--json", "--quiet")
@@ -534,7 +532,7 @@ def test_air_from_train_to_pictures(run: Runner, kind: str, preset: str) -> None
             assert "this model infers the count; remove the count" in counted.err
 
 
-def test_a_run_is_not_resumed_with_another_model(run: Runner) -> None:
+def test_run_cannot_be_resumed_with_another_model(run: Runner) -> None:
     ended = run("train", "--resume", "runs/digits-quick-1", "--model", "air")
     assert ended.status == 2
     assert "the model of this run is spair, not air; remove --model" in ended.err

@@ -74,7 +74,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[Any, st
     return ended.value.code, printed.out, printed.err
 
 
-def test_t_interval() -> None:
+def test_t_interval_equals_scipy() -> None:
     values = [0.5, 0.75, 0.625, 0.9]
     found = t_interval(values)
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
@@ -123,14 +123,14 @@ def test_comparison_trains_and_evaluates_every_run(whole: Path) -> None:
     assert rows[0].models["air"].figures["count_accuracy"].mean == 1
 
 
-def test_finished_comparison_does_nothing_again(whole: Path) -> None:
+def test_finished_comparison_is_not_repeated(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*.json")}
     events = list(compare(begin(whole), whole, CPU))
     assert [type(event) for event in events] == [Ended] * 8
     assert before == {path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*.json")}
 
 
-def is_long(steps: list[Step], allowed: int) -> bool:
+def has_enough_steps(steps: list[Step], allowed: int) -> bool:
     return len(steps) >= allowed
 
 
@@ -139,7 +139,7 @@ def test_stopped_comparison_resumes_bit_identically(whole: Path, tmp_path: Path)
     started: list[str] = []
     for allowed in (1, 2, 4, 100):
         steps: list[Step] = []
-        stop = partial(is_long, steps, allowed)
+        stop = partial(has_enough_steps, steps, allowed)
         for event in compare(chosen, tmp_path, CPU, stop):
             if isinstance(event, Step):
                 steps.append(event)
@@ -158,7 +158,7 @@ def test_stopped_comparison_resumes_bit_identically(whole: Path, tmp_path: Path)
         }
 
 
-def test_run_claimed_by_another_process_is_left_alone(tmp_path: Path) -> None:
+def test_run_claimed_by_another_process_is_skipped(tmp_path: Path) -> None:
     chosen = begin(tmp_path, models=["conncomp"], objects=[1, 2], seeds=1)
     (tmp_path / "runs").mkdir()
     with claimed(tmp_path / "runs" / "conncomp-1-seed-0") as mine:
@@ -174,7 +174,7 @@ def test_run_claimed_by_another_process_is_left_alone(tmp_path: Path) -> None:
     assert not any(row.models["conncomp"].published_ap_spair for row in rows)
 
 
-def test_published_figures_accompany_images_of_the_papers_size(
+def test_published_figures_are_shown_for_the_papers_size_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("spairkit.experiments.table._PAPER_SIZES", (24, 24, 14, 0))
@@ -189,7 +189,7 @@ def test_published_figures_accompany_images_of_the_papers_size(
     assert drawn[0] != drawn[1]
 
 
-def test_time_budget_becomes_updates_that_seeds_share(tmp_path: Path) -> None:
+def test_time_budget_gives_all_seeds_the_same_updates(tmp_path: Path) -> None:
     chosen = begin(tmp_path, models=["spair"], budget="2s")
     events = [e for e in compare(chosen, tmp_path, CPU) if isinstance(e, Started)]
     assert [e.name for e in events] == ["timing spair-1", "spair-1-seed-0", "spair-1-seed-1"]
@@ -221,7 +221,7 @@ def test_command_prints_and_writes_the_results(
     assert [row["objects"] for row in values["rows"]] == [1]
     models = values["rows"][0]["models"]
     assert list(models) == ["spair", "air", "dair", "conncomp"]
-    assert models["spair"]["published_ap_spair"] is None, "of images of another size"
+    assert models["spair"]["published_ap_spair"] is None, "published for images of another size"
     assert models["spair"]["figures"]["ap"].keys() == {"mean", "low", "high", "values"}
     assert len(models["spair"]["figures"]["ap"]["values"]) == 2
 
@@ -261,7 +261,7 @@ def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture[s
         (["--objects", "100"], "more area than the image has"),
     ],
 )
-def test_mistakes_leave_no_folder(
+def test_user_errors_leave_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     status, out, err = command(capsys, "--out", tmp_path / "new", *words)
@@ -317,7 +317,7 @@ def test_folder_of_images_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixtu
         ("settings.json", "\udc80", "settings.json: not JSON; pass another --out"),
     ],
 )
-def test_damaged_files_are_one_line_errors(
+def test_damaged_files_give_one_line_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str
 ) -> None:
     list(compare(begin(tmp_path, models=["conncomp"], seeds=1), tmp_path, CPU))
@@ -328,7 +328,7 @@ def test_damaged_files_are_one_line_errors(
     assert "Traceback" not in err
 
 
-def test_run_of_a_process_that_was_killed_while_creating_it_is_made_anew(tmp_path: Path) -> None:
+def test_incomplete_run_is_recreated(tmp_path: Path) -> None:
     chosen = begin(tmp_path, models=["conncomp"], seeds=1)
     (tmp_path / "runs/conncomp-1-seed-0").mkdir(parents=True)
     list(compare(chosen, tmp_path, CPU))
@@ -361,7 +361,7 @@ def row(overlapping: float = 0.0, **aps: tuple[float, float, float]) -> Row:
         ({"spair": (0.8, 0, 99), "conncomp": (0.79, 0, 1)}, "SPAIR"),
     ],
 )
-def test_advice_chooses_by_its_rule(aps: dict[str, Any], choice: str) -> None:
+def test_advice_follows_its_rule(aps: dict[str, Any], choice: str) -> None:
     lines = advice([row(0.5, **aps)])
     assert lines[0].startswith(f"3 per image (50 % of the boxes overlap another): {choice}, AP ")
     assert lines[1].startswith("rule: the highest mean AP wins")
@@ -378,7 +378,7 @@ def test_advice_lists_the_other_models() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_signal_saves_and_the_same_command_resumes(
+def test_same_command_resumes_after_a_signal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
 ) -> None:
     out = tmp_path / "own"

@@ -1,6 +1,6 @@
-"""Default kernels compile without a GPU; the gate's command builds all, for all GPUs.
+"""The default kernels compile without a GPU; `python -m spairkit.kernels.gate` compiles all.
 
-The interpreter accepts more than the compiler does, and does not count registers.
+Triton's interpreter accepts more than its compiler, and does not count registers.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.timeout(900)
-def test_the_defaults_compile_without_spills() -> None:
+def test_default_kernels_compile_without_spills() -> None:
     # Triton chooses between compiler and interpreter when it is imported
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -32,7 +32,7 @@ def test_the_defaults_compile_without_spills() -> None:
     assert all(line.startswith("ok") and "spills   0" in line for line in lines)
 
 
-def test_the_gate_lists_every_kernel() -> None:
+def test_gate_lists_every_kernel() -> None:
     listed = {configuration.kernel.__name__ for configuration in configurations()}
     written = {
         line.split("(")[0].removeprefix("def ")
@@ -43,7 +43,7 @@ def test_the_gate_lists_every_kernel() -> None:
     assert listed == written
 
 
-def test_failures_and_spills_do_not_pass() -> None:
+def test_failures_and_spills_fail_the_gate() -> None:
     rows = configurations()
     default = next(row for row in rows if row.is_default)
     other = next(row for row in rows if not row.is_default)

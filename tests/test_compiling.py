@@ -1,4 +1,4 @@
-"""Kernels are compiled in advance, all of them and in the forms that training calls."""
+"""All kernels of training are compiled before the first update, with the signatures it uses."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from spairkit.presets import resolve
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
-# one more signature is one more compilation, whether or not the cache on disk has it
+# a new signature means a compilation, whether or not the cache on disk holds it
 FIRST_UPDATE = """
 import sys, torch
 from numba.core.registry import CPUDispatcher
@@ -35,8 +35,8 @@ config = resolve(preset, {"model": {"kind": kind}})
 steps = list(compiling(config.model, torch.device("cpu")))
 before = compiled()
 model, images = build(config), torch.rand(8, 3, config.data.image_height, config.data.image_width)
-told = {} if kind == "spair" else {"counts": torch.full((8,), 2)}
-model(images, **told).total.mean().backward()
+given = {} if kind == "spair" else {"counts": torch.full((8,), 2)}
+model(images, **given).total.mean().backward()
 after = compiled()
 print(len(before), {name for name in after if after[name] != before.get(name, [])})
 """
@@ -46,7 +46,7 @@ print(len(before), {name for name in after if after[name] != before.get(name, []
 @pytest.mark.parametrize(
     ("kind", "preset"), [("spair", "quick"), ("spair", "paper"), ("air", "quick")]
 )
-def test_the_first_update_compiles_nothing_more(kind: str, preset: str) -> None:
+def test_first_update_compiles_nothing_new(kind: str, preset: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", FIRST_UPDATE, kind, preset],
         cwd=ROOT,
@@ -59,7 +59,7 @@ def test_the_first_update_compiles_nothing_more(kind: str, preset: str) -> None:
     assert more.strip() == "set()"
 
 
-def test_progress_runs_from_nothing_to_all() -> None:
+def test_progress_lists_every_kernel_in_order() -> None:
     steps = list(compiling(resolve("paper").model, CPU))
     assert [step.name for step in steps] == list(KERNELS)
     done = [step.done for step in steps]
@@ -68,11 +68,11 @@ def test_progress_runs_from_nothing_to_all() -> None:
     assert done[-1] < steps[-1].total
 
 
-def test_narrow_backbones_need_no_convolutions() -> None:
+def test_narrow_backbones_compile_no_convolutions() -> None:
     assert "convolutions" not in [s.name for s in compiling(resolve("quick").model, CPU)]
 
 
-def test_nothing_is_compiled_where_nothing_is_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_if_no_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(compiling(resolve("quick", {"model": {"kind": "conncomp"}}).model, CPU))
     assert not list(compiling(resolve("quick").model, torch.device("meta")))
     monkeypatch.setitem(backends._tried, "cpu", False)

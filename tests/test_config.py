@@ -1,4 +1,4 @@
-"""Configs: every value has its bounds, and values must fit each other."""
+"""Configs: bounds of every value, and constraints between values."""
 
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -36,11 +36,11 @@ def refusal(values: Any) -> str:
         ("threads", {}),
     ],
 )
-def test_nothing_is_bent_into_shape(key: str, value: Any) -> None:
+def test_wrong_types_are_refused_not_converted(key: str, value: Any) -> None:
     assert f"train.{key}: " in refusal({"train": {key: value}})
 
 
-def test_every_number_is_bounded() -> None:
+def test_every_number_has_bounds() -> None:
     def numbers(config: Any, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], Any]]:
         found: list[tuple[tuple[str, ...], Any]] = []
         for field in fields(config):
@@ -73,7 +73,7 @@ def test_every_number_is_bounded() -> None:
         ({"name": "folder"}, "name = 'folder' needs path, the folder of images"),
     ],
 )
-def test_values_must_fit_each_other(data: dict[str, Any], message: str) -> None:
+def test_contradictory_values_are_refused(data: dict[str, Any], message: str) -> None:
     assert f"data: {message}" in refusal({"data": data})
 
 
@@ -86,7 +86,7 @@ def test_black_must_be_less_than_white() -> None:
     ("name", "largest", "beyond"),
     [("prepare.white", 1.0, 1.1), ("model.box_contrast", 0.99, 1.0)],
 )
-def test_shares_stay_within_their_limits(name: str, largest: float, beyond: float) -> None:
+def test_fractions_stay_within_their_bounds(name: str, largest: float, beyond: float) -> None:
     part, key = name.split(".")
     assert getattr(getattr(from_dict({part: {key: largest}}), part), key) == largest
     for value in (beyond, -0.01):
@@ -94,7 +94,7 @@ def test_shares_stay_within_their_limits(name: str, largest: float, beyond: floa
 
 
 @pytest.mark.parametrize("name", ["odds_start", "odds_end"])
-def test_no_odds_make_the_count_prior_certain(name: str) -> None:
+def test_count_prior_is_never_certain(name: str) -> None:
     for extreme in (1e-6, 1e9):
         odds = getattr(from_dict({"model": {name: extreme}}).model, name)
         assert 0 < float(np.float32(1 / (1 + odds))) < 1
@@ -102,7 +102,7 @@ def test_no_odds_make_the_count_prior_certain(name: str) -> None:
         assert f"model.{name}" in refusal({"model": {name: beyond}})
 
 
-def test_strides_multiply_to_the_cell() -> None:
+def test_strides_are_the_prime_factors_of_the_cell() -> None:
     assert SPAIRConfig(cell=12).strides == (2, 2, 3)
     for cell in range(2, 65):
         strides = SPAIRConfig(cell=cell).strides

@@ -1,4 +1,4 @@
-"""Configs: the way to TOML and back, what lies over what, and all mistakes in one line."""
+"""Configs: TOML round trips, precedence of layers, and one-line error messages."""
 
 import random
 import tomllib
@@ -49,7 +49,7 @@ def refusal(values: Any) -> str:
     size_bias=st.floats(-1e3, 1e3),
     path=st.text(st.characters(codec="utf-8"), max_size=40),
 )
-def test_any_valid_config_comes_back_to_the_bit(
+def test_toml_round_trip_is_exact(
     learning_rate: float, steps: int, widths: list[int], size_bias: float, path: str
 ) -> None:
     config = Config(
@@ -60,13 +60,13 @@ def test_any_valid_config_comes_back_to_the_bit(
     assert from_toml(to_toml(config)) == config
 
 
-def test_what_is_absent_takes_its_default() -> None:
+def test_missing_values_take_their_defaults() -> None:
     assert from_dict({}) == Config()
     assert from_dict({"train": {"steps": 7}}) == Config(train=TrainConfig(steps=7))
     assert from_dict({"train": {"learning_rate": 1}}).train.learning_rate == 1.0
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     message = refusal(
         {
             "train": {"learning_rate": -1, "batchsize": 3, "steps": "many"},
@@ -91,7 +91,7 @@ def test_numbers_with_thousands_of_digits_are_refused() -> None:
         from_toml(f"train.steps = {digits}")
 
 
-def test_assignments_read_values_as_toml_and_words_as_they_stand() -> None:
+def test_assignments_read_toml_values_and_bare_words() -> None:
     words = ["train.steps=20", "train.select=ap", "data.path=a=b c", " model.lateral = false"]
     assert assignments(words) == {
         "train": {"steps": 20, "select": "ap"},
@@ -106,18 +106,18 @@ def test_assignments_read_values_as_toml_and_words_as_they_stand() -> None:
         assignments(["train=3", "train.steps=4"])
 
 
-def test_the_later_layer_wins_key_by_key() -> None:
+def test_later_layers_override_single_keys() -> None:
     below = {"a": {"x": 1, "y": 2}, "b": 3}
     assert merge(below, {"a": {"y": 5}}, {"b": {"z": 6}}) == {"a": {"x": 1, "y": 5}, "b": {"z": 6}}
     assert merge() == {}
-    assert below == {"a": {"x": 1, "y": 2}, "b": 3}, "unchanged"
+    assert below == {"a": {"x": 1, "y": 2}, "b": 3}, "arguments are unchanged"
     assert (
         presets.resolve("paper", {"train": {"steps": 5}}, {"train": {"steps": 6}}).train.steps == 6
     )
 
 
-def test_the_kind_chooses_the_model() -> None:
-    assert isinstance(from_dict({"model": {"cell": 8}}).model, SPAIRConfig), "where it is absent"
+def test_kind_selects_the_model() -> None:
+    assert isinstance(from_dict({"model": {"cell": 8}}).model, SPAIRConfig), "SPAIR is the default"
     assert {kind: type(from_dict({"model": {"kind": kind}}).model) for kind in model_kinds()} == {
         "spair": SPAIRConfig,
         "air": AIRConfig,
@@ -136,13 +136,13 @@ def test_the_kind_chooses_the_model() -> None:
     assert "model: input should be an object (got 3)" in refusal({"model": 3})
 
 
-def test_a_model_of_another_kind_is_one_difference() -> None:
+def test_another_kind_of_model_is_one_difference() -> None:
     assert differences(Config(), Config(model=AIRConfig(kind="dair"))) == [
         "model.kind: 'spair' -> 'dair'"
     ]
 
 
-def test_differences_name_what_differs() -> None:
+def test_differences_list_keys_with_both_values() -> None:
     first = Config()
     assert differences(first, Config()) == []
     second = Config(preset="mine", train=TrainConfig(steps=5))
@@ -159,9 +159,9 @@ def test_differences_name_what_differs() -> None:
         (b"#" * ((1 << 20) + 1), "larger than 1 MB"),
         (b"\x00", "not TOML"),
     ],
-    ids=["cut", "twice", "deep", "Latin-1", "large", "NUL"],
+    ids=["incomplete", "duplicate key", "nested", "Latin-1", "large", "NUL"],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_invalid_config_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -171,14 +171,14 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes, mes
         load_toml(tmp_path)
 
 
-def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(b"\xef\xbb\xbf[train]\nsteps = 3\n")
     assert load_toml(path) == {"train": {"steps": 3}}
 
 
-def test_mutated_files_are_configs_or_refused(tmp_path: Path) -> None:
-    """500 mutations of a valid file: each is read or refused in one line, nothing else."""
+def test_mutated_files_load_or_are_refused(tmp_path: Path) -> None:
+    """Each of 500 mutations of a valid file loads or gives a one-line error."""
     whole, rng = to_toml(presets.resolve("quick")).encode(), random.Random(0)
     path = tmp_path / "config.toml"
     messages: list[str] = []
@@ -206,7 +206,7 @@ def test_mutated_files_are_configs_or_refused(tmp_path: Path) -> None:
     assert not any("\n" in message or "\r" in message for message in messages)
 
 
-def test_toml_holds_every_field() -> None:
+def test_toml_contains_every_field() -> None:
     tables = tomllib.loads(to_toml(Config()))
     assert tables.keys() == {"preset", "data", "prepare", "model", "train"}
     air = tomllib.loads(to_toml(Config(model=AIRConfig())))["model"]

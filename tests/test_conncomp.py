@@ -1,4 +1,4 @@
-"""ConnComp beside a flood fill and the authors' box rule written out here, and its fits."""
+"""ConnComp against a flood fill and the authors' rules for boxes and AP; fits."""
 
 import os
 
@@ -30,7 +30,7 @@ Box = tuple[int, int, int, int]
 
 
 def flood(foreground: list[list[bool]]) -> list[list[tuple[int, int]]]:
-    """Pixels (row, column) of each 4-connected component, in raster order of their first ones."""
+    """Pixels (row, column) of each 4-connected component, in raster order of their first pixels."""
     height, width = len(foreground), len(foreground[0])
     seen: set[tuple[int, int]] = set()
     components = []
@@ -52,7 +52,7 @@ def flood(foreground: list[list[bool]]) -> list[list[tuple[int, int]]]:
 
 
 def span(pixels: list[tuple[int, int]]) -> Box:
-    """x1, y1, x2, y2 from the first to the last pixel, without the pixel at the end."""
+    """The authors' x1, y1, x2, y2, which exclude the last row and column of pixels."""
     rows, columns = zip(*pixels, strict=True)
     return min(columns), min(rows), max(columns), max(rows)
 
@@ -66,7 +66,7 @@ def iou(a: Box, b: Box) -> float:
 
 
 def authors_ap(found: list[list[Box]], true: list[list[Box]]) -> float:
-    """The authors' AP (docs/model.md 11) on boxes of their kind, in batches of 32."""
+    """The authors' AP (docs/model.md 11) on boxes as `span` gives them, in batches of 32."""
     total = 0.0
     for first in range(0, len(found), 32):
         batch = list(zip(found[first : first + 32], true[first : first + 32], strict=True))
@@ -107,7 +107,7 @@ def detector(threshold: float) -> Detector:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_a_flood_fill(seed: int) -> None:
+def test_detections_equal_a_flood_fill(seed: int) -> None:
     height, width = [(1, 1), (1, 9), (7, 5), (16, 16), (13, 30), (40, 3)][seed]
     images = random_images(seed, height, width)
     model = ConnComp(ConnCompConfig(threshold=1.7))
@@ -123,10 +123,10 @@ def test_equals_a_flood_fill(seed: int) -> None:
         assert item.boxes.dtype == torch.float32
 
 
-def test_pixels_that_touch_at_a_corner_are_two_objects() -> None:
+def test_pixels_touching_at_a_corner_are_separate_objects() -> None:
     images = torch.zeros(2, 3, 4, 4)
     images[0, :, [0, 1], [0, 1]] = 1
-    # nor does a component go on in the next image
+    # components do not continue in the next image either
     images[:, :, 3, 3] = 1
     found = ConnComp(ConnCompConfig(threshold=0.5)).detect(images)
     assert found[0].boxes.tolist() == [[0, 0, 1, 1], [1, 1, 2, 2], [3, 3, 4, 4]]
@@ -143,8 +143,8 @@ def test_distance_is_summed_over_the_channels() -> None:
 
 
 @pytest.mark.parametrize("objects", PUBLISHED)
-def test_authors_figure_on_the_packaged_digits(objects: int) -> None:
-    """The whole way from pixels to AP, beside the authors' rule for boxes, truth and AP."""
+def test_ap_on_packaged_digits_equals_the_authors_rule(objects: int) -> None:
+    """End to end from pixels to AP, against the authors' rules for boxes, truth and AP."""
     threshold, _ = PUBLISHED[objects]
     data = DataConfig(min_objects=objects, max_objects=objects)
     batch = open_dataset(data, "test").batch(torch.arange(96))
@@ -162,7 +162,7 @@ def test_authors_figure_on_the_packaged_digits(objects: int) -> None:
     assert figures.count_accuracy == pytest.approx(sum(counts) / 96)
 
 
-def test_only_boxes_drawn_like_the_truth_lose_the_authors_pixel() -> None:
+def test_authors_pixel_correction_applies_to_whole_pixel_boxes() -> None:
     batch = open_dataset(DataConfig(max_objects=1), "test").batch(torch.arange(32))
     found = ConnComp(ConnCompConfig(threshold=0.01)).detect(batch.images)
     assert ap_spair(found, batch.truth(), whole_pixels=True) == 1
@@ -172,7 +172,7 @@ def test_only_boxes_drawn_like_the_truth_lose_the_authors_pixel() -> None:
 
 @pytest.mark.skipif("SPAIRKIT_MNIST" not in os.environ, reason="SPAIRKIT_MNIST names no file")
 @pytest.mark.parametrize("objects", PUBLISHED)
-def test_published_figures_on_mnist(objects: int) -> None:
+def test_ap_on_mnist_matches_the_paper(objects: int) -> None:
     """Fig. 2's row of ConnComp, on digits of the paper's size (docs/model.md 10)."""
     threshold, published = PUBLISHED[objects]
     path = os.environ["SPAIRKIT_MNIST"]
@@ -183,7 +183,7 @@ def test_published_figures_on_mnist(objects: int) -> None:
     assert figures.ap_spair == pytest.approx(published, abs=0.03)
 
 
-def test_reconstructs_in_flat_colours() -> None:
+def test_reconstruction_has_one_colour_per_object() -> None:
     config = ConnCompConfig(threshold=0.3, background="given", colour=(0.0, 0.0, 0.5))
     images = torch.tensor(config.colour)[None, :, None, None].repeat(2, 1, 3, 4)
     images[0, :, 0, 0] = torch.tensor([1.0, 0.0, 0.5])
@@ -196,7 +196,7 @@ def test_reconstructs_in_flat_colours() -> None:
     torch.testing.assert_close(image, expected)
 
 
-def test_shows_objects_without_their_neighbours() -> None:
+def test_appearances_exclude_neighbouring_objects() -> None:
     images = torch.zeros(2, 3, 30, 30)
     images[0, :, :21, 0] = 1  # an L, and a square inside its box
     images[0, :, 20, :21] = 1
@@ -209,7 +209,7 @@ def test_shows_objects_without_their_neighbours() -> None:
     torch.testing.assert_close(shown[0][1], torch.tensor([1.0, 0, 0, 1]).expand(21, 21, 4))
 
 
-def test_takes_the_background_from_images() -> None:
+def test_background_is_fitted_to_images() -> None:
     images = torch.zeros(2, 3, 1, 5)
     images[:, 0, 0] = torch.tensor([0.2, 0.2, 0.4, 0.6, 1.0])
     for background, red in (("black", 0.0), ("mode", 0.2), ("median", 0.4), ("given", 0.75)):
@@ -218,7 +218,7 @@ def test_takes_the_background_from_images() -> None:
         assert model.background_colour.tolist() == pytest.approx([red, 0, 0])
 
 
-def test_otsu_parts_two_groups_as_a_search_over_all_partings_does() -> None:
+def test_otsu_matches_an_exhaustive_search() -> None:
     rng = np.random.default_rng(2)
     values = np.concatenate([rng.normal(0.5, 0.15, 700), rng.normal(2.0, 0.3, 300)]).clip(0, 3)
 
@@ -234,7 +234,7 @@ def test_otsu_parts_two_groups_as_a_search_over_all_partings_does() -> None:
     assert otsu(torch.full((4,), 1.5)) > 1.5
 
 
-def test_refuses_other_shapes_and_values() -> None:
+def test_other_shapes_and_values_are_refused() -> None:
     network = ConnComp(ConnCompConfig())
     for images in (torch.zeros(3, 4, 4), torch.zeros(1, 1, 4, 4), torch.zeros(1, 3, 0, 4)):
         with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\]"):

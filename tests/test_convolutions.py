@@ -12,7 +12,7 @@ from spairkit.models import convolutions
 from spairkit.models.convolutions import convolve, end_padding
 
 CHANNELS, OUTPUTS = 48, 64  # enough for the kernel
-ROUNDING = 3e-7  # torch's own is less on some processors than on others
+ROUNDING = 3e-7  # torch's own error varies between processors
 
 
 def operands(*shape: int, channels: int = CHANNELS, outputs: int = OUTPUTS) -> list[Tensor]:
@@ -68,7 +68,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ("size", "paddings"),
     [(48, (2, 2, 1)), (84, (2, 2, 1)), (210, (2, 3, 2)), (160, (2, 2, 3))],
 )
-def test_padding_equals_that_of_the_specification(size: int, paddings: tuple[int, ...]) -> None:
+def test_padding_matches_the_specification(size: int, paddings: tuple[int, ...]) -> None:
     for stride, padding in zip((2, 2, 3), paddings, strict=True):
         assert end_padding(size, 4, stride) == padding
         size = (size + padding - 4) // stride + 1
@@ -82,8 +82,8 @@ def test_padding_equals_that_of_the_specification(size: int, paddings: tuple[int
         (2, 9, 12),
         (2, 11, 7),
         (3, 24, 24),
-        (5, 44, 36),  # more tiles than are worked out at once, and images that are cut by it
-        (2, 6, 1300),  # more in a row than are worked out at once
+        (5, 44, 36),  # more tiles than one block holds; blocks split images
+        (2, 6, 1300),  # a row of more tiles than one block holds
         (0, 8, 8),
     ],
 )
@@ -112,7 +112,7 @@ def test_any_memory_format_is_supported(layout: torch.memory_format, calls: list
     assert len(calls) == 2
 
 
-def test_threads_share_the_images(calls: list[str]) -> None:
+def test_thread_count_does_not_change_results(calls: list[str]) -> None:
     inputs = operands(5, 28, 16)
     grad = torch.randn(5, OUTPUTS, 14, 8)
     results, num_threads = [], torch.get_num_threads()

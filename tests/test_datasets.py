@@ -1,4 +1,4 @@
-"""One door to every dataset, and every image of a split once in evaluation."""
+"""Datasets opened from settings; evaluation batches that cover a split exactly once."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from spairkit.data.scenes import Scenes
 from spairkit.images import read_image
 
 
-def test_opens_what_the_config_names(tmp_path: Path) -> None:
+def test_config_selects_the_dataset(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "a.png")
     assert isinstance(open_dataset(DataConfig(), "test"), Scenes)
     folder = DataConfig(name="folder", path=str(tmp_path))
@@ -23,7 +23,7 @@ def test_opens_what_the_config_names(tmp_path: Path) -> None:
     assert dataset_names() == ("digits", "mnist", "emnist", "folder")
 
 
-def test_every_scene_comes_once_and_in_order() -> None:
+def test_evaluation_covers_every_scene_once_in_order() -> None:
     scenes = Scenes(DataConfig(test_images=21), "test")
     batches = list(evaluation_batches(scenes, 8))
     assert [len(batch.counts) for batch in batches] == [8, 8, 5]
@@ -31,13 +31,13 @@ def test_every_scene_comes_once_and_in_order() -> None:
     assert torch.equal(images, scenes.batch(torch.arange(21)).images)
 
 
-def test_training_scenes_have_no_end() -> None:
+def test_training_scenes_have_no_length() -> None:
     with pytest.raises(TypeError, match="no length"):
         next(evaluation_batches(Scenes(DataConfig(), "train"), 8))
 
 
 @pytest.mark.parametrize("annotated", [False, True])
-def test_neighbours_of_one_size_share_a_batch(tmp_path: Path, annotated: bool) -> None:
+def test_consecutive_images_of_one_size_share_a_batch(tmp_path: Path, annotated: bool) -> None:
     rng = np.random.default_rng(0)
     sizes = [(6, 7)] * 5 + [(7, 6)] * 2 + [(6, 7)]
     names = [f"{n}.png" for n in range(len(sizes))]
@@ -62,7 +62,7 @@ def test_neighbours_of_one_size_share_a_batch(tmp_path: Path, annotated: bool) -
     assert boxes == [[[1, 2, 4, 5]] if annotated and n == 2 else [] for n in range(len(names))]
 
 
-def test_large_images_come_alone(tmp_path: Path) -> None:
+def test_large_images_get_a_batch_of_their_own(tmp_path: Path) -> None:
     for n in range(2):
         Image.fromarray(np.zeros((3000, 3000), np.uint8)).save(tmp_path / f"{n}.png")
     dataset = open_dataset(DataConfig(name="folder", path=str(tmp_path)), "test")

@@ -1,4 +1,4 @@
-"""Divergences against samples and closed forms, the schedule against docs/model.md 2.1."""
+"""Divergences against samples and closed forms; schedules against docs/model.md 2.1."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_normal_kl_matches_torch_and_samples() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_concrete_samples_are_on_as_often_as_the_logit_says(temperature: float) -> None:
+def test_concrete_samples_have_the_probability_of_the_logit(temperature: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([-2.0, 0.0, 1.5])
     uniform = torch.rand(100_000, 3, generator=generator)
@@ -45,7 +45,7 @@ def test_concrete_samples_are_finite_at_extreme_logits() -> None:
         assert bool(torch.autograd.grad(draws.sum(), logits)[0].isfinite().all())
 
 
-def test_cross_entropy_is_finite_for_a_perfect_and_an_inverted_image() -> None:
+def test_cross_entropy_is_finite_at_0_and_1() -> None:
     target = torch.tensor([[0.0, 1.0]])
     same, opposite = target.clone(), 1 - target
     assert float(bernoulli_cross_entropy(same, target, 1e-9)) == pytest.approx(0, abs=1e-6)
@@ -58,12 +58,12 @@ def test_cross_entropy_is_finite_for_a_perfect_and_an_inverted_image() -> None:
     ("step", "success"),
     [(0, 1e-6), (3000, 0.0010), (5000, 0.0908), (6000, 0.4969), (8000, 0.9780), (10**6, 0.98765)],
 )
-def test_the_exponential_schedule_matches_the_table_of_section_2(step: int, success: float) -> None:
+def test_exponential_schedule_matches_the_table(step: int, success: float) -> None:
     actual = count_success(step, 1e6, 0.0125, 1000, "exponential")
     assert actual == pytest.approx(success, rel=0.01)
 
 
-def test_the_log_linear_schedule_is_linear_then_constant() -> None:
+def test_log_linear_schedule_is_linear_then_constant() -> None:
     odds = [1 / count_success(t, 1.0, 0.01, 100, "log-linear") - 1 for t in (0, 50, 100, 999)]
     assert odds == pytest.approx([1.0, 0.1, 0.01, 0.01])
 
@@ -73,9 +73,9 @@ def test_squash_stays_away_from_0_and_1() -> None:
     torch.testing.assert_close(values, torch.tensor([4.54e-5, 0.5, 1 - 4.54e-5]), rtol=0, atol=1e-7)
 
 
-def test_limited_logits_can_return_inside() -> None:
+def test_limited_logits_keep_gradients_that_lead_inwards() -> None:
     logits = torch.tensor([-9.0, -2.0, 1.0, 9.0], requires_grad=True)
     assert limited(logits, 3.0).tolist() == [-3.0, -2.0, 1.0, 3.0]
     for sign, passed in ((1.0, [0.0, 1.0, 1.0, 1.0]), (-1.0, [-1.0, -1.0, -1.0, 0.0])):
         (gradient,) = torch.autograd.grad(sign * limited(logits, 3.0).sum(), logits)
-        assert gradient.tolist() == passed, "descent leads inwards, or it is inside"
+        assert gradient.tolist() == passed, "zero only where descent leads outwards"

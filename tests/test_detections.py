@@ -1,4 +1,4 @@
-"""Selecting detections, drawing them, and the forms in which they leave the library."""
+"""Selecting, drawing and exporting detections."""
 
 import base64
 import io
@@ -43,7 +43,7 @@ def test_coco_boxes_are_corner_and_size(two: Detections) -> None:
     assert NONE.to_coco(7) == []
 
 
-def test_json_holds_every_field(two: Detections) -> None:
+def test_json_contains_every_field(two: Detections) -> None:
     back = json.loads(json.dumps(two.to_json()))
     assert back.pop("count") == 2
     for name, value in back.items():
@@ -63,13 +63,13 @@ def test_supervision_gets_boxes_scores_and_one_class(
     assert given["class_id"].tolist() == [0, 0]
 
 
-def test_supervision_is_asked_for_by_name(two: Detections, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "supervision", None)  # as where it is not installed
+def test_missing_supervision_is_named(two: Detections, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)  # as if it were not installed
     with pytest.raises(ImportError, match="supervision"):
         two.to_supervision()
 
 
-def test_the_real_supervision_takes_them(two: Detections) -> None:
+def test_supervision_accepts_exported_detections(two: Detections) -> None:
     supervision = pytest.importorskip("supervision")
     theirs = two.to_supervision()
     assert isinstance(theirs, supervision.Detections)
@@ -91,7 +91,7 @@ def test_the_real_supervision_takes_them(two: Detections) -> None:
         (-1, [1]),
     ],
 )
-def test_an_index_selects_rows_of_every_field(two: Detections, index: Any, rows: list[int]) -> None:
+def test_index_selects_rows_of_every_field(two: Detections, index: Any, rows: list[int]) -> None:
     found = two[index]
     assert len(found) == len(rows)
     for name in ("boxes", "scores", "what", "depth"):
@@ -99,7 +99,7 @@ def test_an_index_selects_rows_of_every_field(two: Detections, index: Any, rows:
 
 
 @pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True])])
-def test_an_index_out_of_range_is_refused(two: Detections, index: Any) -> None:
+def test_index_out_of_range_is_refused(two: Detections, index: Any) -> None:
     with pytest.raises(IndexError):
         two[index]
 

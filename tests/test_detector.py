@@ -1,4 +1,4 @@
-"""One way from pixels to boxes: every form of an image, many images, one pass for everything."""
+"""Detector: every form of image, batches of images, explanations, and training from Python."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +42,7 @@ def bytes_of(scene: Tensor) -> Any:  # [H, W, 3] uint8
 
 
 def forms(scene: Tensor, folder: Path) -> Iterator[ImageLike]:
-    """The same grey scene in every form that `detect` takes."""
+    """The same grey scene in every form that `detect` accepts."""
     levels = bytes_of(scene)
     path = folder / "scene.png"
     write_png(path, scene)
@@ -57,7 +57,9 @@ def forms(scene: Tensor, folder: Path) -> Iterator[ImageLike]:
     yield scene.double()
 
 
-def test_takes_every_form_of_an_image(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
+def test_every_form_of_image_is_accepted(
+    detector: Detector, scenes: Tensor, tmp_path: Path
+) -> None:
     expected = detector.detect(scenes[0])
     assert len(expected) > 0
     for form in forms(scenes[0], tmp_path):
@@ -66,7 +68,7 @@ def test_takes_every_form_of_an_image(detector: Detector, scenes: Tensor, tmp_pa
         assert found.image is form
 
 
-def test_finds_the_true_boxes_in_three_lines(scenes: Tensor, tmp_path: Path) -> None:
+def test_packaged_model_finds_the_true_number_of_objects(scenes: Tensor, tmp_path: Path) -> None:
     truth = open_dataset(DataConfig(max_objects=3), "test").batch(torch.arange(6)).truth()
     for index, scene in enumerate(scenes):
         write_png(tmp_path / f"{index}.png", scene)
@@ -75,7 +77,7 @@ def test_finds_the_true_boxes_in_three_lines(scenes: Tensor, tmp_path: Path) -> 
         assert len(found) == len(true)
 
 
-def test_transparent_pixels_lie_on_black() -> None:
+def test_transparency_is_composited_on_black() -> None:
     array = np.full((2, 2, 4), 200, np.uint8)
     array[..., 3] = 51
     assert as_image(array).flatten().tolist() == pytest.approx([200 / 255 / 5] * 12)
@@ -101,7 +103,7 @@ def test_transparent_pixels_lie_on_black() -> None:
         (".", InputError, r"\.: is a folder; use detect_many"),
     ],
 )
-def test_refuses_other_inputs_in_one_line(
+def test_other_inputs_give_one_line_errors(
     detector: Detector, image: Any, error: type[Exception], message: str
 ) -> None:
     for call in (detector.detect, detector.explain):
@@ -110,7 +112,7 @@ def test_refuses_other_inputs_in_one_line(
         assert "\n" not in str(raised.value)
 
 
-def test_many_images_come_in_order_and_in_batches(
+def test_detect_many_keeps_order_and_batches_equal_sizes(
     detector: Detector, scenes: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wide = torch.zeros(3, 30, 70)
@@ -130,7 +132,7 @@ def test_many_images_come_in_order_and_in_batches(
         assert_same(one, other)
 
 
-def test_no_more_than_a_batch_is_read_ahead(detector: Detector, scenes: Tensor) -> None:
+def test_detect_many_reads_at_most_one_batch_ahead(detector: Detector, scenes: Tensor) -> None:
     read = 0
 
     def lazily() -> Iterator[Tensor]:
@@ -142,10 +144,10 @@ def test_no_more_than_a_batch_is_read_ahead(detector: Detector, scenes: Tensor) 
     found = detector.detect_many(lazily(), batch_size=3)
     assert read == 0
     next(found)
-    assert read == 4  # the image that does not fit shows that the batch is full
+    assert read == 4  # the fourth image does not fit, which ends the batch of three
 
 
-def test_a_damaged_image_is_named_when_its_turn_comes(
+def test_damaged_image_is_named_when_it_is_reached(
     detector: Detector, scenes: Tensor, tmp_path: Path
 ) -> None:
     write_png(tmp_path / "a.png", scenes[0])
@@ -180,7 +182,7 @@ def test_networks_run_in_float32(
     assert asked == [("float32", "cpu")] * 2
 
 
-def test_levels_are_applied_inside(detector: Detector, scenes: Tensor) -> None:
+def test_detector_applies_levels(detector: Detector, scenes: Tensor) -> None:
     config = Config(prepare=PrepareConfig(black=0.2, white=0.4), model=detector.config.model)
     dim = Detector(detector.network, config)
     image = scenes[0] * 0.2 + 0.2
@@ -188,7 +190,7 @@ def test_levels_are_applied_inside(detector: Detector, scenes: Tensor) -> None:
     torch.testing.assert_close(dim.explain(image).image, scenes[0], atol=1e-6, rtol=0)
 
 
-def test_box_contrast_is_that_of_the_checkpoint_or_the_callers(scenes: Tensor) -> None:
+def test_box_contrast_comes_from_checkpoint_or_caller(scenes: Tensor) -> None:
     tight, raw = spairkit.load(device="cpu"), spairkit.load(device="cpu", box_contrast=0.0)
     assert (tight.box_contrast, tight.whole_pixels) == (0.05, True)
     assert (raw.box_contrast, raw.whole_pixels) == (0.0, False)
@@ -202,7 +204,7 @@ def test_box_contrast_is_that_of_the_checkpoint_or_the_callers(scenes: Tensor) -
         Detector(build(config), config, box_contrast=0.5)
 
 
-def test_only_a_model_that_is_told_takes_a_count(detector: Detector, scenes: Tensor) -> None:
+def test_only_models_with_given_counts_accept_a_count(detector: Detector, scenes: Tensor) -> None:
     with pytest.raises(InputError, match="this model infers the count; remove the count"):
         detector.detect(scenes[0], count=2)
     with pytest.raises(InputError, match="infers the count"):
@@ -216,7 +218,7 @@ def test_only_a_model_that_is_told_takes_a_count(detector: Detector, scenes: Ten
         air.detect(scenes[0])
 
 
-def test_connected_components_go_the_same_way(scenes: Tensor) -> None:
+def test_detector_works_with_conncomp(scenes: Tensor) -> None:
     config = Config(model=ConnCompConfig(threshold=0.5))
     detector = Detector(build(config), config)
     assert detector.whole_pixels
@@ -226,7 +228,9 @@ def test_connected_components_go_the_same_way(scenes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0])
-def test_thresholds_lie_in_range(detector: Detector, scenes: Tensor, threshold: float) -> None:
+def test_threshold_out_of_range_is_refused(
+    detector: Detector, scenes: Tensor, threshold: float
+) -> None:
     with pytest.raises(ValueError, match=r"threshold must lie in \[0, 1\)"):
         detector.detect(scenes[0], threshold=threshold)
 
@@ -237,7 +241,7 @@ def test_repr_is_one_line(detector: Detector) -> None:
     assert repr(Detector(build(config), config)) == "Detector(conncomp, on cpu)"
 
 
-def test_the_package_lists_its_public_names() -> None:
+def test_package_lists_its_public_names() -> None:
     names = dir(spairkit)
     assert {"load", "train", "Detector", "Detections", "render", "presence_kl"} <= set(names)
     assert all(getattr(spairkit, name) is not None for name in names)

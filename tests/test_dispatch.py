@@ -1,4 +1,4 @@
-"""Operators call their kernel directly without gradients, and go by torch's dispatcher else."""
+"""Operators call kernels directly without gradients, otherwise through torch's dispatcher."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def route(*arguments: Any) -> str:
     return "operator" if _is_watched(arguments) else "kernel"
 
 
-def test_without_gradients_the_kernel_is_called_directly() -> None:
+def test_kernel_is_called_directly_without_gradients() -> None:
     x = torch.zeros(2, requires_grad=True)
     assert route(x.detach(), 0.0) == "kernel"
     with torch.no_grad():
@@ -32,25 +32,25 @@ def test_without_gradients_the_kernel_is_called_directly() -> None:
         assert route(torch.zeros(2)) == "kernel"
 
 
-def test_with_a_gradient_the_operator_is_called() -> None:
+def test_operator_is_called_with_gradients() -> None:
     assert route(0.0, torch.zeros(2), torch.zeros(2, requires_grad=True)) == "operator"
 
 
 # torch scripts its own decompositions once it sees a dual number
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_with_a_forward_derivative_the_operator_is_called() -> None:
+def test_operator_is_called_with_forward_derivatives() -> None:
     with forward_ad.dual_level():
         assert route(forward_ad.make_dual(torch.zeros(2), torch.ones(2))) == "operator"
 
 
-def test_under_a_dispatch_mode_the_operator_is_called(
-    no_waiting: type[TorchDispatchMode],
+def test_operator_is_called_under_a_dispatch_mode(
+    no_sync: type[TorchDispatchMode],
 ) -> None:
-    with no_waiting():
+    with no_sync():
         assert route(torch.zeros(2)) == "operator"
 
 
-def test_a_subclass_of_tensor_goes_to_the_operator() -> None:
+def test_operator_is_called_for_tensor_subclasses() -> None:
     class Tagged(Tensor):
         pass
 
@@ -58,26 +58,26 @@ def test_a_subclass_of_tensor_goes_to_the_operator() -> None:
     assert route(torch.nn.Parameter(torch.zeros(2), requires_grad=False)) == "kernel"
 
 
-def test_a_trace_holds_the_operator() -> None:
+def test_trace_contains_the_operator() -> None:
     def image(rgba: Tensor) -> Tensor:
         flat = torch.ones(1, 1)
         return render(rgba, torch.tensor([[[0.0, 0, 4, 4]]]), flat, flat, torch.zeros(1, 1, 5, 5))
 
     if torch.cuda.is_available():
-        pytest.skip("the trace holds CPU constants")
+        pytest.skip("the trace contains CPU constants")
     traced = make_fx(image, tracing_mode="fake")(torch.rand(1, 1, 3, 3, 2))
     assert any("spairkit.render" in str(node.target) for node in traced.graph.nodes)
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_both_routes_give_the_same_bits(relaxed: bool) -> None:
+def test_both_routes_are_bit_identical(relaxed: bool) -> None:
     logits, samples = torch.randn(2, 9), torch.rand(2, 9)
     direct = presence_kl(logits, samples, 0.3, relaxed=relaxed)
     recorded = presence_kl(logits.requires_grad_(), samples, 0.3, relaxed=relaxed)
     assert torch.equal(direct, recorded.detach())
 
 
-def test_detection_does_not_import_the_compiler_of_torch() -> None:
+def test_detection_does_not_import_torch_dynamo() -> None:
     code = """
 import sys, torch
 from spairkit.presence import presence_prior

@@ -1,4 +1,4 @@
-"""Two processes that share each batch against one alone, and how such a job ends."""
+"""Two processes that share each batch against a single one; killed and stopped jobs."""
 
 import os
 import re
@@ -60,7 +60,7 @@ FAR = ["--device", "cpu", "--steps", "1000000", "--set", "train.validation_every
 
 
 def job(*words: object) -> subprocess.Popen[str]:
-    """`spairkit train` by two processes of this machine."""
+    """Starts `spairkit train` in two processes on this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "spairkit", "train", *map(str, words)],
@@ -89,7 +89,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("draw", [normal, uniform])
-def test_parts_are_the_rows_of_the_whole(draw: Callable[..., torch.Tensor]) -> None:
+def test_noise_of_parts_equals_rows_of_the_whole(draw: Callable[..., torch.Tensor]) -> None:
     like = torch.zeros(1)
     whole = draw(torch.Generator().manual_seed(5), like, 6, 3, 2)
     parts = [draw(Part(torch.Generator().manual_seed(5), i, 3), like, 2, 3, 2) for i in range(3)]
@@ -105,15 +105,15 @@ def test_parts_are_the_rows_of_the_whole(draw: Callable[..., torch.Tensor]) -> N
         {"kind": "dair", "count": "given"},
     ],
 )
-def test_parts_of_a_batch_have_the_losses_of_the_whole(kind: dict[str, Any]) -> None:
+def test_losses_of_parts_equal_rows_of_the_whole(kind: dict[str, Any]) -> None:
     small = {"what": 3, "encoder_hidden": [5], "decoder_hidden": [5], "object_size": 5}
     data = {"image_height": 24, "image_width": 24}
     model = build(from_dict({"data": data, "model": small | kind}))
     images, counts = torch.rand(4, 3, 24, 24), torch.tensor([1, 0, 1, 3])
 
     def losses(rows: slice, source: Source) -> torch.Tensor:
-        told = {} if kind["kind"] == "spair" else {"counts": counts[rows]}
-        found: Losses = model(images[rows], generator=source, **told)
+        given = {} if kind["kind"] == "spair" else {"counts": counts[rows]}
+        found: Losses = model(images[rows], generator=source, **given)
         return found.total.detach()
 
     seeded = torch.Generator().manual_seed
@@ -122,7 +122,7 @@ def test_parts_of_a_batch_have_the_losses_of_the_whole(kind: dict[str, Any]) -> 
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_one_alone_agrees_with_itself() -> None:
+def test_single_process_gets_its_own_values_back() -> None:
     alone = World()
     assert alone.greatest(7) == 7
     assert alone.from_first(b"abc") == b"abc"
@@ -130,7 +130,7 @@ def test_one_alone_agrees_with_itself() -> None:
     assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
+def test_indivisible_batch_is_refused() -> None:
     config = from_dict({"train": {"batch_size": 6}})
     check(config, CPU, 3)
     with pytest.raises(InputError, match=r"train\.batch_size \(6\) must be a multiple of .* \(4\)"):
@@ -144,12 +144,12 @@ def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-def test_two_processes_train_as_one(tmp_path: Path, config: Path, device: str) -> None:
+def test_two_processes_train_like_one(tmp_path: Path, config: Path, device: str) -> None:
     words = ["--config", str(config), "--device", device]
     with job(*words, "--out", tmp_path / "two") as process:
         printed, said = process.communicate(timeout=280)
     assert process.returncode == 0, said
-    assert printed.count("run: ") == 1, "one process speaks"
+    assert printed.count("run: ") == 1, "only one process prints"
     assert said.count("training in ") == 1
     assert "by 2 processes" in said
     assert "arning" not in said
@@ -175,7 +175,7 @@ def test_two_processes_train_as_one(tmp_path: Path, config: Path, device: str) -
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_what_is_refused_is_said_once(tmp_path: Path, config: Path) -> None:
+def test_errors_are_printed_once(tmp_path: Path, config: Path) -> None:
     odd = ("--device", "cpu", "--set", "train.batch_size=5")
     with job("--config", config, "--out", tmp_path / "odd", *odd) as process:
         printed, said = process.communicate(timeout=280)
@@ -189,7 +189,7 @@ def test_what_is_refused_is_said_once(tmp_path: Path, config: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("default:.*not be bit-identical")
-def test_a_job_that_is_killed_or_stopped_goes_on(
+def test_killed_and_stopped_jobs_can_be_resumed(
     tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -198,7 +198,7 @@ def test_a_job_that_is_killed_or_stopped_goes_on(
         first = re.match(r"process (\d+) on", (run / ".owner").read_text())
         assert first is not None
         os.kill(int(first[1]), signal.SIGKILL)
-        _, said = process.communicate(timeout=280)  # the other one does not wait for ever
+        _, said = process.communicate(timeout=280)  # the surviving process does not wait for ever
     assert process.returncode != 0
     assert "internal error" not in said
     killed = step_of(run)

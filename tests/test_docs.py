@@ -1,6 +1,6 @@
 """The documentation: its commands and examples run, its links resolve, its file tree is complete.
 
-Commands run in a folder with the files that the pages name, on networks too small to be good.
+Commands run with tiny networks, in a folder with the files that the pages name.
 """
 
 import re
@@ -92,7 +92,7 @@ def option(words: list[str], name: str, default: str) -> str:
 
 
 def small(words: list[str]) -> list[str]:
-    """The command with a size that takes a second."""
+    """The command, scaled down to about a second."""
     command = words[0]
     network = assigned(NETWORKS[option(words, "--model", "spair")])
     if command == "train":
@@ -125,7 +125,7 @@ def small(words: list[str]) -> list[str]:
 
 
 def small_train(*arguments: Any, **options: Any) -> Any:
-    """`spairkit.train` with a size that takes a second."""
+    """`spairkit.train`, scaled down to about a second."""
     sizes = {
         "train.batch_size": 2,
         "train.steps": 2,
@@ -197,7 +197,7 @@ def test_commands_and_examples_run(
             assert block.language == "tree", f"{block.place}: a block of {block.language}"
 
 
-def test_readme_is_short_and_its_test_command_is_that_of_ci() -> None:
+def test_readme_is_short_and_tests_like_ci() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= MAX_WORDS
     tested = [line for line in text.splitlines() if line.endswith("&& .venv/bin/pytest")]
@@ -244,7 +244,7 @@ def tree() -> dict[str, str]:
     return files
 
 
-def test_the_tree_lists_every_module() -> None:
+def test_tree_lists_every_module() -> None:
     listed = tree()
     tops = ("spairkit", "kernels", "cli", "tests")
     modules = {
@@ -279,7 +279,7 @@ def test_every_command_and_option_is_documented() -> None:
     check(typer.main.get_command(app), "")
 
 
-def test_sections_of_the_model_that_code_cites_exist() -> None:
+def test_cited_sections_of_the_model_exist() -> None:
     headings = re.findall(r"^##+ ([\d.]+?)\.? ", (ROOT / "docs" / "model.md").read_text(), re.M)
     for path in [path for top in ("spairkit", "kernels") for path in (ROOT / top).rglob("*.py")]:
         for section in re.findall(r"docs/model\.md (\d+(?:\.\d+)?)", path.read_text()):

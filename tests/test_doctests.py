@@ -1,4 +1,4 @@
-"""The examples in the docstrings of public functions run and print what they say."""
+"""Examples in docstrings of public functions print the output that they show."""
 
 import doctest
 import importlib
@@ -9,7 +9,7 @@ EXAMPLES = ["spairkit.detector.load", "spairkit.rendering.render", "spairkit.pre
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_the_example_prints_what_it_says(name: str) -> None:
+def test_example_prints_the_output_shown(name: str) -> None:
     module_name, function = name.rsplit(".", 1)
     module = importlib.import_module(module_name)
     tests = doctest.DocTestFinder(recurse=False).find(

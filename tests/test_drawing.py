@@ -1,4 +1,4 @@
-"""Pictures, pixel by pixel: what must be untouched is untouched, what must be seen is there."""
+"""Pictures of boxes, reconstructions and objects, checked pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ NONE = detections([])
 
 
 def dark_image(height: int, width: int) -> Tensor:
-    """Noise far from the colours of boxes."""
+    """Dark noise, far from the colours of boxes."""
     generator = torch.Generator().manual_seed(height * 1000 + width)
     return torch.rand(3, height, width, generator=generator) * 0.2
 
@@ -72,7 +72,7 @@ def test_small_images_are_enlarged_pixel_by_pixel(height: int, width: int, scale
 @pytest.mark.parametrize(
     "box", [[20, 14, 34, 30], [0, 0, 9, 9], [40, 30, 64, 48], [30, 20, 33, 23]]
 )
-def test_a_box_is_outlined_and_what_it_holds_is_untouched(box: list[int], scale: int) -> None:
+def test_box_is_outlined_and_its_interior_is_unchanged(box: list[int], scale: int) -> None:
     image = dark_image(48, 64)
     picture = boxed(image, detections([[float(x) for x in box]]), scale)
     plain = enlarged(image, scale)
@@ -81,7 +81,7 @@ def test_a_box_is_outlined_and_what_it_holds_is_untouched(box: list[int], scale:
     if box[0] > 0 and box[2] < 64:
         inner = slice(y1, y2), slice(x1, x2)
     assert torch.equal(picture[:, *inner], plain[:, *inner])
-    # a line on each side, wherever the side lies
+    # every side has a line, even at the edge of the image
     coloured = is_colour(picture, COLOURS[0])
     for side in (
         coloured[max(y1 - 4, 0) : y1 + 4, (x1 + x2) // 2],
@@ -92,12 +92,12 @@ def test_a_box_is_outlined_and_what_it_holds_is_untouched(box: list[int], scale:
         assert side.any()
 
 
-def test_the_box_of_the_whole_image_is_seen() -> None:
+def test_box_of_the_whole_image_is_visible() -> None:
     picture = boxed(dark_image(48, 48), detections([[0.0, 0.0, 48.0, 48.0]]))
     assert is_colour(picture, COLOURS[0])[:, 200].any()
 
 
-def test_the_box_of_higher_score_lies_on_top() -> None:
+def test_box_of_higher_score_is_on_top() -> None:
     same = [[10.0, 10.0, 30.0, 30.0]] * 2
     for scores, top in (([0.9, 0.6], 0), ([0.6, 0.9], 1)):
         picture = boxed(dark_image(48, 48), detections(same, scores))
@@ -105,7 +105,7 @@ def test_the_box_of_higher_score_lies_on_top() -> None:
         assert not is_colour(picture, COLOURS[1 - top]).any()
 
 
-def test_what_cannot_be_drawn_is_left_out() -> None:
+def test_degenerate_boxes_are_not_drawn() -> None:
     image = dark_image(48, 48)
     nan, inf = float("nan"), float("inf")
     bad: list[list[float]] = [
@@ -122,7 +122,7 @@ def test_what_cannot_be_drawn_is_left_out() -> None:
     assert not boxed(torch.full((3, 4, 4), nan)).any()
 
 
-def test_thousands_of_boxes() -> None:
+def test_thousands_of_boxes_can_be_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(3000, 2, generator=generator) * 500
     boxes = torch.cat([corner, corner + 8], dim=1)
@@ -159,7 +159,7 @@ def test_panel_shows_objects_by_score() -> None:
         assert is_colour(below, COLOURS[index])[rows.min() - 1, columns.min() - 1]
 
 
-def test_panel_shows_the_commonest_colour_where_an_object_is_transparent() -> None:
+def test_transparent_objects_show_the_commonest_colour() -> None:
     found = detections([[2.0, 2, 12, 12]])
     image = dark_image(48, 48)
     image[:, 40:] = torch.tensor([10.0, 60.0, 110.0])[:, None, None] / 255
@@ -171,7 +171,7 @@ def test_panel_shows_the_commonest_colour_where_an_object_is_transparent() -> No
     assert is_colour(opaque, (128, 128, 128)).sum() == 84 * 84
 
 
-def test_panel_holds_image_and_reconstruction() -> None:
+def test_panel_contains_image_and_reconstruction() -> None:
     image, drawn = dark_image(48, 48), dark_image(48, 48).flip(1)
     picture = panel(explained(image, NONE, drawn))
     for part in (image, drawn):
@@ -193,7 +193,7 @@ def test_panels_and_sheets_enlarge_images_of_any_small_size() -> None:
     assert contains(sheet, enlarged(image, 2))
 
 
-def test_panel_is_bounded() -> None:
+def test_panel_size_is_bounded() -> None:
     image = dark_image(40, 60)
 
     def drawn(num: int) -> Tensor:
@@ -208,7 +208,7 @@ def test_panel_is_bounded() -> None:
     assert panel(explained(thin)).dim() == 3
 
 
-def test_sheet_shows_every_image_and_its_truth() -> None:
+def test_sheet_shows_every_image_and_its_ground_truth() -> None:
     images = torch.stack([dark_image(48, 48).roll(i, 2) for i in range(3)])
     drawn = images.flip(2)
     sheets = [explained(*pair) for pair in zip(images, [NONE] * 3, drawn, strict=True)]
@@ -224,7 +224,7 @@ def test_sheet_shows_every_image_and_its_truth() -> None:
     assert int(rows.max() - rows.min()) == 12 * 4 - 1
 
 
-def test_sheet_wraps_and_reduces() -> None:
+def test_sheet_wraps_and_shrinks_images() -> None:
     one, eight, nine = (
         reconstruction_sheet([explained(dark_image(48, 48))] * number) for number in (1, 8, 9)
     )
@@ -235,7 +235,7 @@ def test_sheet_wraps_and_reduces() -> None:
     assert reconstruction_sheet([large] * 2).shape[2] < 2 * 512 + 100
 
 
-def test_arguments_are_left_alone_and_answers_are_the_same() -> None:
+def test_drawing_is_deterministic_and_keeps_its_arguments() -> None:
     image, found = dark_image(48, 48), detections([[2.0, 2, 12, 12], [20, 2, 30, 12]])
     before = image.clone(), found.boxes.clone()
     first, second = boxed(image, found), boxed(image, found)
@@ -244,7 +244,7 @@ def test_arguments_are_left_alone_and_answers_are_the_same() -> None:
     assert torch.equal(found.boxes, before[1])
 
 
-def test_refuses_other_shapes() -> None:
+def test_other_shapes_are_refused() -> None:
     image = dark_image(8, 8)
     with pytest.raises(ValueError, match=r"image must be \[3, H, W\], got \[1, 8, 8\]"):
         draw_boxes(image[:1], NONE)

@@ -1,4 +1,4 @@
-"""Durable writing: the order of system calls, and what is left where the system refuses."""
+"""Durable writes: the order of system calls, and the files left after failing ones."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from spairkit.storage import durable
 
 
 class SystemCalls:
-    """Records the calls that matter, with the name that each descriptor was opened under."""
+    """Records writes, flushes and renames, with the path of each file descriptor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[str, str]] = []
@@ -54,7 +54,7 @@ def replace_link(folder: Path) -> None:
     durable.replace_link(folder / "thing", "elsewhere")
 
 
-def test_a_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
+def test_file_is_flushed_before_its_rename_and_folder_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = SystemCalls(monkeypatch)
@@ -66,7 +66,7 @@ def test_a_file_is_flushed_before_it_gets_its_name_and_the_folder_after(
     assert Path(written).parent == tmp_path
 
 
-def test_a_folder_is_flushed_with_all_its_files_before_it_gets_its_name(
+def test_folder_and_its_files_are_flushed_before_its_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = SystemCalls(monkeypatch)
@@ -114,7 +114,7 @@ def test_modes_follow_the_umask(tmp_path: Path, umask: int) -> None:
         (replace_link, "replace"),
     ],
 )
-def test_a_refusal_is_one_line_and_leaves_everything_as_it_was(
+def test_failed_write_gives_one_line_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], call: str
 ) -> None:
     thing = tmp_path / "thing"
@@ -130,7 +130,7 @@ def test_a_refusal_is_one_line_and_leaves_everything_as_it_was(
     def refuse(*args: Any, **kwargs: Any) -> Any:
         nonlocal made
         made += 1
-        # the folder that stands in the way goes aside first, and comes back last
+        # the first rename moves the existing folder aside, the third moves it back
         if call == "rename" and made != 2:
             return real(*args, **kwargs)
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -151,7 +151,7 @@ def test_a_refusal_is_one_line_and_leaves_everything_as_it_was(
         assert os.readlink(thing) == "old"
 
 
-def test_a_refused_line_leaves_the_file_as_long_as_it_was(
+def test_failed_append_leaves_the_file_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "lines"
@@ -169,7 +169,7 @@ def test_a_refused_line_leaves_the_file_as_long_as_it_was(
     assert path.read_text() == "first\nthird\n"
 
 
-def test_a_missing_folder_and_one_that_is_a_file_are_named(tmp_path: Path) -> None:
+def test_missing_or_wrong_parent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent/thing: No such file .*; create its folder first"):
         durable.write_bytes(tmp_path / "absent" / "thing", b"")
     (tmp_path / "file").write_bytes(b"")
@@ -177,7 +177,7 @@ def test_a_missing_folder_and_one_that_is_a_file_are_named(tmp_path: Path) -> No
         durable.write_bytes(tmp_path / "file" / "thing", b"")
 
 
-def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+def test_special_files_are_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     (tmp_path / "null").symlink_to("/dev/null")
@@ -188,7 +188,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
 
 
-def test_a_link_to_a_file_is_followed(tmp_path: Path) -> None:
+def test_link_to_a_file_is_followed(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "file").write_bytes(b"old")
     (tmp_path / "link").symlink_to("far/file")
@@ -205,7 +205,7 @@ def test_links_are_relative_and_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "one", "two"]
 
 
-def test_sweep_takes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+def test_sweep_removes_only_leftovers_of_killed_processes(tmp_path: Path) -> None:
     durable.write_text(tmp_path / "kept", "kept")
     left: list[Path] = []
     real_replace = os.replace
@@ -226,7 +226,7 @@ def test_sweep_takes_what_a_killed_process_left_and_nothing_else(tmp_path: Path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+def test_folder_without_permission_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(InputError, match="Permission denied; choose a folder that you may"):

@@ -1,4 +1,4 @@
-"""Which terms are weighted in what training minimises, and in what it reports."""
+"""Weights of the terms in the training objective and in the reported ELBO."""
 
 import pytest
 import torch
@@ -19,17 +19,17 @@ def losses(beta: float) -> Losses:
     return Losses(**terms, beta=beta)
 
 
-def test_beta_weighs_where_what_and_depth_alone() -> None:
+def test_beta_weights_only_where_what_and_depth() -> None:
     assert losses(1.0).total.tolist() == [117.0, 347.0]
     assert losses(3.0).total.tolist() == [143.0, 425.0]
 
 
 @pytest.mark.parametrize("beta", [1.0, 3.0])
-def test_the_elbo_is_unweighted(beta: float) -> None:
+def test_elbo_is_unweighted(beta: float) -> None:
     assert losses(beta).elbo.tolist() == [-117.0, -347.0]
 
 
-def test_means_name_every_term_and_hold_no_graph() -> None:
+def test_means_list_every_term_without_gradients() -> None:
     means = losses(3.0).means()
     assert {name: float(value) for name, value in means.items()} == {
         "reconstruction": 200.0,
@@ -43,7 +43,7 @@ def test_means_name_every_term_and_hold_no_graph() -> None:
     assert not any(value.requires_grad for value in means.values())
 
 
-def test_a_model_may_lack_terms() -> None:
+def test_absent_terms_are_omitted() -> None:
     names = ("reconstruction", "kl_where", "kl_what")
     few = Losses(**{name: torch.tensor(TERMS[name]) for name in names}, beta=1.0)
     assert few.total.tolist() == [111.0, 333.0]

@@ -72,7 +72,7 @@ def test_log_of_float64_is_accurate_to_14_digits() -> None:
         (_log64_all, np.float64),
     ],
 )
-def test_nan_stays_nan(function: Any, dtype: Any) -> None:
+def test_nan_propagates(function: Any, dtype: Any) -> None:
     x: Any = np.array([np.nan, 1.0] * 20, dtype)
     y = np.empty_like(x)
     function(x, y)

@@ -1,4 +1,4 @@
-"""`evaluate` beside the metrics called by hand, on a detector that knows what it will say."""
+"""`evaluate` against the metrics called directly, on a detector with known output."""
 
 import gc
 import json
@@ -20,7 +20,7 @@ from spairkit.models.loading import build
 
 
 class Oracle(Detector):
-    """Finds in an image the objects listed under the number that its first pixel holds."""
+    """Returns known detections for each image; its first pixel holds its number."""
 
     def __init__(self, known: list[Detections]) -> None:
         super().__init__(build(Config()), Config())
@@ -30,7 +30,7 @@ class Oracle(Detector):
     def detect_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
     ) -> list[Detections]:
-        assert counts is None, "SPAIR is not told"
+        assert counts is None, "SPAIR is given no counts"
         self.thresholds.append(threshold)
         known = [self.known[int(number)] for number in images[:, 0, 0, 0].tolist()]
         return [item[item.scores > threshold] for item in known]
@@ -41,7 +41,7 @@ def numbered_images(first: int, num: int) -> Tensor:
 
 
 def random_set(num_images: int) -> tuple[list[Detections], list[Truth], list[Batch]]:
-    """Candidates near 0 to 3 true boxes an image, in batches of 7."""
+    """Candidates near the 0 to 3 true boxes of each image, in batches of 7."""
     generator = torch.Generator().manual_seed(3)
 
     def boxes(num: int) -> Tensor:
@@ -99,7 +99,7 @@ def figures_by_hand(known: list[Detections], truth: list[Truth], threshold: floa
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8])
-def test_equals_the_metrics_called_by_hand(threshold: float) -> None:
+def test_evaluate_equals_the_metrics(threshold: float) -> None:
     known, truth, batches = random_set(60)
     report = evaluate(Oracle(known), batches, threshold)
     assert report.overall == figures_by_hand(known, truth, threshold)
@@ -111,7 +111,7 @@ def test_equals_the_metrics_called_by_hand(threshold: float) -> None:
     assert sum(figures.images for figures in report.by_objects.values()) == 60
 
 
-def test_looks_at_every_image_once() -> None:
+def test_every_image_is_detected_once() -> None:
     known, _, batches = random_set(20)
     detector, done = Oracle(known), list[int]()
     evaluate(detector, batches, progress=done.append)
@@ -119,7 +119,7 @@ def test_looks_at_every_image_once() -> None:
     assert done == [7, 14, 20]
 
 
-def test_a_threshold_below_the_candidates_lowers_theirs() -> None:
+def test_low_threshold_lowers_the_candidate_threshold() -> None:
     known, _, batches = random_set(7)
     detector = Oracle(known)
     report = evaluate(detector, batches, threshold=0.0)
@@ -127,7 +127,7 @@ def test_a_threshold_below_the_candidates_lowers_theirs() -> None:
     assert report.to_json()["candidate_threshold"] == 0.0
 
 
-def test_lets_go_of_the_images() -> None:
+def test_images_are_released_after_their_batch() -> None:
     known, _, batches = random_set(21)
     alive: list[weakref.ref[Tensor]] = []
 
@@ -135,7 +135,7 @@ def test_lets_go_of_the_images() -> None:
         while batches:
             batch = batches.pop(0)
             gc.collect()
-            # the batch that evaluate still holds while it asks for this one
+            # evaluate still holds the previous batch when it requests this one
             assert sum(reference() is not None for reference in alive) <= 1
             alive.append(weakref.ref(batch.images))
             yield batch
@@ -144,7 +144,7 @@ def test_lets_go_of_the_images() -> None:
     assert evaluate(Oracle(known), one_at_a_time()).overall.images == 21
 
 
-def test_json_says_what_was_measured_and_how() -> None:
+def test_json_describes_the_measurement() -> None:
     known, _, batches = random_set(30)
     report = evaluate(Oracle(known), batches, measured_on="numbers <1> to 30")
     back = json.loads(json.dumps(report.to_json(), allow_nan=False))
@@ -153,12 +153,12 @@ def test_json_says_what_was_measured_and_how() -> None:
     assert back["overall"]["ap"] == report.overall.ap
     assert back["by_objects"]["2"]["count_error"] == report.by_objects[2].count_error
     assert set(back["overall"]) == {"images", "objects", *back["protocols"]}
-    # nothing to find: no figure about boxes, but one about counts
+    # images without objects have figures for counts, but none for boxes
     assert back["by_objects"]["0"]["ap"] is back["by_objects"]["0"]["ap_spair"] is None
     assert back["by_objects"]["0"]["count_accuracy"] == report.by_objects[0].count_accuracy
 
 
-def test_refuses_nothing_and_nonsense() -> None:
+def test_empty_sets_and_wrong_thresholds_are_refused() -> None:
     known, _, batches = random_set(7)
     with pytest.raises(ValueError, match="at least one image"):
         evaluate(Oracle(known), [])
@@ -166,7 +166,7 @@ def test_refuses_nothing_and_nonsense() -> None:
         evaluate(Oracle(known), batches, threshold=1.0)
 
 
-def test_measures_an_untrained_spair() -> None:
+def test_untrained_spair_can_be_evaluated() -> None:
     scenes = Scenes(DataConfig(max_objects=3), "test")
     detector = Detector(build(Config()).eval(), Config())
     report = evaluate(detector, [scenes.batch(torch.arange(4)), scenes.batch(torch.arange(4, 6))])

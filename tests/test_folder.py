@@ -1,4 +1,4 @@
-"""Folders of images: crops against slices, splits, COCO truth, and files that are refused."""
+"""Folders of images: crops against slices, splits, COCO ground truth, damaged files."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from spairkit.images import read_image, read_pixels
 
 
 def fill(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
-    """Noise, so that a crop is found in one place only."""
+    """Saves images of noise, in which a crop occurs at one place only."""
     rng = np.random.default_rng(0)
     for name, size in sizes.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def annotate(folder: Path, content: Any) -> Path:
 
 
 def place(crop: torch.Tensor, image: torch.Tensor) -> list[tuple[int, int]]:
-    """Every top and left at which the crop stands in the image."""
+    """Every (top, left) at which the crop occurs in the image."""
     windows = image.unfold(1, crop.shape[1], 1).unfold(2, crop.shape[2], 1)
     same = (windows == crop[:, None, None]).all(0).flatten(2).all(2)
     return [(top, left) for top, left in same.nonzero().tolist()]
@@ -71,7 +71,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
     assert first.labels.equal(second.labels)
 
 
-def test_crops_are_slices_from_everywhere(tmp_path: Path) -> None:
+def test_crops_cover_every_position(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 12), "b.png": (8, 9)})
     batch = opened(tmp_path).batch(torch.arange(300))
     assert batch.images.shape == (300, 3, 8, 9)
@@ -94,7 +94,7 @@ def test_crops_are_slices_of_images(tmp_path: Path) -> None:
     )
 
 
-def test_levels_leave_out_a_hundredth_at_either_end(tmp_path: Path) -> None:
+def test_levels_exclude_one_percent_at_either_end(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(40, 90, (3, 50, 60, 3)).astype(np.uint8)
     for index, image in enumerate(images):
@@ -104,14 +104,14 @@ def test_levels_leave_out_a_hundredth_at_either_end(tmp_path: Path) -> None:
     assert (low, high) == pytest.approx((expected[0] / 255, expected[1] / 255))
 
 
-def test_levels_of_specks_on_one_intensity_are_its_range(tmp_path: Path) -> None:
+def test_levels_of_a_nearly_flat_image_are_its_range(tmp_path: Path) -> None:
     image = np.full((50, 60), 7, dtype=np.uint8)
     image[10, 20], image[30, 40] = 90, 3
     Image.fromarray(image).save(tmp_path / "a.png")
     assert opened(tmp_path).levels() == pytest.approx((3 / 255, 90 / 255))
 
 
-def test_small_images_are_continued_with_their_last_pixels(tmp_path: Path) -> None:
+def test_small_images_are_padded_with_their_edge_pixels(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (5, 20), "b.png": (3, 4)})
     images = [read_image(tmp_path / name) for name in ("a.png", "b.png")]
     for crop in opened(tmp_path).batch(torch.arange(20)).images:
@@ -124,7 +124,7 @@ def test_small_images_are_continued_with_their_last_pixels(tmp_path: Path) -> No
             assert torch.equal(crop[:, 5:], crop[:, 4:5].expand(-1, 3, -1))
 
 
-def test_is_a_pure_function_of_the_index(tmp_path: Path) -> None:
+def test_crops_are_a_pure_function_of_the_index(tmp_path: Path) -> None:
     fill(tmp_path, {f"{n}.png": (12, 12) for n in range(4)})
     whole = opened(tmp_path).batch(torch.arange(30))
     back = opened(tmp_path).batch(torch.arange(29, -1, -1))
@@ -135,7 +135,7 @@ def test_is_a_pure_function_of_the_index(tmp_path: Path) -> None:
         assert not torch.equal(other.batch(torch.arange(30)).images, whole.images)
 
 
-def test_kept_images_make_room_and_crops_stay_the_same(
+def test_cache_is_bounded_and_does_not_change_crops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With memory for two of six images, each window of indices uses two at most."""
@@ -163,7 +163,7 @@ def test_kept_images_make_room_and_crops_stay_the_same(
     assert torch.equal(again, made)
 
 
-def test_few_files_serve_both_splits_and_many_are_parted(tmp_path: Path) -> None:
+def test_only_folders_of_many_files_are_split(tmp_path: Path) -> None:
     def names(split: Split) -> list[str]:
         return [name for name, _, _, _ in opened(tmp_path, split).images()]
 
@@ -175,13 +175,13 @@ def test_few_files_serve_both_splits_and_many_are_parted(tmp_path: Path) -> None
     train, validation, test = names("train"), names("validation"), names("test")
     assert sorted(train + validation) == test == sorted(test)
     assert 3 <= len(validation) <= 20
-    # a file that comes later moves no other
+    # adding a file moves no other to another split
     fill(tmp_path, {"late.png": (4, 4)})
     assert set(train) <= set(names("train"))
     assert set(validation) <= set(names("validation"))
 
 
-def test_length_is_of_the_split(tmp_path: Path) -> None:
+def test_length_is_that_of_the_split(tmp_path: Path) -> None:
     fill(tmp_path, {f"{n}.png": (4, 4) for n in range(20)})
     validation = opened(tmp_path, "validation", validation_images=70)
     assert 1 <= len(validation) == len(list(validation.images())) < 20
@@ -236,14 +236,14 @@ def test_truth_follows_the_crop(tmp_path: Path) -> None:
         assert (labels[count:] == -1).all()
 
 
-def test_padding_holds_no_truth(tmp_path: Path) -> None:
+def test_padding_contains_no_truth(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (5, 5)})
     annotate(tmp_path, coco([IMAGE], [one([3, 3, 2, 2])]))
     batch = opened(tmp_path).batch(torch.arange(3))
     assert batch.boxes.tolist() == [[[3, 3, 5, 5]]] * 3
 
 
-def test_ids_follow_the_files_without_annotations(tmp_path: Path) -> None:
+def test_image_ids_without_annotations_follow_file_order(tmp_path: Path) -> None:
     fill(tmp_path, {"b.png": (4, 4), "a.png": (4, 4)})
     folder = opened(tmp_path, "test")
     assert not folder.has_truth
@@ -257,37 +257,40 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a list": ([], "it must be an object"),
     "no images": ({"annotations": []}, "images must be a list"),
     "no annotations": ({"images": [IMAGE]}, "annotations must be a list"),
-    "image no object": (coco([3], []), r"images\[0\] must be an object"),
+    "image not an object": (coco([3], []), r"images\[0\] must be an object"),
     "no id": (coco([{"file_name": "a.png"}], []), "id must be a whole number"),
     "bool id": (coco([IMAGE | {"id": True}], []), "got True"),
-    "real id": (coco([IMAGE | {"id": 1.5}], []), "got 1.5"),
+    "float id": (coco([IMAGE | {"id": 1.5}], []), "got 1.5"),
     "negative id": (coco([IMAGE | {"id": -1}], []), "got -1"),
     "long id": (coco([IMAGE | {"id": 10**300}], []), "got 1000"),
-    "image twice": (coco([IMAGE, IMAGE], []), r"images\[1\]: the id 1 is used twice"),
-    "name twice": (coco([IMAGE, IMAGE | {"id": 2}], []), "'a.png' is used twice"),
+    "duplicate image": (coco([IMAGE, IMAGE], []), r"images\[1\]: the id 1 is used twice"),
+    "duplicate name": (coco([IMAGE, IMAGE | {"id": 2}], []), "'a.png' is used twice"),
     "bad height": (coco([IMAGE | {"height": "4"}], []), "height must be"),
     "other size": (coco([IMAGE | {"height": 4, "width": 5}], []), "has 10x10 pixels"),
-    "object twice": (coco([IMAGE], [one([0, 0, 1, 1])] * 2), "the id 1 is used twice"),
+    "duplicate object": (coco([IMAGE], [one([0, 0, 1, 1])] * 2), "the id 1 is used twice"),
     "no image": (coco([], [one([0, 0, 1, 1])]), "image_id 1 is not among"),
     "no category": (coco([IMAGE], [one([0, 0, 1, 1], category_id=9)]), "category_id 9 is not"),
     "bad crowd": (coco([IMAGE], [one([0, 0, 1, 1], iscrowd=2)]), "iscrowd must be"),
     "no box": (coco([IMAGE], [one(None)]), "bbox must be x, y"),
-    "three sides": (coco([IMAGE], [one([0, 0, 1])]), "bbox must be x, y"),
-    "words": (coco([IMAGE], [one([0, 0, "1", 1])]), "bbox must be x, y"),
+    "three numbers": (coco([IMAGE], [one([0, 0, 1])]), "bbox must be x, y"),
+    "strings": (coco([IMAGE], [one([0, 0, "1", 1])]), "bbox must be x, y"),
     "bools": (coco([IMAGE], [one([0, 0, True, 1])]), "bbox must be x, y"),
     "nan": (coco([IMAGE], [one([0, 0, float("nan"), 1])]), "bbox must be x, y"),
     "infinite": (coco([IMAGE], [one([0, 0, float("inf"), 1])]), "bbox must be x, y"),
     "huge": (coco([IMAGE], [one([0, 0, 1e300, 1])]), "bbox must be x, y"),
     "huge int": (coco([IMAGE], [one([0, 0, 10**400, 1])]), "bbox must be x, y"),
-    "no width": (coco([IMAGE], [one([0, 0, 0, 1])]), "above 0"),
+    "zero width": (coco([IMAGE], [one([0, 0, 0, 1])]), "above 0"),
     "negative": (coco([IMAGE], [one([5, 5, 1, -1])]), "above 0"),
-    "vanishing": (coco([IMAGE], [one([5, 5, 1e-20, 1])]), "above 0"),
+    "underflow": (coco([IMAGE], [one([5, 5, 1e-20, 1])]), "above 0"),
     "outside": (coco([IMAGE], [one([10, 0, 3, 3])]), "lies outside its image"),
-    "left of it": (coco([IMAGE], [one([-3, 0, 3, 3])]), "lies outside its image"),
-    "up": (coco([IMAGE | {"file_name": "../a.png"}], []), "leaves the folder"),
-    "deep up": (coco([IMAGE | {"file_name": "sub/../../a.png"}], []), "leaves the folder"),
+    "left of the image": (coco([IMAGE], [one([-3, 0, 3, 3])]), "lies outside its image"),
+    "parent folder": (coco([IMAGE | {"file_name": "../a.png"}], []), "leaves the folder"),
+    "nested parent folder": (
+        coco([IMAGE | {"file_name": "sub/../../a.png"}], []),
+        "leaves the folder",
+    ),
     "absolute": (coco([IMAGE | {"file_name": "/etc/passwd"}], []), "leaves the folder"),
-    "link out": (coco([IMAGE | {"file_name": "out.png"}], []), "not a file in the folder"),
+    "link to outside": (coco([IMAGE | {"file_name": "out.png"}], []), "not a file in the folder"),
     "absent": (coco([IMAGE | {"file_name": "z.png"}], []), "not a file in the folder"),
     "newline": (coco([IMAGE | {"file_name": "a\nb.png"}], []), r"a\\nb.png"),
     "nul": (coco([IMAGE | {"file_name": "a\0.png"}], []), "not a file in the folder"),
@@ -295,13 +298,16 @@ WRONG: dict[str, tuple[Any, str]] = {
     "long name": (coco([IMAGE | {"file_name": "x" * 4096}], []), "not a file in the folder"),
     "longer name": (coco([IMAGE | {"file_name": "x" * 4097}], []), "must be the name of a file"),
     "no name": (coco([IMAGE | {"file_name": ""}], []), "must be the name of a file"),
-    "no picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), "not an image"),
-    "crowded": (coco([IMAGE], [one([0, 0, 1, 1], n) for n in range(10_001)]), "over 10,000"),
+    "not a picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), "not an image"),
+    "crowded image": (
+        coco([IMAGE], [one([0, 0, 1, 1], n) for n in range(10_001)]),
+        "over 10,000",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_refuses_wrong_annotations_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_wrong_annotations_give_one_line_errors(tmp_path: Path, kind: str) -> None:
     content, reason = WRONG[kind]
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -326,7 +332,7 @@ def test_refuses_wrong_annotations_in_one_line(tmp_path: Path, kind: str) -> Non
         (b'{"images": ' + b"9" * 5000 + b"}", "not JSON"),
     ],
 )
-def test_refuses_what_is_no_json(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_invalid_json_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "annotations.json"
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason) as caught:
@@ -334,7 +340,7 @@ def test_refuses_what_is_no_json(tmp_path: Path, data: bytes, reason: str) -> No
     assert str(caught.value).isprintable()
 
 
-def test_refuses_annotations_that_are_no_file_or_too_large(tmp_path: Path) -> None:
+def test_special_and_oversized_annotations_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "annotations.json"
     with path.open("wb") as file:
         file.truncate(10 << 30)
@@ -346,7 +352,7 @@ def test_refuses_annotations_that_are_no_file_or_too_large(tmp_path: Path) -> No
         read_annotations(path)
 
 
-def test_damaged_annotations_give_truth_or_a_reason(tmp_path: Path) -> None:
+def test_damaged_annotations_load_or_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 10)})
     path = annotate(tmp_path, coco([IMAGE], [one([1, 2, 3, 4], n) for n in range(3)]))
     whole = path.read_bytes()
@@ -366,14 +372,14 @@ def test_damaged_annotations_give_truth_or_a_reason(tmp_path: Path) -> None:
     assert all(reason.isprintable() for reason in reasons)
 
 
-def test_damaged_pictures_are_named_at_once(tmp_path: Path) -> None:
+def test_damaged_images_are_named_on_opening(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 10)})
     (tmp_path / "b.png").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"b\.png: not an image"):
         opened(tmp_path)
 
 
-def test_says_when_a_picture_changes_under_way(tmp_path: Path) -> None:
+def test_image_changed_during_use_is_reported(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 10)})
     folder = opened(tmp_path)
     fill(tmp_path, {"a.png": (11, 10)})
@@ -381,13 +387,13 @@ def test_says_when_a_picture_changes_under_way(tmp_path: Path) -> None:
         folder.batch(torch.arange(2))
 
 
-def test_keeps_the_order_of_the_paths(tmp_path: Path) -> None:
+def test_images_are_sorted_by_path(tmp_path: Path) -> None:
     fill(tmp_path, dict.fromkeys(("b.png", "a/z.png", "a.png", "B.png"), (4, 4)))
     names = [name for name, _, _, _ in opened(tmp_path, "test").images()]
     assert all(first < second for first, second in pairwise(names))
 
 
-def test_names_the_indices_it_wants(tmp_path: Path) -> None:
+def test_wrong_indices_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (4, 4)})
     with pytest.raises(ValueError, match=r"int64 \[B\]"):
         opened(tmp_path).batch(torch.zeros(3))

@@ -1,4 +1,4 @@
-"""Fused functions on the CPU against plain torch in float64, and the cases for plain torch."""
+"""Fused functions on the CPU against plain torch in float64, and cases that use plain torch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +80,7 @@ def plain(function: Function) -> Function:
 
 
 def weighted(value: Tensor) -> Tensor:
-    """A sum with a different weight for every number."""
+    """A sum that weights every element differently."""
     generator = torch.Generator().manual_seed(5)
     return (value * torch.randn(value.shape, generator=generator).to(value.dtype)).sum()
 
@@ -96,7 +96,7 @@ def results(
 
 
 def assert_no_worse(function: Function, inputs: list[Tensor], num_wanted: int) -> None:
-    """A kernel may err at most twice as far from float64 as torch in float32 does."""
+    """A kernel's error is at most twice that of torch in float32."""
     exact = results(function, inputs, num_wanted, torch.float64)
     loose = results(plain(function), inputs, num_wanted, torch.float32)
     actual = results(function, inputs, num_wanted, torch.float32)
@@ -120,20 +120,20 @@ def test_values_and_gradients_match_torch(
 
 
 @pytest.mark.parametrize("floor", [1e-2, 1e-9, 1e-30])
-def test_floors_of_any_size_hold_at_black_and_white(floor: float) -> None:
+def test_any_floor_is_accurate_at_black_and_white(floor: float) -> None:
     image, target = pixels(3, 3, 48, 48)
     image.view(-1)[::7], image.view(-1)[::11] = 0.0, 1.0
     image.view(-1)[::13], image.view(-1)[::17] = 2.0**-24, 1 - 2.0**-24
     assert_no_worse(lambda x, y: bernoulli_cross_entropy(x, y, floor), [image, target], 1)
 
 
-def test_a_subnormal_floor_uses_plain_torch(kernel_calls: list[Function]) -> None:
+def test_subnormal_floor_uses_plain_torch(kernel_calls: list[Function]) -> None:
     value = bernoulli_cross_entropy(torch.zeros(1, 1), torch.ones(1, 1), 1e-40)
     assert float(value) == pytest.approx(92.1, abs=0.1)
     assert not kernel_calls
 
 
-def test_a_pixel_gets_a_gradient_only_within_0_and_1() -> None:
+def test_only_pixels_within_0_and_1_get_gradients() -> None:
     image = torch.tensor([[-1e-6, 0.0, 1.0, 1 + 1e-6, 5.0]], requires_grad=True)
     (grad,) = torch.autograd.grad(cross_entropy(image, torch.full((1, 5), 0.5)).sum(), image)
     assert (grad != 0).tolist() == [[False, True, True, False, False]]
@@ -145,7 +145,7 @@ def test_sums_over_a_large_image_are_accurate() -> None:
     torch.testing.assert_close(cross_entropy(image, target).double(), exact, rtol=3e-7, atol=0)
 
 
-def test_a_logit_gets_a_gradient_only_up_to_the_limit() -> None:
+def test_only_logits_within_the_limit_get_gradients() -> None:
     ends = torch.tensor([9.9999, 10.0, 10.0001, 1e30])
     logits = torch.cat([ends, -ends]).requires_grad_()
     values = scaled_squash(logits, torch.ones(8), torch.zeros(8))
@@ -156,7 +156,7 @@ def test_a_logit_gets_a_gradient_only_up_to_the_limit() -> None:
         assert end[1] == end[2] == end[3]
 
 
-def test_with_zero_weights_kls_are_0_and_weights_get_gradients() -> None:
+def test_zero_weights_zero_the_kls_but_get_gradients() -> None:
     mean, std, weight = moments(2, 3)
     value, *grads = results(kls, [mean, std, torch.zeros_like(weight)], 3, torch.float32)
     assert not bool(value.any())
@@ -183,7 +183,7 @@ def test_strides_do_not_change_results(name: str) -> None:
     strided = [torch.stack([x, x], dim=-1)[..., 0] for x in straight]
     assert not any(x.is_contiguous() for x in strided)
     wanted = [x.requires_grad_() for x in strided[:num_wanted]]
-    grads = torch.autograd.grad(function(*strided).sum(), wanted)  # from an expanded one
+    grads = torch.autograd.grad(function(*strided).sum(), wanted)  # from an expanded gradient
     straight = [x.detach().clone() for x in straight]
     expected = [x.requires_grad_() for x in straight[:num_wanted]]
     value = function(*straight)
@@ -193,7 +193,7 @@ def test_strides_do_not_change_results(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_threads_do_not_change_bits(name: str) -> None:
+def test_thread_count_does_not_change_bits(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     given, num_threads = inputs(5, 6), torch.get_num_threads()
     try:
@@ -207,7 +207,7 @@ def test_threads_do_not_change_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_empty_batches(name: str) -> None:
+def test_empty_batches_are_supported(name: str) -> None:
     function, inputs, num_wanted = CASES[name]
     value, *grads = results(function, inputs(0, 6), num_wanted, torch.float32)
     assert value.shape[0] == 0
@@ -234,7 +234,7 @@ def test_second_derivatives_match_plain_torch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_trace_contains_plain_torch(name: str, kernel_calls: list[Function]) -> None:
+def test_trace_contains_plain_torch(name: str, kernel_calls: list[Function]) -> None:
     function, inputs, _ = CASES[name]
     given = inputs(2, 3)
     traced = torch.compile(function, fullgraph=True, backend="aot_eager")(*given)
@@ -243,7 +243,7 @@ def test_a_trace_contains_plain_torch(name: str, kernel_calls: list[Function]) -
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_other_dtypes_and_a_broken_numba_use_plain_torch(
+def test_other_dtypes_and_broken_numba_use_plain_torch(
     name: str, kernel_calls: list[Function]
 ) -> None:
     function, inputs, _ = CASES[name]
@@ -278,7 +278,7 @@ def test_inputs_without_a_gradient_kernel_use_plain_torch(
     assert not kernel_calls
 
 
-def test_shapes_that_broadcast_use_plain_torch(kernel_calls: list[Function]) -> None:
+def test_broadcast_shapes_use_plain_torch(kernel_calls: list[Function]) -> None:
     image, target = pixels(2, 3)
     both = torch.stack([target[0], target[0]])
     assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))

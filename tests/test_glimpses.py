@@ -31,7 +31,7 @@ def glimpse_by_loop(image: Tensor, box: list[float], size: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (48, 48)])
-def test_matches_a_loop_over_pixels(height: int, width: int) -> None:
+def test_glimpses_match_a_loop_over_pixels(height: int, width: int) -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 3, height, width, dtype=torch.float64)
     boxes = torch.rand(2, 5, 4, dtype=torch.float64) * width - 3
@@ -43,13 +43,13 @@ def test_matches_a_loop_over_pixels(height: int, width: int) -> None:
             torch.testing.assert_close(actual[b, n], expected, rtol=0, atol=1e-12)
 
 
-def test_a_glimpse_of_the_whole_image_equals_the_image() -> None:
+def test_glimpse_of_the_whole_image_equals_the_image() -> None:
     images = torch.rand(1, 3, 8, 8)
     boxes = torch.tensor([[[0.0, 0.0, 8.0, 8.0]]])
     torch.testing.assert_close(extract_glimpses(images, boxes, 8)[:, 0], images)
 
 
-def test_gradients_match_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     torch.manual_seed(0)
     images = torch.rand(1, 2, 7, 9, dtype=torch.float64)
     boxes = torch.tensor([[[1.37, 0.71, 6.13, 5.9]]], dtype=torch.float64, requires_grad=True)
@@ -91,7 +91,7 @@ def test_compiled_glimpses_match_autograd(height: int, width: int) -> None:
     torch.testing.assert_close(ours, slope, rtol=1e-4, atol=1e-4)
 
 
-def test_nan_boxes_read_inside_the_image() -> None:
+def test_nan_boxes_sample_inside_the_image() -> None:
     images = torch.rand(1, 3, 8, 8)
     rows = [[math.nan, 0.0, math.inf, 4.0], [-math.inf, 1e30, 1e30, math.nan]]
     boxes = torch.tensor(rows)

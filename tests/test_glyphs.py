@@ -1,4 +1,4 @@
-"""Glyph files, splits and resizing, against fractions in loops; hostile files give InputError."""
+"""Glyph files, splits and resizing against exact fractions; hostile files give InputError."""
 
 import gzip
 import io
@@ -23,7 +23,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def numbered(count: int, side: int = 6) -> NDArray[np.uint8]:
-    """Images that tell their number: its upper and lower byte stand inside the rim."""
+    """Images that encode their number in two pixels inside the rim."""
     images = np.zeros((count, side, side), np.uint8)
     images[:, 2, 2] = np.arange(count) // 256
     images[:, 2, 3] = np.arange(count) % 256
@@ -55,7 +55,7 @@ def mnist(path: Path, split: Split = "train") -> Any:
 
 
 def resized_by_fractions(image: NDArray[np.uint8], side: int) -> list[list[int]]:
-    """A triangle around each new pixel's centre, as wide as the coarser pixels, normalised."""
+    """Normalised triangular filters around new pixels' centres, as wide as the coarser pixels."""
 
     def weights(old: int) -> list[dict[int, Fraction]]:
         scale = max(Fraction(old, side), Fraction(1))
@@ -99,14 +99,14 @@ def test_resizing_matches_torch_to_one_level() -> None:
     assert (torch.from_numpy(resize(images, 14)).float() - theirs).abs().max() <= 0.501
 
 
-def test_scales_what_full_means() -> None:
+def test_full_level_is_scaled_to_255() -> None:
     levels = np.arange(17, dtype=np.uint8).reshape(17, 1, 1).repeat(4, 1).repeat(4, 2)
     assert resize(levels, 4, full=16)[:, 0, 0].tolist() == [
         (255 * level + 8) // 16 for level in range(17)
     ]
 
 
-def test_digits_are_all_there_and_in_one_split_each() -> None:
+def test_every_digit_is_in_exactly_one_split() -> None:
     loaded = [load_glyphs(DataConfig(), split) for split in SPLITS]
     assert sum(map(len, loaded)) == 1797
     kept = [{image.tobytes() for image in glyphs.images} for glyphs in loaded]
@@ -119,7 +119,7 @@ def test_digits_are_all_there_and_in_one_split_each() -> None:
         )
 
 
-def test_splits_each_class_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_splits_divide_each_class_in_file_order(tmp_path: Path) -> None:
     labels = np.array([3] * 10 + [5] * 30 + [3] * 10)
     path = tmp_path / "glyphs.npz"
     path.write_bytes(npz(images=numbered(50), labels=labels))
@@ -135,7 +135,7 @@ def test_splits_each_class_in_the_order_of_the_file(tmp_path: Path) -> None:
         assert glyphs.labels.tolist() == labels[sorted(expected[split])].tolist()
 
 
-def test_a_test_set_of_its_own_stays_one(tmp_path: Path) -> None:
+def test_separate_test_set_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "mnist.npz"
     images, labels = numbered(60), np.arange(60, dtype=np.uint8) % 2
     path.write_bytes(
@@ -146,7 +146,7 @@ def test_a_test_set_of_its_own_stays_one(tmp_path: Path) -> None:
     assert numbers(mnist(path, "test").images) == list(range(40, 60))
 
 
-def test_cuts_mnist_and_stands_emnist_upright(tmp_path: Path) -> None:
+def test_mnist_is_cropped_and_emnist_is_transposed(tmp_path: Path) -> None:
     path = tmp_path / "glyphs.npz"
     images = np.random.default_rng(2).integers(1, 256, (20, 7, 9)).astype(np.uint8)
     labels = np.array([1, 40] * 10)
@@ -159,7 +159,7 @@ def test_cuts_mnist_and_stands_emnist_upright(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("dot", ["-", "."])
-def test_reads_idx_and_finds_the_labels(tmp_path: Path, zipped: bool, dot: str) -> None:
+def test_idx_files_are_read_with_their_labels(tmp_path: Path, zipped: bool, dot: str) -> None:
     pack, suffix = (gzip.compress, ".gz") if zipped else (bytes, "")
     images = tmp_path / f"train-images{dot}idx3-ubyte{suffix}"
     images.write_bytes(pack(idx(numbered(20))))
@@ -170,7 +170,7 @@ def test_reads_idx_and_finds_the_labels(tmp_path: Path, zipped: bool, dot: str) 
     assert numbers(mnist(images, "test").images) == [18, 19]
 
 
-def test_blank_glyphs_are_left_out(tmp_path: Path) -> None:
+def test_blank_glyphs_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "glyphs.npz"
     images = numbered(20)
     images[3] = 0
@@ -179,8 +179,8 @@ def test_blank_glyphs_are_left_out(tmp_path: Path) -> None:
     assert len(mnist(path)) == 15
 
 
-def lying_npz() -> bytes:
-    """A member whose npy header promises far more than the member holds."""
+def npz_with_wrong_header() -> bytes:
+    """A member whose npy header declares far more data than it has."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 40, 28, 28)}
@@ -192,7 +192,7 @@ def lying_npz() -> bytes:
 
 
 def npz_bomb() -> bytes:
-    """Two gigabytes of zeros by the directory, a few bytes in truth."""
+    """The zip directory declares two gigabytes for a member of a few bytes."""
     whole = bytearray(npz(images=numbered(20)))
     at = whole.rindex(b"PK\x01\x02")
     whole[at + 24 : at + 28] = (2 << 30).to_bytes(4, "little")
@@ -202,27 +202,27 @@ def npz_bomb() -> bytes:
 HOSTILE = {
     "empty": (b"", "starts like neither"),
     "text": (b"hello there", "starts like neither"),
-    "cut gzip": (gzip.compress(idx(numbered(20)))[:40], "not a readable"),
+    "truncated gzip": (gzip.compress(idx(numbered(20)))[:40], "not a readable"),
     "idx of 1 TB": (b"\0\0\x08\x03" + b"\0\x10\0\0" * 3, "more than 1 GiB"),
     "short idx": (idx(numbered(20))[:-1], "promises 720 bytes"),
     "long idx": (idx(numbered(20)) + b"x", "promises 720 bytes"),
-    "cut npz": (npz(images=numbered(20))[:-30], "not a zip file"),
-    "lying npz": (lying_npz(), "in 128 bytes"),
+    "truncated npz": (npz(images=numbered(20))[:-30], "not a zip file"),
+    "wrong npy header": (npz_with_wrong_header(), "in 128 bytes"),
     "npz bomb": (npz_bomb(), "more than 1 GiB"),
     "objects": (npz(images=np.array([{}, {}], dtype=object)), "an array of object"),
     "floats": (npz(images=np.full((20, 8, 8), np.nan)), "must be uint8"),
     "flat": (npz(images=np.ones((20, 64), np.uint8)), "must be uint8"),
     "thin": (npz(images=np.ones((20, 64, 1), np.uint8)), "sides of 3 to 256"),
-    "labels short": (npz(images=numbered(20), labels=np.zeros(19, int)), "must be 20 integers"),
-    "labels real": (npz(images=numbered(20), labels=np.zeros(20)), "must be 20 integers"),
+    "too few labels": (npz(images=numbered(20), labels=np.zeros(19, int)), "must be 20 integers"),
+    "float labels": (npz(images=numbered(20), labels=np.zeros(20)), "must be 20 integers"),
     "other names": (npz(pictures=numbered(20)), "needs x_train"),
     "no glyphs": (npz(images=numbered(0)), "too few"),
-    "one a class": (npz(images=numbered(3), labels=np.arange(3)), "too few"),
+    "one per class": (npz(images=numbered(3), labels=np.arange(3)), "too few"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_refuses_in_one_line(tmp_path: Path, kind: str) -> None:
+def test_hostile_files_give_one_line_errors(tmp_path: Path, kind: str) -> None:
     data, reason = HOSTILE[kind]
     path = tmp_path / "glyphs"
     path.write_bytes(data)
@@ -232,7 +232,7 @@ def test_refuses_in_one_line(tmp_path: Path, kind: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         mnist(tmp_path / "absent.npz")
     with pytest.raises(InputError, match="not a regular file"):
@@ -244,7 +244,7 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         load_glyphs(DataConfig(name="mnist"), "train")
 
 
-def test_names_the_labels_file_that_is_damaged(tmp_path: Path) -> None:
+def test_damaged_labels_file_is_named(tmp_path: Path) -> None:
     images = tmp_path / "t10k-images-idx3-ubyte"
     images.write_bytes(idx(numbered(20)))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8bnot gzip")
@@ -253,7 +253,7 @@ def test_names_the_labels_file_that_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["npz", "idx", "gzip"])
-def test_damaged_files_give_glyphs_or_a_reason(tmp_path: Path, form: str) -> None:
+def test_damaged_files_load_or_are_refused(tmp_path: Path, form: str) -> None:
     images = numbered(20)
     whole = {
         "npz": npz(images=images, labels=np.zeros(20, int)),
@@ -281,7 +281,7 @@ def test_damaged_files_give_glyphs_or_a_reason(tmp_path: Path, form: str) -> Non
 @pytest.mark.parametrize(
     ("name", "kind"), [("mnist.npz", "mnist"), ("emnist.npz", "emnist"), ("EMNIST-A.npz", "emnist")]
 )
-def test_a_file_is_emnist_by_its_name(tmp_path: Path, name: str, kind: str) -> None:
+def test_emnist_is_recognised_by_file_name(tmp_path: Path, name: str, kind: str) -> None:
     path = tmp_path / name
     path.touch()
     assert data_settings(str(path))["data"].items() >= {"name": kind, "path": str(path)}.items()

@@ -1,7 +1,7 @@
-"""Twenty seeded updates of a small SPAIR, whose losses a rewrite must not change.
+"""Twenty seeded updates of a small SPAIR against recorded losses.
 
-They run in float64, because training amplifies rounding: twenty updates in float32 would differ by
-percents. A faster implementation changes only the last digits. A commit that changes the
+They run in float64, because training amplifies rounding: in float32 the losses would differ by
+several per cent. A faster implementation changes only the last digits. A commit that changes the
 mathematics says so and updates the losses.
 """
 

@@ -41,13 +41,13 @@ def planes(rgb: NDArray[Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "ppm", "tif"])
-def test_reads_colour(tmp_path: Path, suffix: str) -> None:
+def test_colour_images_are_read(tmp_path: Path, suffix: str) -> None:
     image = read_image(saved(tmp_path / f"x.{suffix}", RGB))
     assert image.dtype == torch.float32
     torch.testing.assert_close(image, planes(RGB))
 
 
-def test_a_name_may_be_a_string(tmp_path: Path) -> None:
+def test_path_may_be_a_string(tmp_path: Path) -> None:
     name = str(tmp_path / "x.png")
     write_png(name, planes(RGB))
     torch.testing.assert_close(read_image(name), planes(RGB))
@@ -62,7 +62,7 @@ def test_grey_becomes_three_equal_channels(tmp_path: Path, suffix: str) -> None:
     assert read_pixels(path).shape == (1, 5, 7)
 
 
-def test_reads_jpeg_in_colour_grey_and_print_colours(tmp_path: Path) -> None:
+def test_jpeg_is_read_in_rgb_grey_and_cmyk(tmp_path: Path) -> None:
     flat = np.full((16, 16, 3), (200, 90, 40), np.uint8)
     for mode in ("RGB", "L", "CMYK"):
         picture = Image.fromarray(flat).convert(mode)
@@ -71,7 +71,7 @@ def test_reads_jpeg_in_colour_grey_and_print_colours(tmp_path: Path) -> None:
         assert (read_image(tmp_path / "x.jpg") - expected).abs().max() < 0.02
 
 
-def test_reads_two_levels_and_palettes(tmp_path: Path) -> None:
+def test_bilevel_and_palette_images_are_read(tmp_path: Path) -> None:
     saved(tmp_path / "bits.png", GREY > 127)
     black_and_white = np.where(GREY > 127, 255, 0)
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_reads_two_levels_and_palettes(tmp_path: Path) -> None:
     )
 
 
-def test_lays_transparency_on_black(tmp_path: Path) -> None:
+def test_transparency_is_composited_on_black(tmp_path: Path) -> None:
     alpha = np.linspace(0, 255, 35).round().astype(np.uint8).reshape(5, 7)
     saved(tmp_path / "rgba.png", np.dstack([RGB, alpha]))
     shaded = RGB * (alpha[:, :, None] / 255)
@@ -99,7 +99,7 @@ def test_lays_transparency_on_black(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_16_bits_keep_their_range_and_their_depth(tmp_path: Path, suffix: str) -> None:
+def test_16_bit_images_keep_their_range_and_depth(tmp_path: Path, suffix: str) -> None:
     levels = np.array([[0, 1, 256], [32768, 65534, 65535]], np.uint16)
     image = read_image(saved(tmp_path / f"x.{suffix}", levels))
     torch.testing.assert_close(image[1], torch.tensor(levels / 65535).float(), rtol=1e-6, atol=0)
@@ -107,20 +107,20 @@ def test_16_bits_keep_their_range_and_their_depth(tmp_path: Path, suffix: str) -
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_wider_numbers_are_stretched(tmp_path: Path, kind: type) -> None:
+def test_32_bit_images_are_stretched(tmp_path: Path, kind: type) -> None:
     image = read_image(saved(tmp_path / "x.tif", np.array([[-50, 0], [50, 150]], kind)))
     assert image[0].tolist() == [[0.0, 0.25], [0.5, 1.0]]
     assert read_image(saved(tmp_path / "x.tif", np.full((2, 2), 7, kind))).abs().sum() == 0
 
 
-def test_the_widest_floats_are_stretched(tmp_path: Path) -> None:
+def test_largest_range_of_float32_is_stretched(tmp_path: Path) -> None:
     most = float(np.finfo(np.float32).max)
     image = read_image(saved(tmp_path / "x.tif", np.array([[-most, 0, most]], np.float32)))
     assert image[0].tolist() == [[0.0, 0.5, 1.0]]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_refuses_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+def test_non_finite_pixels_are_refused(tmp_path: Path, value: float) -> None:
     path = saved(tmp_path / "x.tif", np.array([[0.0, value]], np.float32))
     with pytest.raises(InputError, match="not finite"):
         read_image(path)
@@ -128,8 +128,8 @@ def test_refuses_values_that_are_not_finite(tmp_path: Path, value: float) -> Non
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_stands_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
-    """What the tag says, as turns and mirrors of rows and columns."""
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """Compares with flips and transpositions of rows and columns."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
@@ -149,19 +149,19 @@ def test_stands_upright(tmp_path: Path, orientation: int, suffix: str) -> None:
     assert image_size(path) == upright.shape[:2]
 
 
-def test_takes_the_first_frame(tmp_path: Path) -> None:
+def test_first_frame_is_read(tmp_path: Path) -> None:
     frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
     frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
     torch.testing.assert_close(read_image(tmp_path / "x.tif"), planes(RGB))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
-def test_reads_the_narrowest(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_one_pixel_wide_images_are_read(tmp_path: Path, shape: tuple[int, int]) -> None:
     assert read_image(saved(tmp_path / "x.png", np.zeros(shape, np.uint8))).shape == (3, *shape)
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG of this size by its header, with no data."""
+    """A PNG whose header declares this size, without data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -193,7 +193,7 @@ def encoded(form: str, array: NDArray[Any] = RGB) -> bytes:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
-def test_refuses_in_one_line(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_hostile_files_give_one_line_errors(tmp_path: Path, data: bytes, reason: str) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(data)
     with pytest.raises(InputError, match=reason) as caught:
@@ -202,7 +202,7 @@ def test_refuses_in_one_line(tmp_path: Path, data: bytes, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_limit_is_on_pixels_not_on_sides(tmp_path: Path) -> None:
+def test_size_limit_applies_to_pixels_not_sides(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(png_header(MAX_PIXELS, 1))
     assert image_size(path) == (1, MAX_PIXELS)
@@ -211,7 +211,7 @@ def test_the_limit_is_on_pixels_not_on_sides(tmp_path: Path) -> None:
         image_size(path)
 
 
-def test_tiff_is_read_in_its_simple_compressions_only(tmp_path: Path) -> None:
+def test_tiff_is_read_only_in_simple_compressions(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     for compression in ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"):
         torch.testing.assert_close(
@@ -222,7 +222,7 @@ def test_tiff_is_read_in_its_simple_compressions_only(tmp_path: Path) -> None:
             read_image(saved(path, array, compression=compression))
 
 
-def test_stretching_brings_levels_to_0_and_1() -> None:
+def test_stretching_maps_levels_to_0_and_1() -> None:
     image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[None, None].expand(2, 3, 4, 5)
     found = stretch(image, 0.2, 0.4)
     assert torch.allclose(found[0, 0, 0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
@@ -233,12 +233,12 @@ def test_stretching_brings_levels_to_0_and_1() -> None:
 @pytest.mark.parametrize(
     ("black", "white"), [(-0.1, 1.0), (0.0, 1.1), (0.5, 0.5), (0.6, 0.5), (float("nan"), 1.0)]
 )
-def test_stretching_refuses_what_are_no_levels(black: float, white: float) -> None:
+def test_stretching_refuses_invalid_levels(black: float, white: float) -> None:
     with pytest.raises(ValueError, match="black and white must lie in order"):
         stretch(torch.rand(3, 4, 5), black, white)
 
 
-def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_missing_special_and_oversized_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_image(tmp_path / "absent.png")
     with pytest.raises(InputError, match="not a regular file"):
@@ -256,7 +256,7 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         read_image(tmp_path / ("x" * 5000))
 
 
-def test_any_name_stays_on_one_line(tmp_path: Path) -> None:
+def test_any_file_name_is_printed_on_one_line(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/new\nline \xff\x1b[31m.png"))
     path.write_bytes(b"")
     with pytest.raises(InputError, match=r"new\\nline \\udcff\\x1b\[31m\.png") as caught:
@@ -266,7 +266,7 @@ def test_any_name_stays_on_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "PPM", "TIFF"])
-def test_damaged_pictures_give_an_image_or_a_reason(tmp_path: Path, form: str) -> None:
+def test_damaged_images_load_or_are_refused(tmp_path: Path, form: str) -> None:
     rng = random.Random(form)
     array = np.random.default_rng(1).integers(0, 256, (24, 32, 3)).astype(np.uint8)
     whole = encoded(form, array)
@@ -275,7 +275,7 @@ def test_damaged_pictures_give_an_image_or_a_reason(tmp_path: Path, form: str) -
     for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 2, 8))):
-            # headers matter most
+            # at least half of the changes hit the header
             at = rng.randrange(len(data) if rng.random() < 0.5 else min(64, len(data)))
             data[at] = rng.randrange(256)
         path.write_bytes(data[: rng.choice((len(data), len(data), rng.randrange(len(data))))])
@@ -293,7 +293,7 @@ def test_damaged_pictures_give_an_image_or_a_reason(tmp_path: Path, form: str) -
     assert not any("\n" in reason for reason in reasons)
 
 
-def test_writes_what_it_reads(tmp_path: Path) -> None:
+def test_written_png_reads_back_identically(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     pixels = torch.from_numpy(RGB).permute(2, 0, 1)
     write_png(path, pixels)
@@ -305,7 +305,7 @@ def test_writes_what_it_reads(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
 
 
-def test_names_the_picture_it_wants(tmp_path: Path) -> None:
+def test_invalid_tensors_are_not_written(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
     for wrong in (torch.zeros(1, 4, 4), torch.zeros(3, 4), torch.zeros(3, 0, 4)):
         with pytest.raises(ValueError, match=r"\[3, H, W\]"):
@@ -317,7 +317,7 @@ def test_names_the_picture_it_wants(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_lists_pictures_by_suffix_in_order(tmp_path: Path) -> None:
+def test_images_are_listed_by_suffix_in_order(tmp_path: Path) -> None:
     for name in (
         "b.PNG",
         "a.jpeg",
@@ -337,7 +337,7 @@ def test_lists_pictures_by_suffix_in_order(tmp_path: Path) -> None:
     assert found == ["a.jpeg", "b.PNG", "sub.png", "sub/c.tif"]
 
 
-def test_says_when_a_folder_has_none(tmp_path: Path) -> None:
+def test_folder_without_images_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no images"):
         list_images(tmp_path)
     with pytest.raises(InputError, match="No such file"):

@@ -10,7 +10,7 @@ from spairkit.rendering import render
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_capture_and_replay(relaxed: bool) -> None:
+def test_replayed_graph_equals_eager_calls(relaxed: bool) -> None:
     device = torch.device("cuda")
     rgba = torch.rand(2, 4, 14, 14, 4, device=device, requires_grad=True)
     corner = 20 * torch.rand(2, 4, 2, device=device)

@@ -25,7 +25,7 @@ def make_inputs(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Logits, and samples from images with few objects to images that are full."""
+    """Logits, and samples of images with few objects up to full ones."""
     random = torch.Generator().manual_seed(seed)
     share = torch.linspace(0.05, 0.95, max(num_images, 1))[:num_images, None]
     samples = (torch.rand(num_images, num_cells, generator=random) < share).float()
@@ -56,7 +56,7 @@ def values_and_gradients(
     # the prior of a single cell does not depend on samples
     [(False, 1), (False, 2), (False, 16), (False, 50), (True, 2), (True, 16), (True, 50)],
 )
-def test_matches_float64(
+def test_kl_and_gradients_match_float64(
     relaxed: bool, num_cells: int, success: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(2, num_cells, relaxed=relaxed, device=kernel_device)
@@ -89,7 +89,7 @@ def test_hard_prior_is_exact_to_float32(
 def test_relaxed_prior_is_accurate_with_many_objects(
     num_cells: int, kernel: Backend, kernel_device: torch.device
 ) -> None:
-    # in probabilities (1 - s)^c is below the least float32 from 20 objects on
+    # as a probability, (1 - s)^c underflows in float32 from 20 objects on
     _, samples = make_inputs(1, num_cells, relaxed=True, device=kernel_device)
     exact = presence_prior(samples.double(), 0.99, relaxed=True, backend="torch")
     prior = presence_prior(samples, 0.99, relaxed=True, backend=kernel)
@@ -99,7 +99,7 @@ def test_relaxed_prior_is_accurate_with_many_objects(
 def test_relaxed_gradients_are_accurate_near_0_and_1(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
-    # what is left of a count is then a small difference of numbers near 1
+    # the remaining count is then a small difference of nearly equal numbers
     logits, samples = make_inputs(1, 400, relaxed=False, device=kernel_device)
     samples = 0.02 + 0.96 * samples
     exact = values_and_gradients(
@@ -114,7 +114,7 @@ def test_relaxed_gradients_are_accurate_for_tiny_samples(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     if kernel == "triton":
-        pytest.skip("in float32 a whole number swallows what is below 1e-8")
+        pytest.skip("float32 sums with whole numbers lose terms below 1e-8")
     logits = torch.zeros(1, 3, device=kernel_device)
     samples = torch.tensor([[1e-14, 1e-14, 0.3]], device=kernel_device)
     exact = values_and_gradients(
@@ -126,7 +126,7 @@ def test_relaxed_gradients_are_accurate_for_tiny_samples(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_the_default_dtype_changes_nothing(
+def test_default_dtype_does_not_change_results(
     relaxed: bool,
     kernel: Backend,
     kernel_device: torch.device,
@@ -141,7 +141,7 @@ def test_the_default_dtype_changes_nothing(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_autocast_changes_nothing(
+def test_autocast_does_not_change_results(
     relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(2, 9, relaxed=relaxed, device=kernel_device)
@@ -153,7 +153,7 @@ def test_autocast_changes_nothing(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_more_cells_than_triton_supports_run_in_torch(
+def test_more_cells_than_triton_supports_use_torch(
     relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     samples = torch.zeros(1, 1025, device=kernel_device)
@@ -162,7 +162,7 @@ def test_more_cells_than_triton_supports_run_in_torch(
             ValueError, match="backend 'triton' supports at most 1024 cells, got 1025"
         ):
             presence_kl(samples, samples, 0.5, relaxed=relaxed, backend=kernel)
-    if kernel == "cpu" or not relaxed:  # torch walks 1,025 cells one by one
+    if kernel == "cpu" or not relaxed:  # relaxed, plain torch would loop over 1,025 cells
         kl = presence_kl(samples, samples, 0.5, relaxed=relaxed)
         exact = presence_kl(samples.double(), samples.double(), 0.5, backend="torch")
         torch.testing.assert_close(kl.double(), exact, rtol=1e-4, atol=1e-6)
@@ -180,7 +180,9 @@ def test_hard_samples_may_have_any_dtype(
 
 
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_extremes_stay_finite(relaxed: bool, kernel: Backend, kernel_device: torch.device) -> None:
+def test_extreme_inputs_give_finite_results(
+    relaxed: bool, kernel: Backend, kernel_device: torch.device
+) -> None:
     samples = torch.tensor([[0.0] * 6, [1.0] * 6, [1, 0, 1, 0, 1, 1]]).to(kernel_device)
     logits = torch.tensor([-1e3, -40.0, -1e-8, 0.0, 40.0, 1e3]).expand(3, 6).to(kernel_device)
     for success in (1e-6, 1 - 1e-6):
@@ -204,7 +206,7 @@ def test_nan_propagates(relaxed: bool, kernel: Backend, kernel_device: torch.dev
 
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_empty_batches(
+def test_empty_batches_are_supported(
     shape: tuple[int, int], relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     empty = torch.zeros(shape, device=kernel_device, requires_grad=True)
@@ -225,7 +227,7 @@ def test_strides_do_not_change_bits(
 
 
 def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
-    """Inputs with strides and views, empty ones, and those of size 1."""
+    """Strided inputs, views, empty inputs, and inputs of size 1."""
     logits, samples = make_inputs(2, 6, relaxed=relaxed, device=device)
     return [
         (logits, samples),
@@ -243,7 +245,7 @@ def awkward_inputs(relaxed: bool, device: torch.device) -> list[Inputs]:
 
 
 @pytest.mark.parametrize("index", range(11))
-def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
+def test_operators_pass_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
     operators = torch.ops.spairkit
     success = torch.tensor(0.9, dtype=torch.double, device=kernel_device)
     logits, samples = awkward_inputs(False, kernel_device)[index]
@@ -254,7 +256,7 @@ def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device
     leaf, level = samples.detach().requires_grad_(), success.clone().requires_grad_()
     torch.library.opcheck(operators.count_posterior.default, (leaf, level, kernel))
     prior_logit, saved = operators.count_posterior(samples, success, kernel)
-    # a gradient as sums hand it down: one number, expanded
+    # the gradient of a sum is one expanded number
     grad = prior_logit.new_ones(()).expand(samples.shape) if index % 2 else prior_logit
     torch.library.opcheck(
         operators.count_posterior_backward.default, (grad, samples, success, saved, kernel)
@@ -263,7 +265,7 @@ def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device
 
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("by_tensor", [False, True])
-def test_compiles_without_graph_breaks(
+def test_operators_compile_without_graph_breaks(
     by_tensor: bool, relaxed: bool, kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(2, 7, relaxed=relaxed, device=kernel_device)
@@ -294,7 +296,7 @@ def test_hard_kl_has_second_derivatives(kernel: Backend, kernel_device: torch.de
     torch.testing.assert_close(hessians[0].double(), hessians[1], rtol=1e-4, atol=1e-6)
 
 
-def test_relaxed_samples_refuse_second_derivatives(
+def test_second_derivatives_of_relaxed_samples_are_refused(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     logits, samples = make_inputs(1, 3, relaxed=True, device=kernel_device)

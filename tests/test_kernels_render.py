@@ -29,7 +29,7 @@ def make_scene(
     least_presence: float = 0.1,
     device: torch.device | str = "cpu",
 ) -> Scene:
-    """Random objects that overlap, some of them across the rim of the image."""
+    """Random objects that overlap, some of them across the edge of the image."""
     random = torch.Generator().manual_seed(num_objects)
 
     def uniform(*shape: int) -> Tensor:
@@ -69,7 +69,7 @@ def assert_matches_float64(
     for name, grad, wanted in zip(scene, grads, expected_grads, strict=True):
         assert grad.dtype == scene[name].dtype
         error = (grad.double() - wanted).norm()
-        # the gradients of depth cancel where one object covers a pixel: hence the absolute part
+        # gradients of depth cancel where one object covers a pixel: hence the absolute tolerance
         assert error <= gradient_error * wanted.norm() + 1e-5, f"{name} is off by {error:.1e}"
 
 
@@ -85,7 +85,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("floor", [0.0, 0.02])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(
+def test_image_and_gradients_match_float64(
     shape: tuple[Any, ...], floor: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(*shape, device=kernel_device)
@@ -93,16 +93,14 @@ def test_matches_float64(
 
 
 @pytest.mark.parametrize(("least", "gradient_error"), [(1e-2, 1e-3), (1e-4, 1e-2)])
-def test_matches_float64_at_small_presence(
+def test_small_presence_matches_float64(
     least: float, gradient_error: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(least_presence=least, device=kernel_device)
     assert_matches_float64(scene, kernel, gradient_error=gradient_error)
 
 
-def test_matches_float64_with_more_than_32_objects(
-    kernel: Backend, kernel_device: torch.device
-) -> None:
+def test_more_than_32_objects_match_float64(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(1, 36, (3, 3), (8, 8), 1, device=kernel_device)
     assert_matches_float64(scene, kernel, gradient_error=1e-4)
 
@@ -121,7 +119,7 @@ def test_integer_boxes_do_not_touch_neighbouring_pixels(
 
 
 @pytest.mark.parametrize("presence", [0.0, 1e-8])
-def test_matches_float64_for_faint_objects(
+def test_faint_objects_have_finite_gradients(
     presence: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(1, 4, device=kernel_device)
@@ -132,7 +130,7 @@ def test_matches_float64_for_faint_objects(
         assert torch.equal(image, scene["background"])
 
 
-def test_the_default_dtype_changes_nothing(
+def test_default_dtype_does_not_change_results(
     kernel: Backend,
     kernel_device: torch.device,
     float64_by_default: Callable[[], AbstractContextManager[None]],
@@ -146,7 +144,7 @@ def test_the_default_dtype_changes_nothing(
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
-def test_16_bit_maps_are_as_accurate_as_torch(
+def test_16_bit_maps_are_accurate_to_their_rounding(
     dtype: torch.dtype, rounding: float, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(1, 4, device=kernel_device)
@@ -155,7 +153,7 @@ def test_16_bit_maps_are_as_accurate_as_torch(
     exact, expected = image_and_gradients(
         {name: tensor.double() for name, tensor in scene.items()}, backend="torch"
     )
-    # appearance is rounded where it is stored, the arithmetic is float32
+    # only the stored maps are rounded: arithmetic is in float32
     torch.testing.assert_close(image.double(), exact, rtol=0, atol=2e-5)
     assert grads[0].dtype == dtype
     for grad, wanted in zip(grads, expected, strict=True):
@@ -184,7 +182,7 @@ def test_extreme_boxes_neither_hang_nor_crash(
 
 
 @pytest.mark.parametrize(("num_images", "num_objects"), [(0, 2), (2, 0), (0, 0)])
-def test_without_objects_the_background_remains(
+def test_image_without_objects_is_the_background(
     num_images: int, num_objects: int, kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(num_images, num_objects, device=kernel_device)
@@ -193,7 +191,7 @@ def test_without_objects_the_background_remains(
     assert [grad.shape for grad in grads] == [tensor.shape for tensor in scene.values()]
 
 
-def test_gradients_have_the_same_bits_every_time(
+def test_results_are_bit_identical_between_calls(
     kernel: Backend, kernel_device: torch.device
 ) -> None:
     scene = make_scene(device=kernel_device)
@@ -203,7 +201,7 @@ def test_gradients_have_the_same_bits_every_time(
     assert all(map(torch.equal, first_grads, again_grads))
 
 
-def test_threads_do_not_change_bits(kernel: Backend, kernel_device: torch.device) -> None:
+def test_thread_count_does_not_change_bits(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(5, 2, (3, 4), (8, 7), device=kernel_device)
     found = []
     threads = torch.get_num_threads()
@@ -225,7 +223,7 @@ def test_strides_do_not_change_bits(kernel: Backend, kernel_device: torch.device
 
 
 def awkward_samples(device: torch.device) -> list[Scene]:
-    """Inputs with strides and views, empty ones, and those of size 1."""
+    """Strided inputs, views, empty inputs, and inputs of size 1."""
     plain = make_scene(2, 1, (3, 2), (7, 5), device=device)
     one_colour = plain["background"][..., :1, :1]
     return [
@@ -248,18 +246,20 @@ def awkward_samples(device: torch.device) -> list[Scene]:
 
 
 @pytest.mark.parametrize("index", range(12))
-def test_passes_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
+def test_operators_pass_opcheck(index: int, kernel: Backend, kernel_device: torch.device) -> None:
     scene = awkward_samples(kernel_device)[index]
     leaves = [tensor.detach().requires_grad_() for tensor in scene.values()]
     torch.library.opcheck(torch.ops.spairkit.render.default, (*leaves, 0.01, kernel))
     image, *saved = torch.ops.spairkit.render(*scene.values(), 0.01, kernel)
-    # a gradient as sums hand it down: one number, expanded
+    # the gradient of a sum is one expanded number
     cotangent = image.new_ones(()).expand(image.shape) if index % 2 else image
     inputs = (cotangent, *scene.values(), *saved, 0.01, kernel)
     torch.library.opcheck(torch.ops.spairkit.render_backward.default, inputs)
 
 
-def test_compiles_without_graph_breaks(kernel: Backend, kernel_device: torch.device) -> None:
+def test_operators_compile_without_graph_breaks(
+    kernel: Backend, kernel_device: torch.device
+) -> None:
     scene = make_scene(1, 2, (3, 3), (8, 8), 1, device=kernel_device)
 
     def loss(*inputs: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def test_compiles_without_graph_breaks(kernel: Backend, kernel_device: torch.dev
         torch.testing.assert_close(traced, eager)
 
 
-def test_autocast_changes_nothing(kernel: Backend, kernel_device: torch.device) -> None:
+def test_autocast_does_not_change_results(kernel: Backend, kernel_device: torch.device) -> None:
     scene = make_scene(1, 2, (3, 3), (8, 8), device=kernel_device)
     expected, expected_grads = image_and_gradients(scene, backend=kernel)
     with torch.autocast(kernel_device.type, dtype=torch.bfloat16):
@@ -303,7 +303,7 @@ def test_only_inputs_that_require_gradients_get_them(
         assert all((tensor.grad is not None) == tensor.requires_grad for tensor in leaves.values())
 
 
-def test_names_a_backend_that_cannot_run_here() -> None:
+def test_unusable_backend_is_named() -> None:
     scene = make_scene()
     if torch.cuda.is_available():
         scene = {name: tensor.cuda() for name, tensor in scene.items()}

@@ -1,4 +1,4 @@
-"""Scenes by Triton have the bits of plain torch, which `test_scenes.py` tests.
+"""Scenes by Triton are bit-identical to plain torch, which `test_scenes.py` tests.
 
 This file needs a GPU; `test_interpreter.py` runs it in Triton's interpreter.
 """
@@ -33,15 +33,15 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "one": {"min_objects": 0, "max_objects": 1, "image_height": 14, "image_width": 14},
     "wide": {"image_height": 20, "image_width": 33, "max_objects": 4},
-    "high, in colour": {
+    "tall, in colour": {
         **{"image_height": 40, "image_width": 24, "max_objects": 4, "colour": "random"},
     },
     "varied": {"glyph_jitter": 4, "colour": "random", "background": "random", "max_objects": 5},
-    "grounds": {"background": "random", "max_objects": 2, "min_objects": 0, "seed": 7},
-    "apart": {"max_overlap": 0.0, "max_objects": 3},
+    "backgrounds": {"background": "random", "max_objects": 2, "min_objects": 0, "seed": 7},
+    "no overlap": {"max_overlap": 0.0, "max_objects": 3},
     "tight": TIGHT,
     "several tiles": {"image_height": 40, "image_width": 200, "max_objects": 3},
-    "a row a tile": {
+    "one row per tile": {
         **{"image_height": 9, "image_width": 2100, "glyph_size": 8, "glyph_jitter": 1},
         **{"max_objects": 3, "min_objects": 3},
     },
@@ -68,7 +68,7 @@ def assert_equal(found: Batch, wanted: Batch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_scenes_equal_those_of_plain_torch(case: str, device: torch.device) -> None:
+def test_scenes_are_bit_identical_to_plain_torch(case: str, device: torch.device) -> None:
     indices = torch.tensor([0, 1_000_003, (29 << 32) + 5])
     wanted = scenes_of(CASES[case], torch.device("cpu"), fused=False).batch(indices)
     fused = scenes_of(CASES[case], device, fused=True)
@@ -76,7 +76,7 @@ def test_scenes_equal_those_of_plain_torch(case: str, device: torch.device) -> N
     fused.check()
 
 
-def test_indices_may_lie_on_either_device(device: torch.device) -> None:
+def test_indices_may_be_on_either_device(device: torch.device) -> None:
     case = {"image_height": 15, "image_width": 15, "max_objects": 1}
     fused, plain = scenes_of(case, device, fused=True), scenes_of(case, device, fused=False)
     for indices in (torch.tensor([3, 9]), torch.arange(2)):
@@ -102,16 +102,16 @@ def test_layouts_do_not_depend_on_the_tile_size(
         assert found.dtype == expected.dtype
 
 
-def test_the_tight_case_takes_several_attempts(device: torch.device) -> None:
+def test_tight_case_takes_several_attempts(device: torch.device) -> None:
     plain = scenes_of(TIGHT, device, fused=False)
     _, _, complete = plain._attempt(*keys_and_counts(plain, 3), 0)
     assert not complete.all()
 
 
-def test_a_scene_is_incomplete_after_the_last_attempt(
+def test_scene_is_incomplete_after_the_last_attempt(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the other scenes are as ever."""
+    """The other scenes are unaffected."""
     monkeypatch.setattr(scenes_module, "_MAX_ATTEMPTS", 2)
     fused, plain = (scenes_of(TIGHT, device, fused=way) for way in (True, False))
     keys, counts = keys_and_counts(plain, 12)
@@ -125,14 +125,14 @@ def test_a_scene_is_incomplete_after_the_last_attempt(
     assert (sides[~complete] == 6).all()
 
 
-def test_a_scene_without_a_layout_is_reported_once(
+def test_scene_without_a_layout_is_reported_once(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scenes_module, "_MAX_ATTEMPTS", 2)
     scenes = scenes_of(TIGHT, device, fused=True)
     keys, counts = keys_and_counts(scenes, 12)
     complete = scenes._layout(keys, counts)[2]
-    # twice the same is no run of indices, of which more would be made than asked for
+    # equal indices are not consecutive: for consecutive ones, further scenes would be made
     good, bad = (which.nonzero()[[0, 0], 0] for which in (complete, ~complete))
     with pytest.raises(InputError, match="no layout in 2 attempts"):
         scenes.batch(bad.cpu())
@@ -144,21 +144,21 @@ def test_a_scene_without_a_layout_is_reported_once(
     scenes.check()
 
 
-def test_making_scenes_never_waits_for_the_device(
-    device: torch.device, no_waiting: Callable[[], AbstractContextManager[object]]
+def test_making_scenes_does_not_synchronise_with_the_device(
+    device: torch.device, no_sync: Callable[[], AbstractContextManager[object]]
 ) -> None:
     scenes = scenes_of(CASES["varied"], device, fused=True)
     indices = torch.arange(2, device=device)
     wanted = scenes.unchecked(indices)
-    with no_waiting():
+    with no_sync():
         found = scenes.unchecked(indices)
     assert_equal(found, wanted)
     scenes.fused = False
-    with no_waiting(), pytest.raises(AssertionError, match="waits for the device"):
+    with no_sync(), pytest.raises(AssertionError, match="synchronises with the device"):
         scenes.unchecked(indices)
 
 
-def test_empty_scenes_and_empty_batches(device: torch.device) -> None:
+def test_empty_scenes_and_empty_batches_are_supported(device: torch.device) -> None:
     empty = scenes_of({"min_objects": 0, "max_objects": 0}, device, fused=True)
     batch = empty.unchecked(torch.arange(2, device=device))
     assert batch.images.abs().sum() == 0
@@ -169,7 +169,7 @@ def test_empty_scenes_and_empty_batches(device: torch.device) -> None:
     scenes.check()
 
 
-def test_passes_opcheck(device: torch.device) -> None:
+def test_operator_passes_opcheck(device: torch.device) -> None:
     keys, counts = keys_and_counts(scenes_of(TIGHT, device, fused=True), 2)
     torch.library.opcheck(scatter_op, (keys, counts, 3, 6, 6, 13, 14, 0, 9, [3, 16, 4096]))
 
@@ -177,7 +177,7 @@ def test_passes_opcheck(device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("case", ["default", "varied", "tight"])
-def test_a_cuda_graph_makes_the_scenes_of_new_indices(case: str) -> None:
+def test_replayed_graph_makes_scenes_of_new_indices(case: str) -> None:
     device = torch.device("cuda")
     scenes = Scenes(DataConfig(**CASES[case]), "train", device)
     assert scenes.fused

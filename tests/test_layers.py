@@ -1,4 +1,4 @@
-"""Imports run down the ladder only, and in no circle; some packages stay where they belong."""
+"""Imports go down the ladder, without cycles; some packages are confined to some folders."""
 
 import ast
 import sys
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# a module imports from its own rung and the rungs below it; a folder stands for all that it holds
+# a module imports from its own rung and the rungs below it; a folder stands for all its modules
 LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
@@ -44,7 +44,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> set[str]:
-    """Full names of what a module imports: modules, and names in them that may be modules."""
+    """Full names of all imports of a module; the last part may be a module or a name in one."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -55,30 +55,30 @@ def imports(name: str) -> set[str]:
 
 
 def imported_modules(name: str) -> set[str]:
-    """Those of spairkit that a module imports, at the top or inside a function."""
+    """Modules of spairkit that a module imports, at the top or inside a function."""
     return {other.removeprefix("spairkit.") for other in imports(name)} & set(MODULES)
 
 
-def test_every_place_on_the_ladder_exists_and_every_module_has_one() -> None:
+def test_ladder_lists_exactly_the_existing_modules() -> None:
     assert {name.split(".")[0] for name in MODULES} == set(RUNG)
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_run_down_the_ladder(name: str) -> None:
+def test_imports_go_down_the_ladder(name: str) -> None:
     own = RUNG[name.split(".")[0]]
     above = {other for other in imported_modules(name) if RUNG[other.split(".")[0]] > own}
     assert not above, f"{name} imports {above} from a higher rung"
 
 
-def test_imports_run_in_no_circle() -> None:
+def test_imports_have_no_cycles() -> None:
     try:
         list(TopologicalSorter({name: imported_modules(name) for name in MODULES}).static_order())
     except CycleError as error:
-        pytest.fail(f"imports run in a circle: {' -> '.join(error.args[1])}")
+        pytest.fail(f"imports form a cycle: {' -> '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_other_packages_stay_where_they_belong(name: str) -> None:
+def test_packages_are_imported_only_where_allowed(name: str) -> None:
     packages = {other.split(".")[0] for other in imports(name)} - sys.stdlib_module_names
     if name.startswith("kernels."):
         assert packages <= KERNELS_NEED
@@ -87,8 +87,8 @@ def test_other_packages_stay_where_they_belong(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_nothing_can_run_what_a_file_holds(name: str) -> None:
-    """No door to pickle, to code in strings, or to a shell."""
+def test_no_module_can_execute_file_contents(name: str) -> None:
+    """No module unpickles, executes strings or starts a shell."""
     assert not imports(name) & {"pickle", "joblib", "yaml", "dill", "marshal", "shelve"}
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.Call):

@@ -1,4 +1,4 @@
-"""Models from seeds and checkpoints: the same ones, or an InputError that says what is wrong."""
+"""Models from seeds and checkpoints: equal models, or an InputError that names the tensor."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ def spair(config: SPAIRConfig, seed: int = 0) -> SPAIR:
     return model
 
 
-def test_the_seed_decides_the_weights_and_leaves_torch_alone() -> None:
+def test_seed_sets_the_weights_without_touching_torchs_seed() -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -36,7 +36,7 @@ def test_the_seed_decides_the_weights_and_leaves_torch_alone() -> None:
     assert not torch.equal(first.edge, third.edge)
 
 
-def test_a_saved_model_detects_the_same(tmp_path: Path) -> None:
+def test_saved_model_gives_the_same_detections(tmp_path: Path) -> None:
     model = spair(SMALL)
     path = save_checkpoint(
         tmp_path,
@@ -64,7 +64,7 @@ def test_a_saved_model_detects_the_same(tmp_path: Path) -> None:
         ({"edge": torch.zeros(9, dtype=torch.float64)}, "edge is torch.float64 instead of"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(
+def test_mismatched_tensors_are_named(
     tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
 ) -> None:
     tensors = spair(SMALL).state_dict() | change
@@ -79,7 +79,7 @@ def test_tensors_that_do_not_fit_are_named(
         from_checkpoint(load_checkpoint(path))
 
 
-def test_the_background_colour_travels_with_the_model(tmp_path: Path) -> None:
+def test_background_colour_is_saved_with_the_model(tmp_path: Path) -> None:
     config = replace(SMALL, background="mode")
     model = spair(config)
     model.fit_background(torch.tensor([51, 102, 153]).byte()[None, :, None, None] / 255)
@@ -95,7 +95,7 @@ def test_the_background_colour_travels_with_the_model(tmp_path: Path) -> None:
     assert loaded.background_colour.tolist() == pytest.approx([0.2, 0.4, 0.6])
 
 
-def test_the_packaged_model_finds_digits() -> None:
+def test_packaged_model_detects_digits() -> None:
     from spairkit.data.datasets import open_dataset
     from spairkit.evaluation import evaluate
 

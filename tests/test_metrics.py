@@ -1,4 +1,4 @@
-"""AP beside pycocotools and beside a literal loop of the authors' rule; its properties; counts."""
+"""AP against pycocotools and a literal loop of the authors' rule; properties of AP; counts."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def random_scenes(seed: int, num_images: int) -> Scenes:
         near = here[rng.random(len(here)) < 0.8]
         noise = rng.integers(-2, 3, near.shape) if whole else rng.normal(0, 1.5, near.shape)
         near = near + torch.tensor(noise)
-        # pycocotools passes over detections of negative area
+        # pycocotools skips detections of negative area
         near = torch.cat([near[:, :2], torch.maximum(near[:, 2:], near[:, :2] + 1)], dim=1)
         double = near[rng.random(len(near)) < 0.3]
         wild = random_boxes(rng, int(rng.integers(0, 3)), whole=whole)
@@ -75,7 +75,7 @@ def random_scenes(seed: int, num_images: int) -> Scenes:
 
 
 def pycocotools_precision(scenes: Scenes, thresholds: list[float] | None = None) -> list[float]:
-    """AP at each IoU threshold, pycocotools' own where none are given; ids start at 1."""
+    """AP at each IoU threshold, by default pycocotools' thresholds; ids start at 1."""
     found, true = scenes
     results = [entry for i, item in enumerate(found) for entry in item.to_coco(i + 1)]
     annotations = [
@@ -155,7 +155,7 @@ def plain_iou(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize("block", range(6))
-def test_equals_pycocotools(block: int) -> None:
+def test_ap_equals_pycocotools(block: int) -> None:
     tenths = [i / 10 for i in range(1, 10)]
     for seed in range(block * 50, block * 50 + 50):
         scenes = random_scenes(seed, num_images=1 + seed % 7)
@@ -170,14 +170,14 @@ def test_equals_pycocotools(block: int) -> None:
         assert actual.ap75 == pytest.approx(precision[5], abs=1e-9)
 
 
-def test_equals_pycocotools_on_a_large_set() -> None:
+def test_ap_equals_pycocotools_on_a_large_set() -> None:
     scenes = random_scenes(7, num_images=400)
     expected = pycocotools_precision(scenes, [i / 10 for i in range(1, 10)])
     assert average_precision(*scenes) == pytest.approx(np.mean(expected), abs=1e-9)
     assert ap_coco(*scenes).ap == pytest.approx(np.mean(pycocotools_precision(scenes)), abs=1e-9)
 
 
-def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_bound_does_not_change_ap(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = random_scenes(11, num_images=40)
     expected = average_precision(*scenes), ap_spair(*scenes), ap_coco(*scenes)
     monkeypatch.setattr(metrics, "_CHUNK_TRUTH", 17)
@@ -185,7 +185,7 @@ def test_memory_bound_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_spair_equals_a_literal_loop(block: int) -> None:
+def test_ap_spair_equals_a_literal_loop(block: int) -> None:
     for seed in range(block * 75, block * 75 + 75):
         found, true = random_scenes(seed, num_images=1 + seed % 9)
         batch_size = 1 + seed % 4
@@ -197,29 +197,29 @@ def test_spair_equals_a_literal_loop(block: int) -> None:
         assert ap_spair(found, true, batch_size=batch_size) == pytest.approx(expected, abs=1e-12)
 
 
-def test_spair_counts_in_batches_of_32() -> None:
+def test_ap_spair_averages_batches_of_32() -> None:
     found, true = random_scenes(5, num_images=40)
     first, second = ap_spair(found[:32], true[:32]), ap_spair(found[32:], true[32:])
     assert ap_spair(found, true) == pytest.approx((32 * first + 8 * second) / 40)
 
 
-def test_spair_drops_what_is_left_once_all_truth_is_taken() -> None:
+def test_ap_spair_ignores_detections_once_all_truth_is_matched() -> None:
     box = torch.tensor([[4.0, 4.0, 14.0, 14.0]])
     inclusive = torch.tensor([[4.0, 4.0, 13.0, 13.0]])
     double = detections(torch.cat([inclusive, inclusive + 20]))
     second = detections(inclusive)
-    # pooled, the wrong box of the first image would come before the hit of the second
+    # in a pooled ranking, the first image's wrong box would precede the second's hit
     assert ap_spair([double, second], [truth(box), truth(box)]) == 1.0
     assert average_precision([double, second], [truth(box), truth(box)]) < 1.0
 
 
-def test_spair_punishes_the_pixel_that_its_truth_lacks() -> None:
+def test_ap_spair_penalises_exact_boxes_for_one_pixel() -> None:
     box = torch.tensor([[4.0, 4.0, 14.0, 14.0]])
     # IoU 81 / 100 passes .1 to .8 and fails .9
     assert ap_spair([detections(box)], [truth(box)]) == pytest.approx(8 / 9)
 
 
-def test_spair_hit_needs_more_than_the_threshold() -> None:
+def test_ap_spair_hit_needs_iou_above_the_threshold() -> None:
     true = [truth(torch.tensor([[0.0, 0.0, 11.0, 2.0]]))]  # 10 x 1 for the authors
     half = [detections(torch.tensor([[0.0, 0.0, 5.0, 1.0]]))]
     assert ap_spair(half, true) == pytest.approx(4 / 9)
@@ -228,7 +228,7 @@ def test_spair_hit_needs_more_than_the_threshold() -> None:
     )
 
 
-def test_no_truth_at_all() -> None:
+def test_ap_is_defined_without_truth() -> None:
     nothing = detections(torch.zeros(0, 4))
     something = detections(torch.tensor([[0.0, 0.0, 5.0, 5.0]]))
     empty = truth(torch.zeros(0, 4))
@@ -240,7 +240,7 @@ def test_no_truth_at_all() -> None:
     assert ap_spair([nothing], [truth(something.boxes)]) == 0.0
 
 
-def test_degenerate_boxes_are_wrong_without_a_warning() -> None:
+def test_degenerate_boxes_miss_without_a_warning() -> None:
     flat = torch.tensor([[5.0, 5.0, 5.0, 9.0], [9.0, 9.0, 3.0, 3.0], [0.0, 0.0, 1e30, 1e30]])
     true = [truth(torch.tensor([[2.0, 2.0, 12.0, 12.0], [4.0, 4.0, 4.0, 4.0]]))]
     assert average_precision([detections(flat)], true) == 0.0
@@ -269,14 +269,14 @@ def scenes_of_distinct_scores(draw: st.DrawFn) -> Scenes:
 
 @PROPERTY
 @given(scenes_of_distinct_scores())
-def test_lies_between_0_and_1(scenes: Scenes) -> None:
+def test_ap_lies_between_0_and_1(scenes: Scenes) -> None:
     for value in (average_precision(*scenes), ap_spair(*scenes), ap_coco(*scenes).ap):
         assert 0.0 <= value <= 1.0
 
 
 @PROPERTY
 @given(scenes_of_distinct_scores(), st.randoms(use_true_random=False))
-def test_order_of_boxes_does_not_matter(scenes: Scenes, random: object) -> None:
+def test_order_of_boxes_does_not_change_ap(scenes: Scenes, random: object) -> None:
     found, true = scenes
     generator = torch.Generator().manual_seed(random.getrandbits(31))  # type: ignore[attr-defined]
     shuffled = []
@@ -289,7 +289,7 @@ def test_order_of_boxes_does_not_matter(scenes: Scenes, random: object) -> None:
 
 @PROPERTY
 @given(scenes_of_distinct_scores())
-def test_only_the_order_of_scores_matters(scenes: Scenes) -> None:
+def test_ap_depends_only_on_the_order_of_scores(scenes: Scenes) -> None:
     found, true = scenes
     mapped = [detections(item.boxes, item.scores.double() ** 3 * 7 - 2) for item in found]
     assert average_precision(mapped, true) == average_precision(found, true)
@@ -298,7 +298,7 @@ def test_only_the_order_of_scores_matters(scenes: Scenes) -> None:
 
 @PROPERTY
 @given(scenes_of_distinct_scores())
-def test_the_truth_scores_1(scenes: Scenes) -> None:
+def test_ap_of_the_truth_is_1(scenes: Scenes) -> None:
     _, true = scenes
     perfect = [detections(item.boxes) for item in true]
     assert average_precision(perfect, true) == 1.0
@@ -307,7 +307,7 @@ def test_the_truth_scores_1(scenes: Scenes) -> None:
 
 @PROPERTY
 @given(scenes_of_distinct_scores())
-def test_an_empty_image_changes_nothing(scenes: Scenes) -> None:
+def test_empty_image_does_not_change_ap(scenes: Scenes) -> None:
     found, true = scenes
     empty = detections(torch.zeros(0, 4)), truth(torch.zeros(0, 4))
     more = [*found, empty[0]], [*true, empty[1]]
@@ -317,7 +317,7 @@ def test_an_empty_image_changes_nothing(scenes: Scenes) -> None:
 
 @PROPERTY
 @given(scenes_of_distinct_scores())
-def test_a_stricter_iou_never_helps_one_detection(scenes: Scenes) -> None:
+def test_stricter_iou_never_raises_ap_of_one_detection(scenes: Scenes) -> None:
     found, true = scenes
     single = [detections(item.boxes[:1], item.scores[:1]) for item in found]
     only = [truth(item.boxes[:1]) for item in true]
@@ -326,7 +326,7 @@ def test_a_stricter_iou_never_helps_one_detection(scenes: Scenes) -> None:
     assert coco.ap <= average_precision(single, only) + 1e-12
 
 
-def test_counts() -> None:
+def test_count_metrics_equal_values_by_hand() -> None:
     found, true = [3, 0, 5, 2], [3, 1, 2, 2]
     assert count_accuracy(found, true) == 0.5
     assert count_error(found, true) == 1.0
@@ -334,7 +334,7 @@ def test_counts() -> None:
     assert (count_accuracy([], []), count_error([], []), count_bias([], [])) == (1.0, 0.0, 0.0)
 
 
-def test_every_figure_has_its_protocol_and_one_name_of_its_own() -> None:
+def test_every_figure_has_a_protocol_and_a_unique_name() -> None:
     assert list(metrics.NAMES) == list(metrics.PROTOCOLS)
     assert len(set(metrics.NAMES.values())) == len(metrics.NAMES)
     assert set(metrics.PROTOCOLS) == {
@@ -349,7 +349,7 @@ def test_every_figure_has_its_protocol_and_one_name_of_its_own() -> None:
     }
 
 
-def test_refuses_what_cannot_be_compared() -> None:
+def test_invalid_arguments_are_refused() -> None:
     box = torch.tensor([[0.0, 0.0, 5.0, 5.0]])
     with pytest.raises(ValueError, match="one item per image, got 1 and 2"):
         average_precision([detections(box)], [truth(box), truth(box)])

@@ -23,7 +23,7 @@ def test_each_cell_has_one_feature_vector(height: int, width: int, cell: int) ->
     assert features.shape == (1, 7, math.ceil(height / cell), math.ceil(width / cell))
 
 
-def test_a_cell_sees_22_pixels_from_its_corner() -> None:
+def test_cell_sees_22_pixels_from_its_corner() -> None:
     backbone = paper_backbone()
     images = torch.rand(1, 3, 60, 72, requires_grad=True)
     gradient = torch.autograd.grad(backbone(images)[0, :, 1, 2].sum(), images)[0].abs().sum((0, 1))

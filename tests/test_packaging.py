@@ -1,4 +1,4 @@
-"""kernels/ and cli/ are spairkit.kernels and spairkit.cli, in a checkout and in a wheel."""
+"""kernels/ and cli/ are importable as spairkit.kernels and spairkit.cli, also from a wheel."""
 
 import shutil
 import subprocess
@@ -35,7 +35,7 @@ def test_every_package_is_listed() -> None:
 @pytest.mark.parametrize(
     "code", ["import spairkit", "from spairkit.cli.main import main; main(['--help'])"]
 )
-def test_neither_the_package_nor_help_imports_what_is_slow(code: str) -> None:
+def test_import_and_help_load_no_slow_package(code: str) -> None:
     # atexit: main ends the process
     check = f"""
 import atexit, os, sys
@@ -54,7 +54,7 @@ atexit.register(check)
     assert done.returncode == 0, done.stderr
 
 
-def test_constraints_hold_every_dependency() -> None:
+def test_constraints_pin_every_dependency() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert lines[0] == "torch==2.13.0"
     assert all("==" in line for line in lines)
@@ -65,7 +65,7 @@ def test_constraints_hold_every_dependency() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_holds_one_top_level_package_with_all_it_needs(tmp_path: Path) -> None:
+def test_wheel_contains_one_complete_package(tmp_path: Path) -> None:
     litter = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     source = shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=litter)
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]

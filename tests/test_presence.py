@@ -23,7 +23,7 @@ BACKENDS: list[Backend] = ["torch", "cpu"]
 
 
 def joint_by_enumeration(num_cells: int, success: float) -> dict[tuple[int, ...], float]:
-    """p(z) of section A for every binary vector."""
+    """p(z) for every binary vector z: a truncated geometric count in uniform arrangement."""
     counts = [(1 - success) ** c for c in range(num_cells + 1)]
     return {
         z: counts[sum(z)] / sum(counts) / math.comb(num_cells, sum(z))
@@ -48,7 +48,7 @@ def prior_by_log_gamma(num_images: int, num_cells: int, success: float) -> Tenso
     before = z.cumsum(1) - z
     result = np.empty(z.shape)
     for b, k in np.ndindex(z.shape):
-        left = np.arange(n - k + 1)  # objects in the n - k cells still open
+        left = np.arange(n - k + 1)  # possible numbers of objects in the remaining n - k cells
         count = before[b, k] + left
         # log of p(count) arrangements(left of n - k) / arrangements(count of n)
         log_weight = (
@@ -62,7 +62,7 @@ def prior_by_log_gamma(num_images: int, num_cells: int, success: float) -> Tenso
 
 
 def some_samples(num_images: int, num_cells: int, seed: int = 0) -> Tensor:
-    """Images from empty to full."""
+    """Hard samples of images from empty to full."""
     random = torch.Generator().manual_seed(seed)
     share = torch.linspace(0, 1, num_images)[:, None]
     return (torch.rand(num_images, num_cells, generator=random) < share).float()
@@ -70,7 +70,7 @@ def some_samples(num_images: int, num_cells: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("success", [0.01, 0.5, 0.99])
-def test_matches_enumeration(success: float, relaxed: bool) -> None:
+def test_prior_matches_enumeration(success: float, relaxed: bool) -> None:
     joint = joint_by_enumeration(6, success)
     vectors = list(joint)
     expected = torch.tensor([prior_by_enumeration(z, joint) for z in vectors]).double()
@@ -84,7 +84,7 @@ def test_matches_enumeration(success: float, relaxed: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("num_cells", [1, 2, 9])
-def test_the_chain_sums_to_one_over_all_vectors(
+def test_chain_of_priors_sums_to_one_over_all_vectors(
     num_cells: int, relaxed: bool, backend: Backend
 ) -> None:
     samples = torch.tensor(list(itertools.product((0.0, 1.0), repeat=num_cells)))
@@ -101,7 +101,7 @@ def test_the_chain_sums_to_one_over_all_vectors(
     success=st.floats(1e-6, 0.9999),
     relaxed=st.booleans(),
 )
-def test_the_order_of_earlier_cells_does_not_matter(
+def test_order_of_earlier_cells_does_not_change_the_prior(
     backend: Backend, seed: int, num_cells: int, success: float, relaxed: bool
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -141,7 +141,7 @@ def kl_by_definition(logit: float, prior: float) -> float:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_kl_equals_that_of_two_bernoullis(relaxed: bool, backend: Backend) -> None:
+def test_kl_equals_that_of_two_bernoulli_distributions(relaxed: bool, backend: Backend) -> None:
     samples = some_samples(4, 7)
     if relaxed:
         samples = 0.1 + 0.8 * samples
@@ -173,7 +173,7 @@ def test_gradients_match_finite_differences(relaxed: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
-def test_extremes_stay_finite(relaxed: bool, backend: Backend) -> None:
+def test_extreme_inputs_give_finite_results(relaxed: bool, backend: Backend) -> None:
     for success, num_cells in itertools.product((1e-6, 0.5, 1 - 1e-6), (2, 33)):
         samples = some_samples(4, num_cells).requires_grad_(relaxed)
         logits = torch.tensor([-1e3, -30.0, 30.0, 1e3])[:, None].repeat(1, num_cells)
@@ -219,7 +219,9 @@ def test_nan_propagates(relaxed: bool, backend: Backend) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
-def test_empty_batches(shape: tuple[int, int], relaxed: bool, backend: Backend) -> None:
+def test_empty_batches_are_supported(
+    shape: tuple[int, int], relaxed: bool, backend: Backend
+) -> None:
     empty = torch.zeros(shape, requires_grad=True)
     kl = presence_kl(empty, empty, 0.5, relaxed=relaxed, backend=backend)
     assert kl.shape == shape

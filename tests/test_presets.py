@@ -16,7 +16,7 @@ KINDS = ("spair", "air", "dair", "conncomp")
     ("name", "kind"),
     [("laptop", "spair"), *((name, kind) for name in ("quick", "paper") for kind in KINDS)],
 )
-def test_every_preset_survives_toml_and_uses_one_thread(name: str, kind: str) -> None:
+def test_presets_round_trip_and_use_one_thread(name: str, kind: str) -> None:
     config = resolve(name, {"model": {"kind": kind}})
     assert config.preset == name
     assert config.model.kind == kind
@@ -24,7 +24,7 @@ def test_every_preset_survives_toml_and_uses_one_thread(name: str, kind: str) ->
     assert config.train.threads == 1, "two threads spin on a busy machine"
 
 
-def test_the_paper_preset_is_the_defaults_on_one_thread() -> None:
+def test_paper_preset_is_the_defaults_on_one_thread() -> None:
     paper = resolve("paper")
     assert replace(paper, train=replace(paper.train, threads=0)) == Config()
 
@@ -33,7 +33,7 @@ def test_quick_is_the_default() -> None:
     assert names()[0] == DEFAULT == "quick"
 
 
-def test_a_preset_without_a_recipe_for_a_kind_lists_those_it_supports() -> None:
+def test_unsupported_kind_is_reported_with_supported_ones() -> None:
     with pytest.raises(
         InputError, match="preset 'laptop' has no recipe for air; it supports: spair"
     ):
@@ -46,16 +46,16 @@ def test_later_layers_override_earlier_ones() -> None:
     assert config.model == resolve("quick").model
 
 
-def test_the_last_layer_with_a_kind_chooses_the_recipe() -> None:
+def test_last_layer_with_a_kind_selects_the_recipe() -> None:
     config = resolve("quick", {"model": {"kind": "air"}}, {"train": {"steps": 7}})
     assert config.model.kind == "air"
-    assert resolve("quick", to_dict(config)) == config, "a file that was copied from it"
+    assert resolve("quick", to_dict(config)) == config, "a copied config resolves to itself"
     assert resolve("quick", {"model": {"kind": "air"}}, {"model": {"kind": "spair"}}) == resolve(
         "quick"
     )
 
 
-def test_the_paper_preset_of_air_is_its_defaults() -> None:
+def test_paper_preset_of_air_is_its_defaults() -> None:
     for kind in ("air", "dair"):
         model = resolve("paper", {"model": {"kind": kind}}).model
         assert model == from_dict({"model": {"kind": kind, "max_objects": 9}}).model
@@ -70,7 +70,7 @@ def test_the_paper_preset_of_air_is_its_defaults() -> None:
         ("air", 2, (-2.944, 0.75, 0.5)),
     ],
 )
-def test_the_paper_has_priors_for_a_fixed_number_of_objects(
+def test_paper_priors_depend_on_the_fixed_count(
     kind: str, objects: int, prior: tuple[float, float, float]
 ) -> None:
     data = {"min_objects": objects, "max_objects": objects}
@@ -80,10 +80,10 @@ def test_the_paper_has_priors_for_a_fixed_number_of_objects(
     over = {"kind": kind, "scale_prior_std": 0.5}
     model = resolve("paper", {"model": over, "data": data}).model
     assert isinstance(model, AIRConfig)
-    assert model.scale_prior_std == 0.5, "what the user says lies on top"
+    assert model.scale_prior_std == 0.5, "the user's value takes precedence"
 
 
-def test_quick_expects_smaller_boxes_if_several_objects_are_given() -> None:
+def test_quick_expects_smaller_boxes_for_several_objects() -> None:
     def prior(**data: int) -> float:
         model = resolve("quick", {"model": {"kind": "air", "count": "given"}, "data": data}).model
         assert isinstance(model, AIRConfig)
@@ -91,19 +91,19 @@ def test_quick_expects_smaller_boxes_if_several_objects_are_given() -> None:
 
     assert prior(min_objects=1, max_objects=1) == -0.7
     assert prior(min_objects=3, max_objects=3) == -1.7
-    counting = resolve("quick", {"model": {"kind": "air"}, "data": {"max_objects": 5}}).model
-    assert isinstance(counting, AIRConfig)
-    assert (counting.scale_prior_mean, counting.max_objects) == (-0.7, 5)
+    inferred = resolve("quick", {"model": {"kind": "air"}, "data": {"max_objects": 5}}).model
+    assert isinstance(inferred, AIRConfig)
+    assert (inferred.scale_prior_mean, inferred.max_objects) == (-0.7, 5)
 
 
-def test_an_unknown_kind_is_reported_with_the_known_ones() -> None:
+def test_unknown_kind_is_reported_with_the_known_ones() -> None:
     with pytest.raises(
         InputError, match=r"model\.kind: there are spair, air, dair, conncomp \(got 'yolo'\)"
     ):
         resolve("quick", {"model": {"kind": "yolo"}})
 
 
-def test_an_unknown_preset_is_reported_with_the_known_ones() -> None:
+def test_unknown_preset_is_reported_with_the_known_ones() -> None:
     with pytest.raises(
         InputError, match="unknown preset 'fast'; choose from: quick, laptop, paper"
     ):

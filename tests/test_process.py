@@ -1,4 +1,4 @@
-"""Settings of the process: freed memory is used again; a GPU's float32 is as told."""
+"""Process settings: freed memory is reused; precision of float32 on a GPU."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def settings() -> tuple[str, str, bool]:
 @pytest.mark.parametrize(
     ("precision", "products"), [("float32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]
 )
-def test_a_gpu_computes_as_it_is_told_for_a_while(precision: Precision, products: str) -> None:
+def test_precision_holds_inside_the_context_only(precision: Precision, products: str) -> None:
     before = settings()
     with computing_in(precision, CUDA):
         assert settings() == (products, products, True)
@@ -48,21 +48,21 @@ def test_a_gpu_computes_as_it_is_told_for_a_while(precision: Precision, products
     assert settings() == before
 
 
-def test_what_goes_wrong_meanwhile_brings_the_settings_back() -> None:
+def test_precision_is_restored_after_an_error() -> None:
     before = settings()
     with pytest.raises(KeyError), computing_in("tf32", CUDA):
         raise KeyError
     assert settings() == before
 
 
-def test_a_cpu_is_told_nothing() -> None:
+def test_precision_is_unchanged_on_a_cpu() -> None:
     before = settings()
     with computing_in("tf32", torch.device("cpu")):
         assert settings() == before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is Linux's")
-def test_freed_memory_is_used_again() -> None:
+def test_freed_memory_is_reused() -> None:
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
     )

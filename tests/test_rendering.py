@@ -107,7 +107,7 @@ def test_torch_gradients_match_finite_differences(floor: float) -> None:
     assert torch.autograd.gradcheck(image, leaves, atol=1e-6, rtol=1e-5)
 
 
-def test_an_object_at_its_own_size_is_copied_exactly() -> None:
+def test_object_at_its_own_size_is_copied_exactly() -> None:
     rgba = torch.rand(1, 1, 6, 5, 4)
     rgba[..., 3] = 1
     background = torch.rand(1, 3, 10, 12)
@@ -118,7 +118,7 @@ def test_an_object_at_its_own_size_is_copied_exactly() -> None:
     torch.testing.assert_close(image, expected, rtol=0, atol=1e-6)
 
 
-def test_the_nearer_object_wins() -> None:
+def test_nearer_object_hides_the_other() -> None:
     rgba = torch.ones(1, 2, 4, 4, 2)
     rgba[0, 1, ..., 0] = 0.0
     boxes = torch.tensor([[[0.0, 0.0, 4.0, 4.0]]]).expand(1, 2, 4)
@@ -150,7 +150,7 @@ def gradients(image: Tensor, scene: Scene, cotangent: Tensor) -> dict[str, Tenso
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("floor", [0.0, 0.01])
-def test_absent_objects_leave_the_background_bit_for_bit(backend: Backend, floor: float) -> None:
+def test_absent_objects_leave_the_background_bit_identical(backend: Backend, floor: float) -> None:
     scene = make_scene(2, 6, dtype=torch.float32)
     scene["presence"].zero_()
     leaves = {name: tensor.requires_grad_() for name, tensor in scene.items()}
@@ -177,9 +177,9 @@ def test_gradients_stay_finite_at_small_presence(backend: Backend, presence: flo
 @pytest.mark.parametrize(
     "box",
     [(4, 4, 4, 8), (6, 4, 3, 8), (2, 2, 2, 2), (30, 30, 40, 40), (-9, -9, -1, -2)],
-    ids=["flat", "inverted", "point", "right of it", "left of it"],
+    ids=["flat", "inverted", "point", "right of image", "left of image"],
 )
-def test_an_invisible_box_gets_zero_gradients(
+def test_invisible_box_gets_zero_gradients(
     backend: Backend, box: tuple[int, ...], device: torch.device
 ) -> None:
     scene = make_scene(1, 1, dtype=torch.float32)
@@ -195,7 +195,7 @@ def test_an_invisible_box_gets_zero_gradients(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("num_images", "num_objects"), [(2, 0), (0, 3)])
-def test_without_objects_the_background_remains(
+def test_image_without_objects_is_the_background(
     backend: Backend, num_images: int, num_objects: int
 ) -> None:
     scene = make_scene(num_images, num_objects, dtype=torch.float32)
@@ -238,7 +238,7 @@ def test_extreme_boxes_neither_hang_nor_crash(backend: Backend, value: float) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), num_objects=st.integers(2, 7), channels=st.integers(1, 4))
-def test_permuting_objects_changes_nothing(
+def test_order_of_objects_does_not_change_the_image(
     backend: Backend, seed: int, num_objects: int, channels: int
 ) -> None:
     scene = make_scene(1, num_objects, channels=channels, seed=seed, dtype=torch.float32)
@@ -270,7 +270,7 @@ def test_moving_boxes_by_whole_pixels_moves_the_image(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), floor=st.sampled_from([0.0, 0.01, 0.3]))
-def test_every_pixel_lies_between_the_colours_of_objects_and_background(
+def test_pixels_lie_between_object_and_background_colours(
     backend: Backend, seed: int, floor: float
 ) -> None:
     scene = make_scene(1, 4, seed=seed, dtype=torch.float32)
@@ -282,7 +282,7 @@ def test_every_pixel_lies_between_the_colours_of_objects_and_background(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_background_of_one_colour_equals_a_full_one(backend: Backend) -> None:
+def test_background_of_one_colour_equals_a_full_one(backend: Backend) -> None:
     scene = make_scene(2, 3, dtype=torch.float32)
     colour = scene["background"][..., :1, :1].clone().requires_grad_()
     full = colour.expand(-1, -1, 13, 11)

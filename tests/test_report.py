@@ -1,4 +1,4 @@
-"""The page about a run: everything on it, nothing beside it, and no foreign markup."""
+"""report.html: complete, self-contained, and free of injected markup."""
 
 import base64
 import json
@@ -107,7 +107,7 @@ def read(path: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
-def test_holds_figures_curves_pictures_and_config(tmp_path: Path) -> None:
+def test_page_contains_figures_curves_pictures_and_config(tmp_path: Path) -> None:
     path = write_report(full_run(tmp_path / "digits-quick-1"))
     assert path == tmp_path / "digits-quick-1" / "report.html"
     page = read(path)
@@ -131,14 +131,14 @@ def test_curves_are_drawn_from_the_metrics(tmp_path: Path) -> None:
     assert write_report(folder).read_text() != first
 
 
-def test_no_test_figures_for_images_without_objects(tmp_path: Path) -> None:
+def test_box_figures_of_images_without_objects_are_dashes(tmp_path: Path) -> None:
     page = (write_report(full_run(tmp_path / "run"))).read_text()
     row = page[page.index("<td>0</td>") : page.index("<td>2</td>")]
     cells = re.findall("<td>(.*?)</td>", row)
     assert cells == ["0", "8", *["–"] * 5, "0.750", "0.250", "0.250"]
 
 
-def test_needs_nothing_but_itself(tmp_path: Path) -> None:
+def test_page_is_self_contained(tmp_path: Path) -> None:
     page = read(write_report(full_run(tmp_path / "run")))
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
@@ -149,7 +149,7 @@ def test_needs_nothing_but_itself(tmp_path: Path) -> None:
     assert "url(http" not in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_escapes_hostile_names(tmp_path: Path) -> None:
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     folder = full_run(tmp_path / "<script>alert(3)<\\script>", name=HOSTILE)
     page = read(write_report(folder))
     assert page.open == []
@@ -159,7 +159,7 @@ def test_escapes_hostile_names(tmp_path: Path) -> None:
     assert "<script>alert(3)<\\script>" in page.text
 
 
-def test_shows_the_first_the_middle_and_the_last_picture(tmp_path: Path) -> None:
+def test_first_middle_and_last_pictures_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     pictures = {n: write_picture(folder, n, (n // 10, n // 20, 0)) for n in range(200, 1300, 100)}
     (folder / "pictures" / "step-70.png").write_bytes(b"GIF89a no PNG at all")
@@ -173,7 +173,7 @@ def test_shows_the_first_the_middle_and_the_last_picture(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", [None, "", "{\n", '[1]\n{"kind": "step"}\n{"step": "x"}\n'])
-def test_a_run_without_metrics(tmp_path: Path, content: str | None) -> None:
+def test_run_without_metrics_has_a_page(tmp_path: Path, content: str | None) -> None:
     folder = make_run(tmp_path / "run")
     if content is not None:
         (folder / "metrics.jsonl").write_text(content)
@@ -183,7 +183,7 @@ def test_a_run_without_metrics(tmp_path: Path, content: str | None) -> None:
     assert page.count("svg") == 0
 
 
-def test_passes_over_what_is_no_number(tmp_path: Path) -> None:
+def test_non_numeric_metrics_are_skipped(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     odd: list[Any] = [None, "high", [1], 10**400, float("inf")]
     records = [{"kind": "step", "step": i, "total": value} for i, value in enumerate(odd)]
@@ -193,7 +193,7 @@ def test_passes_over_what_is_no_number(tmp_path: Path) -> None:
     assert page.count("svg") == 2
 
 
-def test_validation_stands_in_for_test_figures(tmp_path: Path) -> None:
+def test_validation_replaces_missing_test_figures(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_metrics(folder, [validation(500), validation(1000)])
     page = read(write_report(folder))
@@ -207,7 +207,7 @@ def test_validation_stands_in_for_test_figures(tmp_path: Path) -> None:
     ["", "{", "[]", '{"overall": 3, "by_objects": {}}', '{"overall": {}}', "\x00", "[" * 100_000,
      '{"overall": {}, "by_objects": {"x": {}}}', '{"overall": {}, "by_objects": {"1": []}}'],
 )  # fmt: skip
-def test_refuses_test_figures_that_are_none(tmp_path: Path, content: str) -> None:
+def test_invalid_test_figures_are_refused(tmp_path: Path, content: str) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "test.json").write_text(content)
     with pytest.raises(InputError, match=r"test\.json: not .*; evaluate the run again"):
@@ -215,17 +215,17 @@ def test_refuses_test_figures_that_are_none(tmp_path: Path, content: str) -> Non
     assert not (folder / "report.html").exists()
 
 
-def test_refuses_a_folder_that_is_no_run(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run"):
         write_report(tmp_path)
 
 
-def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+def test_report_is_deterministic(tmp_path: Path) -> None:
     folder = full_run(tmp_path / "run")
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
 
 
-def test_long_lines_are_averaged() -> None:
+def test_long_curves_are_averaged() -> None:
     records = [{"step": n, "total": float(torch.tensor(n % 2))} for n in range(10 * MAX_POINTS)]
     averaged = line(records, "total", "total")
     assert len(averaged.x) == MAX_POINTS

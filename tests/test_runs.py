@@ -1,4 +1,4 @@
-"""Runs: one trainer at a time, the right checkpoints stay, and a kill loses none of them."""
+"""Runs: locks, the checkpoints that are kept, and kills while saving."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def damage(path: Path) -> None:
     (path / "model.safetensors").write_bytes(data)
 
 
-def test_a_run_keeps_its_config(tmp_path: Path) -> None:
+def test_config_of_a_run_is_saved(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert Run.open(run.path).config == CONFIG
     run.extend(900)
@@ -52,7 +52,7 @@ def test_a_run_keeps_its_config(tmp_path: Path) -> None:
     assert Run.open(run.path).config.train == TrainConfig(steps=900)
 
 
-def test_default_folders_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert newest_run() is None
     first, second = Run.create(None, CONFIG), Run.create(None, CONFIG)
@@ -63,7 +63,7 @@ def test_default_folders_count_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert odd.path == Path("runs/digits--away-1")
 
 
-def test_the_newest_run_is_the_one_that_saved_last(
+def test_newest_run_is_the_one_that_saved_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -77,7 +77,7 @@ def test_the_newest_run_is_the_one_that_saved_last(
     assert newest_run() == second.path
 
 
-def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
+def test_occupied_folders_are_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     with pytest.raises(InputError, match="already holds a run; use --resume"):
         Run.create(run.path, CONFIG)
@@ -93,7 +93,7 @@ def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         Run.open(tmp_path / "mine")
 
 
-def test_the_last_two_and_the_best_stay(tmp_path: Path) -> None:
+def test_last_two_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert run.latest() is None
     for step in (100, 200, 300, 400):
@@ -108,7 +108,7 @@ def test_the_last_two_and_the_best_stay(tmp_path: Path) -> None:
     assert load_checkpoint(moved).step == 500, "the links are relative"
 
 
-def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
+def test_latest_skips_damaged_checkpoints(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     for step in (100, 200):
         save(run, step)
@@ -122,7 +122,7 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
         latest = run.latest()
     assert latest is not None
     assert latest.step == 100
-    # training goes on from there; the damaged one must not outlive a good one
+    # training resumes from there; the damaged checkpoint must not displace a good one
     save(run, 150)
     assert steps(run) == [150, 100]
     damage(run.path / "checkpoints" / "step-100")
@@ -131,7 +131,7 @@ def test_latest_passes_over_what_is_damaged(tmp_path: Path) -> None:
         run.latest()
 
 
-def test_a_complete_checkpoint_counts_though_last_does_not_yet_point_at_it(tmp_path: Path) -> None:
+def test_latest_does_not_depend_on_the_link_last(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     save(run, 100)
     save(run, 200)
@@ -142,7 +142,7 @@ def test_a_complete_checkpoint_counts_though_last_does_not_yet_point_at_it(tmp_p
     assert latest.step == 200
 
 
-def test_metrics_are_lines_and_can_be_cut_at_a_step(tmp_path: Path) -> None:
+def test_metrics_are_lines_and_can_be_truncated(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert run.metrics() == []
     for step in range(5):
@@ -156,7 +156,7 @@ def test_metrics_are_lines_and_can_be_cut_at_a_step(tmp_path: Path) -> None:
     assert (run.path / "metrics.jsonl").read_text().splitlines() == lines[:3]
 
 
-def test_a_second_trainer_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+def test_second_trainer_is_refused_naming_the_first(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     (run.path / ".spairkit-tmp-0").mkdir()
     with run.lock():
@@ -193,7 +193,7 @@ with run.lock():
 
 @pytest.mark.slow
 def test_kill_9_loses_no_checkpoint_and_frees_the_lock(tmp_path: Path) -> None:
-    """Each kill comes at another moment of endless saving; forks share one import of torch."""
+    """Kills come at random moments of continuous saving; forks share one import of torch."""
     run = new_run(tmp_path)
     code = f"""
 import os, random, signal, sys, time
@@ -213,7 +213,7 @@ for _ in range(20):
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "neither an error nor a warning of damage"
     starts = [int(line) for line in done.stdout.split()]
-    assert starts == sorted(starts), "no step back"
+    assert starts == sorted(starts), "no checkpoint is lost"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         latest = run.latest()
@@ -227,7 +227,7 @@ for _ in range(20):
     assert recorded[-1] >= latest.step
 
 
-def test_the_packaged_checkpoint_lies_in_the_package() -> None:
+def test_packaged_checkpoint_is_inside_the_package() -> None:
     import spairkit
 
     assert pretrained().is_relative_to(Path(spairkit.__file__).parent)

@@ -1,4 +1,4 @@
-"""Scenes, bit for bit against a composition in loops; their distributions; their purity."""
+"""Scenes bit for bit against a composition in loops; distributions; determinism."""
 
 import hashlib
 from itertools import pairwise
@@ -21,14 +21,14 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "small": SMALL,
     "wide": {"image_height": 20, "image_width": 33, "max_objects": 4},
-    "high, in colour": {
+    "tall, in colour": {
         "image_height": 40,
         "image_width": 24,
         "colour": "random",
         "max_objects": 4,
     },
     "varied": {"glyph_jitter": 4, "colour": "random", "background": "random", "max_objects": 5},
-    "grounds": {"background": "random", "max_objects": 2, "min_objects": 0, "seed": 7},
+    "backgrounds": {"background": "random", "max_objects": 2, "min_objects": 0, "seed": 7},
     "tight": {"image_height": 13, "image_width": 14, "glyph_size": 6, "max_overlap": 0.0},
 }
 CASES["tight"] |= {"min_objects": 3, "max_objects": 3}
@@ -59,7 +59,7 @@ def overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> int:
 
 
 class SceneInLoops:
-    """One scene by the text of docs/model.md 10: integers, loops, every position tried."""
+    """One scene as docs/model.md 10 defines it: integers, loops, every position tried."""
 
     def __init__(self, config: DataConfig, split: Split, index: int) -> None:
         number = {"train": 0, "validation": 1, "test": 2}[split]
@@ -132,7 +132,7 @@ def assert_equal(first: Batch, second: Batch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_matches_composition_in_loops(case: str) -> None:
+def test_scenes_match_composition_in_loops(case: str) -> None:
     config = DataConfig(**CASES[case])
     split: Split = "validation" if case == "default" else "train"
     indices = [0, 1, 2, 1_000_003]
@@ -148,14 +148,14 @@ def test_matches_composition_in_loops(case: str) -> None:
         assert (batch.labels[b, count:] == -1).all()
 
 
-def test_layouts_are_begun_anew() -> None:
-    """The tight case above does what its name says: some first attempts fail."""
+def test_tight_layouts_are_restarted() -> None:
+    """Some first attempts at the tight case fail."""
     config = DataConfig(**CASES["tight"])
     assert max(SceneInLoops(config, "train", index).attempts for index in (0, 1, 2, 1_000_003)) > 0
 
 
 @pytest.mark.parametrize("case", ["default", "varied"])
-def test_is_a_pure_function_of_the_index(case: str) -> None:
+def test_scenes_are_a_pure_function_of_the_index(case: str) -> None:
     config = DataConfig(**CASES[case])
     whole = Scenes(config, "train").batch(torch.arange(40))
     shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -166,7 +166,7 @@ def test_is_a_pure_function_of_the_index(case: str) -> None:
         whole,
         Batch(again.images[back], again.boxes[back], again.labels[back], again.counts[back]),
     )
-    # forwards, backwards and across the end of what was made ahead
+    # forwards, backwards and across the end of scenes made in advance
     for start, end in [(0, 3), (3, 6), (20, 29), (29, 38), (5, 6), (4, 40)]:
         part = scenes.batch(torch.arange(start, end))
         run = slice(start, end)
@@ -177,7 +177,7 @@ def test_is_a_pure_function_of_the_index(case: str) -> None:
 
 @pytest.mark.parametrize("stride", [4, 12])
 def test_batches_are_made_several_at_a_time(monkeypatch: pytest.MonkeyPatch, stride: int) -> None:
-    """One after the other, or every third one, as a process that shares batches takes them."""
+    """For consecutive batches, and for every third one, as one of three processes makes them."""
     scenes = Scenes(DataConfig(**SMALL), "train")
     whole = Scenes(DataConfig(**SMALL), "train").batch(torch.arange(1000, 1300))
     made: list[int] = []
@@ -198,7 +198,7 @@ def test_batches_are_made_several_at_a_time(monkeypatch: pytest.MonkeyPatch, str
     assert made == [32] * (3 if stride == 4 else 4)
 
 
-def test_lower_precision_around_it_changes_nothing() -> None:
+def test_autocast_does_not_change_scenes() -> None:
     scenes = Scenes(DataConfig(min_objects=9), "train")
     indices = torch.arange(0, 64, 2)
     plain = scenes.batch(indices)
@@ -206,7 +206,7 @@ def test_lower_precision_around_it_changes_nothing() -> None:
         assert_equal(plain, scenes.batch(indices))
 
 
-def test_a_caller_may_write_into_its_batch() -> None:
+def test_caller_may_modify_its_batch() -> None:
     scenes = Scenes(DataConfig(**SMALL), "train")
     first = scenes.batch(torch.arange(4))
     kept = first.images.clone()
@@ -229,8 +229,8 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("case", GOLDEN)
-def test_bytes_are_the_same_everywhere(case: str) -> None:
-    """Scenes are named by seed and index in reports: their bytes may never change."""
+def test_bytes_equal_the_recorded_hashes(case: str) -> None:
+    """Reports identify scenes by seed and index, so their bytes must never change."""
     batch = Scenes(DataConfig(**CASES[case]), "test").batch(torch.arange(16))
     digest = hashlib.sha256(batch.images.numpy().tobytes())
     for part in (batch.boxes, batch.labels, batch.counts):
@@ -238,7 +238,7 @@ def test_bytes_are_the_same_everywhere(case: str) -> None:
     assert digest.hexdigest() == GOLDEN[case]
 
 
-def test_boxes_hug_the_pixels_and_pixels_stay_in_the_boxes() -> None:
+def test_boxes_are_tight_and_contain_all_lit_pixels() -> None:
     batch = Scenes(DataConfig(max_objects=1), "train").batch(torch.arange(64))
     for image, truth in zip(batch.images, batch.truth(), strict=True):
         ys, xs = image[0].nonzero().unbind(1)
@@ -254,7 +254,7 @@ def test_boxes_hug_the_pixels_and_pixels_stay_in_the_boxes() -> None:
 
 
 def test_counts_and_classes_are_uniform() -> None:
-    """Chi-square at one in 10,000: 27.9 for 9 values less one, 33.7 for 10 less one."""
+    """Chi-square at a level of 1e-4: 31.8 for 8 degrees of freedom, 33.7 for 9."""
     batch = Scenes(DataConfig(image_height=64, image_width=64), "train").batch(torch.arange(2000))
     counts = batch.counts.bincount(minlength=10)[1:].double()
     assert chi_square(counts, torch.full((9,), 2000 / 9)) < 31.8
@@ -262,8 +262,8 @@ def test_counts_and_classes_are_uniform() -> None:
     assert chi_square(labels, labels.mean().expand(10)) < 33.7
 
 
-def test_positions_are_those_of_rejection_sampling() -> None:
-    """Of the third square: the paper's loop of draws and rejections gives the same histogram."""
+def test_positions_follow_rejection_sampling() -> None:
+    """The third square has the histogram of the paper's loop of draws and rejections."""
     rng = np.random.default_rng(0)
     height, width, side, limit, number = 9, 10, 4, 8, 6000
 
@@ -295,7 +295,7 @@ def test_positions_are_those_of_rejection_sampling() -> None:
     third = corners[complete][:, 2]
     ours = (third[:, 0] * (width - side + 1) + third[:, 1]).bincount(minlength=42).double()
     ours *= number / ours.sum()
-    # two samples of the same size; 84.0 at one in 10,000 for 42 positions less one
+    # two samples of equal size; 83.5 at a level of 1e-4 for 41 degrees of freedom
     assert float(((ours - theirs) ** 2 / (ours + theirs)).sum()) < 84.0
 
 
@@ -312,11 +312,11 @@ def test_first_square_is_uniform() -> None:
         max_overlap_px2=0,
     )
     places = (corners[:, 0, 0] * 7 + corners[:, 0, 1]).bincount(minlength=49).double()
-    # 93.3 at one in 10,000 for 49 positions less one
+    # 93.2 at a level of 1e-4 for 48 degrees of freedom
     assert chi_square(places, torch.full((49,), 100.0)) < 93.3
 
 
-def test_hash_is_splitmix64_in_unbounded_integers() -> None:
+def test_hash_equals_splitmix64_in_python_integers() -> None:
     counters = [0, 1, 2, 10**6, (1 << 62) + 12345]
     ours = hashed(seeded(5, 9), torch.tensor(counters))
     assert [int(bits) & WORD for bits in ours] == [chain(5, 9, counter) for counter in counters]
@@ -331,7 +331,7 @@ def test_below_covers_its_range_in_order() -> None:
     assert below(steps, 0).abs().sum() == 0
 
 
-def test_no_objects_is_an_empty_scene() -> None:
+def test_scenes_without_objects_are_black() -> None:
     batch = Scenes(DataConfig(min_objects=0, max_objects=0), "test").batch(torch.arange(3))
     assert batch.images.shape == (3, 3, 48, 48)
     assert batch.images.abs().sum() == 0
@@ -339,13 +339,13 @@ def test_no_objects_is_an_empty_scene() -> None:
     assert [len(truth) for truth in batch.truth()] == [0, 0, 0]
 
 
-def test_an_empty_batch_is_one() -> None:
+def test_empty_batch_is_supported() -> None:
     batch = Scenes(DataConfig(), "test").batch(torch.arange(0))
     assert batch.images.shape == (0, 3, 48, 48)
     assert batch.truth() == []
 
 
-def test_length_is_of_the_split() -> None:
+def test_length_is_that_of_the_split() -> None:
     config = DataConfig(validation_images=30, test_images=20)
     assert len(Scenes(config, "validation")) == 30
     assert len(Scenes(config, "test")) == 20
@@ -353,7 +353,7 @@ def test_length_is_of_the_split() -> None:
         len(Scenes(config, "train"))
 
 
-def test_says_when_objects_cannot_fit() -> None:
+def test_objects_that_cannot_fit_are_reported() -> None:
     with pytest.raises(InputError, match="more area than the image has"):
         Scenes(DataConfig(image_height=28, image_width=28, max_overlap=0.0), "train")
     # two squares of 6 in 9 by 9: enough area, no place
@@ -365,7 +365,7 @@ def test_says_when_objects_cannot_fit() -> None:
     assert "data.max_objects" in str(caught.value)
 
 
-def test_names_the_indices_it_wants() -> None:
+def test_wrong_indices_are_refused() -> None:
     scenes = Scenes(DataConfig(), "train")
     with pytest.raises(ValueError, match=r"int64 \[B\]"):
         scenes.batch(torch.zeros(3))
@@ -373,7 +373,7 @@ def test_names_the_indices_it_wants() -> None:
         scenes.batch(torch.zeros(3, 1, dtype=torch.int64))
 
 
-def test_the_overlap_limit_is_not_rounded_below_a_whole_pixel() -> None:
+def test_overlap_limit_is_not_rounded_below_a_whole_pixel() -> None:
     """.29 of 100 square pixels are 29, though the product in float64 is less."""
     assert 0.29 * 10**2 < 29
     scenes = Scenes(DataConfig(glyph_size=10, max_overlap=0.29), "train")

@@ -45,7 +45,7 @@ def draw(space: Space, seed: int, numbers: range) -> list[dict[str, Any]]:
     return found
 
 
-def test_grid_is_drawn_without_replacement() -> None:
+def test_grid_is_sampled_without_replacement() -> None:
     space = space_of(what=[4, 8, 16], activation=["relu", "celu"], lateral=[True, False])
     assert grid_size(space) == 12
     draws = draw(space, 3, range(12))
@@ -54,7 +54,7 @@ def test_grid_is_drawn_without_replacement() -> None:
     assert draws != draw(space, 4, range(12))
 
 
-def test_ranges_are_drawn_evenly() -> None:
+def test_ranges_are_sampled_uniformly() -> None:
     space = space_of(
         beta={"low": 0.1, "high": 10.0, "log": True},
         colour_scale={"low": 1, "high": 3},
@@ -109,7 +109,7 @@ def test_drawn_values_survive_set_options_and_config() -> None:
     assert parse(plain(space), QUICK, "again") == space
 
 
-def test_space_file_takes_tables_and_dotted_keys(tmp_path: Path) -> None:
+def test_space_file_accepts_tables_and_dotted_keys(tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text(
         'model.beta = [1.0, 2.0]\n"model.what" = {low = 2, high = 9}\n[train]\nseed = [0, 1]\n'
@@ -117,7 +117,7 @@ def test_space_file_takes_tables_and_dotted_keys(tmp_path: Path) -> None:
     assert set(load_space(file, QUICK)) == {"model.beta", "model.what", "train.seed"}
 
 
-def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "space.toml"
     file.write_text(
         "[data]\nmax_objects = [1, 2]\n"

@@ -1,4 +1,4 @@
-"""SPAIR against cells and terms written out here one by one, and its promises as a detector."""
+"""SPAIR against cells and loss terms written out one by one, and its behaviour as a detector."""
 
 import math
 from dataclasses import fields, replace
@@ -34,7 +34,7 @@ def model() -> SPAIR:
 
 
 def encode_in_raster_order(model: SPAIR, images: Tensor, noise: Noise, relaxed: bool) -> Latents:
-    """docs/model.md 3.2 as it reads: cell by cell, the context from a table of cells."""
+    """docs/model.md 3.2 literally: cell by cell, with the context from a table of cells."""
     features = model.backbone(images)
     rows, columns = features.shape[-2:]
     box, rest, presence = model.edge[:4], model.edge[4:-1], model.edge[-1:]
@@ -65,7 +65,7 @@ def encode_cell(
     logistic: Tensor,  # [B]
     relaxed: bool,
 ) -> tuple[Latents, Tensor]:
-    """docs/model.md 3.3, row by row of its table; only weights are the model's."""
+    """docs/model.md 3.3, row by row of its table; only the weights come from the model."""
     config = model.config
 
     def lateral(network: LateralNetwork, *inputs: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_wavefront_gradients_equal_the_raster_loop(model: SPAIR) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_has_the_parameters_of_the_specification() -> None:
+def test_parameter_counts_match_the_specification() -> None:
     def count(module: torch.nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
@@ -231,7 +231,7 @@ def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> 
     torch.testing.assert_close(heavier.elbo, losses.elbo)
 
 
-def test_training_wheels_hold_where_depth_and_pres(model: SPAIR) -> None:
+def test_training_wheels_train_only_encoder_and_decoder(model: SPAIR) -> None:
     images = torch.rand(2, 3, 24, 24)
     model(images, training_wheels=True).total.sum().backward()
     for name, parameter in model.named_parameters():
@@ -240,7 +240,7 @@ def test_training_wheels_hold_where_depth_and_pres(model: SPAIR) -> None:
 
 
 @pytest.mark.parametrize("size", [48, 84])
-def test_the_paper_model_is_finite(size: int) -> None:
+def test_paper_model_stays_finite(size: int) -> None:
     torch.manual_seed(0)
     model = SPAIR(SPAIRConfig())
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -255,7 +255,7 @@ def test_the_paper_model_is_finite(size: int) -> None:
 
 
 @pytest.mark.parametrize("background", ["black", "solid", "mode", "mlp"])
-def test_backgrounds_fill_the_image_where_nothing_is(
+def test_background_fills_images_without_objects(
     background: Literal["black", "solid", "mode", "mlp"],
 ) -> None:
     torch.manual_seed(0)
@@ -276,7 +276,7 @@ def test_backgrounds_fill_the_image_where_nothing_is(
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (13, 40), (48, 48), (97, 51)])
-def test_takes_images_of_any_size(model: SPAIR, height: int, width: int) -> None:
+def test_images_of_any_size_are_accepted(model: SPAIR, height: int, width: int) -> None:
     images = torch.rand(2, 3, height, width)
     found = model.detect(images, threshold=0.0)
     assert [len(item) for item in found] == [math.ceil(height / 12) * math.ceil(width / 12)] * 2
@@ -289,7 +289,7 @@ def test_takes_images_of_any_size(model: SPAIR, height: int, width: int) -> None
 
 
 @pytest.mark.parametrize("contrast", [0.0, 0.3])
-def test_tightened_boxes_lie_on_the_edges_of_pixels(model: SPAIR, contrast: float) -> None:
+def test_tightened_boxes_lie_on_pixel_edges(model: SPAIR, contrast: float) -> None:
     images = torch.rand(2, 3, 24, 30)
     given = model.detect(images, 0.0, box_contrast=contrast)
     model.config = replace(model.config, box_contrast=contrast)
@@ -299,7 +299,7 @@ def test_tightened_boxes_lie_on_the_edges_of_pixels(model: SPAIR, contrast: floa
         assert torch.equal(found.boxes, one.boxes)
 
 
-def test_other_backgrounds_are_not_fitted() -> None:
+def test_fixed_backgrounds_cannot_be_fitted() -> None:
     with pytest.raises(ValueError, match="'black' is not fitted"):
         SPAIR(SMALL).fit_background(torch.rand(1, 3, 4, 4))
 
@@ -317,7 +317,7 @@ def test_moving_the_image_by_a_cell_moves_the_boxes(model: SPAIR) -> None:
     torch.testing.assert_close(others[2:4, 2:5], boxes[1:3, 0:3] + shift, rtol=0, atol=1e-4)
 
 
-def test_means_are_repeatable_and_samples_are_not(model: SPAIR) -> None:
+def test_detections_are_deterministic_unless_sampled(model: SPAIR) -> None:
     images = torch.rand(4, 3, 48, 48)
     first, second = model.detect(images, 0.0), model.detect(images, 0.0)
     assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(first, second, strict=True))
@@ -327,14 +327,14 @@ def test_means_are_repeatable_and_samples_are_not(model: SPAIR) -> None:
     assert any(not torch.equal(a.boxes, b.boxes) for a, b in zip(sampled, again, strict=True))
 
 
-def test_the_same_generator_gives_the_same_losses(model: SPAIR) -> None:
+def test_equal_generators_give_equal_losses(model: SPAIR) -> None:
     images = torch.rand(2, 3, 36, 36)
     totals = [model(images, generator=torch.Generator().manual_seed(s)).total for s in (5, 5, 6)]
     assert torch.equal(totals[0], totals[1])
     assert not torch.equal(totals[0], totals[2])
 
 
-def test_detecting_in_inference_mode_leaves_training_whole() -> None:
+def test_training_works_after_detecting_in_inference_mode() -> None:
     torch.manual_seed(0)
     model = SPAIR(SMALL)
     images = torch.rand(2, 3, 31, 29)  # a size that no other test has cached
@@ -354,7 +354,7 @@ def test_detecting_in_inference_mode_leaves_training_whole() -> None:
         (torch.full((1, 3, 24, 24), float("nan")), "must be finite"),
     ],
 )
-def test_refuses_what_is_no_batch_of_images(model: SPAIR, images: Tensor, message: str) -> None:
+def test_invalid_batches_are_refused(model: SPAIR, images: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model.detect(images)
 

@@ -68,7 +68,7 @@ Runner = Callable[..., Result]
 def run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Runner:
-    """Runs a command in this process, in an empty folder but for tiny.toml."""
+    """Runs a command in this process, in a folder that contains only tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
 
@@ -262,7 +262,7 @@ def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> 
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent_and_lose_nothing(run: Runner) -> None:
+def test_workers_of_a_killed_parent_save_and_end(run: Runner) -> None:
     out = Path("sweep").resolve()
     words = ("--config", "tiny.toml", "--set", "train.steps=5000", "--out", out, "--workers", 2)
     with spairkit("sweep", *words) as process:
@@ -287,7 +287,7 @@ def test_workers_end_with_their_parent_and_lose_nothing(run: Runner) -> None:
     assert sweep.trials()[0].steps == steps + 1
 
 
-def test_abandoned_trial_is_resumed_and_a_claimed_one_is_left_alone(tmp_path: Path) -> None:
+def test_abandoned_trials_are_resumed_and_claimed_ones_skipped(tmp_path: Path) -> None:
     sweep = create(tmp_path / "sweep")
     study = sweep._study
     study.ask(dict(sweep.space))  # killed before its run was complete
@@ -353,7 +353,7 @@ def test_sweep_refuses_other_settings_and_other_folders(run: Runner) -> None:
     assert "bta: unknown key, did you mean beta?" in ended.err
 
 
-def test_journal_that_ends_in_a_partial_line_loses_that_line_only(tmp_path: Path) -> None:
+def test_partial_last_line_of_the_journal_is_dropped(tmp_path: Path) -> None:
     sweep = create(tmp_path / "sweep")
     work(sweep, 1)
     with open(sweep.path / "journal.log", "a") as journal:
@@ -364,7 +364,7 @@ def test_journal_that_ends_in_a_partial_line_loses_that_line_only(tmp_path: Path
     assert states(reopened(sweep)) == [(0, "complete"), (1, "complete")]
 
 
-def test_damaged_journal_is_a_one_line_error(run: Runner) -> None:
+def test_damaged_journal_gives_a_one_line_error(run: Runner) -> None:
     create(Path("sweep"))
     journal = Path("sweep/journal.log")
     text = journal.read_text()
@@ -376,7 +376,9 @@ def test_damaged_journal_is_a_one_line_error(run: Runner) -> None:
         assert ended.err.count("\n") == 1
 
 
-def test_missing_optuna_is_a_one_line_error(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_optuna_gives_a_one_line_error(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     for name in [name for name in sys.modules if name.startswith("spairkit.sweeps")]:
         monkeypatch.delitem(sys.modules, name)

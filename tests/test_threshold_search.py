@@ -1,4 +1,4 @@
-"""The fit of ConnComp beside a plain search, interrupted, and from images without boxes."""
+"""The fit of ConnComp against a plain search, after interruptions, and without ground truth."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def fitted(folder: Path, settings: Config) -> tuple[Run, list[Step | Validation]
 
 
 @pytest.mark.parametrize("criterion", ["ap", "count_error"])
-def test_finds_what_a_plain_search_finds(tmp_path: Path, criterion: str) -> None:
+def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str) -> None:
     settings = config(criterion=criterion)
     run, events = fitted(tmp_path / "run", settings)
     batch = open_dataset(settings.data, "train").batch(torch.arange(3 << 32, (3 << 32) + 40))
@@ -75,7 +75,7 @@ def test_finds_what_a_plain_search_finds(tmp_path: Path, criterion: str) -> None
         assert list(fit(settings, run, CPU)) == []
 
 
-def test_an_interrupted_search_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+def test_resumed_search_is_bit_identical(tmp_path: Path) -> None:
     settings = config()
     whole, _ = fitted(tmp_path / "whole", settings)
     cut = Run.create(tmp_path / "cut", settings)
@@ -89,7 +89,7 @@ def test_an_interrupted_search_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert (cut.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
-def test_other_thresholds_are_searched_anew(tmp_path: Path) -> None:
+def test_search_restarts_for_other_thresholds(tmp_path: Path) -> None:
     run, _ = fitted(tmp_path / "run", config())
     run.extend(7)
     with run.lock():
@@ -97,7 +97,7 @@ def test_other_thresholds_are_searched_anew(tmp_path: Path) -> None:
     assert [event.step for event in events] == [*range(1, 8), 7]
 
 
-def test_a_threshold_that_is_given_is_kept(tmp_path: Path) -> None:
+def test_given_threshold_is_kept(tmp_path: Path) -> None:
     run, events = fitted(tmp_path / "run", config(threshold=0.25))
     assert [event.step for event in events] == [12, 12]
     model = load(run.path).network
@@ -124,9 +124,7 @@ def folder_config(folder: Path, **model: Any) -> Config:
     return from_dict({"data": data, "model": model, "train": {"steps": 5}})
 
 
-def test_boxes_are_needed_to_fit_but_not_to_use_a_threshold(
-    tmp_path: Path, unlabelled: Path
-) -> None:
+def test_search_needs_ground_truth_but_otsu_does_not(tmp_path: Path, unlabelled: Path) -> None:
     run = Run.create(tmp_path / "run", folder_config(unlabelled))
     with run.lock(), pytest.raises(InputError, match=r"model\.threshold=0\.3, or let Otsu's"):
         list(fit(run.config, run, CPU))
@@ -143,7 +141,7 @@ def test_boxes_are_needed_to_fit_but_not_to_use_a_threshold(
         assert model.detect(image)[0].boxes.tolist() == [[5, 2, 6, 4]]
 
 
-def test_files_whose_boxes_nobody_knows_are_left_out(tmp_path: Path, unlabelled: Path) -> None:
+def test_search_leaves_out_files_without_annotations(tmp_path: Path, unlabelled: Path) -> None:
     boxes = [[4, 3, 5, 6], [20, 12, 8, 5]]
     content = {
         "images": [{"id": 1, "file_name": "1.png"}],
@@ -159,7 +157,7 @@ def test_files_whose_boxes_nobody_knows_are_left_out(tmp_path: Path, unlabelled:
     assert max(tried) == 1.0
 
 
-def test_the_commands_take_it(
+def test_commands_support_conncomp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -188,7 +186,7 @@ def test_the_commands_take_it(
         main(["eval", "--checkpoint", trained["run"], "--box-contrast", "0.5"])
     assert refused.value.code == 2
     assert "--box-contrast" in capsys.readouterr().err
-    assert not image.exists()  # made for the person, and not with --json
+    assert not image.exists()  # --json writes no example picture
     page = Path(run("report", trained["run"]).strip()).read_text()
     assert "Threshold search" in page
     assert "CONNCOMP on digits" in page

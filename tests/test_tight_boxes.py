@@ -6,7 +6,7 @@ import torch
 from spairkit.models.tight_boxes import tighten
 
 
-def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:
+def test_boxes_shrink_to_the_visible_texels() -> None:
     torch.manual_seed(0)
     maps = torch.rand(2, 5, 7, 7, 4) * (torch.rand(2, 5, 7, 7, 1) < 0.1)
     maps[0, 0] = 0
@@ -32,7 +32,7 @@ def test_boxes_shrink_to_the_texels_that_can_be_seen() -> None:
             assert actual[b, k].tolist() == [*start, *np.maximum(stop, start + 1)]
 
 
-def test_boxes_end_at_the_rim_of_the_image() -> None:
+def test_boxes_end_at_the_edge_of_the_image() -> None:
     boxes = torch.tensor([[-3.0, -0.3, 5.0, 6.0], [8.0, 5.0, 14.0, 12.0], [-9.0, 20.0, -2.0, 30.0]])
     maps = torch.ones(1, 3, 4, 4, 4)
     found = tighten(boxes[None], maps, torch.zeros(1, 3, 1, 1), 0.05, (10, 12))[0].tolist()
@@ -40,15 +40,15 @@ def test_boxes_end_at_the_rim_of_the_image() -> None:
     assert str(found[0][1]) == "0.0"
 
 
-def test_a_thin_object_gets_a_box_of_a_pixel() -> None:
+def test_thin_object_gets_a_box_one_pixel_wide() -> None:
     boxes = torch.tensor([[[3.3, 3.3, 3.4, 9.0]]])
     maps = torch.ones(1, 1, 4, 4, 4)
     found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05, (20, 20))
     assert found.tolist() == [[[3.0, 3.0, 4.0, 9.0]]]
 
 
-def test_a_dim_object_gets_the_box_of_a_bright_one() -> None:
-    """A blurred spot of any height, cut at half of it."""
+def test_box_does_not_depend_on_brightness() -> None:
+    """Gaussian spots with different peaks, each cut at half its peak."""
     place = torch.arange(13.0) - 6
     spot = torch.exp(-(place[:, None] ** 2 + place**2) / 8)
     boxes = torch.tensor([[[10.0, 20.0, 23.0, 33.0]] * 3])
@@ -58,7 +58,7 @@ def test_a_dim_object_gets_the_box_of_a_bright_one() -> None:
     assert found.tolist() == [[[14.0, 24.0, 19.0, 29.0]] * 3]  # 8 ln 2 is 5.5: two texels each way
 
 
-def test_an_object_that_cannot_be_seen_keeps_its_box() -> None:
+def test_invisible_object_keeps_its_box() -> None:
     boxes = torch.tensor([[[1.2, 2.4, 5.0, 8.9]]])
     maps = torch.zeros(1, 1, 4, 4, 4)
     found = tighten(boxes, maps, torch.zeros(1, 3, 1, 1), 0.05, (20, 20))

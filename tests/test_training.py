@@ -1,4 +1,4 @@
-"""What the loop promises: the same bits after a kill, nothing non-finite kept, the schedules."""
+"""The training loop: bit-identical resumption, non-finite updates, precision, schedules."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ from spairkit.training import trainer as trainer_module
 from spairkit.training.loop import Step, Validation, fit
 from spairkit.training.trainer import Trainer, learning_rate, success_at
 
-NoWaiting = Callable[[], AbstractContextManager[object]]
+NoSync = Callable[[], AbstractContextManager[object]]
 
 CPU = torch.device("cpu")
 GPU = [
@@ -67,7 +67,7 @@ def tiny(**train: Any) -> Config:
 def train(
     config: Config, folder: Path, steps: int | None = None, device: torch.device = CPU
 ) -> Run:
-    """Trains in `folder`, or goes on there; stops after `steps` updates of this process."""
+    """Trains in `folder`, or resumes there; stops after `steps` updates of this call."""
     run = Run.open(folder) if folder.exists() else Run.create(folder, config)
     made = 0
 
@@ -92,7 +92,7 @@ def assert_same_bits(first: Run, second: Run) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def test_yields_every_step_and_validation(tmp_path: Path) -> None:
+def test_fit_yields_every_step_and_validation(tmp_path: Path) -> None:
     config = tiny()
     run = Run.create(tmp_path / "run", config)
     with run.lock():
@@ -109,7 +109,7 @@ def test_yields_every_step_and_validation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [(1,), (4,), (3, 2)])
-def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, stops: tuple[int]) -> None:
+def test_resumed_run_is_bit_identical(tmp_path: Path, stops: tuple[int]) -> None:
     config = tiny()
     whole = train(config, tmp_path / "whole")
     for steps in stops:
@@ -119,7 +119,7 @@ def test_a_stopped_and_resumed_run_has_the_same_bits(tmp_path: Path, stops: tupl
     assert whole.metrics() == parts.metrics()
 
 
-def test_what_is_said_to_stop_is_saved(tmp_path: Path) -> None:
+def test_stopped_run_is_saved(tmp_path: Path) -> None:
     config = tiny()
     run = Run.create(tmp_path / "run", config)
     asked = iter(range(10**9))
@@ -154,7 +154,7 @@ AIR: dict[str, Any] = {
     ],
     ids=lambda model: "-".join(map(str, model.values())),
 )
-def test_air_resumes_to_the_same_bits(tmp_path: Path, model: dict[str, Any]) -> None:
+def test_resumed_air_is_bit_identical(tmp_path: Path, model: dict[str, Any]) -> None:
     config = from_dict(merge(AIR, {"model": model}))
     whole = train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", 3)
@@ -163,10 +163,10 @@ def test_air_resumes_to_the_same_bits(tmp_path: Path, model: dict[str, Any]) -> 
     assert whole.metrics() == parts.metrics()
     validation = next(r for r in whole.metrics() if r["kind"] == "validation")
     if "count" not in model:
-        assert validation["count_accuracy"] == 1.0, "it was told"
+        assert validation["count_accuracy"] == 1.0, "the counts are given"
 
 
-def test_a_model_that_is_told_counts_needs_them(tmp_path: Path) -> None:
+def test_given_counts_need_ground_truth(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     write_png(images / "0.png", torch.rand(3, 30, 30))
@@ -174,16 +174,16 @@ def test_a_model_that_is_told_counts_needs_them(tmp_path: Path) -> None:
     config = from_dict(merge(AIR, {"data": data, "model": {"kind": "air"}}))
     with pytest.raises(InputError, match=r"model\.count = 'given' needs the true number"):
         train(config, tmp_path / "run")
-    counting = {"kind": "air", "count": "inferred"}
-    config = from_dict(merge(AIR, {"data": data, "model": counting}))
+    inferred_count = {"kind": "air", "count": "inferred"}
+    config = from_dict(merge(AIR, {"data": data, "model": inferred_count}))
     with pytest.raises(InputError, match=r"AIR takes images of one size, here 24x24 px, .* 30x30"):
         train(config, tmp_path / "run 2")
     whole = {**data, "image_height": 30, "image_width": 30}
-    train(from_dict(merge(AIR, {"data": whole, "model": counting})), tmp_path / "run 3", 1)
+    train(from_dict(merge(AIR, {"data": whole, "model": inferred_count})), tmp_path / "run 3", 1)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "last", "best"])
-def test_a_kill_while_a_validation_is_saved_loses_nothing(
+def test_kill_while_saving_a_validation_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = tiny()
@@ -208,7 +208,7 @@ def test_a_kill_while_a_validation_is_saved_loses_nothing(
     assert whole.metrics() == cut.metrics()
 
 
-def test_resuming_elsewhere_says_what_has_changed(
+def test_resuming_elsewhere_warns_of_the_differences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tiny(), tmp_path / "run", 1)
@@ -218,15 +218,13 @@ def test_resuming_elsewhere_says_what_has_changed(
         train(tiny(), tmp_path / "run", 1)
 
 
-def test_another_seed_gives_another_model(tmp_path: Path) -> None:
+def test_seed_changes_the_trained_weights(tmp_path: Path) -> None:
     runs = [train(tiny(seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
     first, second = (weights(run)["edge"] for run in runs)
     assert not torch.equal(first, second)
 
 
-def test_another_seed_gives_other_scenes_and_other_noise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_seed_changes_scenes_and_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
     forward = SPAIR.forward
 
@@ -264,7 +262,7 @@ for _ in range(3):
         os._exit(0)
     os.close(to_parent)
     assert os.read(steps, 1), "it never trained"
-    time.sleep(draw.uniform(0, 0.3))  # it trains: now at any moment
+    time.sleep(draw.uniform(0, 0.3))  # it trains: kill it at a random moment
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(steps)
@@ -274,8 +272,8 @@ for _ in range(3):
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_has_the_same_bits(tmp_path: Path) -> None:
-    """Forks share one import of torch."""
+def test_killed_and_resumed_run_is_bit_identical(tmp_path: Path) -> None:
+    """Kills come at random moments of training; forks share one import of torch."""
     config = tiny(steps=30, validation_every=3)
     whole = train(config, tmp_path / "whole")
     killed = Run.create(tmp_path / "killed", config)
@@ -304,9 +302,7 @@ def break_losses(monkeypatch: pytest.MonkeyPatch, broken: set[int]) -> None:
     monkeypatch.setattr(SPAIR, "forward", poisoned)
 
 
-def test_a_step_that_is_not_finite_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_non_finite_steps_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_losses(monkeypatch, {2, 5})
     run = train(tiny(), tmp_path / "run")
     state = weights(run)
@@ -314,10 +310,10 @@ def test_a_step_that_is_not_finite_is_left_out(
     assert float(state["step:decoder.0.bias"]) == 6
 
 
-def test_an_update_that_is_not_finite_changes_nothing(
+def test_non_finite_updates_change_no_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if it had not been made: neither weights nor moments nor the count of Adam's steps."""
+    """Weights, moments and Adam's step counts stay the same."""
     break_losses(monkeypatch, {2, 3})
     run = Run.create(tmp_path / "run", tiny())
     states = []
@@ -335,7 +331,7 @@ def test_an_update_that_is_not_finite_changes_nothing(
     assert not torch.equal(after["decoder.0.bias"], before["decoder.0.bias"])
 
 
-def test_ten_in_a_row_end_training_and_keep_the_last_good(
+def test_eleven_non_finite_updates_in_a_row_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_losses(monkeypatch, set(range(5, 99)))
@@ -347,7 +343,7 @@ def test_ten_in_a_row_end_training_and_keep_the_last_good(
 
 
 class OneBatch:
-    """Data that is on the device already."""
+    """A dataset of one batch, which is already on the device."""
 
     has_truth = False
 
@@ -361,31 +357,31 @@ class OneBatch:
 
 @pytest.mark.parametrize("wheels", [True, False])
 @pytest.mark.parametrize("recipe", ["quick spair", "quick air", "quick dair", "paper spair"])
-def test_an_update_never_waits_for_the_device(
+def test_update_does_not_synchronise_with_the_device(
     tmp_path: Path,
-    no_waiting: NoWaiting,
+    no_sync: NoSync,
     monkeypatch: pytest.MonkeyPatch,
     recipe: str,
     wheels: bool,
 ) -> None:
-    """The presets, but for AIR that is told counts: they decide how many steps it makes."""
+    """Presets except AIR with given counts, whose number of steps depends on the counts."""
     preset, kind = recipe.split()
-    for module in (cell_loop, densities):  # the code of a GPU, without the kernels of the CPU
+    for module in (cell_loop, densities):  # the code path of a GPU, without CPU kernels
         monkeypatch.setattr(module, "runs_compiled", lambda *_: False)
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
     config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
     run = Run.create(tmp_path / "run", config)
     data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
     trainer = Trainer(config, run, data, CPU)
-    trainer.update()  # makes what is made once
-    with no_waiting():
+    trainer.update()  # creates state that later updates reuse
+    with no_sync():
         trainer.update()
         assert trainer.step == 2
 
 
-def test_the_guard_against_waiting_bites(no_waiting: NoWaiting) -> None:
+def test_no_sync_detects_synchronising_operations(no_sync: NoSync) -> None:
     for wait in (bool, float, torch.nonzero, lambda x: x[x > 0], lambda x: x.new_tensor([1.0])):
-        with no_waiting(), pytest.raises(AssertionError):
+        with no_sync(), pytest.raises(AssertionError):
             wait(torch.ones(1))
 
 
@@ -399,7 +395,7 @@ def test_low_precision_trains_to_nearly_the_same_losses(
     means = {}
     for precision in ("float32", low):
         loop = TINY["train"] | {"steps": 20, "validation_every": 20, "precision": precision}
-        loop["learning_rate"] = 1e-4  # at a high one, rounding decides where training goes
+        loop["learning_rate"] = 1e-4  # a higher rate would amplify rounding
         config = from_dict({"data": TINY["data"], "model": model, "train": loop})
         run = train(config, tmp_path / precision, device=device)
         state = load_checkpoint(run.path / "last").model
@@ -416,7 +412,7 @@ def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
         train(tiny(precision="tf32"), tmp_path / "run")
 
 
-def test_selection_by_ap_and_patience(tmp_path: Path) -> None:
+def test_ap_selects_the_best_and_patience_ends_training(tmp_path: Path) -> None:
     config = tiny(steps=400, validation_every=2, patience=4, select="ap", learning_rate=1e-6)
     run = train(config, tmp_path / "run")
     validations = [r for r in run.metrics() if r["kind"] == "validation"]
@@ -425,7 +421,7 @@ def test_selection_by_ap_and_patience(tmp_path: Path) -> None:
     assert load_checkpoint(run.path / "best").step == validations[scores.index(max(scores))]["step"]
 
 
-def test_selection_by_ap_needs_boxes(tmp_path: Path) -> None:
+def test_selection_by_ap_needs_ground_truth(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     write_png(images / "0.png", torch.rand(3, 30, 30))
@@ -438,7 +434,7 @@ def test_selection_by_ap_needs_boxes(tmp_path: Path) -> None:
 def gradients_of_first_update(
     folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: float
 ) -> Tensor:
-    """What Adam is given, all parameters in one row."""
+    """The gradients passed to Adam, of all parameters in one vector."""
     given: list[Tensor] = []
 
     def note(self: torch.optim.Adam) -> None:
@@ -455,7 +451,7 @@ def gradients_of_first_update(
     return given[0]
 
 
-def test_gradients_are_clipped_and_then_noisy(
+def test_gradients_are_clipped_before_noise_is_added(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients(name: str, **settings: float) -> Tensor:
@@ -481,12 +477,12 @@ def test_mode_background_is_the_commonest_colour(tmp_path: Path) -> None:
     assert weights(run)["background_colour"].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_learning_rate_is_a_straight_line() -> None:
+def test_learning_rate_is_linear() -> None:
     settings = TrainConfig(steps=100, learning_rate=1e-2, learning_rate_end=1e-3)
     assert [learning_rate(settings, t) for t in (0, 50, 100)] == pytest.approx([1e-2, 5.5e-3, 1e-3])
 
 
-def test_the_paper_anneals_the_count_prior() -> None:
+def test_paper_preset_anneals_the_count_prior() -> None:
     assert success_at(Config(), 0) == pytest.approx(1e-6, rel=1e-3)
     assert success_at(Config(), 10**6) == pytest.approx(0.98765, rel=1e-5)
 

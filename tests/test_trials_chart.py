@@ -1,4 +1,4 @@
-"""The chart of a sweep: a dot for every trial, and no file without trials."""
+"""The chart of a sweep: a dot for every trial, and no chart without trials."""
 
 import io
 from typing import Any

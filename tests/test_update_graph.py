@@ -1,4 +1,4 @@
-"""The update as a CUDA graph. Without a GPU a recorder of operations stands in for the graph."""
+"""The update as a CUDA graph. Without a GPU, a recorder of operations replaces the graph."""
 
 import os
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from spairkit.training.trainer import Trainer
 from spairkit.training.update_graph import RecordingTrainer, make_trainer
 
 CPU = torch.device("cpu")
-UPDATES, WHEELS = 12, 6  # so both graphs are recorded, and played more than once
+UPDATES, WHEELS = 12, 6  # both graphs are recorded, and replayed more than once
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton: see test_interpreter.py"
 )
 
 
 class Recorder(TorchDispatchMode):
-    """Does what it is asked, and can do it once more: to the same memory, as a CUDA graph would."""
+    """Runs operations and records them; `play` repeats them in place, as a CUDA graph would."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -76,7 +76,7 @@ def recording_trainer(config: Config, device: torch.device = CPU) -> RecordingTr
 
 
 def make_scenes(trainer: Trainer) -> None:
-    """Has it make its scenes inside the record, as on a GPU."""
+    """Makes the trainer create its scenes inside the record, as on a GPU."""
     assert isinstance(trainer.train, Scenes)
     trainer.train.fused = True
 
@@ -90,7 +90,7 @@ def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
 
 @pytest.fixture
 def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The recorder in place of CUDA, and how many operations each record has."""
+    """Replaces CUDA by the recorder; returns the number of operations of each record."""
     sizes: list[int] = []
 
     def record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
@@ -101,7 +101,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         recorder = Recorder()
         with recorder:
             losses = update()
-        with torch.no_grad():  # recording computes nothing
+        with torch.no_grad():  # CUDA does not execute while it records
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         sizes.append(len(recorder.calls))
@@ -113,7 +113,9 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return play
 
-    monkeypatch.setitem(backends._tried, "cpu", False)  # the recorder cannot look into Numba
+    monkeypatch.setitem(
+        backends._tried, "cpu", False
+    )  # the recorder cannot see operations inside Numba
     monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
     monkeypatch.setattr(update_graph, "_record", record)
     return sizes
@@ -122,7 +124,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     "recipe", ["quick spair", "paper spair mlp", "quick spair mode", "quick air", "quick dair"]
 )
-def test_what_is_played_is_what_would_have_been_computed(
+def test_replayed_updates_equal_unrecorded_ones(
     recipe: str, records: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(recipe)
@@ -140,13 +142,15 @@ def test_what_is_played_is_what_would_have_been_computed(
         assert torch.equal(one, other)
 
     _, plain_totals = trained(plain_trainer(config))
-    assert found_totals == pytest.approx(plain_totals, rel=1e-3), "the rate is rounded to float32"
+    assert found_totals == pytest.approx(plain_totals, rel=1e-3), (
+        "the learning rate is rounded to float32"
+    )
 
 
 @INTERPRETED
 @pytest.mark.parametrize("recipe", ["quick spair", "quick air"])
-def test_scenes_are_part_of_what_is_played(recipe: str, records: list[int]) -> None:
-    """New ones every time, and those that plain torch makes, of which the record knows nothing."""
+def test_replayed_updates_make_their_scenes(recipe: str, records: list[int]) -> None:
+    """New ones for each update, equal to those that plain torch makes outside the record."""
     config = config_of(recipe)
     given = recording_trainer(config)
     wanted, wanted_totals = trained(given)
@@ -166,10 +170,10 @@ def test_scenes_are_part_of_what_is_played(recipe: str, records: list[int]) -> N
 
 
 @INTERPRETED
-def test_a_scene_without_a_layout_ends_training(
+def test_scene_without_a_layout_ends_training(
     records: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """At the next look at the device, played or not, and before a checkpoint of it is written."""
+    """At the next report, replayed or not, and before a checkpoint is written."""
 
     def recording(*arguments: Any) -> Trainer:
         trainer = RecordingTrainer(*arguments)
@@ -192,7 +196,7 @@ def test_a_scene_without_a_layout_ends_training(
 
 
 @INTERPRETED
-def test_no_checkpoint_has_been_trained_on_a_scene_without_a_layout() -> None:
+def test_scene_without_a_layout_prevents_a_checkpoint() -> None:
     trainer = recording_trainer(config_of("quick spair"))
     make_scenes(trainer)
     assert isinstance(trainer.train, Scenes)
@@ -202,7 +206,7 @@ def test_no_checkpoint_has_been_trained_on_a_scene_without_a_layout() -> None:
         trainer.save({}, is_best=False)
 
 
-def test_what_is_not_finite_changes_nothing_when_it_is_played(
+def test_replayed_non_finite_updates_change_no_state(
     records: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = recording_trainer(config_of("quick spair", training_wheels=0))
@@ -219,13 +223,15 @@ def test_what_is_not_finite_changes_nothing_when_it_is_played(
         assert torch.equal(parameter, value)
 
 
-def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
+def test_updates_run_without_a_graph_if_recording_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
         trainer: RecordingTrainer = update.__self__  # type: ignore[attr-defined]
         trainer.tapes[0].rewind()
-        trainer.tapes[0].take(Tensor.normal_, trainer.skipped)  # it breaks after the first noise
+        trainer.tapes[0].take(
+            Tensor.normal_, trainer.skipped
+        )  # it fails after the first draw of noise
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
@@ -240,11 +246,11 @@ def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(
     assert len(warned) == 1
     monkeypatch.setattr(update_graph, "UpdateGraph", lambda update, device: update)
     assert found == losses()
-    # numbers in tensors are rounded otherwise, which grows: a part in 10^5 here, 200 in the end
+    # scalars in tensors are rounded differently: 1e-5 here, which grows to 2e-3 in the end
     assert found[:6] == pytest.approx(trained(plain_trainer(config))[1][:6], rel=1e-4)
 
 
-def test_a_tape_gives_what_its_source_would() -> None:
+def test_tape_draws_equal_those_of_its_source() -> None:
     def draw(source: Any) -> list[Tensor]:
         like = torch.zeros(1)
         return [normal(source, like, 2, 3), uniform(source, like, 4), normal(source, like, 2)]
@@ -271,7 +277,7 @@ def test_a_tape_gives_what_its_source_would() -> None:
         ("paper air", "cuda", 1, False),
     ],
 )
-def test_updates_are_recorded_on_one_gpu_unless_the_model_is_told_counts(
+def test_updates_are_recorded_on_one_gpu_without_given_counts(
     monkeypatch: pytest.MonkeyPatch, recipe: str, device: str, size: int, records: bool
 ) -> None:
     monkeypatch.setattr(update_graph, "Trainer", lambda *_: "plain")
@@ -285,7 +291,7 @@ def test_updates_are_recorded_on_one_gpu_unless_the_model_is_told_counts(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("recipe", ["quick spair", "paper spair mlp", "quick air"])
-def test_a_gpu_plays_what_it_would_have_computed(
+def test_updates_replayed_on_a_gpu_equal_unrecorded_ones(
     recipe: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda")
@@ -295,19 +301,19 @@ def test_a_gpu_plays_what_it_would_have_computed(
     _, found = trained(trainer)
     assert trainer.graph.plays
     again = recording_trainer(config, device)
-    assert trained(again)[1] == found, "to the bit, and beside the graph of another trainer"
+    assert trained(again)[1] == found, "bit-identical, beside the graph of another trainer"
     given = recording_trainer(config, device)
     assert isinstance(given.train, Scenes)
     given.train.fused = False
-    assert trained(given)[1] == found, "the scenes that plain torch makes outside of the graph"
+    assert trained(given)[1] == found, "scenes made by plain torch outside the graph"
     tolerance = 1e-2 if precision == "bf16" else 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(update_graph, "WARM_UP", UPDATES)
         unrecorded = trained(recording_trainer(config, device))[1]
     assert found == pytest.approx(unrecorded, rel=tolerance)
-    for wheels in (WHEELS, 0):  # so that each of the two graphs is played in the first six
+    for wheels in (WHEELS, 0):  # so that each of the two graphs is replayed within six updates
         config = config_of(recipe, precision=precision, training_wheels=wheels)
         played = trained(recording_trainer(config, device))[1]
         wanted = trained(plain_trainer(config, device))[1]
-        # numbers in tensors are rounded otherwise, which grows
+        # scalars in tensors are rounded differently, which grows
         assert played[:6] == pytest.approx(wanted[:6], rel=tolerance)

@@ -1,4 +1,4 @@
-"""Every cell appears once, after its neighbours, which lie at the indices of its wave."""
+"""The wavefront visits every cell once, after its neighbours, and indexes them correctly."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 @pytest.mark.parametrize(
     ("rows", "columns", "waves"), [(4, 4, 10), (7, 7, 19), (18, 14, 48), (1, 6, 6), (6, 1, 11)]
 )
-def test_neighbours_lie_at_the_indices_of_the_wave(rows: int, columns: int, waves: int) -> None:
+def test_waves_index_their_neighbours(rows: int, columns: int, waves: int) -> None:
     front = wavefront(rows, columns, torch.device("cpu"))
     assert len(front.waves) == waves
     assert sorted(front.order.tolist()) == list(range(rows * columns))
