@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image
 
 _PLOT_INCHES = 6.0
@@ -56,20 +57,31 @@ class Detections:
         """The selected objects, as in `found[found.scores > 0.9]`.
 
         Args:
-            index: a boolean mask [n], integer indices, a slice, or one integer. Torch tensors,
-                NumPy arrays and lists are taken.
+            index: a boolean mask [n], integers [m], a slice, or one integer. Torch tensors, NumPy
+                arrays and lists are taken.
 
         Raises:
-            IndexError: `index` does not fit the number of objects.
+            TypeError: `index` is of another type or shape.
+            IndexError: it does not fit the number of objects.
         """
-        if isinstance(index, int):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index {index} is out of range for {len(self)} objects")
-            index = [index]
         if not isinstance(index, slice):
-            index = torch.as_tensor(index)
-            if not index.numel() and index.dtype != torch.bool:
+            try:
+                index = torch.as_tensor(index)
+            except (TypeError, ValueError, RuntimeError):
+                index = torch.zeros(())  # of no type that selects
+            if index.numel() == 0 and index.dtype != torch.bool:
                 index = index.long()
+            kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+            if index.dtype not in kinds or index.dim() > 1:
+                raise TypeError("select objects by a mask, integers, a slice or one integer")
+            if index.dtype == torch.bool and index.shape != (len(self),):
+                raise IndexError(f"a mask must be [{len(self)}], got {list(index.shape)}")
+            if index.dtype != torch.bool:
+                index = index.long().reshape(-1)
+                wrong = (index < -len(self)) | (index >= len(self))
+                if wrong.any():
+                    number = int(index[wrong][0])
+                    raise IndexError(f"index {number} is out of range for {len(self)} objects")
         parts = {name: getattr(self, name)[index] for name in _FIELDS}
         return replace(self, **parts)
 
@@ -93,7 +105,7 @@ class Detections:
 
         image = self.image if image is None else image
         if image is None:
-            raise ValueError("these detections hold no image; give one: found.plot(image)")
+            raise ValueError("these detections have no image; pass one: found.plot(image)")
         pixels = as_image(image)
         if ax is None:
             _, ax = pyplot.subplots(figsize=(_PLOT_INCHES, _PLOT_INCHES), layout="constrained")
@@ -108,13 +120,16 @@ class Detections:
         return ax
 
     def _repr_html_(self) -> str:
-        """For notebooks: the picture of `plot`, or one line of text where no image is known."""
+        """For notebooks: the picture of `plot`, or one line of text if the image is not at hand."""
         if self.image is None:
             return f"<p>{self!r}</p>"
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(_PLOT_INCHES, _PLOT_INCHES), layout="constrained")
-        self.plot(ax=figure.add_subplot())
+        try:
+            self.plot(ax=figure.add_subplot())
+        except InputError:  # the file is gone
+            return f"<p>{self!r}</p>"
         png = io.BytesIO()
         figure.savefig(png, format="png")
         data = base64.b64encode(png.getvalue()).decode()

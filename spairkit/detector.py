@@ -124,6 +124,8 @@ class Detector:
         Raises:
             TypeError, ValueError, InputError: as `detect`, at the image concerned.
         """
+        if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
+            raise InputError(f"{os.fspath(images)}: is a file; use detect")
         sources: Iterable[ImageLike] = (
             list_images(Path(images)) if isinstance(images, (str, os.PathLike)) else images
         )
@@ -185,7 +187,7 @@ class Detector:
         if count is None:
             return None
         if not self.told:
-            raise InputError("this model infers the count; remove the count (--count)")
+            raise InputError("this model infers the count itself; remove count (--count)")
         return torch.full((images,), count)
 
     def _options(self, threshold: float, counts: Tensor | None) -> dict[str, Any]:
@@ -213,15 +215,15 @@ def load(
         box_contrast: as in `Detector`.
 
     Raises:
-        InputError: there is nothing at `path`, or it is damaged, foreign or of another version.
+        InputError: there is nothing at `path`, or it is damaged, foreign or of another version; or
+            the device cannot be used.
 
     Example:
         >>> import spairkit
         >>> spairkit.load(device="cpu")
         Detector(spair from the packaged model, on cpu)
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     checkpoint = load_checkpoint(pretrained() if path is None else Path(path))
     return Detector(
         from_checkpoint(checkpoint, device),
@@ -229,6 +231,23 @@ def load(
         box_contrast=box_contrast,
         name="the packaged model" if path is None else str(checkpoint.path),
     )
+
+
+def chosen_device(device: torch.device | str) -> torch.device:
+    """The torch device of "auto" (a GPU if there is one), "cpu", "cuda" or a torch device.
+
+    Raises:
+        InputError: the device is unknown, or a GPU is asked for and torch finds none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"unknown device {device!r}; choose from: auto, cpu, cuda") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: torch finds no GPU; run `spairkit doctor` for details")
+    return chosen
 
 
 def _refuse_folder(image: Any) -> None:

@@ -529,7 +529,7 @@ def test_air_works_from_train_to_pictures(run: Runner, kind: str, preset: str) -
         else:
             assert plain.status == 0
             assert counted.status == 2
-            assert "this model infers the count; remove the count" in counted.err
+            assert "this model infers the count itself; remove count" in counted.err
 
 
 def test_run_cannot_be_resumed_with_another_model(run: Runner) -> None:

@@ -89,6 +89,9 @@ def test_supervision_accepts_exported_detections(two: Detections) -> None:
         (torch.tensor([1]), [1]),
         (slice(None, 1), [0]),
         (-1, [1]),
+        (np.int64(1), [1]),
+        (torch.tensor(0), [0]),
+        (torch.tensor([-1, 0], dtype=torch.int32), [1, 0]),
     ],
 )
 def test_index_selects_rows_of_every_field(two: Detections, index: Any, rows: list[int]) -> None:
@@ -98,7 +101,7 @@ def test_index_selects_rows_of_every_field(two: Detections, index: Any, rows: li
         assert getattr(found, name).tolist() == getattr(two, name)[rows].tolist()
 
 
-@pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True])])
+@pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True]), True])
 def test_index_out_of_range_is_refused(two: Detections, index: Any) -> None:
     with pytest.raises(IndexError):
         two[index]
@@ -122,7 +125,7 @@ def test_plot_draws_every_box_on_the_image(two: Detections) -> None:
     assert corners == two.boxes.tolist()
     assert axes.images[0].get_extent() == [0, 12, 10, 0]
     assert axes.get_title() == "2 found"
-    with pytest.raises(ValueError, match="hold no image"):
+    with pytest.raises(ValueError, match="have no image"):
         two.plot(ax=axes)
 
 
@@ -133,3 +136,16 @@ def test_notebooks_show_the_picture(two: Detections) -> None:
     picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     distance = abs(picture.astype(int) - [255, 127, 14]).sum(-1)
     assert (distance < 30).sum() > 100, "boxes in tab:orange"
+
+
+@pytest.mark.parametrize(
+    "index", ["boxes", None, 0.5, torch.zeros(1, 1, dtype=torch.int64), (0.5, 1)]
+)
+def test_other_indices_are_refused(two: Detections, index: Any) -> None:
+    with pytest.raises(TypeError, match="select objects by a mask, integers, a slice"):
+        two[index]
+
+
+def test_notebooks_show_text_if_the_image_file_is_gone(two: Detections) -> None:
+    html = replace(two, image="absent.png")._repr_html_()
+    assert html == "<p>Detections(2 objects, scores 0.50 to 0.75)</p>"

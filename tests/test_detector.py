@@ -205,7 +205,7 @@ def test_box_contrast_comes_from_checkpoint_or_caller(scenes: Tensor) -> None:
 
 
 def test_only_models_with_given_counts_accept_a_count(detector: Detector, scenes: Tensor) -> None:
-    with pytest.raises(InputError, match="this model infers the count; remove the count"):
+    with pytest.raises(InputError, match="this model infers the count itself; remove count"):
         detector.detect(scenes[0], count=2)
     with pytest.raises(InputError, match="infers the count"):
         list(detector.detect_many(scenes, count=2))
@@ -272,3 +272,43 @@ def test_train_returns_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(InputError, match=r"train\.stepz: unknown key, did you mean steps"):
         spairkit.train(set={"train.stepz": 2}, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "unknown device 'gpu'; choose from: auto, cpu, cuda"), ("cuda", "torch finds no GPU")],
+)
+def test_unusable_devices_are_refused(
+    device: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        spairkit.load(device=device)
+
+
+def test_detect_many_refuses_one_file(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", scenes[0])
+    with pytest.raises(InputError, match=r"a\.png: is a file; use detect"):
+        next(detector.detect_many(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"minutes": -1}, InputError, "minutes must be above 0, got -1"),
+        ({"set": "model.background=mode"}, TypeError, "set must be a dict such as"),
+        ({"device": "gpu"}, InputError, "unknown device 'gpu'"),
+        ({"data": "absent"}, InputError, "absent: no such folder or file"),
+    ],
+)
+def test_train_checks_its_arguments_before_it_makes_a_run(
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        spairkit.train(**arguments)
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig
 from spairkit.config_values import nested
 from spairkit.data.datasets import data_settings, open_splits
-from spairkit.detector import Detector, load
+from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
@@ -31,6 +31,7 @@ from spairkit.training.validation import Validation as Validation
 REPORT_EVERY = 20
 """Updates between two `Step`s with losses: reading losses waits for the device."""
 
+_SECONDS_BETWEEN_LINES = 5  # of `train`
 _MAX_SKIPPED = 10  # updates in a row, when they are counted
 
 
@@ -53,30 +54,41 @@ def train(
         minutes: stops after so long, with a checkpoint; `spairkit train --resume` continues.
         out: the run's folder; None makes the next runs/<data>-<preset>-N.
         device: "auto" takes a GPU if there is one.
-        verbose: print a line to stderr at every validation.
+        verbose: print progress to stderr.
 
     Raises:
         InputError: settings or data cannot be used, or the folder cannot be written.
-        DivergedError: as `fit`.
+        DivergedError: an `InputError`: the losses are no longer finite; lower train.learning_rate.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
+    if minutes is not None and not minutes > 0:
+        raise InputError(f"minutes must be above 0, got {minutes}")
+    if set is not None and not isinstance(set, Mapping):
+        raise TypeError('set must be a dict such as {"model.background": "mode"}')
     layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
     config = presets.resolve(preset, *layers)
-    device = torch.device(device)
     check(config, device, 1)
     open_splits(config)  # mistakes show before a run is made
     run = Run.create(None if out is None else Path(out), config)
-    began = time.monotonic()
+    began = said = time.monotonic()
 
     def stop() -> bool:
         return minutes is not None and time.monotonic() - began >= 60 * minutes
 
+    def say(text: str) -> None:
+        nonlocal said
+        if verbose:
+            said = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    say(f"training in {run.path} on {device.type}, {config.train.steps} steps")
     with run.lock():
         for event in fit(config, run, device, stop):
-            if verbose and isinstance(event, Validation):
+            if isinstance(event, Validation):
                 figures = ", ".join(f"{name} {value:.3f}" for name, value in event.figures.items())
-                print(f"{run.path}: step {event.step}: {figures}", file=sys.stderr, flush=True)
+                say(f"step {event.step}: {figures}")
+            elif time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+                say(f"step {event.step} of {event.steps}")
     return load(run.path, device)
 
 
