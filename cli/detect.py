@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import counted, say, several
-from spairkit.cli.options import (
-    BoxContrastOption,
-    CheckpointOption,
-    CountOption,
-    Device,
-    DeviceOption,
-    QuietOption,
-    ThresholdOption,
-    check_output,
-    open_detector,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,29 +29,23 @@ def detect(
     paths: Annotated[
         list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images or folders.")
     ],
-    checkpoint: CheckpointOption = None,
+    checkpoint: options.CheckpointOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel="Output",
-            help="The file to write. Default: standard output.",
-        ),
+        Path | None, options.output_option(help="The file to write. Default: standard output.")
     ] = None,
     format_: Annotated[
         Format,
-        typer.Option(
+        options.output_option(
             "--format",
-            rich_help_panel="Output",
             help="coco: a list of COCO results. csv: a line for each box. "
             "jsonl: a line for each image, with appearance embeddings.",
         ),
     ] = Format.COCO,
-    threshold: ThresholdOption = 0.5,
-    box_contrast: BoxContrastOption = None,
-    count: CountOption = None,
-    device: DeviceOption = Device.AUTO,
-    quiet: QuietOption = False,
+    threshold: options.ThresholdOption = 0.5,
+    box_contrast: options.BoxContrastOption = None,
+    count: options.CountOption = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Find objects in images of any size. Boxes are in pixels from the upper left corner.
 
@@ -72,9 +56,9 @@ def detect(
         if not path.exists():
             raise InputError(f"{path}: no such image or folder")
     if out is not None:
-        check_output(out)
+        options.check_output(out)
     files = _files(paths)  # a file that is no image shows before any work
-    detector = open_detector(checkpoint, device, box_contrast)
+    detector = options.open_detector(checkpoint, device, box_contrast)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
     found: list[tuple[str, int, Detections]] = []
     with counted("images", len(files), quiet=quiet) as show_done:

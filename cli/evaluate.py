@@ -7,23 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
-from spairkit.cli.options import (
-    BoxContrastOption,
-    CheckpointOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SetOption,
-    ThresholdOption,
-    check_output,
-    choose_checkpoint,
-    choose_device,
-    layers,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,37 +24,35 @@ class SplitName(StrEnum):
 
 
 def evaluate(
-    checkpoint: CheckpointOption = None,
-    data: DataOption = None,
-    split: Annotated[SplitName, typer.Option("--split", rich_help_panel="Data")] = SplitName.TEST,
-    set_: SetOption = None,
-    threshold: ThresholdOption = 0.5,
-    box_contrast: BoxContrastOption = None,
+    checkpoint: options.CheckpointOption = None,
+    data: options.DataOption = None,
+    split: Annotated[SplitName, options.data_option()] = SplitName.TEST,
+    set_: options.SetOption = None,
+    threshold: options.ThresholdOption = 0.5,
+    box_contrast: options.BoxContrastOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", rich_help_panel="Output", help="Also write the figures to this JSON file."
-        ),
+        Path | None, options.output_option(help="Also write the figures to this JSON file.")
     ] = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Measure average precision and counts, by default on the data of the run."""
-    from spairkit.data.datasets import data_settings
-
-    over = layers(None, data_settings(data) if data else {}, set_)
+    over = options.layers(None, set_, data=data)
     others = sorted({key for layer in over for key in layer if key != "data"})
     if others:
         raise InputError(f"--set {others[0]}: eval takes settings of data only: data.max_objects=5")
     if out is not None:
-        check_output(out)
+        options.check_output(out)
     from spairkit.detector import Detector
     from spairkit.models.loading import from_checkpoint
     from spairkit.storage.checkpoints import load_checkpoint
     from spairkit.storage.durable import write_text
 
-    loaded, chosen = load_checkpoint(choose_checkpoint(checkpoint)), choose_device(device)
+    loaded, chosen = (
+        load_checkpoint(options.choose_checkpoint(checkpoint)),
+        options.choose_device(device),
+    )
     network = from_checkpoint(loaded, chosen)
     detector = Detector(network, loaded.config, box_contrast=box_contrast)
     settings = _data(loaded.config, over)

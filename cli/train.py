@@ -12,23 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, progress_bar, results, say
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
-from spairkit.cli.options import (
-    ConfigOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    choose_device,
-    choose_preset,
-    layers,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,64 +40,45 @@ class Select(StrEnum):
 
 
 def train(
-    data: DataOption = None,
-    preset: PresetOption = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    data: options.DataOption = None,
+    preset: options.PresetOption = None,
+    model: options.ModelOption = None,
+    config: options.ConfigOption = None,
+    set_: options.SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel="Output",
-            help="The folder of the run. Default: ./runs/<data>-<preset>-N.",
-        ),
+        options.output_option(help="The folder of the run. Default: ./runs/<data>-<preset>-N."),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume",
-            rich_help_panel="Training",
-            help="Continue the run in this folder from its last checkpoint.",
-        ),
+        options.training_option(help="Continue the run in this folder from its last checkpoint."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            "--steps",
-            rich_help_panel="Training",
-            help="Number of updates; the learning rate falls over them. Default: the preset's.",
+        options.training_option(
+            help="Number of updates; the learning rate falls over them. Default: the preset's."
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            "--minutes",
-            min=0,
-            rich_help_panel="Training",
-            help="Stop after this many minutes with a checkpoint; --resume continues.",
+        options.training_option(
+            min=0, help="Stop after this many minutes with a checkpoint; --resume continues."
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed",
-            rich_help_panel="Training",
-            help="Seed of the initial weights and the noise. Default: 0.",
-        ),
+        options.training_option(help="Seed of the initial weights and the noise. Default: 0."),
     ] = None,
     select: Annotated[
         Select | None,
-        typer.Option(
-            "--select",
-            rich_help_panel="Training",
+        options.training_option(
             help="The best checkpoint has the highest validation ELBO (elbo, default; needs no "
-            f"labels) or AP paper (ap; needs labels): {AUTHORS_RULE}.",
+            f"labels) or AP paper (ap; needs labels): {AUTHORS_RULE}."
         ),
     ] = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
@@ -129,11 +97,12 @@ def train(
         over_time = minutes is not None and time.monotonic() - began >= minutes * 60
         return world.greatest(interrupts.number or int(over_time))
 
-    with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
+    with joined(options.choose_device(device)) as (world, chosen), ExitStack() as stack:
 
         def prepare() -> "Run":
-            over = layers(config, _options(model, data, steps, seed, select), set_)
-            settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+            loop = {"steps": steps, "seed": seed, "select": select and select.value}
+            over = options.layers(config, set_, data=data, model=model, **loop)
+            settings = _resumed(resume, preset, over) if resume else options.resolved(preset, over)
             hints = not (resume or quiet or as_json)
             opened = _opened(settings, resume, out, chosen, world, hints=hints)
             return stack.enter_context(opened)
@@ -299,25 +268,6 @@ def _last_step(run: "Run") -> int:
     return run.checkpoints[0][0] if run.checkpoints else 0
 
 
-def _options(
-    model: str | None,
-    data: str | None,
-    steps: int | None,
-    seed: int | None,
-    select: Select | None,
-) -> dict[str, Any]:
-    """The settings that have options of their own."""
-    from spairkit.data.datasets import data_settings
-
-    given = {"steps": steps, "seed": seed, "select": select.value if select else None}
-    loop = {name: value for name, value in given.items() if value is not None}
-    return {
-        **({"model": {"kind": model}} if model else {}),
-        **(data_settings(data) if data else {}),
-        **({"train": loop} if loop else {}),
-    }
-
-
 def _say_if_dim(images: "Dataset", config: "Config") -> None:
     """Proposes levels where the images of a folder use little of the range."""
     from spairkit.data.folder import ImageFolder
@@ -331,12 +281,6 @@ def _say_if_dim(images: "Dataset", config: "Config") -> None:
             f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; if objects "
             f"are missed, try --set prepare.black={low:g} --set prepare.white={high:g}"
         )
-
-
-def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    from spairkit.presets import resolve
-
-    return resolve(choose_preset(preset, over), *over)
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
 
 WorkersOption = Annotated[
-    int,
-    typer.Option("--workers", min=1, max=1024, help="Processes. Several use one CPU thread each."),
+    int, typer.Option(min=1, max=1024, help="Processes. Several use one CPU thread each.")
 ]
 
 _LINE_EVERY_SECONDS = 10
