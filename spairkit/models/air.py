@@ -191,16 +191,7 @@ class AIR(nn.Module):
         objects, scores = self._infer(images, False, counts)
         found = self._detections(objects, scores, threshold, box_contrast)
         drawn = _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
-        maps = _opaque(objects.maps)
-        return [
-            Explanation(
-                detections=found[b],
-                image=images[b].float().cpu(),
-                reconstruction=drawn[b].float().cpu(),
-                appearances=maps[b, on].float().cpu(),
-            )
-            for b, on in enumerate(scores > threshold)
-        ]
+        return Explanation.of_batch(scores > threshold, found, images, drawn, _opaque(objects.maps))
 
     def _detections(
         self, objects: _Objects, scores: Tensor, threshold: float, box_contrast: float | None
@@ -218,15 +209,8 @@ class AIR(nn.Module):
         if contrast:
             black = boxes.new_zeros(len(boxes), 3, 1, 1)
             boxes = tighten(boxes, _opaque(objects.maps), black, contrast, self.size)
-        return [
-            Detections(
-                boxes=boxes[b, on].float().cpu(),
-                scores=scores[b, on].float().cpu(),
-                what=objects.what[b, on].float().cpu(),
-                depth=torch.zeros(int(on.sum())),
-            )
-            for b, on in enumerate(scores > threshold)
-        ]
+        columns = {"boxes": boxes, "scores": scores, "what": objects.what}
+        return Detections.of_batch(scores > threshold, **columns, depth=torch.zeros_like(scores))
 
     def _steps(self, images: Tensor, counts: Tensor | None) -> int:
         """How many steps to make; at least one. Refuses what the networks cannot take."""
