@@ -38,8 +38,7 @@ _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_defl
 _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
-# raised by Pillow on damaged files
-_DAMAGED = (
+DAMAGED = (
     OSError,
     EOFError,
     ValueError,
@@ -56,6 +55,8 @@ _DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""Exceptions that the readers of images and archives raise on damaged files."""
+
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
 # the turn that brings an image upright, by EXIF orientation
@@ -190,22 +191,14 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     return scaled.expand(3, -1, -1)
 
 
-def stretch(images: Tensor, black: float, white: float) -> Tensor:  # any shape, in [0, 1]
-    """Maps intensities from `black` to `white` onto 0 to 1 and cuts off those beyond.
-
-    Raises:
-        ValueError: not 0 <= black < white <= 1.
-    """
-    if not 0 <= black < white <= 1:
-        raise ValueError(f"black and white must lie in order in [0, 1], got {black} and {white}")
-    if (black, white) == (0, 1):
-        return images
-    return ((images - black) / (white - black)).clamp(0, 1)
-
-
 def prepare(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape, in [0, 1]
-    """Images as a model sees them: the preparation that a run's config asks for."""
-    return stretch(images, config.black, config.white)
+    """Images as a model sees them: from `config.black` to `config.white` becomes 0 to 1.
+
+    Intensities beyond are cut off.
+    """
+    if (config.black, config.white) == (0, 1):
+        return images
+    return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
@@ -316,7 +309,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise InputError(
             f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM or TIFF)"
         ) from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: a damaged image: {printable(reason[:200])}") from None
 

@@ -10,7 +10,6 @@ import math
 import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,28 +21,13 @@ from numpy.typing import NDArray
 
 from spairkit.config import DataConfig
 from spairkit.errors import InputError
+from spairkit.images import DAMAGED
 
 Split = Literal["train", "validation", "test"]
 
 _MAX_BYTES = 1 << 30
 _MAX_SIDE = 256
 _CHUNK = 4096
-# raised by the readers of zip, gzip and npy on damaged files
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    SyntaxError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
 _PAIR = ("images", "labels")
 
 
@@ -170,7 +154,7 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except _DAMAGED as error:
+    except (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: not a readable npz or IDX file: {reason[:200]}") from None
 
