@@ -23,8 +23,8 @@ from spairkit.cli.main import main
 from spairkit.config import Config, PrepareConfig
 from spairkit.detector import load
 from spairkit.images import prepare, read_image, write_png
-from spairkit.kernels.warm_up import Compiling
 from spairkit.models import compiling
+from spairkit.models.compiling import Compiling
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
