@@ -7,7 +7,7 @@ Each kernel runs once on small tensors, which compiles it or loads it from the c
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,14 +66,8 @@ def _ones(*shape: int) -> Tensor:
 
 def _encode() -> Tensor:
     """Encodes one cell by the smallest networks."""
-    one: dict[str, Any] = {
-        "backbone_channels": (1,),
-        "features": 1,
-        "hidden": 1,
-        "passthrough": 1,
-        "what": 1,
-    }
-    model = SPAIR(SPAIRConfig(object_size=2, encoder_hidden=(1,), decoder_hidden=(1,), **one))
+    config = SPAIRConfig(hidden=1, passthrough=1, what=1, object_size=2, encoder_hidden=(1,))
+    model = SPAIR(config)
     latents, _ = model._sample(torch.ones(1, 3, 12, 12), training_wheels=False, generator=None)
     return latents.mean
 
