@@ -10,10 +10,10 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -72,6 +72,7 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
+Source = TypeVar("Source")
 ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
 """What `as_image` takes."""
 
@@ -213,6 +214,24 @@ def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
     values, counts = ((red << 16) + (green << 8) + blue).flatten().unique(return_counts=True)
     code = values[counts.argmax()]
     return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
+
+
+def same_sized(
+    images: Iterable[tuple[Source, Tensor]], batch_size: int, max_pixels: int
+) -> Iterator[list[tuple[Source, Tensor]]]:
+    """Groups of consecutive images [C, H, W] of one size, each image with its source.
+
+    A group holds at most `batch_size` images and `max_pixels` pixels, or one image.
+    """
+    group: list[tuple[Source, Tensor]] = []
+    for source, image in images:
+        full = len(group) == batch_size or (len(group) + 1) * image[0].numel() > max_pixels
+        if group and (full or group[0][1].shape != image.shape):
+            yield group
+            group = []
+        group.append((source, image))
+    if group:
+        yield group
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
