@@ -149,10 +149,9 @@ def time_to_ap(
 
         def report(event: Any) -> None:
             bar.update(task, completed=event.step, description=f"seed {len(found)}")
-            if isinstance(event, Validation) and not quiet:
+            if isinstance(event, Validation):
                 figures = listed({name: event.figures[name] for name in targets})
-                text = f"seed {len(found)}, step {event.step}: {figures}"
-                bar.console.print(text, soft_wrap=True)
+                bar.say(f"seed {len(found)}, step {event.step}: {figures}")
 
         for seed in range(seeds):
             train = replace(settings.train, seed=seed)

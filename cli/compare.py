@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, results, say, several
+from spairkit.cli.console import json_text, print_json, results, say, several, table_of
 from spairkit.cli.figures import AUTHORS_RULE
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
@@ -135,9 +135,6 @@ def _conclude(settings: "Settings", folder: Path, *, as_json: bool) -> None:
 
 def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
     """A table for each figure, with a line for each number of objects; then the advice."""
-    from rich import box
-    from rich.table import Table
-
     from spairkit.experiments.settings import MODELS
     from spairkit.experiments.table import advice, models_given_counts
 
@@ -151,9 +148,7 @@ def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
     with console.capture() as captured:
         console.print(heading, soft_wrap=True)
         for name, title in _TITLES.items():
-            table = Table("objects", box=box.SIMPLE_HEAD, pad_edge=False)
-            for model in settings.models:
-                table.add_column(MODELS[model], justify="right")
+            table = table_of((MODELS[model] for model in settings.models), first="objects")
             for row in rows:
                 label = "all" if row.objects is None else str(row.objects)
                 table.add_row(label, *(_cell(row.models[model], name) for model in settings.models))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, results, say
+from spairkit.cli.console import json_text, print_json, results, say, table_of
 from spairkit.cli.figures import AUTHORS_RULE, called
 from spairkit.cli.train import Select
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
@@ -161,13 +161,8 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
 
 
 def _print_table(sweep: "Sweep", trials: "list[Trial]", summary: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key.partition(".")[2] for key in sweep.space]
-    for name in ("trial", called(sweep.figure), "steps", *keys):
-        table.add_column(name, justify="right")
+    table = table_of(("trial", called(sweep.figure), "steps", *keys))
     for trial in trials:
         table.add_row(
             str(trial.number),

@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,8 +112,12 @@ def train(
         interrupts = stack.enter_context(Interrupts(quiet=run is None))
         if run and not quiet:
             _announce(run, chosen, world, resumed=resume is not None)
-        if run and not resume and not data:
-            _say_whose_figures(run.config)
+        by_default = run and not (resume or data) and run.config.data.name == "digits"
+        if run and by_default and run.config.preset == "laptop":
+            say(
+                "the published figures of the laptop preset are for MNIST (--data FILE); this run "
+                "uses the packaged digits"
+            )
         ending, step, validation = _train(run, settings, chosen, world, stop, quiet=quiet)
     if not run:
         raise typer.Exit(128 + ending if ending > 1 else 0)
@@ -254,15 +259,6 @@ def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bo
         say("there is no checkpoint yet: starting at the first step")
 
 
-def _say_whose_figures(config: "Config") -> None:
-    """Warns where the published figures of a preset are of other images."""
-    if config.preset == "laptop" and config.data.name == "digits":
-        say(
-            "the published figures of the laptop preset are for MNIST (--data FILE); this run uses "
-            "the packaged digits"
-        )
-
-
 def _last_step(run: "Run") -> int:
     """The step of the newest checkpoint; 0 if there is none."""
     return run.checkpoints[0][0] if run.checkpoints else 0
@@ -336,15 +332,11 @@ def _follow(
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
 
-        def print_line(text: str) -> None:
-            if not quiet:
-                bar.console.print(text, soft_wrap=True)
-
         for event in events:
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                print_line(f"step {event.step}: validation {listed(figures)}{best}")
+                bar.say(f"step {event.step}: validation {listed(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -357,11 +349,9 @@ def _follow(
             bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
             if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
                 line_at = event.seconds
-                left = (event.steps - step) / max(rate, 1e-9)
-                print_line(
-                    f"step {step} of {event.steps}, {rate:.1f}/s, {_duration(left)} left"
-                    f"{'  ' if losses else ''}{losses}"
-                )
+                left = timedelta(seconds=round((event.steps - step) / max(rate, 1e-9)))
+                line = f"step {step} of {event.steps}, {rate:.1f}/s, {left} left  {losses}"
+                bar.say(line.rstrip())
     return step, figures
 
 
@@ -373,12 +363,6 @@ def _elbo(losses: dict[str, float]) -> str:
         if name not in ("total", "elbo")
     )
     return f"elbo {losses['elbo']:.1f} = -({terms})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
