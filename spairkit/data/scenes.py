@@ -1,6 +1,7 @@
 """Scenes of scattered glyphs, composed in batches on the device, with their ground truth."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +47,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        return Batch(
-            self.images.to(device),
-            self.boxes.to(device),
-            self.labels.to(device),
-            self.counts.to(device),
-        )
+        return self.each(lambda tensor: tensor.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed by a function."""
+        return Batch(*map(change, (self.images, self.boxes, self.labels, self.counts)))
 
     def truth(self) -> list[Truth]:
         """The objects of each image, on the CPU."""
@@ -150,12 +150,7 @@ class Scenes:
             self._ahead = first, every, made
         run = slice(turn * size, (turn + 1) * size)
         # cloned, so that a caller may write into its batch
-        return Batch(
-            made.images[run].clone(),
-            made.boxes[run].clone(),
-            made.labels[run].clone(),
-            made.counts[run].clone(),
-        )
+        return made.each(lambda tensor: tensor[run].clone())
 
     @torch.no_grad()
     def unchecked(self, indices: Tensor) -> Batch:
@@ -264,7 +259,19 @@ class Scenes:
         A scene without a layout is tried again with new squares.
         """
         if self.fused:
-            return self._fused_layout(keys, counts)
+            placed: tuple[Tensor, Tensor, Tensor] = scatter_op(
+                keys,
+                counts,
+                self.config.max_objects,
+                self._least_side,
+                self._greatest_side,
+                self.config.image_height,
+                self.config.image_width,
+                self._max_overlap_px2,
+                _MAX_ATTEMPTS,
+                _WORDS,
+            )
+            return placed
         corners, sides, complete = self._attempt(keys, counts, 0)
         for attempt in range(1, _MAX_ATTEMPTS):
             left = (~complete).nonzero().squeeze(1)
@@ -274,21 +281,6 @@ class Scenes:
                 keys[left], counts[left], attempt
             )
         return corners, sides, complete
-
-    def _fused_layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        placed: tuple[Tensor, Tensor, Tensor] = scatter_op(
-            keys,
-            counts,
-            self.config.max_objects,
-            self._least_side,
-            self._greatest_side,
-            self.config.image_height,
-            self.config.image_width,
-            self._max_overlap_px2,
-            _MAX_ATTEMPTS,
-            _WORDS,
-        )
-        return placed
 
     def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
