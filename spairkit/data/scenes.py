@@ -402,15 +402,12 @@ def scatter(
     overlaps is a matrix product. It is exact in float32: its terms are integers, and sums that
     could be rounded, from 2^24 on, exceed every limit.
 
+    Lengths are in pixels; `max_overlap_px2` is less than 2^24 square pixels.
+
     Args:
         draws: [B, N] int64 in [0, 2^32), one for each square.
         counts: [B]; squares from this number on may stay without a place.
-        sides: [B, N] int64, pixels, from `least_side` to `greatest_side`.
-        least_side: pixels.
-        greatest_side: pixels.
-        height: of the image, pixels.
-        width: of the image, pixels.
-        max_overlap_px2: square pixels, less than 2^24.
+        sides: [B, N] int64 from `least_side` to `greatest_side`.
 
     Returns:
         [B, N, 2] int64: top and left of each square in pixels, 0 without a place; and [B] bool:
