@@ -65,7 +65,7 @@ def detect(
         for (path, number), detections in zip(files, many, strict=True):
             found.append((str(path), number, detections))
             show_done(len(found))
-    text = _WRITERS[format_](found)
+    text = _text(found, format_)
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -94,12 +94,16 @@ def _files(paths: list[Path]) -> list[tuple[Path, int]]:
     return [(file, number) for number, file in enumerate(files, start=1)]
 
 
-def _coco(found: "list[tuple[str, int, Detections]]") -> str:
-    rows = [row for _, number, detections in found for row in detections.to_coco(number)]
-    return f"{json.dumps(rows)}\n"
-
-
-def _csv(found: "list[tuple[str, int, Detections]]") -> str:
+def _text(found: "list[tuple[str, int, Detections]]", format_: Format) -> str:
+    """The output file, from the name, the id and the objects of each image."""
+    if format_ is Format.COCO:
+        results = [row for _, number, detections in found for row in detections.to_coco(number)]
+        return f"{json.dumps(results)}\n"
+    if format_ is Format.JSONL:
+        return "".join(
+            f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
+            for name, number, detections in found
+        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "image_id", "x1", "y1", "x2", "y2", "score"])
@@ -107,13 +111,3 @@ def _csv(found: "list[tuple[str, int, Detections]]") -> str:
         rows = zip(detections.boxes.tolist(), detections.scores.tolist(), strict=True)
         writer.writerows([name, number, *box, score] for box, score in rows)
     return text.getvalue()
-
-
-def _jsonl(found: "list[tuple[str, int, Detections]]") -> str:
-    return "".join(
-        f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
-        for name, number, detections in found
-    )
-
-
-_WRITERS = {Format.COCO: _coco, Format.CSV: _csv, Format.JSONL: _jsonl}

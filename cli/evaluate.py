@@ -3,7 +3,7 @@
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.errors import InputError
-
-if TYPE_CHECKING:
-    from spairkit.config import Config, DataConfig
 
 
 class SplitName(StrEnum):
@@ -44,6 +41,7 @@ def evaluate(
         raise InputError(f"--set {others[0]}: eval takes settings of data only: data.max_objects=5")
     if out is not None:
         options.check_output(out)
+    from spairkit.config_values import from_dict, merge, to_dict
     from spairkit.detector import Detector
     from spairkit.models.loading import from_checkpoint
     from spairkit.storage.checkpoints import load_checkpoint
@@ -55,7 +53,7 @@ def evaluate(
     )
     network = from_checkpoint(loaded, chosen)
     detector = Detector(network, loaded.config, box_contrast=box_contrast)
-    settings = _data(loaded.config, over)
+    settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
     report = measure(
         detector,
         settings,
@@ -86,18 +84,6 @@ def evaluate(
         typer.echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
         if box_contrast is not None:
-            typer.echo(f"Boxes: {_ending(box_contrast)}.")
-
-
-def _ending(box_contrast: float) -> str:
-    """The boxes of `--box-contrast`, in words."""
-    if not box_contrast:
-        return "the model's own"
-    return f"tightened to {box_contrast:g} of each object's maximum contrast"
-
-
-def _data(config: "Config", over: list[Any]) -> "DataConfig":
-    """The data of the run, with `over` applied."""
-    from spairkit.config_values import from_dict, merge, to_dict
-
-    return from_dict(merge(to_dict(config), *over), "--set").data
+            tightened = f"tightened to {box_contrast:g} of each object's maximum contrast"
+            boxes = tightened if box_contrast else "the model's own"
+            typer.echo(f"Boxes: {boxes}.")
