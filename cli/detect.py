@@ -77,11 +77,7 @@ def detect(
 
 
 def _files(paths: list[Path]) -> list[tuple[Path, int]]:
-    """The image files and their ids; a folder's annotations give ids to its files.
-
-    Raises:
-        InputError: a folder holds no image, a file is none, or annotations are wrong.
-    """
+    """The image files, checked, and their ids; a folder's annotations give ids to its files."""
     from spairkit.config import DataConfig
     from spairkit.data.folder import ANNOTATIONS, ImageFolder
     from spairkit.images import image_size, list_images

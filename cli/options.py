@@ -108,11 +108,7 @@ QuietOption = Annotated[bool, output_option("--quiet", help="Show no progress.")
 
 
 def check_output(path: Path) -> None:
-    """Refuses an output file that could not be written, before any work is done.
-
-    Raises:
-        InputError: it is a folder, or its folder is missing or not writable.
-    """
+    """Refuses an output file that could not be written, before any work is done."""
     if path.is_dir():
         raise InputError(f"--out {path}: is a folder; name a file")
     if not path.parent.is_dir():
@@ -144,11 +140,7 @@ def choose_checkpoint(given: Path | None) -> Path:
 
 
 def choose_device(device: Device) -> "torch.device":
-    """The torch device; from now on a GPU computes in float32.
-
-    Raises:
-        InputError: a GPU is asked for and there is none that torch can use.
-    """
+    """The torch device; from now on a GPU computes in float32. Refuses a GPU that is missing."""
     import torch
 
     from spairkit.training.process import set_precision
@@ -164,11 +156,7 @@ def choose_device(device: Device) -> "torch.device":
 def open_detector(
     checkpoint: Path | None, device: Device, box_contrast: float | None = None
 ) -> "Detector":
-    """The detector of `--checkpoint`, `--device` and `--box-contrast`.
-
-    Raises:
-        InputError: as `choose_checkpoint`, `choose_device` and `Detector`.
-    """
+    """The detector of `--checkpoint`, `--device` and `--box-contrast`."""
     from spairkit.detector import load
 
     path = choose_checkpoint(checkpoint)
@@ -202,11 +190,7 @@ def layers(
 
 
 def resolved(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    """The config of `--preset`, else of the config file's preset, else of the default one.
-
-    Raises:
-        InputError: as `presets.resolve`.
-    """
+    """The config of `--preset`, else of the config file's preset, else of the default one."""
     from spairkit.config_values import merge
     from spairkit.presets import DEFAULT, resolve
 
