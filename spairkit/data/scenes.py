@@ -15,7 +15,6 @@ from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.detections import Truth
 from spairkit.errors import InputError
-from spairkit.kernels.scenes_op import compose_op, scatter_op
 
 _MAX_ATTEMPTS = 1000
 _MAX_TABLE_BYTES = 1 << 31
@@ -96,6 +95,13 @@ class Scenes:
         self._max_overlap_px2 = math.floor(config.max_overlap * config.glyph_size**2 + 1e-6)
         self._least_side = config.glyph_size - config.glyph_jitter
         self._greatest_side = config.glyph_size + config.glyph_jitter
+        self._limits = {
+            "least_side": self._least_side,
+            "greatest_side": self._greatest_side,
+            "height": config.image_height,
+            "width": config.image_width,
+            "max_overlap_px2": self._max_overlap_px2,
+        }
         self._refuse_crowds()
         self._load()
         self._key = seeded(config.seed, _SPLITS[split]).to(self.device)
@@ -259,19 +265,10 @@ class Scenes:
         A scene without a layout is tried again with new squares.
         """
         if self.fused:
-            placed: tuple[Tensor, Tensor, Tensor] = scatter_op(
-                keys,
-                counts,
-                self.config.max_objects,
-                self._least_side,
-                self._greatest_side,
-                self.config.image_height,
-                self.config.image_width,
-                self._max_overlap_px2,
-                _MAX_ATTEMPTS,
-                _WORDS,
-            )
-            return placed
+            from spairkit.kernels.scenes_layout_triton import scatter_triton
+
+            most, words = self.config.max_objects, _WORDS
+            return scatter_triton(keys, counts, most, _MAX_ATTEMPTS, words, **self._limits)
         corners, sides, complete = self._attempt(keys, counts, 0)
         for attempt in range(1, _MAX_ATTEMPTS):
             left = (~complete).nonzero().squeeze(1)
@@ -284,23 +281,12 @@ class Scenes:
 
     def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
-        height, width = self.config.image_height, self.config.image_width
         side, place = self._draws(keys, _SQUARES, attempt).unbind(1)  # [B, N]
         sides = self._least_side + below(side, self._greatest_side - self._least_side + 1)
-        step = max(_MAX_POSITIONS // max(height, width) ** 2, 1)
-        parts = [
-            scatter(
-                place[start : start + step],
-                counts[start : start + step],
-                sides[start : start + step],
-                least_side=self._least_side,
-                greatest_side=self._greatest_side,
-                height=height,
-                width=width,
-                max_overlap_px2=self._max_overlap_px2,
-            )
-            for start in range(0, max(len(keys), 1), step)
-        ]
+        longer = max(self.config.image_height, self.config.image_width)
+        step = max(_MAX_POSITIONS // longer**2, 1)
+        spans = [slice(start, start + step) for start in range(0, max(len(keys), 1), step)]
+        parts = [scatter(place[at], counts[at], sides[at], **self._limits) for at in spans]
         corners, complete = (torch.cat(column) for column in zip(*parts, strict=True))
         return corners, sides, complete
 
@@ -312,17 +298,11 @@ class Scenes:
         backgrounds = self._backgrounds(keys, num_channels)
         if not self.fused:
             return self._pasted(entries, corners, colours, backgrounds)
-        images: Tensor = compose_op(
-            self._table,
-            entries,
-            corners,
-            colours[..., 0],
-            backgrounds[..., 0],
-            config.image_height,
-            config.image_width,
-            self._greatest_side,
-        )
-        return images
+        from spairkit.kernels.scenes_compose_triton import compose_triton
+
+        size = config.image_height, config.image_width, self._greatest_side
+        light = colours[..., 0], backgrounds[..., 0]
+        return compose_triton(self._table, entries, corners, *light, *size)
 
     def _pasted(
         self, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor
