@@ -24,9 +24,9 @@ OBJECTS = "Objects per image: 16, 64, 144 or 576; repeatable. Default: all."
 BATCH = "Images per call or update; repeatable. Default: 32; on a GPU 32, 256 and 1024."
 PRESET = "quick, laptop or paper; repeatable. Default: quick and paper."
 CELLS = "Grid cells along each side of an image; repeatable. Default: 4 (4 x 4 cells)."
-BatchOption = Annotated[list[int] | None, typer.Option("--batch", min=1, max=65536, help=BATCH)]
+BatchOption = Annotated[list[int] | None, typer.Option(min=1, max=65536, help=BATCH)]
 SecondsOption = Annotated[
-    float, typer.Option("--seconds", min=0.0, help="Least time to spend on each measurement.")
+    float, typer.Option(min=0.0, help="Least time to spend on each measurement.")
 ]
 AP = "The AP to reach. Default: the published AP for data.max_objects digits."
 ACCURACY = "Share of images whose count must be right in the same validation. Default: any."
@@ -41,8 +41,8 @@ app = typer.Typer(invoke_without_command=True)
 @app.callback()
 def bench(
     context: typer.Context,
-    operator: Annotated[list[str] | None, typer.Option("--operator", help=OPERATOR)] = None,
-    objects: Annotated[list[int] | None, typer.Option("--objects", help=OBJECTS)] = None,
+    operator: Annotated[list[str] | None, typer.Option(help=OPERATOR)] = None,
+    objects: Annotated[list[int] | None, typer.Option(help=OBJECTS)] = None,
     batch: BatchOption = None,
     device: options.DeviceOption = options.Device.AUTO,
     threads: options.ThreadsOption = None,
@@ -74,10 +74,10 @@ def bench(
 
 @app.command("train")
 def bench_train(
-    preset: Annotated[list[str] | None, typer.Option("--preset", help=PRESET)] = None,
+    preset: Annotated[list[str] | None, typer.Option(help=PRESET)] = None,
     set_: options.SetOption = None,
     batch: BatchOption = None,
-    cells: Annotated[list[int] | None, typer.Option("--cells", min=1, max=64, help=CELLS)] = None,
+    cells: Annotated[list[int] | None, typer.Option(min=1, max=64, help=CELLS)] = None,
     device: options.DeviceOption = options.Device.AUTO,
     threads: options.ThreadsOption = None,
     seconds: SecondsOption = 10.0,
@@ -115,12 +115,10 @@ def time_to_ap(
     data: options.DataOption = None,
     config: options.ConfigOption = None,
     set_: options.SetOption = None,
-    ap: Annotated[Share, typer.Option("--ap", min=0.0, max=1.0, help=AP)] = None,
-    count_accuracy: Annotated[
-        Share, typer.Option("--count-accuracy", min=0.0, max=1.0, help=ACCURACY)
-    ] = None,
-    every: Annotated[int | None, typer.Option("--every", min=1, help=EVERY)] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help=SEEDS)] = 3,
+    ap: Annotated[Share, typer.Option(min=0.0, max=1.0, help=AP)] = None,
+    count_accuracy: Annotated[Share, typer.Option(min=0.0, max=1.0, help=ACCURACY)] = None,
+    every: Annotated[int | None, typer.Option(min=1, help=EVERY)] = None,
+    seeds: Annotated[int, typer.Option(min=1, help=SEEDS)] = 3,
     device: options.DeviceOption = options.Device.AUTO,
     threads: options.ThreadsOption = None,
     ledger: options.LedgerOption = LEDGER,
@@ -134,17 +132,11 @@ def time_to_ap(
     finished ones. Exit status: 0 if any seed succeeded, 2 if none did.
     """
     from spairkit.benchmarks.training import attempt, target
-    from spairkit.presets import resolve
     from spairkit.training.validation import Validation
 
     where, _, about = _machine(device, threads, None)
-    loop = {"validation_every": every, "threads": threads}
-    from spairkit.data.datasets import data_settings
-
-    given: dict[str, Any] = data_settings(data) if data else {}
-    given["train"] = {name: value for name, value in loop.items() if value is not None}
-    over = options.layers(config, given, set_)
-    settings = resolve(options.choose_preset(preset, over), *over)
+    over = options.layers(config, set_, data=data, validation_every=every, threads=threads)
+    settings = options.resolved(preset, over)
     targets = {"ap_spair": target(settings.data, ap)}
     if count_accuracy is not None:
         targets["count_accuracy"] = count_accuracy
@@ -157,10 +149,9 @@ def time_to_ap(
 
         def report(event: Any) -> None:
             bar.update(task, completed=event.step, description=f"seed {len(found)}")
-            if isinstance(event, Validation) and not quiet:
+            if isinstance(event, Validation):
                 figures = listed({name: event.figures[name] for name in targets})
-                text = f"seed {len(found)}, step {event.step}: {figures}"
-                bar.console.print(text, soft_wrap=True)
+                bar.say(f"seed {len(found)}, step {event.step}: {figures}")
 
         for seed in range(seeds):
             train = replace(settings.train, seed=seed)

@@ -5,18 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spairkit.cli.console import json_text, print_json, results, say, several
+from spairkit.cli import options
+from spairkit.cli.console import json_text, print_json, results, say, several, table_of
 from spairkit.cli.figures import AUTHORS_RULE
-from spairkit.cli.options import (
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    choose_device,
-)
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
 
@@ -34,39 +25,33 @@ _TITLES = {
 
 def compare(
     models: Annotated[
-        str | None,
-        typer.Option("--models", help="Some of spair,air,dair,conncomp. Default: all."),
+        str | None, typer.Option(help="Some of spair,air,dair,conncomp. Default: all.")
     ] = None,
     objects: Annotated[
-        str | None,
-        typer.Option("--objects", help="Numbers of objects per image. Default: 1,3,5,7,9."),
+        str | None, typer.Option(help="Numbers of objects per image. Default: 1,3,5,7,9.")
     ] = None,
     seeds: Annotated[
-        int | None,
-        typer.Option("--seeds", help="Runs per model and number of objects. Default: 3."),
+        int | None, typer.Option(help="Runs per model and number of objects. Default: 3.")
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            "--budget",
             help="Updates (2000) or training time (90s, 3m, 1.5h) for each of the runs (60 by "
             "default, 6 for a folder). Time is converted to updates after timing a few. "
-            "Default: the preset's updates.",
+            "Default: the preset's updates."
         ),
     ] = None,
-    data: DataOption = None,
-    preset: PresetOption = None,
-    set_: SetOption = None,
+    data: options.DataOption = None,
+    preset: options.PresetOption = None,
+    set_: options.SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="Folder of the comparison, new or to resume. Default: ./runs/compare-N."
-        ),
+        typer.Option(help="Folder of the comparison, new or to resume. Default: ./runs/compare-N."),
     ] = None,
     workers: WorkersOption = 1,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Train and evaluate SPAIR, AIR, DAIR and ConnComp under one protocol; recommend one.
 
@@ -85,7 +70,7 @@ def compare(
         numbers = [int(word) for word in objects.split(",")] if objects else None
     except ValueError:
         raise InputError(f"--objects {objects}: write numbers, as 1,3,5") from None
-    options = {
+    given = {
         "models": models.split(",") if models else None,
         "objects": numbers,
         "seeds": seeds,
@@ -93,8 +78,8 @@ def compare(
         "preset": preset,
         "over": merge(data_settings(data) if data else {}, assignments(set_ or ())),
     }
-    asked = {name: value for name, value in options.items() if value is not None}
-    chosen = choose_device(device)
+    asked = {name: value for name, value in given.items() if value is not None}
+    chosen = options.choose_device(device)
     folder, settings = open_comparison(out, asked)
     tasks = settings.tasks()
     if not is_worker():
@@ -150,9 +135,6 @@ def _conclude(settings: "Settings", folder: Path, *, as_json: bool) -> None:
 
 def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
     """A table for each figure, with a line for each number of objects; then the advice."""
-    from rich import box
-    from rich.table import Table
-
     from spairkit.experiments.settings import MODELS
     from spairkit.experiments.table import advice, models_given_counts
 
@@ -166,9 +148,7 @@ def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
     with console.capture() as captured:
         console.print(heading, soft_wrap=True)
         for name, title in _TITLES.items():
-            table = Table("objects", box=box.SIMPLE_HEAD, pad_edge=False)
-            for model in settings.models:
-                table.add_column(MODELS[model], justify="right")
+            table = table_of((MODELS[model] for model in settings.models), first="objects")
             for row in rows:
                 label = "all" if row.objects is None else str(row.objects)
                 table.add_row(label, *(_cell(row.models[model], name) for model in settings.models))

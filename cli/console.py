@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.table import Table
 
 
 _TABLE_WIDTH = 80  # of the figures by number of objects
@@ -47,11 +47,21 @@ def results(least_width: int = _TABLE_WIDTH) -> "Console":
     return Console(file=sys.stdout, width=width, highlight=False, markup=False)
 
 
-def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress":
-    """A progress bar on stderr, as a context; hidden without a terminal that can redraw a line.
+def table_of(columns: Iterable[str], first: str | None = None) -> "Table":
+    """An empty table with right-aligned columns; `first` is a left-aligned one before them."""
+    from rich import box
+    from rich.table import Table
 
-    Its note takes lines of its own below the bar. Without `auto_refresh` no thread redraws the bar
-    while something is timed.
+    table = Table(*([] if first is None else [first]), box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def progress_bar(*, quiet: bool = False) -> Any:
+    """A rich progress bar on stderr, as a context; hidden where the terminal cannot redraw a line.
+
+    Its note takes lines of its own below the bar; its method `say` prints a line above it.
     """
     from rich.console import Console, RenderableType
     from rich.progress import (
@@ -64,6 +74,10 @@ def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress
     from rich.text import Text
 
     class Noted(Progress):
+        def say(self, text: str) -> None:
+            if not quiet:
+                self.console.print(text, soft_wrap=True)
+
         def get_renderables(self) -> Iterable[RenderableType]:
             yield self.make_tasks_table(self.tasks)
             yield from (Text(task.fields["note"]) for task in self.tasks if task.fields["note"])
@@ -75,7 +89,6 @@ def progress_bar(*, quiet: bool = False, auto_refresh: bool = True) -> "Progress
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
-        auto_refresh=auto_refresh,
         transient=True,
         disable=quiet or not sys.stderr.isatty() or console.is_dumb_terminal,
     )

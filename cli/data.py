@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import counted, print_json, say, several
-from spairkit.cli.options import (
-    ConfigOption,
-    DataOption,
-    JsonOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    choose_preset,
-    layers,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +25,7 @@ _BATCH_SIZE = 64
 
 
 @app.command("list")
-def list_(as_json: JsonOption = False) -> None:
+def list_(as_json: options.JsonOption = False) -> None:
     """List the datasets."""
     from spairkit.data.datasets import dataset_names
 
@@ -48,19 +39,15 @@ def list_(as_json: JsonOption = False) -> None:
 @app.command()
 def make(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
-    count: Annotated[int, typer.Option("--count", min=1, max=100_000, help="Images.")] = 16,
-    preset: PresetOption = None,
-    data: DataOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
-    quiet: QuietOption = False,
+    count: Annotated[int, typer.Option(min=1, max=100_000, help="Images.")] = 16,
+    preset: options.PresetOption = None,
+    data: options.DataOption = None,
+    config: options.ConfigOption = None,
+    set_: options.SetOption = None,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Write test scenes as PNG files with annotations.json (COCO), for `--data FOLDER`."""
-    from spairkit.data.datasets import data_settings
-    from spairkit.presets import resolve
-
-    over = layers(config, data_settings(data) if data else {}, set_)
-    settings = resolve(choose_preset(preset, over), *over).data
+    settings = options.resolved(preset, options.layers(config, set_, data=data)).data
     if settings.name == "folder":
         raise InputError("--data: name a dataset of scenes; a folder holds image files already")
     if out.exists():

@@ -9,18 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import counted, say, several
-from spairkit.cli.options import (
-    BoxContrastOption,
-    CheckpointOption,
-    CountOption,
-    Device,
-    DeviceOption,
-    QuietOption,
-    ThresholdOption,
-    check_output,
-    open_detector,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,29 +29,23 @@ def detect(
     paths: Annotated[
         list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images or folders.")
     ],
-    checkpoint: CheckpointOption = None,
+    checkpoint: options.CheckpointOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel="Output",
-            help="The file to write. Default: standard output.",
-        ),
+        Path | None, options.output_option(help="The file to write. Default: standard output.")
     ] = None,
     format_: Annotated[
         Format,
-        typer.Option(
+        options.output_option(
             "--format",
-            rich_help_panel="Output",
             help="coco: a list of COCO results. csv: a line for each box. "
             "jsonl: a line for each image, with appearance embeddings.",
         ),
     ] = Format.COCO,
-    threshold: ThresholdOption = 0.5,
-    box_contrast: BoxContrastOption = None,
-    count: CountOption = None,
-    device: DeviceOption = Device.AUTO,
-    quiet: QuietOption = False,
+    threshold: options.ThresholdOption = 0.5,
+    box_contrast: options.BoxContrastOption = None,
+    count: options.CountOption = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Find objects in images of any size. Boxes are in pixels from the upper left corner.
 
@@ -72,16 +56,16 @@ def detect(
         if not path.exists():
             raise InputError(f"{path}: no such image or folder")
     if out is not None:
-        check_output(out)
+        options.check_output(out)
     files = _files(paths)  # a file that is no image shows before any work
-    detector = open_detector(checkpoint, device, box_contrast)
+    detector = options.open_detector(checkpoint, device, box_contrast)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
     found: list[tuple[str, int, Detections]] = []
     with counted("images", len(files), quiet=quiet) as show_done:
         for (path, number), detections in zip(files, many, strict=True):
             found.append((str(path), number, detections))
             show_done(len(found))
-    text = _WRITERS[format_](found)
+    text = _text(found, format_)
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -93,11 +77,7 @@ def detect(
 
 
 def _files(paths: list[Path]) -> list[tuple[Path, int]]:
-    """The image files and their ids; a folder's annotations give ids to its files.
-
-    Raises:
-        InputError: a folder holds no image, a file is none, or annotations are wrong.
-    """
+    """The image files, checked, and their ids; a folder's annotations give ids to its files."""
     from spairkit.config import DataConfig
     from spairkit.data.folder import ANNOTATIONS, ImageFolder
     from spairkit.images import image_size, list_images
@@ -110,12 +90,16 @@ def _files(paths: list[Path]) -> list[tuple[Path, int]]:
     return [(file, number) for number, file in enumerate(files, start=1)]
 
 
-def _coco(found: "list[tuple[str, int, Detections]]") -> str:
-    rows = [row for _, number, detections in found for row in detections.to_coco(number)]
-    return f"{json.dumps(rows)}\n"
-
-
-def _csv(found: "list[tuple[str, int, Detections]]") -> str:
+def _text(found: "list[tuple[str, int, Detections]]", format_: Format) -> str:
+    """The output file, from the name, the id and the objects of each image."""
+    if format_ is Format.COCO:
+        results = [row for _, number, detections in found for row in detections.to_coco(number)]
+        return f"{json.dumps(results)}\n"
+    if format_ is Format.JSONL:
+        return "".join(
+            f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
+            for name, number, detections in found
+        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "image_id", "x1", "y1", "x2", "y2", "score"])
@@ -123,13 +107,3 @@ def _csv(found: "list[tuple[str, int, Detections]]") -> str:
         rows = zip(detections.boxes.tolist(), detections.scores.tolist(), strict=True)
         writer.writerows([name, number, *box, score] for box, score in rows)
     return text.getvalue()
-
-
-def _jsonl(found: "list[tuple[str, int, Detections]]") -> str:
-    return "".join(
-        f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
-        for name, number, detections in found
-    )
-
-
-_WRITERS = {Format.COCO: _coco, Format.CSV: _csv, Format.JSONL: _jsonl}

@@ -3,31 +3,14 @@
 import dataclasses
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
-from spairkit.cli.options import (
-    BoxContrastOption,
-    CheckpointOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SetOption,
-    ThresholdOption,
-    check_output,
-    choose_checkpoint,
-    choose_device,
-    layers,
-)
 from spairkit.errors import InputError
-
-if TYPE_CHECKING:
-    from spairkit.config import Config, DataConfig
 
 
 class SplitName(StrEnum):
@@ -38,40 +21,39 @@ class SplitName(StrEnum):
 
 
 def evaluate(
-    checkpoint: CheckpointOption = None,
-    data: DataOption = None,
-    split: Annotated[SplitName, typer.Option("--split", rich_help_panel="Data")] = SplitName.TEST,
-    set_: SetOption = None,
-    threshold: ThresholdOption = 0.5,
-    box_contrast: BoxContrastOption = None,
+    checkpoint: options.CheckpointOption = None,
+    data: options.DataOption = None,
+    split: Annotated[SplitName, options.data_option()] = SplitName.TEST,
+    set_: options.SetOption = None,
+    threshold: options.ThresholdOption = 0.5,
+    box_contrast: options.BoxContrastOption = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", rich_help_panel="Output", help="Also write the figures to this JSON file."
-        ),
+        Path | None, options.output_option(help="Also write the figures to this JSON file.")
     ] = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Measure average precision and counts, by default on the data of the run."""
-    from spairkit.data.datasets import data_settings
-
-    over = layers(None, data_settings(data) if data else {}, set_)
+    over = options.layers(None, set_, data=data)
     others = sorted({key for layer in over for key in layer if key != "data"})
     if others:
         raise InputError(f"--set {others[0]}: eval takes settings of data only: data.max_objects=5")
     if out is not None:
-        check_output(out)
+        options.check_output(out)
+    from spairkit.config_values import from_dict, merge, to_dict
     from spairkit.detector import Detector
     from spairkit.models.loading import from_checkpoint
     from spairkit.storage.checkpoints import load_checkpoint
     from spairkit.storage.durable import write_text
 
-    loaded, chosen = load_checkpoint(choose_checkpoint(checkpoint)), choose_device(device)
+    loaded, chosen = (
+        load_checkpoint(options.choose_checkpoint(checkpoint)),
+        options.choose_device(device),
+    )
     network = from_checkpoint(loaded, chosen)
     detector = Detector(network, loaded.config, box_contrast=box_contrast)
-    settings = _data(loaded.config, over)
+    settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
     report = measure(
         detector,
         settings,
@@ -102,18 +84,6 @@ def evaluate(
         typer.echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
         if box_contrast is not None:
-            typer.echo(f"Boxes: {_ending(box_contrast)}.")
-
-
-def _ending(box_contrast: float) -> str:
-    """The boxes of `--box-contrast`, in words."""
-    if not box_contrast:
-        return "the model's own"
-    return f"tightened to {box_contrast:g} of each object's maximum contrast"
-
-
-def _data(config: "Config", over: list[Any]) -> "DataConfig":
-    """The data of the run, with `over` applied."""
-    from spairkit.config_values import from_dict, merge, to_dict
-
-    return from_dict(merge(to_dict(config), *over), "--set").data
+            tightened = f"tightened to {box_contrast:g} of each object's maximum contrast"
+            boxes = tightened if box_contrast else "the model's own"
+            typer.echo(f"Boxes: {boxes}.")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from spairkit.cli.console import counted, results
+from spairkit.cli.console import counted, results, table_of
 
 if TYPE_CHECKING:
     from spairkit.config import DataConfig
@@ -58,12 +58,7 @@ def measure(
 
 def print_report(report: "Report") -> None:
     """The table on stdout: all images first, then those of each number of objects."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("objects", "images", *map(called, _COLUMNS)):
-        table.add_column(name, justify="right")
+    table = table_of(("objects", "images", *map(called, _COLUMNS)))
     table.add_row("all", *_cells(report.overall), end_section=True)
     for number, figures in report.by_objects.items():
         table.add_row(str(number), *_cells(figures))

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from spairkit.config import Config
     from spairkit.detector import Detector
 
 
@@ -25,128 +27,88 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
-def _below_one(value: float) -> float:
-    if not 0 <= value < 1:
+def _below_one(value: float | None) -> float | None:
+    if value is not None and not 0 <= value < 1:
         raise typer.BadParameter(f"must lie in [0, 1), got {value}")
     return value
 
 
-_DATA, _MODEL, _OUTPUT, _MACHINE = "Data", "Model", "Output", "Machine"  # groups in --help
+data_option, model_option, training_option, output_option, machine_option = (
+    partial(typer.Option, rich_help_panel=group)
+    for group in ("Data", "Model", "Training", "Output", "Machine")
+)
+"""`typer.Option` for each group of `--help`."""
 
 PresetOption = Annotated[
     str | None,
-    typer.Option(
-        "--preset",
-        rich_help_panel=_MODEL,
+    model_option(
         help="Settings to start from: quick (default; minutes on a CPU), laptop (23 minutes) or "
-        "paper (needs a GPU).",
+        "paper (needs a GPU)."
     ),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        rich_help_panel=_MODEL,
-        help="The model: spair (default), or a baseline: air, dair or conncomp.",
-    ),
+    model_option(help="The model: spair (default), or a baseline: air, dair or conncomp."),
 ]
 ConfigOption = Annotated[
     Path | None,
-    typer.Option(
-        "--config",
-        rich_help_panel=_MODEL,
-        help="TOML file with settings, applied over the preset; see `spairkit config copy`.",
+    model_option(
+        help="TOML file with settings, applied over the preset; see `spairkit config copy`."
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option(
+    model_option(
         "--set",
         metavar="KEY=VALUE",
-        rich_help_panel=_MODEL,
         help="Change a setting, as in data.max_objects=5; repeatable. `spairkit config show` lists "
         "all.",
     ),
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        "--data",
-        rich_help_panel=_DATA,
+    data_option(
         help="A folder of images, the name of a dataset (see `spairkit data list`), or an MNIST "
-        "file (EMNIST, if its name says emnist).",
+        "file (EMNIST, if its name says emnist)."
     ),
 ]
 CheckpointOption = Annotated[
     Path | None,
-    typer.Option(
-        "--checkpoint",
-        rich_help_panel=_MODEL,
+    model_option(
         help="A run, a checkpoint, `last` or `best`. Default: the newest run under ./runs, or else "
-        "the model that ships with spairkit.",
+        "the model that ships with spairkit."
     ),
 ]
 CountOption = Annotated[
     int | None,
-    typer.Option(
-        "--count",
-        min=0,
-        max=256,
-        rich_help_panel=_MODEL,
-        help="The number of objects, for AIR and DAIR that were trained with it.",
+    model_option(
+        min=0, max=256, help="The number of objects, for AIR and DAIR that were trained with it."
     ),
 ]
-DeviceOption = Annotated[
-    Device,
-    typer.Option("--device", rich_help_panel=_MACHINE, help="auto takes a GPU if there is one."),
-]
+DeviceOption = Annotated[Device, machine_option(help="auto takes a GPU if there is one.")]
 ThresholdOption = Annotated[
-    float,
-    typer.Option(
-        "--threshold",
-        callback=_below_one,
-        rich_help_panel=_MODEL,
-        help="Objects with a confidence above this are found.",
-    ),
+    float, model_option(callback=_below_one, help="Objects with a confidence above this are found.")
 ]
 BoxContrastOption = Annotated[
     float | None,
-    typer.Option(
-        "--box-contrast",
-        callback=lambda value: value if value is None else _below_one(value),
-        rich_help_panel=_MODEL,
+    model_option(
+        callback=_below_one,
         help="Tighten boxes to the pixels above this fraction of the object's maximum contrast; "
         "0.5 suits blurred edges, 0 keeps raw boxes. Default: the run's model.box_contrast.",
     ),
 ]
 ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--threads", min=1, rich_help_panel=_MACHINE, help="CPU threads. Default: torch's choice."
-    ),
+    int | None, machine_option(min=1, help="CPU threads. Default: torch's choice.")
 ]
 LedgerOption = Annotated[
-    Path,
-    typer.Option(
-        "--ledger",
-        rich_help_panel=_OUTPUT,
-        help="File to append the figures to, one JSON line each.",
-    ),
+    Path, output_option(help="File to append the figures to, one JSON line each.")
 ]
-JsonOption = Annotated[
-    bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print the result as JSON.")
-]
-QuietOption = Annotated[
-    bool, typer.Option("--quiet", rich_help_panel=_OUTPUT, help="Show no progress.")
-]
+JsonOption = Annotated[bool, output_option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, output_option("--quiet", help="Show no progress.")]
 
 
 def check_output(path: Path) -> None:
-    """Refuses an output file that could not be written, before any work is done.
-
-    Raises:
-        InputError: it is a folder, or its folder is missing or not writable.
-    """
+    """Refuses an output file that could not be written, before any work is done."""
     if path.is_dir():
         raise InputError(f"--out {path}: is a folder; name a file")
     if not path.parent.is_dir():
@@ -194,11 +156,7 @@ def choose_device(device: Device) -> "torch.device":
 def open_detector(
     checkpoint: Path | None, device: Device, box_contrast: float | None = None
 ) -> "Detector":
-    """The detector of `--checkpoint`, `--device` and `--box-contrast`.
-
-    Raises:
-        InputError: as `choose_checkpoint`, `choose_device` and `Detector`.
-    """
+    """The detector of `--checkpoint`, `--device` and `--box-contrast`."""
     from spairkit.detector import load
 
     path = choose_checkpoint(checkpoint)
@@ -206,18 +164,36 @@ def open_detector(
 
 
 def layers(
-    config: Path | None, options: Mapping[str, Any], words: list[str] | None
+    config: Path | None,
+    words: list[str] | None,
+    *,
+    data: str | None = None,
+    model: str | None = None,
+    **train: Any,
 ) -> list[Mapping[str, Any]]:
-    """The layers of settings over a preset, in ascending precedence: file, options, `--set`."""
+    """The layers of settings over a preset, in ascending precedence: file, options, `--set`.
+
+    `train` holds settings of training that have options of their own; None is no setting.
+    """
     from spairkit.config_values import assignments, load_toml
 
-    return [load_toml(config) if config else {}, options, assignments(words or [])]
+    layers: list[Mapping[str, Any]] = [load_toml(config)] if config else []
+    if data:
+        from spairkit.data.datasets import data_settings
+
+        layers.append(data_settings(data))
+    if model:
+        layers.append({"model": {"kind": model}})
+    if given := {name: value for name, value in train.items() if value is not None}:
+        layers.append({"train": given})
+    return [*layers, assignments(words or [])]
 
 
-def choose_preset(given: str | None, over: list[Mapping[str, Any]]) -> str:
-    """The preset asked for, else the one that the config file was made from, else the default."""
-    from spairkit.presets import DEFAULT
+def resolved(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
+    """The config of `--preset`, else of the config file's preset, else of the default one."""
+    from spairkit.config_values import merge
+    from spairkit.presets import DEFAULT, resolve
 
-    if given is not None:
-        return given
-    return next((str(layer["preset"]) for layer in reversed(over) if "preset" in layer), DEFAULT)
+    if preset is None:
+        preset = str(merge(*over).get("preset", DEFAULT))
+    return resolve(preset, *over)

@@ -7,22 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spairkit.cli.console import json_text, print_json, results, say
+from spairkit.cli import options
+from spairkit.cli.console import json_text, print_json, results, say, table_of
 from spairkit.cli.figures import AUTHORS_RULE, called
-from spairkit.cli.options import (
-    ConfigOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    choose_device,
-    choose_preset,
-    layers,
-)
 from spairkit.cli.train import Select
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
@@ -32,58 +19,45 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    preset: PresetOption = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    preset: options.PresetOption = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    config: options.ConfigOption = None,
+    set_: options.SetOption = None,
     space: Annotated[
         Path | None,
         typer.Option(
-            "--space",
             help="TOML file with a list of choices or {low = A, high = B, log = true} for each "
-            "key. Default: the priors on position and size.",
+            "key. Default: the priors on position and size."
         ),
     ] = None,
-    trials: Annotated[
-        int, typer.Option("--trials", min=1, max=100_000, help="Trials in total.")
-    ] = 20,
+    trials: Annotated[int, typer.Option(min=1, max=100_000, help="Trials in total.")] = 20,
     workers: WorkersOption = 1,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="Folder of the sweep, new or to resume. Default: ./runs/sweep-N."
-        ),
+        typer.Option(help="Folder of the sweep, new or to resume. Default: ./runs/sweep-N."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Seed of the drawn settings. Default: 0.")
+        int | None, typer.Option(min=0, help="Seed of the drawn settings. Default: 0.")
     ] = None,
     select: Annotated[
         Select | None,
         typer.Option(
-            "--select",
             help="Rank by validation ELBO (elbo, the default, without labels) or AP paper (ap, "
-            f"with labels): {AUTHORS_RULE}.",
+            f"with labels): {AUTHORS_RULE}."
         ),
     ] = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Train with many randomly drawn settings and rank them.
 
     Ctrl-C saves the current trial. Run the same command with --out to resume, or to add a
     process from another terminal or a machine that shares the folder.
     """
-    from spairkit.data.datasets import data_settings
-
-    options: dict[str, Any] = data_settings(data) if data else {}
-    if model:
-        options["model"] = {"kind": model}
-    if select:
-        options["train"] = {"select": select.value}
-    over = layers(config, options, set_)
-    chosen = choose_device(device)
+    over = options.layers(config, set_, data=data, model=model, select=select and select.value)
+    chosen = options.choose_device(device)
     opened, resumed = _open(out, preset, over, space, seed)
     total = min(trials, opened.combinations or trials)
     if not is_worker():
@@ -130,7 +104,6 @@ def _open(
     """
     from spairkit.config_values import from_dict, merge, model_kind, to_dict
     from spairkit.data.datasets import open_dataset
-    from spairkit.presets import resolve
     from spairkit.sweeps.search_space import default_space, load_space
     from spairkit.sweeps.sweep import Sweep
 
@@ -142,7 +115,7 @@ def _open(
         asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
         found.check(asked, load_space(space, asked) if space else None, seed)
         return found, True
-    config = resolve(choose_preset(preset, over), *over)
+    config = options.resolved(preset, over)
     varied = load_space(space, config) if space else default_space(config)
     open_dataset(config.data, "train")  # before the folder is made, in case it fails
     if config.train.select == "ap" and not open_dataset(config.data, "validation").has_truth:
@@ -188,13 +161,8 @@ def _write(sweep: "Sweep", trials: "list[Trial]") -> dict[str, Any]:
 
 
 def _print_table(sweep: "Sweep", trials: "list[Trial]", summary: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key.partition(".")[2] for key in sweep.space]
-    for name in ("trial", called(sweep.figure), "steps", *keys):
-        table.add_column(name, justify="right")
+    table = table_of(("trial", called(sweep.figure), "steps", *keys))
     for trial in trials:
         table.add_row(
             str(trial.number),

@@ -6,29 +6,17 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, progress_bar, results, say
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
-from spairkit.cli.options import (
-    ConfigOption,
-    DataOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    PresetOption,
-    QuietOption,
-    SetOption,
-    choose_device,
-    choose_preset,
-    layers,
-)
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,64 +41,45 @@ class Select(StrEnum):
 
 
 def train(
-    data: DataOption = None,
-    preset: PresetOption = None,
-    model: ModelOption = None,
-    config: ConfigOption = None,
-    set_: SetOption = None,
+    data: options.DataOption = None,
+    preset: options.PresetOption = None,
+    model: options.ModelOption = None,
+    config: options.ConfigOption = None,
+    set_: options.SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel="Output",
-            help="The folder of the run. Default: ./runs/<data>-<preset>-N.",
-        ),
+        options.output_option(help="The folder of the run. Default: ./runs/<data>-<preset>-N."),
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume",
-            rich_help_panel="Training",
-            help="Continue the run in this folder from its last checkpoint.",
-        ),
+        options.training_option(help="Continue the run in this folder from its last checkpoint."),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            "--steps",
-            rich_help_panel="Training",
-            help="Number of updates; the learning rate falls over them. Default: the preset's.",
+        options.training_option(
+            help="Number of updates; the learning rate falls over them. Default: the preset's."
         ),
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            "--minutes",
-            min=0,
-            rich_help_panel="Training",
-            help="Stop after this many minutes with a checkpoint; --resume continues.",
+        options.training_option(
+            min=0, help="Stop after this many minutes with a checkpoint; --resume continues."
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(
-            "--seed",
-            rich_help_panel="Training",
-            help="Seed of the initial weights and the noise. Default: 0.",
-        ),
+        options.training_option(help="Seed of the initial weights and the noise. Default: 0."),
     ] = None,
     select: Annotated[
         Select | None,
-        typer.Option(
-            "--select",
-            rich_help_panel="Training",
+        options.training_option(
             help="The best checkpoint has the highest validation ELBO (elbo, default; needs no "
-            f"labels) or AP paper (ap; needs labels): {AUTHORS_RULE}.",
+            f"labels) or AP paper (ap; needs labels): {AUTHORS_RULE}."
         ),
     ] = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
@@ -129,11 +98,12 @@ def train(
         over_time = minutes is not None and time.monotonic() - began >= minutes * 60
         return world.greatest(interrupts.number or int(over_time))
 
-    with joined(choose_device(device)) as (world, chosen), ExitStack() as stack:
+    with joined(options.choose_device(device)) as (world, chosen), ExitStack() as stack:
 
         def prepare() -> "Run":
-            over = layers(config, _options(model, data, steps, seed, select), set_)
-            settings = _resumed(resume, preset, over) if resume else _new(preset, over)
+            loop = {"steps": steps, "seed": seed, "select": select and select.value}
+            over = options.layers(config, set_, data=data, model=model, **loop)
+            settings = _resumed(resume, preset, over) if resume else options.resolved(preset, over)
             hints = not (resume or quiet or as_json)
             opened = _opened(settings, resume, out, chosen, world, hints=hints)
             return stack.enter_context(opened)
@@ -142,8 +112,12 @@ def train(
         interrupts = stack.enter_context(Interrupts(quiet=run is None))
         if run and not quiet:
             _announce(run, chosen, world, resumed=resume is not None)
-        if run and not resume and not data:
-            _say_whose_figures(run.config)
+        by_default = run and not (resume or data) and run.config.data.name == "digits"
+        if run and by_default and run.config.preset == "laptop":
+            say(
+                "the published figures of the laptop preset are for MNIST (--data FILE); this run "
+                "uses the packaged digits"
+            )
         ending, step, validation = _train(run, settings, chosen, world, stop, quiet=quiet)
     if not run:
         raise typer.Exit(128 + ending if ending > 1 else 0)
@@ -285,37 +259,9 @@ def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bo
         say("there is no checkpoint yet: starting at the first step")
 
 
-def _say_whose_figures(config: "Config") -> None:
-    """Warns where the published figures of a preset are of other images."""
-    if config.preset == "laptop" and config.data.name == "digits":
-        say(
-            "the published figures of the laptop preset are for MNIST (--data FILE); this run uses "
-            "the packaged digits"
-        )
-
-
 def _last_step(run: "Run") -> int:
     """The step of the newest checkpoint; 0 if there is none."""
     return run.checkpoints[0][0] if run.checkpoints else 0
-
-
-def _options(
-    model: str | None,
-    data: str | None,
-    steps: int | None,
-    seed: int | None,
-    select: Select | None,
-) -> dict[str, Any]:
-    """The settings that have options of their own."""
-    from spairkit.data.datasets import data_settings
-
-    given = {"steps": steps, "seed": seed, "select": select.value if select else None}
-    loop = {name: value for name, value in given.items() if value is not None}
-    return {
-        **({"model": {"kind": model}} if model else {}),
-        **(data_settings(data) if data else {}),
-        **({"train": loop} if loop else {}),
-    }
 
 
 def _say_if_dim(images: "Dataset", config: "Config") -> None:
@@ -331,12 +277,6 @@ def _say_if_dim(images: "Dataset", config: "Config") -> None:
             f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; if objects "
             f"are missed, try --set prepare.black={low:g} --set prepare.white={high:g}"
         )
-
-
-def _new(preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    from spairkit.presets import resolve
-
-    return resolve(choose_preset(preset, over), *over)
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
@@ -392,15 +332,11 @@ def _follow(
     with progress_bar(quiet=quiet) as bar:
         task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
 
-        def print_line(text: str) -> None:
-            if not quiet:
-                bar.console.print(text, soft_wrap=True)
-
         for event in events:
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                print_line(f"step {event.step}: validation {listed(figures)}{best}")
+                bar.say(f"step {event.step}: validation {listed(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -413,11 +349,9 @@ def _follow(
             bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
             if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
                 line_at = event.seconds
-                left = (event.steps - step) / max(rate, 1e-9)
-                print_line(
-                    f"step {step} of {event.steps}, {rate:.1f}/s, {_duration(left)} left"
-                    f"{'  ' if losses else ''}{losses}"
-                )
+                left = timedelta(seconds=round((event.steps - step) / max(rate, 1e-9)))
+                line = f"step {step} of {event.steps}, {rate:.1f}/s, {left} left  {losses}"
+                bar.say(line.rstrip())
     return step, figures
 
 
@@ -429,12 +363,6 @@ def _elbo(losses: dict[str, float]) -> str:
         if name not in ("total", "elbo")
     )
     return f"elbo {losses['elbo']:.1f} = -({terms})"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:

@@ -5,47 +5,35 @@ from typing import Annotated
 
 import typer
 
+from spairkit.cli import options
 from spairkit.cli.console import print_json, several
-from spairkit.cli.options import (
-    BoxContrastOption,
-    CheckpointOption,
-    CountOption,
-    Device,
-    DeviceOption,
-    JsonOption,
-    ThresholdOption,
-    check_output,
-    open_detector,
-)
 from spairkit.errors import InputError
 
 
 def viz(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, ...")],
-    checkpoint: CheckpointOption = None,
+    checkpoint: options.CheckpointOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            rich_help_panel="Output",
-            help="The picture to write. Default: <image>-spairkit.png in this folder.",
+        options.output_option(
+            help="The picture to write. Default: <image>-spairkit.png in this folder."
         ),
     ] = None,
-    threshold: ThresholdOption = 0.5,
-    box_contrast: BoxContrastOption = None,
-    count: CountOption = None,
-    device: DeviceOption = Device.AUTO,
-    as_json: JsonOption = False,
+    threshold: options.ThresholdOption = 0.5,
+    box_contrast: options.BoxContrastOption = None,
+    count: options.CountOption = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Draw boxes on an image, beside its reconstruction and the objects found."""
     outputs = _outputs(images, out)
     for output in outputs:
-        check_output(output)
+        options.check_output(output)
     from spairkit.images import read_image, write_png
     from spairkit.report.drawing import panel
 
     pictures = [read_image(path) for path in images]  # a damaged file shows before any work
-    detector = open_detector(checkpoint, device, box_contrast)
+    detector = options.open_detector(checkpoint, device, box_contrast)
     drawn = []
     for path, image, output in zip(images, pictures, outputs, strict=True):
         explanation = detector.explain(image, threshold=threshold, count=count)

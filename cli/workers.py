@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
 
 WorkersOption = Annotated[
-    int,
-    typer.Option("--workers", min=1, max=1024, help="Processes. Several use one CPU thread each."),
+    int, typer.Option(min=1, max=1024, help="Processes. Several use one CPU thread each.")
 ]
 
 _LINE_EVERY_SECONDS = 10
@@ -100,20 +99,16 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
         current = bar.add_task("", total=None, visible=False, note="")
         name, done, line_at = "", 0, 0.0
 
-        def print_line(text: str) -> None:
-            if not quiet:
-                bar.console.print(text, soft_wrap=True)
-
         for event in events:
             if isinstance(event, Started):
                 name, line_at = event.name, 0.0
                 bar.reset(current, description=name, total=event.steps, visible=True)
-                print_line(f"{name}: {event.steps} steps; {done} of {total} runs finished")
+                bar.say(f"{name}: {event.steps} steps; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
                     line_at = event.seconds
-                    print_line(f"{name}: step {event.step} of {event.steps}")
+                    bar.say(f"{name}: step {event.step} of {event.steps}")
             elif isinstance(event, Ended):
                 done += bool(event.figures or event.error)
                 bar.update(runs, completed=done)
@@ -121,4 +116,4 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
                     bar.update(current, visible=False)
                 if name:
                     failed = f"failed: {event.error}" if event.error else "stopped and saved"
-                    print_line(f"{event.name}: {listed(event.figures) or failed}")
+                    bar.say(f"{event.name}: {listed(event.figures) or failed}")

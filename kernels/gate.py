@@ -3,9 +3,9 @@
     python -m spairkit.kernels.gate [--representative]
 
 Triton brings its own assembler, so neither a GPU nor a driver is needed. The interpreter accepts
-code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills,
-shared memory and occupancy; the exit status is 1 if a kernel does not compile, a default
-configuration spills, or another one spills more than a few words. Do not set TRITON_INTERPRET.
+code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills
+and shared memory; the exit status is 1 if a kernel does not compile, a default configuration
+spills, or another one spills more than a few words. Do not set TRITON_INTERPRET.
 """
 
 import argparse
@@ -14,11 +14,10 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # the default will change; registers are counted for today's
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -39,7 +38,6 @@ from spairkit.kernels.presence_blocks import walk_block
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_WARPS_AND_SHARED_KB = {80: (64, 164), 89: (48, 100), 90: (64, 228), 100: (64, 228), 120: (48, 100)}
 
 # words of spill that pass outside the defaults: the assembler gives up a few registers on purpose
 # to reach the next step of occupancy, and any edit changes which kernel that happens to
@@ -69,15 +67,12 @@ class Configuration:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Build:
+class Build(NamedTuple):
     """Resources of a compiled kernel, or `error`."""
 
     registers: int = 0
     spills: int = 0
     shared: int = 0
-    warps_per_sm: str = "-"
-    seconds: float = 0.0
     error: str = ""
 
     def passes(self, configuration: Configuration) -> bool:
@@ -136,13 +131,8 @@ def presence_configurations() -> Iterator[Configuration]:
         constants = {"BLOCK": presence_triton.ODDS_BLOCK}
         kernel = presence_triton._odds_kernel
         rows.append(("odds", kernel, num_cells, constants, presence_triton.ODDS_WARPS, "fp32"))
-    for num_cells, dtype in (
-        (1, "fp32"),
-        (16, "fp32"),
-        (144, "fp32"),
-        (144, "bf16"),
-        (1024, "fp32"),
-    ):
+    sizes = [(num_cells, "fp32") for num_cells in (1, 16, 144, 1024)]
+    for num_cells, dtype in [*sizes, (144, "bf16")]:
         constants = {"BLOCK": presence_triton.lookup_block(num_cells)}
         kernel = presence_triton._presence_kl_kernel
         rows.append(("KL", kernel, num_cells, constants, presence_triton.LOOKUP_WARPS, dtype))
@@ -224,19 +214,16 @@ def build(configuration: Configuration, target: GPUTarget) -> Build:
     constants = {(names.index(name),): value for name, value in configuration.constants.items()}
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    start = time.perf_counter()
     try:
         source = ASTSource(configuration.kernel, signature, constants, aligned)
         built = triton.compile(source, target=target, options={"num_warps": configuration.warps})
     # whatever the compiler raises is this row's result, and the other rows still have to be tried
     except Exception as error:
         return Build(error=f"{type(error).__name__}: {error}")
-    seconds = time.perf_counter() - start
-    read = _amd_resources if target.backend == "hip" else _nvidia_resources
-    return read(built, target, configuration.warps, seconds)
-
-
-def _nvidia_resources(built: Any, target: GPUTarget, warps: int, seconds: float) -> Build:
+    if target.backend == "hip":
+        keys = (r"\.vgpr_count:\s*(\d+)", r"\.vgpr_spill_count:\s*(\d+)")
+        registers, spills = (int(re.findall(key, built.asm["amdgcn"])[0]) for key in keys)
+        return Build(registers, spills, built.metadata.shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -244,29 +231,10 @@ def _nvidia_resources(built: Any, target: GPUTarget, warps: int, seconds: float)
         assembly = _output(_TOOLS / "nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     shared = max(built.metadata.shared, int(re.findall(r"SHARED:(\d+)", usage)[0]))
-    max_warps, shared_kb = _WARPS_AND_SHARED_KB[int(target.arch)]
-    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * warps)
-    by_shared = shared_kb * 1024 // (shared + 1024)
-    return Build(
-        registers=registers,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
-        shared=shared,
-        warps_per_sm=str(warps * min(max_warps // warps, by_registers, 32, by_shared)),
-        seconds=seconds,
-    )
+    return Build(registers, len(re.findall(r"\b(?:LDL|STL)\b", assembly)), shared)
 
 
-def _amd_resources(built: Any, target: GPUTarget, warps: int, seconds: float) -> Build:
-    registers, spills = (
-        int(re.findall(rf"\.{key}:\s*(\d+)", built.asm["amdgcn"])[0])
-        for key in ("vgpr_count", "vgpr_spill_count")
-    )
-    shared = built.metadata.shared
-    return Build(registers=registers, spills=spills, shared=shared, seconds=seconds)
-
-
-def _output(tool: Path, *arguments: str) -> str:
-    command = [str(tool), *arguments]
+def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -289,8 +257,7 @@ def main() -> int:
                 print(
                     f"{'ok' if passes else 'FAIL':4} {name:6} {configuration.name:45} "
                     f"registers {result.registers:3} spills {result.spills:3} "
-                    f"shared {result.shared:6} warps/SM {result.warps_per_sm:>2} "
-                    f"{result.seconds:5.1f} s {result.error}",
+                    f"shared {result.shared:6} {result.error}",
                     flush=True,
                 )
     print(f"{failures} failed", file=sys.stderr)

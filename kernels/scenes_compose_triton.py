@@ -60,10 +60,16 @@ def _compose_kernel(
 
 
 def compose_triton(
-    table: Tensor, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor,
-    height: int, width: int, side: int,
-) -> Tensor:  # fmt: skip
-    """Images [B, 3, H, W]; see `spairkit.kernels.scenes_op.compose_op`."""
+    table: Tensor,  # [E, side * side] uint8, opacity of the pixels of each glyph
+    entries: Tensor,  # [B, N] int64, rows of the table
+    corners: Tensor,  # [B, N, 2] int64, top and left, pixels
+    colours: Tensor,  # [B or 1, N or 1, C] int32, 0 to 255; C is 1 where channels are alike, else 3
+    backgrounds: Tensor,  # [B, C] int32, 0 to 255
+    height: int,
+    width: int,
+    side: int,
+) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1]: glyphs pasted in turn, each time rounded to a byte."""
     num_images, num_glyphs = entries.shape
     num_channels = backgrounds.shape[1]
     images = torch.empty(num_images, 3, height, width, device=table.device, dtype=torch.float32)

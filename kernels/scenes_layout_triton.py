@@ -151,10 +151,22 @@ def scatter_tile(num_squares: int, rows: int, columns: int) -> dict[str, int]:
 
 
 def scatter_triton(
-    keys: Tensor, counts: Tensor, num_squares: int, least_side: int, greatest_side: int,
-    height: int, width: int, max_overlap_px2: int, max_attempts: int, words: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Corners, sides and completeness; see `spairkit.kernels.scenes_op.scatter_op`."""
+    keys: Tensor,  # [B] int64
+    counts: Tensor,  # [B] int64
+    num_squares: int,
+    max_attempts: int,
+    words: Sequence[int],  # the first one, words of a square, words of an attempt
+    *,
+    least_side: int,
+    greatest_side: int,
+    height: int,
+    width: int,
+    max_overlap_px2: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Corners [B, N, 2] and sides [B, N], int64, and whether each scene is complete [B], bool.
+
+    Squares of an incomplete scene, or beyond a scene's count, have corner 0 and the least side.
+    """
     num_images = len(keys)
     corners = torch.empty(num_images, num_squares, 2, dtype=torch.int64, device=keys.device)
     sides = torch.empty(num_images, num_squares, dtype=torch.int64, device=keys.device)

@@ -102,26 +102,21 @@ def _try(backend: Literal["cpu", "triton"]) -> bool:
 
 
 def fused(
-    plain: Callable[..., Tensor],
     forward: Callable[..., Tensor],
     backward: Callable[..., tuple[Tensor | None, ...]],
     inputs: tuple[Tensor, ...],
     constants: tuple[Any, ...] = (),
 ) -> Tensor:
-    """`forward(*inputs, *constants)` with a gradient.
+    """`forward(*inputs, *constants)` with a gradient; a second derivative raises RuntimeError.
 
     Args:
-        plain: the same function in plain torch; it computes gradients if second derivatives are
-            requested.
         forward: the kernel.
         backward: a kernel from the gradient of the value, the value, inputs and constants to the
             gradients of all inputs, None for an input without one.
         inputs: tensors. `backward` must return a gradient for each that requires one.
         constants: arguments that are not tensors.
     """
-    value: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
-        plain, forward, backward, constants, *inputs
-    )
+    value: Tensor = _Fused.apply(forward, backward, constants, *inputs)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -129,35 +124,22 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plain: Callable[..., Tensor],
         forward: Callable[..., Tensor],
         backward: Callable[..., tuple[Tensor | None, ...]],
         constants: tuple[Any, ...],
         *inputs: Tensor,
     ) -> Tensor:
         value = forward(*inputs, *constants)
-        ctx.plain, ctx.kernel, ctx.constants = plain, backward, constants
+        ctx.kernel, ctx.constants = backward, constants
         ctx.save_for_backward(value, *inputs)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        value, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = _differentiable(ctx.plain, inputs, ctx.constants, grad)
-        else:
-            grads = ctx.kernel(grad, value, *inputs, *ctx.constants)
-        return None, None, None, None, *grads
-
-
-def _differentiable(
-    plain: Callable[..., Tensor], inputs: list[Tensor], constants: tuple[Any, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs, recorded by autograd for second derivatives."""
-    wanted = [x for x in inputs if x.requires_grad]
-    grads = torch.autograd.grad(plain(*inputs, *constants), wanted, grad, create_graph=True)
-    found = iter(grads)
-    return tuple(next(found) if x.requires_grad else None for x in inputs)
+            raise RuntimeError("compiled functions have no second derivatives: use float64")
+        value, *inputs = ctx.saved_tensors
+        return None, None, None, *ctx.kernel(grad, value, *inputs, *ctx.constants)
 
 
 def set_precision(precision: Precision, device: torch.device) -> None:

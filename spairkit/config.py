@@ -3,7 +3,7 @@
 A `Config` holds data, preparation, model and training. `config_values` reads and writes it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -96,6 +96,8 @@ class SPAIRConfig:
     """SPAIR (docs/model.md 1-5). Widths are numbers of units; sizes are in pixels."""
 
     kind: Literal["spair"] = "spair"
+    told: ClassVar[bool] = False
+    """Whether the model is given the true number of objects."""
     cell: Annotated[int, Field(ge=2, le=64)] = 12
     """Side of a grid cell, in pixels; its prime factors are the strides of the backbone."""
     stride_order: Literal["ascending", "descending"] = "ascending"
@@ -181,11 +183,6 @@ class SPAIRConfig:
             )
 
     @property
-    def told(self) -> bool:
-        """Whether the model is given the true number of objects."""
-        return False
-
-    @property
     def strides(self) -> tuple[int, ...]:
         """The prime factors of `cell` in `stride_order`."""
         factors, rest = [], self.cell
@@ -204,6 +201,8 @@ class ConnCompConfig:
     """
 
     kind: Literal["conncomp"] = "conncomp"
+    told: ClassVar[bool] = False
+    """Whether the model is given the true number of objects."""
     threshold: Literal["fit", "otsu"] | Annotated[float, Field(ge=0.0, le=3.0)] = "fit"
     """Least distance of an object's pixel to the background, summed over channels: fitted to known
     boxes as in the paper, by Otsu's rule (needs no boxes), or a number."""
@@ -215,11 +214,6 @@ class ConnCompConfig:
     """Background: black, the commonest colour, the median of each channel, or `colour`."""
     colour: tuple[Unit, Unit, Unit] = (0.0, 0.0, 0.0)
     """Colour of the background "given": red, green, blue."""
-
-    @property
-    def told(self) -> bool:
-        """Whether the model is given the true number of objects."""
-        return False
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -158,10 +158,8 @@ def differences(first: Config, second: Config) -> list[str]:
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number with thousands of digits raises ValueError, too
+    # a number with thousands of digits raises ValueError, too
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{source}: not TOML: {error}") from None
 
 
@@ -198,12 +196,8 @@ def _suggest(location: list[str], kind: str) -> str:
     """A hint at the key that was probably meant; `kind` is that of the model."""
     from difflib import get_close_matches
 
-    tables: dict[str, Any] = {
-        "": Config,
-        "data": DataConfig,
-        "prepare": PrepareConfig,
-        "train": TrainConfig,
-    }
+    tables: dict[str, Any] = {"": Config, "data": DataConfig, "train": TrainConfig}
+    tables["prepare"] = PrepareConfig
     table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
     names = [field.name for field in fields(table)] if table else []
     close = get_close_matches(location[-1], names, n=1)

@@ -41,6 +41,14 @@ class Detections:
     image: ImageLike | None = field(default=None)
     """The image, as it was given to the detector: `plot` draws on it."""
 
+    @classmethod
+    def of_batch(cls, chosen: Tensor, **columns: Tensor) -> list["Detections"]:
+        """The `chosen` [B, K] objects of each image, from the fields as [B, K, ...]."""
+        return [
+            cls(**{name: column[b, on].float().cpu() for name, column in columns.items()})
+            for b, on in enumerate(chosen)
+        ]
+
     def __len__(self) -> int:
         """The count."""
         return self.boxes.shape[0]
@@ -175,3 +183,18 @@ class Explanation:
     image: Tensor  # [3, H, W] in [0, 1], as the model sees it: after its preparation
     reconstruction: Tensor  # [3, H, W] in [0, 1]
     appearances: Tensor  # [n, P, P, 4] colour and alpha of each detection, in [0, 1]
+
+    @classmethod
+    def of_batch(
+        cls,
+        chosen: Tensor,  # [B, K] bool
+        found: list[Detections],
+        images: Tensor,  # [B, 3, H, W]
+        drawn: Tensor,  # [B, 3, H, W]
+        maps: Tensor,  # [B, K, P, P, 4]
+    ) -> list["Explanation"]:
+        """One for each image of a batch, with the maps of the chosen objects."""
+        return [
+            cls(item, *(x.float().cpu() for x in (images[b], drawn[b], maps[b, chosen[b]])))
+            for b, item in enumerate(found)
+        ]

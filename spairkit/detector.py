@@ -6,6 +6,7 @@ found = detector.detect("cells.tif")
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
-from spairkit.images import ImageLike, as_image, list_images, prepare
+from spairkit.images import ImageLike, as_image, list_images, prepare, same_sized
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import pretrained
@@ -100,7 +101,7 @@ class Detector:
                 needs the count and gets none, or infers the count and gets one.
         """
         _refuse_folder(image)
-        return self._detect([image], [as_image(image)], threshold, count)[0]
+        return self._detect([(image, as_image(image))], threshold, count)[0]
 
     def detect_many(
         self,
@@ -129,19 +130,9 @@ class Detector:
         sources: Iterable[ImageLike] = (
             list_images(Path(images)) if isinstance(images, (str, os.PathLike)) else images
         )
-        held: list[ImageLike] = []
-        pixels: list[Tensor] = []
-        for source in sources:
-            image = as_image(source)
-            area = (len(pixels) + 1) * image[0].numel()
-            full = len(pixels) == batch_size or area > _MAX_BATCH_PIXELS
-            if pixels and (full or pixels[0].shape != image.shape):
-                yield from self._detect(held, pixels, threshold, count)
-                held, pixels = [], []
-            held.append(source)
-            pixels.append(image)
-        if pixels:
-            yield from self._detect(held, pixels, threshold, count)
+        read = ((source, as_image(source)) for source in sources)
+        for group in same_sized(read, batch_size, _MAX_BATCH_PIXELS):
+            yield from self._detect(group, threshold, count)
 
     def explain(
         self, image: ImageLike, *, threshold: float = 0.5, count: int | None = None
@@ -175,13 +166,11 @@ class Detector:
             return self.network.explain(images, **options)
 
     def _detect(
-        self, sources: list[ImageLike], images: list[Tensor], threshold: float, count: int | None
+        self, group: list[tuple[ImageLike, Tensor]], threshold: float, count: int | None
     ) -> list[Detections]:
-        found = self.detect_batch(torch.stack(images), threshold, self._counts(count, len(images)))
-        return [
-            Detections(item.boxes, item.scores, item.what, item.depth, image=source)
-            for item, source in zip(found, sources, strict=True)
-        ]
+        sources, images = zip(*group, strict=True)
+        found = self.detect_batch(torch.stack(images), threshold, self._counts(count, len(group)))
+        return [replace(item, image=source) for item, source in zip(found, sources, strict=True)]
 
     def _counts(self, count: int | None, images: int) -> Tensor | None:
         if count is None:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 from spairkit import metrics
 from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
@@ -100,7 +98,8 @@ def evaluate(
         least = min(CANDIDATE_THRESHOLD, threshold)
         told = batch.counts if detector.told else None
         found = detector.detect_batch(batch.images, least, told)
-        candidates += [_boxes_alone(item) for item in found]
+        # without embeddings, which the figures do not need
+        candidates += [replace(item, what=item.what[:, :0].clone()) for item in found]
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
         if progress is not None:
             progress(len(truth))
@@ -138,8 +137,3 @@ def _figures(
         count_error=metrics.count_error(found_counts, true_counts),
         count_bias=metrics.count_bias(found_counts, true_counts),
     )
-
-
-def _boxes_alone(item: Detections) -> Detections:
-    """Without embeddings, which the figures do not need."""
-    return replace(item, what=torch.zeros(len(item), 0))

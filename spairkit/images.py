@@ -10,10 +10,10 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,8 +38,7 @@ _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_defl
 _SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
-# raised by Pillow on damaged files
-_DAMAGED = (
+DAMAGED = (
     OSError,
     EOFError,
     ValueError,
@@ -56,6 +55,8 @@ _DAMAGED = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""Exceptions that the readers of images and archives raise on damaged files."""
+
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112
 # the turn that brings an image upright, by EXIF orientation
@@ -71,6 +72,7 @@ _TURNS = {
 _SIDEWAYS = (5, 6, 7, 8)
 
 
+Source = TypeVar("Source")
 ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
 """What `as_image` takes."""
 
@@ -190,22 +192,14 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     return scaled.expand(3, -1, -1)
 
 
-def stretch(images: Tensor, black: float, white: float) -> Tensor:  # any shape, in [0, 1]
-    """Maps intensities from `black` to `white` onto 0 to 1 and cuts off those beyond.
-
-    Raises:
-        ValueError: not 0 <= black < white <= 1.
-    """
-    if not 0 <= black < white <= 1:
-        raise ValueError(f"black and white must lie in order in [0, 1], got {black} and {white}")
-    if (black, white) == (0, 1):
-        return images
-    return ((images - black) / (white - black)).clamp(0, 1)
-
-
 def prepare(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape, in [0, 1]
-    """Images as a model sees them: the preparation that a run's config asks for."""
-    return stretch(images, config.black, config.white)
+    """Images as a model sees them: from `config.black` to `config.white` becomes 0 to 1.
+
+    Intensities beyond are cut off.
+    """
+    if (config.black, config.white) == (0, 1):
+        return images
+    return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
@@ -220,6 +214,24 @@ def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
     values, counts = ((red << 16) + (green << 8) + blue).flatten().unique(return_counts=True)
     code = values[counts.argmax()]
     return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
+
+
+def same_sized(
+    images: Iterable[tuple[Source, Tensor]], batch_size: int, max_pixels: int
+) -> Iterator[list[tuple[Source, Tensor]]]:
+    """Groups of consecutive images [C, H, W] of one size, each image with its source.
+
+    A group holds at most `batch_size` images and `max_pixels` pixels, or one image.
+    """
+    group: list[tuple[Source, Tensor]] = []
+    for source, image in images:
+        full = len(group) == batch_size or (len(group) + 1) * image[0].numel() > max_pixels
+        if group and (full or group[0][1].shape != image.shape):
+            yield group
+            group = []
+        group.append((source, image))
+    if group:
+        yield group
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
@@ -316,7 +328,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise InputError(
             f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM or TIFF)"
         ) from None
-    except _DAMAGED as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: a damaged image: {printable(reason[:200])}") from None
 

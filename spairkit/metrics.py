@@ -81,11 +81,8 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Truth]) -> fl
     """The headline figure: AP over IoU .1 to .9, by COCO's matching and 101 recall points.
 
     Every detection counts, ranked by its score over the whole set; equal scores keep the order of
-    images, and inside an image their own. So give all candidates, with a low threshold.
-
-    Where there is no true box in the whole set, AP is 1 if nothing was found and 0 otherwise. An
-    image without true boxes is no special case in a set that has some: what is found there is
-    wrong.
+    images, and inside an image their own. So give all candidates, with a low threshold. Without a
+    true box in the whole set, AP is 1 if nothing was found and 0 otherwise.
 
     Args:
         found: one `Detections` per image, scores finite.
@@ -120,21 +117,18 @@ def ap_spair(
     whole_pixels: bool = False,
     batch_size: int = 32,
 ) -> float:
-    """AP as the SPAIR authors' code counts it, for figures to hold against the paper's.
+    """AP by the rule of the SPAIR authors' code, to compare with the paper's figures.
 
-    What differs from `average_precision`:
+    It differs from `average_precision` in these points:
 
     - scores are ignored, so the ranking is that of the images, and inside an image raster order:
       give only what was found (presence above one half);
-    - a hit needs IoU above, not at, the threshold;
+    - a hit needs IoU above, not at, the threshold; there are 11 recall points, 0, .1 ... 1;
     - once every true box of an image is taken, the detections left there are dropped: neither
       right nor wrong. In an image without true boxes all of them are wrong;
-    - 11 recall points, 0, .1 ... 1;
-    - the true boxes of the authors' data span from the first to the last pixel of a glyph, so one
-      pixel is taken from the right and lower edges of the half-open boxes given. A perfect
-      detector of glyphs 10 px across reaches IoU .81 at best, unless it shares this convention:
-      with `whole_pixels` the found boxes lose the same pixel, as those of the authors' ConnComp
-      do. Their SPAIR's boxes, z_where's own, do not;
+    - true boxes lose one pixel at their right and lower edges, because those of the authors' data
+      span from the first to the last pixel of a glyph. With `whole_pixels` the found boxes lose it
+      too, as those of the authors' ConnComp do, but not those of their SPAIR;
     - AP is computed for batches of images in order, and averaged with their sizes as weights.
 
     A batch without detections, or without true boxes, has AP 0. (For no detection at all the

@@ -26,46 +26,6 @@ from spairkit.kernels.presence_blocks import MAX_CELLS
 from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
 
 
-def presence_prior(
-    samples: Tensor,  # [B, n]
-    success: float | Tensor,
-    *,
-    relaxed: bool = False,
-    backend: Backend = "auto",
-) -> Tensor:  # [B, n]
-    """Prior probability that each cell holds an object, given the cells before it.
-
-    Args:
-        samples: [B, n] z_pres as sampled, in raster order.
-        success: s in (0, 1) of the truncated geometric prior on the count; values near 1 expect few
-            objects. May be a 0-d tensor on the device of `samples`. On a GPU and in a compiled
-            function its value is not checked, since that would wait for the device, and one outside
-            (0, 1) gives NaN. Use float64: float32 holds only three digits of 1 - .9999.
-        relaxed: False reads `samples > 0.5`, and `samples` get no gradient; True uses the samples
-            as they are, in [0, 1], with gradients.
-        backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
-            cells), or "auto".
-
-    Returns:
-        [B, n] p(z_k = 1 | z_<k), float64 if `samples` are, else float32. A tensor `success` gets a
-        gradient. NaN after the first sample that is NaN.
-
-    Raises:
-        ValueError: the rank, dtype, device or value of an argument is wrong; the message names it.
-
-    Source: equations (B1) and (B2) of the supplement.
-    """
-    _check(samples, samples, success)
-    chosen = _chosen(backend, samples, success, relaxed)
-    if chosen == "torch":
-        prior_logit = _prior_logit_torch(samples, success, relaxed)
-    elif relaxed:
-        prior_logit, _ = count_posterior_op(samples, _as_tensor(success, samples), chosen)
-    else:
-        _, prior_logit = presence_kl_op(samples, samples, _as_tensor(success, samples), chosen)
-    return torch.sigmoid(prior_logit).to(_result_dtype(samples))
-
-
 def presence_kl(
     logits: Tensor,  # [B, n]
     samples: Tensor,  # [B, n]
@@ -116,6 +76,37 @@ def presence_kl(
     else:
         prior_logit, _ = count_posterior_op(samples, _as_tensor(success, samples), chosen)
     return _bernoulli_kl(logits.double(), prior_logit).to(_result_dtype(logits))
+
+
+def presence_prior(
+    samples: Tensor,  # [B, n]
+    success: float | Tensor,
+    *,
+    relaxed: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:  # [B, n]
+    """Prior probability that each cell holds an object, given the cells before it.
+
+    Arguments as in `presence_kl`.
+
+    Returns:
+        [B, n] p(z_k = 1 | z_<k), float64 if `samples` are, else float32. A tensor `success` gets a
+        gradient. NaN after the first sample that is NaN.
+
+    Raises:
+        ValueError: the rank, dtype, device or value of an argument is wrong; the message names it.
+
+    Source: equations (B1) and (B2) of the supplement.
+    """
+    _check(samples, samples, success)
+    chosen = _chosen(backend, samples, success, relaxed)
+    if chosen == "torch":
+        prior_logit = _prior_logit_torch(samples, success, relaxed)
+    elif relaxed:
+        prior_logit, _ = count_posterior_op(samples, _as_tensor(success, samples), chosen)
+    else:
+        _, prior_logit = presence_kl_op(samples, samples, _as_tensor(success, samples), chosen)
+    return torch.sigmoid(prior_logit).to(_result_dtype(samples))
 
 
 def _chosen(

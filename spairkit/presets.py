@@ -11,6 +11,16 @@ from spairkit.config import AIRConfig, Config
 from spairkit.config_values import from_dict, merge, model_kind
 from spairkit.errors import InputError
 
+_QUICK_TRAIN = {
+    "steps": 2500,
+    "learning_rate": 1e-3,
+    "learning_rate_end": 5e-5,
+    "gradient_noise": 0.0,
+    "validation_every": 250,
+    "patience": 0,
+    "threads": 1,
+}
+
 
 def quick() -> dict[str, Any]:
     """SPAIR on 1 to 3 digits in 48 x 48 pixels, in a few minutes on a laptop's CPU.
@@ -49,16 +59,7 @@ def quick() -> dict[str, Any]:
             "box_contrast": 0.05,
             "beta": 2.0,
         },
-        "train": {
-            "steps": 2500,
-            "learning_rate": 1e-3,
-            "learning_rate_end": 5e-5,
-            "gradient_noise": 0.0,
-            "training_wheels": 50,
-            "validation_every": 250,
-            "patience": 0,
-            "threads": 1,
-        },
+        "train": {**_QUICK_TRAIN, "training_wheels": 50},
     }
 
 
@@ -140,17 +141,7 @@ def quick_air() -> dict[str, Any]:
             "likelihood_floor": 1e-6,
             "box_contrast": 0.05,
         },
-        "train": {
-            "batch_size": 64,
-            "steps": 2500,
-            "learning_rate": 1e-3,
-            "learning_rate_end": 5e-5,
-            "gradient_noise": 0.0,
-            "training_wheels": 0,
-            "validation_every": 250,
-            "patience": 0,
-            "threads": 1,
-        },
+        "train": {**_QUICK_TRAIN, "batch_size": 64, "training_wheels": 0},
     }
 
 

@@ -95,7 +95,7 @@ def test_plain_version_uses_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "function", ["render_by_grid_sample", "presence_kl_by_loop", "cross_entropy_of_images"]
+    "function", ["render_by_grid_sample", "presence_kl_by_loop", "cross_entropy_by_torch"]
 )
 def test_nothing_is_timed_if_the_versions_differ(
     function: str, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -224,18 +223,6 @@ def test_long_note_leaves_room_for_the_progress_bar(monkeypatch: pytest.MonkeyPa
     assert shown.count("word") % 30 == 0
     monkeypatch.setenv("TERM", "dumb")
     assert progress_bar().disable, "a dumb terminal gets lines instead"
-
-
-def test_progress_bar_can_do_without_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    threads = threading.active_count()
-    with progress_bar(auto_refresh=False) as bar:
-        task = bar.add_task("timing", total=9, note="")
-        assert threading.active_count() == threads
-        bar.update(task, completed=6, refresh=True)
-        assert "6/9" in terminal.getvalue()
 
 
 def test_tables_are_wide_enough_for_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:

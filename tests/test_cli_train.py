@@ -20,11 +20,11 @@ from torch import Tensor
 
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
-from spairkit.config import Config
+from spairkit.config import Config, PrepareConfig
 from spairkit.detector import load
-from spairkit.images import read_image, stretch, write_png
-from spairkit.kernels.warm_up import Compiling
+from spairkit.images import prepare, read_image, write_png
 from spairkit.models import compiling
+from spairkit.models.compiling import Compiling
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
@@ -417,7 +417,8 @@ def test_levels_of_a_run_are_applied_to_all_images(run: Runner, tmp_path: Path) 
     assert "prepare.black" not in ended.err
     detector, path = load("levels"), tmp_path / "1.png"
     image = read_image(path)
-    by_hand = detector.network.detect(stretch(image, black, white)[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
+    prepared = prepare(image, PrepareConfig(black=black, white=white))
+    by_hand = detector.network.detect(prepared[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
     raw = detector.network.detect(image[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
     assert not torch.allclose(by_hand, raw)
     for scores in (

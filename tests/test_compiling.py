@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from spairkit import backends
-from spairkit.kernels.warm_up import KERNELS
-from spairkit.models.compiling import compiling
+from spairkit.models.compiling import KERNELS, compiling
 from spairkit.presets import resolve
 
 ROOT = Path(__file__).parent.parent

@@ -129,19 +129,6 @@ def test_thread_count_does_not_change_results(calls: list[str]) -> None:
             assert_near(got, wanted.double())
 
 
-def test_second_derivatives_match_torch(calls: list[str]) -> None:
-    inputs = operands(2, 5, 6)
-
-    def derivatives(values: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(values.pow(2).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(torch.stack([g.pow(2).sum() for g in first]).sum(), inputs)
-
-    found = derivatives(halve(inputs))
-    assert calls[0] == "convolve_cpu"
-    for got, exact in zip(found, derivatives(expected(inputs)), strict=True):
-        assert_near(got, exact)
-
-
 @pytest.mark.parametrize(
     ("channels", "outputs", "side", "stride", "dtype"),
     [

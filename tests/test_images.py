@@ -14,16 +14,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from spairkit.config import PrepareConfig
 from spairkit.errors import InputError
 from spairkit.images import (
     MAX_PIXELS,
     commonest_colour,
     image_size,
     list_images,
+    prepare,
     printable,
     read_image,
     read_pixels,
-    stretch,
     write_png,
 )
 
@@ -224,18 +225,10 @@ def test_tiff_is_read_only_in_simple_compressions(tmp_path: Path) -> None:
 
 def test_stretching_maps_levels_to_0_and_1() -> None:
     image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[None, None].expand(2, 3, 4, 5)
-    found = stretch(image, 0.2, 0.4)
+    found = prepare(image, PrepareConfig(black=0.2, white=0.4))
     assert torch.allclose(found[0, 0, 0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
     assert found.shape == image.shape
-    assert torch.equal(stretch(image, 0, 1), image)
-
-
-@pytest.mark.parametrize(
-    ("black", "white"), [(-0.1, 1.0), (0.0, 1.1), (0.5, 0.5), (0.6, 0.5), (float("nan"), 1.0)]
-)
-def test_stretching_refuses_invalid_levels(black: float, white: float) -> None:
-    with pytest.raises(ValueError, match="black and white must lie in order"):
-        stretch(torch.rand(3, 4, 5), black, white)
+    assert torch.equal(prepare(image, PrepareConfig()), image)
 
 
 def test_missing_special_and_oversized_files_are_refused(tmp_path: Path) -> None:

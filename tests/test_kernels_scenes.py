@@ -18,7 +18,6 @@ from spairkit.data.hashing import below, draws, hashed
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
 from spairkit.kernels import scenes_layout_triton
-from spairkit.kernels.scenes_op import scatter_op
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
@@ -167,11 +166,6 @@ def test_empty_scenes_and_empty_batches_are_supported(device: torch.device) -> N
     assert len(scenes.unchecked(torch.arange(0, device=device)).images) == 0
     empty.check()
     scenes.check()
-
-
-def test_operator_passes_opcheck(device: torch.device) -> None:
-    keys, counts = keys_and_counts(scenes_of(TIGHT, device, fused=True), 2)
-    torch.library.opcheck(scatter_op, (keys, counts, 3, 6, 6, 13, 14, 0, 9, [3, 16, 4096]))
 
 
 @pytest.mark.gpu

@@ -345,7 +345,7 @@ def test_sweep_refuses_other_settings_and_other_folders(run: Runner) -> None:
     assert "these differ: the search space" in run("--out", "sweep", "--space", "space.toml").err
     Path("taken").mkdir()
     Path("taken/file").touch()
-    assert "neither empty nor a sweep" in run("--config", "tiny.toml", "--out", "taken").err
+    assert "taken: not empty" in run("--config", "tiny.toml", "--out", "taken").err
     assert [path.name for path in Path("taken").iterdir()] == ["file"]
     Path("space.toml").write_text("model.bta = [9.0]\n")
     ended = run("--config", "tiny.toml", "--out", "new", "--space", "space.toml")

@@ -12,7 +12,12 @@ from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import Dataset
 from spairkit.kernels.constants import LOGIT_LIMIT, MIN_IMPORTANCE, MIN_PROBABILITY
 from spairkit.models.convolutions import convolve_by_torch
-from spairkit.models.densities import count_success, normal_kl, squash
+from spairkit.models.densities import (
+    count_success,
+    cross_entropy_by_torch,
+    normal_kl,
+    squash,
+)
 from spairkit.models.elbo import Losses
 from spairkit.models.latents import Latents, Noise, join
 from spairkit.models.networks import Backbone, shared_weights
@@ -105,7 +110,7 @@ class PlainSPAIR(SPAIR):
         depth = normal_kl(latents.depth_mean, latents.depth_std, 0.0, 1.0)
         chance = torch.full((), success, dtype=torch.float64, device=images.device)
         return Losses(
-            reconstruction=cross_entropy_of_images(image, images, c.likelihood_floor),
+            reconstruction=cross_entropy_by_torch(image, images, c.likelihood_floor),
             kl_where=(weight * where).sum(1),
             kl_what=(weight * what).sum(1),
             kl_depth=(weight * depth).sum(1),
@@ -169,13 +174,6 @@ def render_by_grid_sample(
     total = importance.sum(1)
     touched = total > MIN_IMPORTANCE
     return back + torch.where(touched, change / torch.where(touched, total, 1.0), 0.0)
-
-
-def cross_entropy_of_images(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
-    """The negative log likelihood in plain torch."""
-    image = image.clamp(0, 1)
-    on, off = (image + floor).log(), (1 - image + floor).log()
-    return -(off + target * (on - off)).flatten(1).sum(1)
 
 
 def presence_kl_by_loop(

@@ -41,13 +41,18 @@ def read_annotations(path: Path) -> dict[str, Annotated]:
     """
     content = _table(path, "it", _json(path))
     reader = _Reader(path)
-    for number, entry in enumerate(_rows(path, content, "images")):
-        reader.add_image(f"images[{number}]", _table(path, f"images[{number}]", entry))
-    for number, entry in enumerate(_rows(path, content, "categories", needed=False)):
-        reader.add_category(f"categories[{number}]", _table(path, f"categories[{number}]", entry))
-    for number, entry in enumerate(_rows(path, content, "annotations")):
-        where = f"annotations[{number}]"
-        reader.add_object(where, _table(path, where, entry))
+    readers = {
+        "images": reader.add_image,
+        "categories": reader.add_category,
+        "annotations": reader.add_object,
+    }
+    for key, add in readers.items():
+        entries = content.get(key, [] if key == "categories" else None)
+        if not isinstance(entries, list):
+            raise InputError(f"{printable(path)}: {key} must be a list, as in COCO files")
+        for number, entry in enumerate(entries):
+            where = f"{key}[{number}]"
+            add(where, _table(path, where, entry))
     return reader.annotated()
 
 
@@ -177,13 +182,6 @@ def _json(path: Path) -> Any:
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{printable(path)}: {where} must be an object, as in COCO files")
-    return value
-
-
-def _rows(path: Path, content: dict[str, Any], key: str, *, needed: bool = True) -> list[Any]:
-    value = content.get(key, None if needed else [])
-    if not isinstance(value, list):
-        raise InputError(f"{printable(path)}: {key} must be a list, as in COCO files")
     return value
 
 

@@ -7,10 +7,11 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig
-from spairkit.data.folder import ImageFolder, stacked
+from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
+from spairkit.images import same_sized
 
 Dataset = Scenes | ImageFolder
 
@@ -126,9 +127,14 @@ def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
         InputError: an image is damaged.
     """
     if isinstance(dataset, ImageFolder):
-        yield from stacked(
-            dataset.images(), batch_size, max_pixels=_MAX_PIXELS, only_known=dataset.has_truth
+        known = (
+            (truth or NOTHING, image)
+            for _, _, image, truth in dataset.images()
+            if truth is not None or not dataset.has_truth
         )
+        for group in same_sized(known, batch_size, _MAX_PIXELS):
+            truths, images = zip(*group, strict=True)
+            yield batch_of(images, truths, images[0].shape[1:])
         return
     for start in range(0, len(dataset), batch_size):
         yield dataset.batch(torch.arange(start, min(start + batch_size, len(dataset))))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -130,8 +130,8 @@ class ImageFolder:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
                 truths.append(_clipped(truth, frame))
             else:
-                truths.append(_NOTHING)
-        return _batch(crops, truths, (height, width)).to(self.device)
+                truths.append(NOTHING)
+        return batch_of(crops, truths, (height, width)).to(self.device)
 
     def files(self) -> list[tuple[Path, int]]:
         """Path and id of each file of the split, in the order of `images`."""
@@ -192,42 +192,8 @@ class ImageFolder:
         return pixels
 
 
-def stacked(
-    images: Iterator[tuple[str, int, Tensor, Truth | None]],
-    batch_size: int,
-    *,
-    max_pixels: int,
-    only_known: bool,
-) -> Iterator[Batch]:
-    """Whole images as batches of consecutive images of one size.
-
-    Args:
-        images: as `ImageFolder.images` gives them.
-        batch_size: greatest number of images in a batch.
-        max_pixels: greatest number of pixels in a batch, unless one image has more.
-        only_known: leave out images without ground truth.
-    """
-    group: list[tuple[Tensor, Truth]] = []
-    for _, _, image, truth in images:
-        if truth is None and only_known:
-            continue
-        full = len(group) == batch_size or (len(group) + 1) * image[0].numel() > max_pixels
-        if group and (full or group[0][0].shape != image.shape):
-            yield _whole(group)
-            group = []
-        group.append((image, truth or _NOTHING))
-    if group:
-        yield _whole(group)
-
-
-def _whole(group: list[tuple[Tensor, Truth]]) -> Batch:
-    images, truths = zip(*group, strict=True)
-    _, height, width = images[0].shape
-    return _batch(list(images), list(truths), (height, width))
-
-
-def _batch(images: list[Tensor], truths: list[Truth], size: tuple[int, int]) -> Batch:
-    """A batch on the device of the images; `size` is that of images in an empty batch."""
+def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int, int]) -> Batch:
+    """A batch on the device of the images, which all have this height and width."""
     device = images[0].device if images else torch.device("cpu")
     counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
     most = int(counts.max()) if len(counts) else 0
@@ -235,11 +201,12 @@ def _batch(images: list[Tensor], truths: list[Truth], size: tuple[int, int]) -> 
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
-    stack = torch.stack(images) if images else torch.zeros(0, 3, *size)
+    stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
     return Batch(stack, boxes.to(device), labels.to(device), counts.to(device))
 
 
-_NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+"""The ground truth of an image without objects."""
 
 
 def _continued(crop: Tensor, height: int, width: int) -> Tensor:

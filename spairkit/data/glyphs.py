@@ -10,7 +10,6 @@ import math
 import struct
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,28 +21,13 @@ from numpy.typing import NDArray
 
 from spairkit.config import DataConfig
 from spairkit.errors import InputError
+from spairkit.images import DAMAGED
 
 Split = Literal["train", "validation", "test"]
 
 _MAX_BYTES = 1 << 30
 _MAX_SIDE = 256
 _CHUNK = 4096
-# raised by the readers of zip, gzip and npy on damaged files
-_DAMAGED = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    SyntaxError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
 _PAIR = ("images", "labels")
 
 
@@ -88,8 +72,7 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
         )
     arrays = _read(path)
     if "x_train" in arrays:
-        own_test = split == "test"
-        prefix = "test" if own_test else "train"
+        prefix = "test" if split == "test" else "train"
         images, labels = arrays[f"x_{prefix}"], arrays[f"y_{prefix}"]
         tenths = {"train": (0, 9), "validation": (9, 10), "test": (0, 10)}[split]
     else:
@@ -152,7 +135,14 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             raise InputError(f"{path}: not a regular file; name an npz file or IDX images")
         with path.open("rb") as file:
             magic = file.read(2)
-    arrays = _read_npz(path) if magic == b"PK" else _read_idx(path)
+    if magic == b"PK":
+        arrays = _read_npz(path)
+    else:
+        arrays, labels = {"images": _read_idx_array(path)}, _labels_beside(path)
+        if labels is not None:
+            arrays["labels"] = _read_idx_array(labels)
+    if "images" in arrays:
+        arrays.setdefault("labels", np.full(len(arrays["images"]), -1))
     for images_key, labels_key in (("x_train", "y_train"), ("x_test", "y_test"), _PAIR):
         if images_key in arrays:
             _check(path, images_key, arrays[images_key], labels_key, arrays[labels_key])
@@ -170,7 +160,7 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except InputError:
         raise
-    except _DAMAGED as error:
+    except (*DAMAGED, zipfile.BadZipFile, lzma.LZMAError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: not a readable npz or IDX file: {reason[:200]}") from None
 
@@ -212,8 +202,6 @@ def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
         for key in wanted:
             with archive.open(members[key]) as member:
                 arrays[key] = _read_npy(member, members[key].file_size)
-    if "images" in arrays and "labels" not in arrays:
-        arrays["labels"] = np.full(len(arrays["images"]), -1)
     return arrays
 
 
@@ -236,14 +224,6 @@ def _read_npy(member: IO[bytes], size: int) -> NDArray[Any]:
         raise ValueError("an array is cut short")
     array: NDArray[Any] = np.frombuffer(data, dtype=dtype)
     return array.reshape(shape, order="F" if fortran else "C")
-
-
-def _read_idx(path: Path) -> dict[str, NDArray[Any]]:
-    images = _read_idx_array(path)
-    labels_path = _labels_beside(path)
-    if labels_path is None:
-        return {"images": images, "labels": np.full(len(images), -1)}
-    return {"images": images, "labels": _read_idx_array(labels_path)}
 
 
 def _labels_beside(path: Path) -> Path | None:

@@ -1,6 +1,7 @@
 """Scenes of scattered glyphs, composed in batches on the device, with their ground truth."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,6 @@ from spairkit.data.glyphs import Split, load_glyphs, resize
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.detections import Truth
 from spairkit.errors import InputError
-from spairkit.kernels.scenes_op import compose_op, scatter_op
 
 _MAX_ATTEMPTS = 1000
 _MAX_TABLE_BYTES = 1 << 31
@@ -46,12 +46,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
-        return Batch(
-            self.images.to(device),
-            self.boxes.to(device),
-            self.labels.to(device),
-            self.counts.to(device),
-        )
+        return self.each(lambda tensor: tensor.to(device))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed by a function."""
+        return Batch(*map(change, (self.images, self.boxes, self.labels, self.counts)))
 
     def truth(self) -> list[Truth]:
         """The objects of each image, on the CPU."""
@@ -96,6 +95,13 @@ class Scenes:
         self._max_overlap_px2 = math.floor(config.max_overlap * config.glyph_size**2 + 1e-6)
         self._least_side = config.glyph_size - config.glyph_jitter
         self._greatest_side = config.glyph_size + config.glyph_jitter
+        self._limits = {
+            "least_side": self._least_side,
+            "greatest_side": self._greatest_side,
+            "height": config.image_height,
+            "width": config.image_width,
+            "max_overlap_px2": self._max_overlap_px2,
+        }
         self._refuse_crowds()
         self._load()
         self._key = seeded(config.seed, _SPLITS[split]).to(self.device)
@@ -150,12 +156,7 @@ class Scenes:
             self._ahead = first, every, made
         run = slice(turn * size, (turn + 1) * size)
         # cloned, so that a caller may write into its batch
-        return Batch(
-            made.images[run].clone(),
-            made.boxes[run].clone(),
-            made.labels[run].clone(),
-            made.counts[run].clone(),
-        )
+        return made.each(lambda tensor: tensor[run].clone())
 
     @torch.no_grad()
     def unchecked(self, indices: Tensor) -> Batch:
@@ -264,7 +265,10 @@ class Scenes:
         A scene without a layout is tried again with new squares.
         """
         if self.fused:
-            return self._fused_layout(keys, counts)
+            from spairkit.kernels.scenes_layout_triton import scatter_triton
+
+            most, words = self.config.max_objects, _WORDS
+            return scatter_triton(keys, counts, most, _MAX_ATTEMPTS, words, **self._limits)
         corners, sides, complete = self._attempt(keys, counts, 0)
         for attempt in range(1, _MAX_ATTEMPTS):
             left = (~complete).nonzero().squeeze(1)
@@ -275,40 +279,14 @@ class Scenes:
             )
         return corners, sides, complete
 
-    def _fused_layout(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        placed: tuple[Tensor, Tensor, Tensor] = scatter_op(
-            keys,
-            counts,
-            self.config.max_objects,
-            self._least_side,
-            self._greatest_side,
-            self.config.image_height,
-            self.config.image_width,
-            self._max_overlap_px2,
-            _MAX_ATTEMPTS,
-            _WORDS,
-        )
-        return placed
-
     def _attempt(self, keys: Tensor, counts: Tensor, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
-        height, width = self.config.image_height, self.config.image_width
         side, place = self._draws(keys, _SQUARES, attempt).unbind(1)  # [B, N]
         sides = self._least_side + below(side, self._greatest_side - self._least_side + 1)
-        step = max(_MAX_POSITIONS // max(height, width) ** 2, 1)
-        parts = [
-            scatter(
-                place[start : start + step],
-                counts[start : start + step],
-                sides[start : start + step],
-                least_side=self._least_side,
-                greatest_side=self._greatest_side,
-                height=height,
-                width=width,
-                max_overlap_px2=self._max_overlap_px2,
-            )
-            for start in range(0, max(len(keys), 1), step)
-        ]
+        longer = max(self.config.image_height, self.config.image_width)
+        step = max(_MAX_POSITIONS // longer**2, 1)
+        spans = [slice(start, start + step) for start in range(0, max(len(keys), 1), step)]
+        parts = [scatter(place[at], counts[at], sides[at], **self._limits) for at in spans]
         corners, complete = (torch.cat(column) for column in zip(*parts, strict=True))
         return corners, sides, complete
 
@@ -320,17 +298,11 @@ class Scenes:
         backgrounds = self._backgrounds(keys, num_channels)
         if not self.fused:
             return self._pasted(entries, corners, colours, backgrounds)
-        images: Tensor = compose_op(
-            self._table,
-            entries,
-            corners,
-            colours[..., 0],
-            backgrounds[..., 0],
-            config.image_height,
-            config.image_width,
-            self._greatest_side,
-        )
-        return images
+        from spairkit.kernels.scenes_compose_triton import compose_triton
+
+        size = config.image_height, config.image_width, self._greatest_side
+        light = colours[..., 0], backgrounds[..., 0]
+        return compose_triton(self._table, entries, corners, *light, *size)
 
     def _pasted(
         self, entries: Tensor, corners: Tensor, colours: Tensor, backgrounds: Tensor
@@ -410,15 +382,12 @@ def scatter(
     overlaps is a matrix product. It is exact in float32: its terms are integers, and sums that
     could be rounded, from 2^24 on, exceed every limit.
 
+    Lengths are in pixels; `max_overlap_px2` is less than 2^24 square pixels.
+
     Args:
         draws: [B, N] int64 in [0, 2^32), one for each square.
         counts: [B]; squares from this number on may stay without a place.
-        sides: [B, N] int64, pixels, from `least_side` to `greatest_side`.
-        least_side: pixels.
-        greatest_side: pixels.
-        height: of the image, pixels.
-        width: of the image, pixels.
-        max_overlap_px2: square pixels, less than 2^24.
+        sides: [B, N] int64 from `least_side` to `greatest_side`.
 
     Returns:
         [B, N, 2] int64: top and left of each square in pixels, 0 without a place; and [B] bool:

@@ -14,9 +14,10 @@ from spairkit.config import Config, ConnCompConfig
 from spairkit.config_values import merge, to_dict
 from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.errors import InputError
-from spairkit.experiments.shared_runs import new_folder, read_json
+from spairkit.experiments.shared_runs import read_json
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
+from spairkit.storage.runs import new_folder
 
 MODELS = {"spair": "SPAIR", "air": "AIR", "dair": "DAIR", "conncomp": "ConnComp"}
 """Display names of the models."""

@@ -4,7 +4,7 @@ Sweeps and comparisons yield the same events, so that one progress display serve
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from spairkit.config import Config
 from spairkit.config_values import differences
 from spairkit.errors import InputError
 from spairkit.storage import durable
-from spairkit.storage.runs import Run, next_folder
+from spairkit.storage.runs import Run
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,6 @@ def resume_or_create(path: Path, config: Config) -> Run:
     if path.exists():  # a process was killed before it wrote the config
         durable.remove_folder(path)
     return Run.create(path, config)
-
-
-def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Path:
-    """Makes the folder `out`, or the next free `runs/STEM-N`.
-
-    Raises:
-        InputError: it holds files other than the `allowed` ones, or cannot be made.
-    """
-    if out is None:
-        return next_folder(stem)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(entry.name not in allowed for entry in out.iterdir()):
-            raise InputError(f"{out}: neither empty nor a {stem} folder; pass another --out")
-    except OSError as error:
-        raise InputError(
-            f"cannot make the folder {out}: {error.strerror}; pass another --out"
-        ) from error
-    return out
 
 
 def read_json(path: Path, remedy: str) -> Any:

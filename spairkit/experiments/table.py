@@ -103,16 +103,10 @@ def advice(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         chosen = _choose(row)
-        rest = [
-            f"{MODELS[model]} {cell.figures['ap']}{' (given the count)' * cell.given_count}"
-            for model, cell in row.models.items()
-            if model != chosen
-        ]
         images = "these images" if row.objects is None else f"{row.objects} per image"
         lines.append(
             f"{images} ({100 * row.overlapping:.0f} % of the boxes overlap another): "
             f"{MODELS[chosen]}, AP {row.models[chosen].figures['ap']}"
-            f"{'; the others: ' if rest else ''}{', '.join(rest)}"
         )
     lines.append(
         "rule: the highest mean AP wins; among models whose 95 % interval overlaps the winner's, "

@@ -125,9 +125,11 @@ class AIR(nn.Module):
         objects = self._find(images, steps, noise, counts, training_wheels)
         if success is None:
             success = 1 / (1 + self.config.odds_end)
+        floor = self.config.likelihood_floor
         if self.config.told:
             alive = self._weights(objects.logit, noise, counts)
-            return self._losses(images, _sum(alive, objects.placed), objects, alive, None)
+            error = bernoulli_cross_entropy(_sum(alive, objects.placed), images, floor)
+            return self._losses(error, objects, alive, None)
         odds = objects.logit.new_zeros(()) + (1 - success) / success
         prior = odds.to(objects.logit.dtype).log()
         if self.config.presence == "exact":
@@ -139,7 +141,8 @@ class AIR(nn.Module):
         posterior = _concrete_log_density(drawn, objects.logit, temperature)
         kl = posterior - _concrete_log_density(drawn, prior, temperature)
         canvas = _sum(alive * drawn.sigmoid(), objects.placed)
-        return self._losses(images, canvas, objects, alive, (asked * kl).sum(1))
+        error = bernoulli_cross_entropy(canvas, images, floor)
+        return self._losses(error, objects, alive, (asked * kl).sum(1))
 
     @torch.no_grad()
     def detect(
@@ -191,16 +194,7 @@ class AIR(nn.Module):
         objects, scores = self._infer(images, False, counts)
         found = self._detections(objects, scores, threshold, box_contrast)
         drawn = _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
-        maps = _opaque(objects.maps)
-        return [
-            Explanation(
-                detections=found[b],
-                image=images[b].float().cpu(),
-                reconstruction=drawn[b].float().cpu(),
-                appearances=maps[b, on].float().cpu(),
-            )
-            for b, on in enumerate(scores > threshold)
-        ]
+        return Explanation.of_batch(scores > threshold, found, images, drawn, _opaque(objects.maps))
 
     def _detections(
         self, objects: _Objects, scores: Tensor, threshold: float, box_contrast: float | None
@@ -218,15 +212,8 @@ class AIR(nn.Module):
         if contrast:
             black = boxes.new_zeros(len(boxes), 3, 1, 1)
             boxes = tighten(boxes, _opaque(objects.maps), black, contrast, self.size)
-        return [
-            Detections(
-                boxes=boxes[b, on].float().cpu(),
-                scores=scores[b, on].float().cpu(),
-                what=objects.what[b, on].float().cpu(),
-                depth=torch.zeros(int(on.sum())),
-            )
-            for b, on in enumerate(scores > threshold)
-        ]
+        columns = {"boxes": boxes, "scores": scores, "what": objects.what}
+        return Detections.of_batch(scores > threshold, **columns, depth=torch.zeros_like(scores))
 
     def _steps(self, images: Tensor, counts: Tensor | None) -> int:
         """How many steps to make; at least one. Refuses what the networks cannot take."""
@@ -381,34 +368,16 @@ class AIR(nn.Module):
         # of a Bernoulli choice of log-odds l: p (l - prior) + log(1 - p) - log(1 - prior's p)
         kl = logit.sigmoid() * (logit - prior) + F.softplus(prior) - F.softplus(logit)
         asked = torch.cat([none, reached[:, :-1]], dim=1)
-        where, what = self._kl(objects, reached)
-        return Losses(
-            reconstruction=(counts * torch.stack(errors, dim=1)).sum(1),
-            kl_where=where,
-            kl_what=what,
-            kl_pres=(asked * kl).sum(1),
-            beta=self.config.beta,
-        )
+        error = (counts * torch.stack(errors, dim=1)).sum(1)
+        return self._losses(error, objects, reached, (asked * kl).sum(1))
 
     def _losses(
         self,
-        images: Tensor,
-        canvas: Tensor,
+        reconstruction: Tensor,  # [B]
         objects: _Objects,
-        alive: Tensor,  # [B, T] 0 or 1
+        weight: Tensor,  # [B, T] of each object in the KL of where and what
         kl_pres: Tensor | None,
     ) -> Losses:
-        where, what = self._kl(objects, alive)
-        return Losses(
-            reconstruction=bernoulli_cross_entropy(canvas, images, self.config.likelihood_floor),
-            kl_where=where,
-            kl_what=what,
-            kl_pres=kl_pres,
-            beta=self.config.beta,
-        )
-
-    def _kl(self, objects: _Objects, weight: Tensor) -> tuple[Tensor, Tensor]:  # [B], [B]
-        """Of where and of what, with a weight [B, T] on each object."""
         c = self.config
         where = weighted_kls(
             objects.where_mean,
@@ -418,7 +387,7 @@ class AIR(nn.Module):
             (2, 0.0, c.shift_prior_std),
         )
         what = weighted_kls(objects.what_mean, objects.what_std, weight, (c.what, 0.0, 1.0))
-        return where.sum(1), what.sum(1)
+        return Losses(reconstruction, where.sum(1), what.sum(1), kl_pres=kl_pres, beta=c.beta)
 
 
 def _std(raw: Tensor) -> Tensor:

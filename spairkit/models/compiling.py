@@ -2,33 +2,96 @@
 
 for step in compiling(config.model, device):
     print(f"compiling {step.name}: {step.done / step.total:.0%}")
+
+Each kernel runs once on small tensors, which compiles it or loads it from the cache on disk.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from spairkit.backends import runs_compiled
 from spairkit.config import ConnCompConfig, ModelConfig, SPAIRConfig
-from spairkit.kernels.warm_up import KERNELS, Compiling, warm_up
-from spairkit.models.convolutions import has_kernel
+from spairkit.models.convolutions import convolve, has_kernel
+from spairkit.models.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
 from spairkit.models.networks import strided_shapes
+from spairkit.models.spair import SPAIR
+from spairkit.presence import presence_kl
+from spairkit.rendering import render
+
+_FORWARD = "cells, forward"
+
+
+class Compiling(NamedTuple):
+    """A kernel that is about to be compiled."""
+
+    done: int
+    """Work behind it, in the units of `total`: about a tenth of a second each, without a cache."""
+    total: int
+    name: str
 
 
 def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     """Compiles every Numba kernel that training needs, or loads it from the cache on disk.
 
-    Each is announced before the work on it begins. Nothing comes where nothing is to be compiled:
-    on another device than the CPU, without Numba, and for ConnComp. With a warm cache it takes a
-    fraction of a second, which the first update then saves.
+    Each is announced before the work on it begins. Nothing is compiled on another device than the
+    CPU, without Numba, and for ConnComp. With a warm cache it takes a fraction of a second, which
+    the first update then saves.
     """
-    if not runs_compiled(torch.empty(0, device=device, dtype=torch.float32)):
+    on_cpu = runs_compiled(torch.empty(0, device=device, dtype=torch.float32))
+    if not on_cpu or isinstance(config, ConnCompConfig):
         return
+    names = ["likelihood", "divergences"]
     if isinstance(config, SPAIRConfig):
         names = list(KERNELS)
         shapes = strided_shapes(config.strides, config.backbone_channels)
         if not any(map(has_kernel, shapes, config.strides)):
             names.remove("convolutions")
-        yield from warm_up(names)
-    elif not isinstance(config, ConnCompConfig):
-        yield from warm_up(["likelihood", "divergences"])
+    total, done = sum(KERNELS[name][0] for name in names), 0
+    for name in names:
+        work, call = KERNELS[name]
+        yield Compiling(done, total, name)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            value = call().sum()
+            if name != _FORWARD:
+                value.backward()
+        done += work
+
+
+def _ones(*shape: int) -> Tensor:
+    return torch.ones(shape, requires_grad=True)
+
+
+def _encode() -> Tensor:
+    """Encodes one cell by the smallest networks."""
+    config = SPAIRConfig(hidden=1, passthrough=1, what=1, object_size=2, encoder_hidden=(1,))
+    model = SPAIR(config)
+    latents, _ = model._sample(torch.ones(1, 3, 12, 12), training_wheels=False, generator=None)
+    return latents.mean
+
+
+def _render() -> Tensor:
+    box = torch.tensor([[[0.0, 0.0, 2.0, 2.0]]])
+    return render(_ones(1, 1, 2, 2, 4), box, _ones(1, 1), _ones(1, 1), _ones(1, 3, 2, 2))
+
+
+def _convolve() -> Tensor:
+    return convolve(_ones(1, 32, 32, 32), _ones(64, 32, 4, 4), _ones(64), 2)
+
+
+KERNELS: dict[str, tuple[int, Callable[[], Tensor]]] = {
+    _FORWARD: (50, _encode),
+    "cells, backward": (50, _encode),
+    "renderer": (27, _render),
+    "count prior": (4, lambda: presence_kl(_ones(1, 1), torch.ones(1, 1), 0.5)),
+    "appearance": (4, lambda: scaled_squash(_ones(1, 1), torch.ones(1), torch.ones(1))),
+    "likelihood": (7, lambda: bernoulli_cross_entropy(_ones(1, 1), torch.ones(1, 1), 1.0)),
+    "divergences": (
+        7,
+        lambda: weighted_kls(_ones(1, 1, 1), _ones(1, 1, 1), _ones(1, 1), (1, 0.0, 1.0)),
+    ),
+    "convolutions": (38, _convolve),
+}
+"""For each name the work of compiling, and a function that calls the kernel."""

@@ -47,7 +47,7 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
     ):
         from spairkit.kernels.convolution_cpu import convolve_backward_cpu, convolve_cpu
 
-        return fused(_halve, convolve_cpu, convolve_backward_cpu, (images, weight, bias))
+        return fused(convolve_cpu, convolve_backward_cpu, (images, weight, bias))
     return convolve_by_torch(images, weight, bias, stride)
 
 
@@ -57,7 +57,3 @@ def convolve_by_torch(images: Tensor, weight: Tensor, bias: Tensor, stride: int)
     kernel = weight.shape[-1]
     bottom, right = end_padding(height, kernel, stride), end_padding(width, kernel, stride)
     return F.conv2d(F.pad(images, (0, right, 0, bottom)), weight, bias, stride)
-
-
-def _halve(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return convolve_by_torch(images, weight, bias, _STRIDE)

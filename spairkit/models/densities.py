@@ -28,15 +28,10 @@ def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     fits = scale.shape == bias.shape == logits.shape[-scale.dim() :]
     constant = not (scale.requires_grad or bias.requires_grad)
     if not (fits and constant and runs_compiled(logits, scale, bias)):
-        return _scaled_squash_torch(logits, scale, bias)
+        return squash(logits * scale + bias)
     from spairkit.kernels.appearance_cpu import squash_backward_cpu, squash_cpu
 
-    kernels = squash_cpu, squash_backward_cpu
-    return fused(_scaled_squash_torch, *kernels, (logits, scale, bias))
-
-
-def _scaled_squash_torch(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return squash(logits * scale + bias)
+    return fused(squash_cpu, squash_backward_cpu, (logits, scale, bias))
 
 
 class _Limited(torch.autograd.Function):
@@ -85,18 +80,13 @@ def weighted_kls(
     """
     fits = mean.shape == std.shape == (*weight.shape, sum(size for size, _, _ in groups))
     if not fits or not runs_compiled(mean, std, weight):
-        return _weighted_kls_torch(mean, std, weight, *groups)
+        sizes = [size for size, _, _ in groups]
+        parts = zip(mean.split(sizes, dim=-1), std.split(sizes, dim=-1), groups, strict=True)
+        kls = [normal_kl(m, s, *prior).sum(-1) for m, s, (_, *prior) in parts]  # [B, K] each
+        return torch.stack([(weight * kl).sum(1) for kl in kls], dim=1)
     from spairkit.kernels.normal_kl_cpu import weighted_kls_backward_cpu, weighted_kls_cpu
 
-    kernels = weighted_kls_cpu, weighted_kls_backward_cpu
-    return fused(_weighted_kls_torch, *kernels, (mean, std, weight), groups)
-
-
-def _weighted_kls_torch(mean: Tensor, std: Tensor, weight: Tensor, *groups: Group) -> Tensor:
-    sizes = [size for size, _, _ in groups]
-    parts = zip(mean.split(sizes, dim=-1), std.split(sizes, dim=-1), groups, strict=True)
-    kls = [normal_kl(m, s, *prior).sum(-1) for m, s, (_, *prior) in parts]  # [B, K] each
-    return torch.stack([(weight * kl).sum(1) for kl in kls], dim=1)
+    return fused(weighted_kls_cpu, weighted_kls_backward_cpu, (mean, std, weight), groups)
 
 
 def logistic(uniform: Tensor) -> Tensor:
@@ -130,14 +120,14 @@ def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tens
     """
     fits = image.shape == target.shape and floor >= torch.finfo(torch.float32).tiny
     if not fits or target.requires_grad or not runs_compiled(image, target):
-        return _cross_entropy_torch(image, target, floor)
+        return cross_entropy_by_torch(image, target, floor)
     from spairkit.kernels.likelihood_cpu import cross_entropy_backward_cpu, cross_entropy_cpu
 
-    kernels = cross_entropy_cpu, cross_entropy_backward_cpu
-    return fused(_cross_entropy_torch, *kernels, (image, target), (floor,))
+    return fused(cross_entropy_cpu, cross_entropy_backward_cpu, (image, target), (floor,))
 
 
-def _cross_entropy_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:
+def cross_entropy_by_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
+    """The result of `bernoulli_cross_entropy` by plain torch, on any device and in any dtype."""
     image = image.clamp(0, 1)
     on, off = (image + floor).log(), (1 - image + floor).log()
     return -(off + target * (on - off)).flatten(1).sum(1)

@@ -20,7 +20,11 @@ def build(config: Config) -> Network:
     """An untrained network; its weights depend on `train.seed` alone, and torch's state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.train.seed)  # not those of GPUs
-        return _new(config)
+        if isinstance(config.model, AIRConfig):
+            return AIR(config.model, (config.data.image_height, config.data.image_width))
+        if isinstance(config.model, ConnCompConfig):
+            return ConnComp(config.model)
+        return SPAIR(config.model)
 
 
 def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Network:
@@ -38,14 +42,6 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") 
         )
     network.load_state_dict(checkpoint.model)
     return network.to(device).eval()
-
-
-def _new(config: Config) -> Network:
-    if isinstance(config.model, AIRConfig):
-        return AIR(config.model, (config.data.image_height, config.data.image_width))
-    if isinstance(config.model, ConnCompConfig):
-        return ConnComp(config.model)
-    return SPAIR(config.model)
 
 
 def _mismatches(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

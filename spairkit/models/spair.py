@@ -156,10 +156,12 @@ class SPAIR(nn.Module):
         Raises:
             ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
+        contrast = self.config.box_contrast if box_contrast is None else box_contrast
         latents, background = self._infer(images, sample)
-        chosen = self._chosen(latents, threshold, sample)
-        maps = self._decode(latents.what) if self._contrast(box_contrast) else None
-        return self._detections(images, latents, background, maps, chosen, box_contrast)
+        scores = latents.presence if sample else latents.presence_logit.sigmoid()
+        chosen = scores > (0.5 if sample else threshold)
+        maps = self._decode(latents.what) if contrast else None
+        return self._detections(images, latents, background, maps, scores, chosen, contrast)
 
     @torch.no_grad()
     def explain(
@@ -170,20 +172,14 @@ class SPAIR(nn.Module):
         Arguments and errors as in `detect`. The reconstruction shows the cells with a presence
         probability above 1/2.
         """
+        contrast = self.config.box_contrast if box_contrast is None else box_contrast
         latents, background = self._infer(images, sample=False)
-        chosen = self._chosen(latents, threshold, sample=False)
+        scores = latents.presence_logit.sigmoid()
+        chosen = scores > threshold
         maps = self._decode(latents.what)
-        found = self._detections(images, latents, background, maps, chosen, box_contrast)
+        found = self._detections(images, latents, background, maps, scores, chosen, contrast)
         drawn = self._render(latents, background, images, maps).clamp(0, 1)
-        return [
-            Explanation(
-                detections=found[b],
-                image=images[b].float().cpu(),
-                reconstruction=drawn[b].float().cpu(),
-                appearances=maps[b, on].float().cpu(),
-            )
-            for b, (on, _) in enumerate(chosen)
-        ]
+        return Explanation.of_batch(chosen, found, images, drawn, maps)
 
     @torch.no_grad()
     def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
@@ -196,39 +192,22 @@ class SPAIR(nn.Module):
             raise ValueError(f"background {self.config.background!r} is not fitted to images")
         self.background_colour.copy_(commonest_colour(images))
 
-    def _contrast(self, box_contrast: float | None) -> float:
-        return self.config.box_contrast if box_contrast is None else box_contrast
-
     def _detections(
         self,
         images: Tensor,
         latents: Latents,
         background: Tensor,
         maps: Tensor | None,  # None where boxes stay those of z_where
-        chosen: list[tuple[Tensor, Tensor]],
-        box_contrast: float | None,
+        scores: Tensor,  # [B, K]
+        chosen: Tensor,  # [B, K] bool
+        contrast: float,
     ) -> list[Detections]:
-        boxes, contrast = latents.boxes, self._contrast(box_contrast)
+        boxes = latents.boxes
         if contrast:
             assert maps is not None
             boxes = tighten(boxes, maps, background, contrast, (images.shape[-2], images.shape[-1]))
-        return [
-            Detections(
-                boxes=boxes[b, on].float().cpu(),
-                scores=score[on].float().cpu(),
-                what=latents.what[b, on].float().cpu(),
-                depth=latents.depth[b, on].float().cpu(),
-            )
-            for b, (on, score) in enumerate(chosen)
-        ]
-
-    def _chosen(
-        self, latents: Latents, threshold: float, sample: bool
-    ) -> list[tuple[Tensor, Tensor]]:
-        """The cells that are returned and the scores of all: [K] and [K] for each image."""
-        if sample:
-            return [(drawn > 0.5, drawn) for drawn in latents.presence]
-        return [(score > threshold, score) for score in latents.presence_logit.sigmoid()]
+        columns = {"scores": scores, "what": latents.what, "depth": latents.depth}
+        return Detections.of_batch(chosen, boxes=boxes, **columns)
 
     def _infer(self, images: Tensor, sample: bool) -> tuple[Latents, Tensor]:
         check_images(images, finite=True)

@@ -40,20 +40,16 @@ class Line:
     y: Sequence[float]
 
 
-def line(records: Sequence[Mapping[str, Any]], key: str, name: str) -> Line:
-    """The numbers under `key` over `step`, in the order of the records; none that is endless."""
-    points = [
-        (float(record["step"]), float(value))
-        for record in records
-        for value in [record.get(key)]
-        if is_plottable(value) and is_plottable(record["step"])
-    ]
+def line(records: Sequence[Mapping[str, Any]], key: str, name: str, x: str = "step") -> Line:
+    """The numbers under `key` over those under `x`, in the order of the records."""
+    pairs = [(record.get(x), record.get(key)) for record in records]
+    points = [(float(x), float(y)) for x, y in pairs if is_plottable(x) and is_plottable(y)]
     stretch = -(-len(points) // MAX_POINTS) or 1
     means = [
         [sum(column) / len(part) for column in zip(*part, strict=True)]
         for part in (points[i : i + stretch] for i in range(0, len(points), stretch))
     ]
-    return Line(name, [x for x, _ in means], [y for _, y in means])
+    return Line(name, [place for place, _ in means], [value for _, value in means])
 
 
 def chart(

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from spairkit.detections import Detections, Explanation, Truth
@@ -97,7 +97,7 @@ def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
         )
     ground = commonest_colour(image).double().numpy()
     parts.append(_gallery(detections, appearances, ground, parts[0].width))
-    return _tensor(_framed(_below(parts)))
+    return _tensor(_below(parts))
 
 
 def reconstruction_sheet(
@@ -130,7 +130,7 @@ def reconstruction_sheet(
     fitting = max(1, min(_MAX_COLUMNS, _MAX_SHEET_WIDTH // (widest + _GAP)))
     columns = -(-len(pairs) // -(-len(pairs) // fitting))  # rows of equal length, if they can be
     rows = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
-    return _tensor(_framed(_below([_beside(row) for row in rows])))
+    return _tensor(_below([_beside(row) for row in rows]))
 
 
 def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
@@ -185,9 +185,13 @@ def _gallery(
         _captioned(_object(appearances[i], ground, _colour(i)), f"{scores[i]:.2f}") for i in order
     ]
     if len(detections) > MAX_OBJECTS:
-        more = Image.new("RGB", (cells[0].width, cells[0].height), _PAPER)
-        text = f"and {len(detections) - MAX_OBJECTS} more"
-        cells.append(_written(more, text))
+        more, text = (
+            Image.new("RGB", cells[0].size, _PAPER),
+            f"{len(detections) - MAX_OBJECTS} more",
+        )
+        centre = (more.width // 2, more.height // 2)
+        ImageDraw.Draw(more).text(centre, f"and {text}", fill=_FAINT, font=_font(14), anchor="mm")
+        cells.append(more)
     columns = max(1, (width + _GAP) // (max((c.width for c in cells), default=1) + _GAP))
     rows = [_beside(cells[i : i + columns]) for i in range(0, len(cells), columns)]
     return _below([_line(title), *rows], gap=8)
@@ -202,23 +206,16 @@ def _object(
     scale = max(1, _OBJECT_SIDE // max(rgba.shape[:2]))
     values = rgba.detach().cpu().float().nan_to_num().clamp(0, 1).numpy()
     values = values.repeat(scale, axis=0).repeat(scale, axis=1)
-    height, width = values.shape[:2]
     alpha = values[..., 3:]
     blended = ground + alpha * (values[..., :3] - ground)
     tile = Image.fromarray((blended * 255).round().astype(np.uint8))
-    framed = Image.new("RGB", (width + 6, height + 6), colour)
-    framed.paste(tile, (3, 3))
-    return framed
+    return ImageOps.expand(tile, 3, colour)
 
 
 def _scale(height: int, width: int, side: int, max_side: int) -> float:
     """A whole factor, to `side` pixels or more; below 1 for images longer than `max_side`."""
     longer = max(height, width)
-    return _enlargement(longer, side) if longer <= max_side else max_side / longer
-
-
-def _enlargement(longer: int, side: int) -> int:
-    return min(_MAX_SCALE, -(-side // longer))
+    return min(_MAX_SCALE, -(-side // longer)) if longer <= max_side else max_side / longer
 
 
 def _picture(image: Tensor, scale: float) -> Image.Image:
@@ -252,19 +249,13 @@ def _line(text: str) -> Image.Image:
     return line
 
 
-def _written(ground: Image.Image, text: str) -> Image.Image:
-    centre = (ground.width // 2, ground.height // 2)
-    ImageDraw.Draw(ground).text(centre, text, fill=_FAINT, font=_font(14), anchor="mm")
-    return ground
-
-
-def _beside(pictures: Sequence[Image.Image], gap: int = _GAP) -> Image.Image:
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
+def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    width = sum(p.width for p in pictures) + _GAP * (len(pictures) - 1)
     joined = Image.new("RGB", (width, max(p.height for p in pictures)), _PAPER)
     x = 0
     for picture in pictures:
         joined.paste(picture, (x, 0))
-        x += picture.width + gap
+        x += picture.width + _GAP
     return joined
 
 
@@ -276,12 +267,6 @@ def _below(pictures: Sequence[Image.Image], gap: int = _GAP) -> Image.Image:
         joined.paste(picture, (0, y))
         y += picture.height + gap
     return joined
-
-
-def _framed(picture: Image.Image) -> Image.Image:
-    framed = Image.new("RGB", (picture.width + 2 * _GAP, picture.height + 2 * _GAP), _PAPER)
-    framed.paste(picture, (_GAP, _GAP))
-    return framed
 
 
 def _count(number: int, word: str) -> str:
@@ -302,4 +287,5 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _tensor(picture: Image.Image) -> Tensor:
+    picture = ImageOps.expand(picture, _GAP, _PAPER)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()

@@ -1,12 +1,12 @@
-"""What goes on the page about a run, read from the run's folder."""
+"""The page about a run, from the files in the run's folder."""
 
 import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +15,7 @@ from spairkit import __version__
 from spairkit.config_values import to_toml
 from spairkit.errors import InputError
 from spairkit.metrics import NAMES, PROTOCOLS
-from spairkit.report.curves import Line, chart, is_plottable, line
+from spairkit.report.curves import chart, line
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 
@@ -23,20 +23,19 @@ _PICTURE = re.compile(r"step-(\d{1,10})\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PICTURE_BYTES = 32 << 20
 _MAX_TEST_BYTES = 16 << 20
+_SHARES = ("ap", "ap_spair", "count_accuracy")
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture drawn at a validation."""
 
     step: int
     data: str | None
-    """Its bytes in base 64; None where the file cannot be used."""
+    """Its bytes in base 64; None if the file cannot be used."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A chart and what it shows."""
+class Curve(NamedTuple):
+    """A chart and its title."""
 
     title: str
     svg: Markup
@@ -94,53 +93,30 @@ def write_report(run_folder: Path) -> Path:
 def _curves(
     steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]
 ) -> list[Curve]:
-    charts = [
-        (
-            "Training loss",
-            [line(steps, "total", "total"), line(steps, "reconstruction", "reconstruction")],
-            "nats per image",
-            False,
+    losses = [line(steps, name, name) for name in ("total", "reconstruction")]
+    kls = [line(steps, f"kl_{name}", name) for name in ("where", "what", "depth", "pres")]
+    boxes = [line(validations, key, NAMES[key]) for key in _SHARES]
+    elbo = [line(validations, "elbo", "ELBO")]
+    criteria = ("ap", "count_accuracy", "count_error")
+    search = [line(steps, key, NAMES[key], x="threshold") for key in criteria]
+    in_nats = partial(chart, x_label="updates", y_label="nats per image")
+    drawn = {
+        "Training loss": in_nats(losses),
+        "KL terms": in_nats(kls),
+        "Validation: boxes and counts": chart(
+            boxes, x_label="updates", y_label="share", share=True
         ),
-        (
-            "KL terms",
-            [line(steps, f"kl_{name}", name) for name in ("where", "what", "depth", "pres")],
-            "nats per image",
-            False,
-        ),
-        (
-            "Validation: boxes and counts",
-            [line(validations, key, NAMES[key]) for key in ("ap", "ap_spair", "count_accuracy")],
-            "share",
-            True,
-        ),
-        ("Validation: ELBO", [line(validations, "elbo", "ELBO")], "nats per image", False),
-    ]
-    drawn = [
-        (title, chart(lines, x_label="updates", y_label=unit, share=share))
-        for title, lines, unit, share in charts
-    ]
-    drawn.append(("Threshold search", _search(steps)))
-    return [Curve(title, svg) for title, svg in drawn if svg is not None]
-
-
-def _search(steps: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """ConnComp's criterion over the thresholds tried."""
-    lines = []
-    for key in ("ap", "count_accuracy", "count_error"):
-        points = [(record.get("threshold"), record.get(key)) for record in steps]
-        known = [(x, y) for x, y in points if is_plottable(x) and is_plottable(y)]
-        lines.append(Line(NAMES[key], [x for x, _ in known], [y for _, y in known]))
-    return chart(lines, x_label="threshold", y_label="on training images")
+        "Validation: ELBO": in_nats(elbo),
+        "Threshold search": chart(search, x_label="threshold", y_label="on training images"),
+    }
+    return [Curve(title, svg) for title, svg in drawn.items() if svg is not None]
 
 
 def _test_curve(test: Mapping[str, Any] | None) -> Curve | None:
     """Figures over the number of objects."""
     groups = test["by_objects"] if test else {}
-    lines = []
-    for key in ("ap", "ap_spair", "count_accuracy"):
-        points = [(int(n), group.get(key)) for n, group in groups.items()]
-        known = sorted((n, y) for n, y in points if is_plottable(y))
-        lines.append(Line(NAMES[key], [n for n, _ in known], [y for _, y in known]))
+    records = [{"objects": n, **groups[str(n)]} for n in sorted(map(int, groups))]
+    lines = [line(records, key, NAMES[key], x="objects") for key in _SHARES]
     svg = chart(lines, x_label="objects in the image", y_label="share", share=True)
     return Curve("By number of objects", svg) if svg is not None else None
 

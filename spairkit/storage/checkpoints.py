@@ -156,7 +156,12 @@ def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
 
 def _find(path: Path) -> Path:
     """The folder of the checkpoint at `path`, with links resolved."""
-    mode = _mode(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint; `spairkit train` makes one") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if stat.S_ISDIR(mode):
         if (path / _MANIFEST).exists():
             return _resolved(path)
@@ -275,15 +280,6 @@ def _unsound(tensors: Mapping[str, Tensor], name: str) -> str | None:
         if unsound.any():
             return key
     return None
-
-
-def _mode(path: Path) -> int:
-    try:
-        return path.stat().st_mode
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; `spairkit train` makes one") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read(path: Path, limit: int) -> bytes:

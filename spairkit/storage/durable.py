@@ -42,14 +42,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise InputError(f"cannot write {path}: it is not a file; choose another name")
-        temporary = _temporary(target)
-        try:
+        with _replacing(target) as temporary:
             _write_new(temporary, data)
-            os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _flush_folder(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -89,15 +83,8 @@ def remove_folder(path: Path) -> None:
 
 def replace_link(link: Path, target: str) -> None:
     """Points the symbolic link `link` at `target`, a path relative to its folder."""
-    with _refusals(link):
-        temporary = _temporary(link)
-        try:
-            os.symlink(target, temporary)
-            os.replace(temporary, link)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _flush_folder(link.parent)
+    with _refusals(link), _replacing(link) as temporary:
+        os.symlink(target, temporary)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -142,6 +129,19 @@ def _exchange(new: Path, old: Path) -> None:
         os.rename(aside, old)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name, which then replaces `path`, or is removed if the block fails."""
+    temporary = _temporary(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
 
 
 def _temporary(path: Path) -> Path:

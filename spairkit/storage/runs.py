@@ -12,7 +12,7 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
@@ -51,7 +51,11 @@ class Run:
         """
         model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
         stem = f"{config.data.name}-{config.preset}{model}"
-        path = next_folder(stem) if out is None else _empty_folder(out)
+        if out is not None and (out / "config.toml").exists():
+            raise InputError(
+                f"{out}: already holds a run; use --resume {out}, or name another --out"
+            )
+        path = new_folder(out, stem)
         durable.write_text(path / "config.toml", to_toml(config))
         return cls(path, config)
 
@@ -218,14 +222,19 @@ def pretrained() -> Path:
     return Path(spairkit.__file__).parent / "pretrained" / "quick"
 
 
-def next_folder(stem: str) -> Path:
-    """Makes the next free folder `runs/<stem>-N`.
+def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Path:
+    """Makes the folder `out`, or the next free `runs/<stem>-N`.
 
     Raises:
-        InputError: the system refuses.
+        InputError: it holds files other than the `allowed` ones, or the system refuses.
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            if any(entry.name not in allowed for entry in out.iterdir()):
+                raise InputError(f"{out}: not empty; name another folder with --out")
+            return out
         ROOT.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", p.name) for p in ROOT.iterdir()]
         number = max([int(match[1]) for match in taken if match], default=0)
@@ -238,25 +247,10 @@ def next_folder(stem: str) -> Path:
                 continue  # another process was faster
             return path
     except OSError as error:
+        place = ROOT if out is None else out
         raise InputError(
-            f"cannot create a folder in {ROOT}: {error.strerror}; name another with --out"
+            f"cannot create the folder {place}: {error.strerror}; name another with --out"
         ) from error
-
-
-def _empty_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if (path / "config.toml").exists():
-            raise InputError(
-                f"{path}: already holds a run; use --resume {path}, or name another --out"
-            )
-        if any(path.iterdir()):
-            raise InputError(f"{path}: not empty; name another folder with --out")
-    except OSError as error:
-        raise InputError(
-            f"cannot create the folder {path}: {error.strerror}; name another with --out"
-        ) from error
-    return path
 
 
 def _read_owner(path: Path) -> str:

@@ -27,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict, to_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.experiments.shared_runs import Ended, Started, claimed, new_folder, resume_or_create
-from spairkit.storage.runs import Run
+from spairkit.experiments.shared_runs import Ended, Started, claimed, resume_or_create
+from spairkit.storage.runs import Run, new_folder
 from spairkit.sweeps import search_space
 from spairkit.sweeps.search_space import Space
 from spairkit.training.loop import Step, Validation, fit

@@ -46,17 +46,6 @@ class RecordingTrainer(Trainer):
 
     capturable = True
 
-    def __init__(
-        self,
-        config: Config,
-        run: Run | None,
-        train: Dataset,
-        device: torch.device,
-        world: World | None = None,
-    ) -> None:
-        super().__init__(config, run, train, device, world)
-        self.places: dict[str, Tensor] = {}
-
     @property
     def makes_scenes(self) -> bool:
         """Whether the scenes of an update are made inside its record."""
@@ -67,6 +56,7 @@ class RecordingTrainer(Trainer):
         if self._set_wheels(self.step < self.config.train.training_wheels):
             self.graph = UpdateGraph(self._recorded, self.device)
             self.tapes = Tape(), Tape()
+            self.places: dict[str, Tensor] = {}
         self.placed = self._placed(self._inputs(self.step))
         losses = self.graph()
         self.step += 1
