@@ -1,6 +1,7 @@
 """Implementations of an operator, kernels as functions with gradients, precision of GPUs."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ _PRODUCTS: tuple[Any, ...] = (
     torch.backends.cudnn.conv,  # type: ignore[attr-defined]
 )
 
+_PRECISION_LOCK = threading.RLock()
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as Triton does
 _tried: dict[str, bool] = {}
 
@@ -156,7 +158,19 @@ def set_precision(precision: Precision, device: torch.device) -> None:
 
 @contextmanager
 def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
-    """`set_precision` inside a `with` block; the earlier settings are restored."""
+    """`set_precision` inside a `with` block; the earlier settings are restored.
+
+    The settings are torch's own for the whole process, so one thread at a time is inside. For
+    devices other than GPUs nothing is set.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with _PRECISION_LOCK:
+        yield from _with_precision(precision, device)
+
+
+def _with_precision(precision: Precision, device: torch.device) -> Iterator[None]:
     deterministic = torch.backends.cudnn.deterministic
     before = [products.fp32_precision for products in _PRODUCTS]
     set_precision(precision, device)

@@ -117,7 +117,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise InputError(f"{key}: {part} is a value, not a table")
-        table[last] = value
+        table[last] = merge(table.get(last, {}), value) if isinstance(value, Mapping) else value
     return tables
 
 

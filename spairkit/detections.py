@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,28 +70,14 @@ class Detections:
                 arrays and lists are taken.
 
         Raises:
-            TypeError: `index` is of another type or shape.
-            IndexError: it does not fit the number of objects.
+            IndexError: `index` is of another type, or does not fit the number of objects.
         """
-        if not isinstance(index, slice):
-            try:
-                index = torch.as_tensor(index)
-            except (TypeError, ValueError, RuntimeError):
-                index = torch.zeros(())  # of no type that selects
-            if index.numel() == 0 and index.dtype != torch.bool:
-                index = index.long()
-            kinds = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-            if index.dtype not in kinds or index.dim() > 1:
-                raise TypeError("select objects by a mask, integers, a slice or one integer")
-            if index.dtype == torch.bool and index.shape != (len(self),):
-                raise IndexError(f"a mask must be [{len(self)}], got {list(index.shape)}")
-            if index.dtype != torch.bool:
-                index = index.long().reshape(-1)
-                wrong = (index < -len(self)) | (index >= len(self))
-                if wrong.any():
-                    number = int(index[wrong][0])
-                    raise IndexError(f"index {number} is out of range for {len(self)} objects")
-        parts = {name: getattr(self, name)[index] for name in _FIELDS}
+        if isinstance(index, Tensor):
+            index = index.numpy()
+        rows = np.atleast_1d(np.arange(len(self))[index])
+        if rows.ndim > 1 or getattr(index, "dtype", None) == np.uint8:  # bytes may be a mask
+            raise IndexError("select objects by a boolean mask, integers, a slice or one integer")
+        parts = {name: getattr(self, name)[torch.tensor(rows)] for name in _FIELDS}
         return replace(self, **parts)
 
     def __iter__(self) -> Iterator["Detections"]:
@@ -162,7 +149,6 @@ class Detections:
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`. Raises ImportError where that package is missing."""
-        import numpy as np
         import supervision
 
         return supervision.Detections(

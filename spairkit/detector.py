@@ -35,10 +35,11 @@ class Detector:
         config: of its run.
         box_contrast: tightens boxes to this share of an object's strongest contrast, in [0, 1); 0
             keeps the network's own boxes, None takes `config.model.box_contrast`.
-        name: for `repr`.
+        name: where the network comes from.
 
     Raises:
         InputError: `box_contrast` is given, and the network has none.
+        ValueError: `box_contrast` is out of range.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Detector:
 
         Raises:
             TypeError: `image` is of another type.
-            ValueError: its shape, dtype or values are others.
+            ValueError: its shape, dtype or values, or `threshold`, are not supported.
             InputError: a file cannot be read; the network takes images of another size; or it
                 needs the count and gets none, or infers the count and gets one.
         """
@@ -113,7 +114,7 @@ class Detector:
     ) -> Iterator[Detections]:
         """The objects in each of many images, in order; neighbours of one size share a batch.
 
-        Images are read when their turn comes, and no more than one batch is held.
+        Images are read when their turn comes; one batch and one image are held at most.
 
         Args:
             images: a folder, whose image files are taken in the order of their paths, or images as
@@ -123,16 +124,24 @@ class Detector:
             batch_size: images in a batch, at most; large images make smaller batches.
 
         Raises:
-            TypeError, ValueError, InputError: as `detect`, at the image concerned.
+            TypeError, ValueError, InputError: as `detect`; for an image, after the results of the
+                images before it.
         """
-        if isinstance(images, (str, os.PathLike)) and os.path.isfile(images):
-            raise InputError(f"{os.fspath(images)}: is a file; use detect")
-        sources: Iterable[ImageLike] = (
-            list_images(Path(images)) if isinstance(images, (str, os.PathLike)) else images
-        )
+        sources: Iterable[ImageLike] = ()
+        if isinstance(images, (str, os.PathLike)):
+            if os.path.isfile(images):
+                raise InputError(f"{os.fspath(images)}: is a file; use detect")
+            sources = list_images(Path(images))
+        elif isinstance(images, Iterable) and getattr(images, "ndim", 4) == 4:
+            sources = images
+        else:  # an array, a tensor or a PIL image
+            raise TypeError("detect_many takes a folder or several images; use detect for one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self._options(threshold, self._counts(count, 1))  # raises here, not at the first image
         read = ((source, as_image(source)) for source in sources)
-        for group in same_sized(read, batch_size, _MAX_BATCH_PIXELS):
-            yield from self._detect(group, threshold, count)
+        groups = same_sized(read, batch_size, _MAX_BATCH_PIXELS)
+        return (found for group in groups for found in self._detect(group, threshold, count))
 
     def explain(
         self, image: ImageLike, *, threshold: float = 0.5, count: int | None = None
@@ -142,7 +151,10 @@ class Detector:
         Arguments and errors as in `detect`.
         """
         _refuse_folder(image)
-        return self.explain_batch(as_image(image)[None], threshold, self._counts(count, 1))[0]
+        counts = self._counts(count, 1)
+        explanation = self.explain_batch(as_image(image)[None], threshold, counts)[0]
+        detections = replace(explanation.detections, image=image)
+        return replace(explanation, detections=detections)
 
     def detect_batch(
         self,
@@ -150,7 +162,12 @@ class Detector:
         threshold: float = 0.5,
         counts: Tensor | None = None,  # [B] int64, for a network that is told them
     ) -> list[Detections]:
-        """The objects in each image of a batch that is already read, for training and metrics."""
+        """The objects in each image of a batch that is already read, for training and metrics.
+
+        Raises:
+            ValueError: `threshold` is out of [0, 1), or `images` has another shape or dtype.
+            InputError: as `detect`.
+        """
         options = self._options(threshold, counts)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
             images = prepare(images.to(self.device), self.config.prepare)
@@ -159,7 +176,7 @@ class Detector:
     def explain_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
     ) -> list[Explanation]:
-        """`explain` for a batch that is already read; arguments as in `detect_batch`."""
+        """`explain` for a batch that is already read; arguments and errors as in `detect_batch`."""
         options = self._options(threshold, counts)
         with computing_in("float32", self.device):
             images = prepare(images.to(self.device), self.config.prepare)
@@ -175,14 +192,16 @@ class Detector:
     def _counts(self, count: int | None, images: int) -> Tensor | None:
         if count is None:
             return None
-        if not self.told:
-            raise InputError("this model infers the count itself; remove count (--count)")
-        return torch.full((images,), count)
+        if count < 0:
+            raise ValueError(f"count must be at least 0, got {count}")
+        return torch.full((images,), int(count))
 
     def _options(self, threshold: float, counts: Tensor | None) -> dict[str, Any]:
         """The arguments that the network takes besides images."""
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
+        if counts is not None and not self.told:
+            raise InputError("this model infers the count itself; remove count (--count)")
         if isinstance(self.config.model, ConnCompConfig):
             return {}
         options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
@@ -206,6 +225,7 @@ def load(
     Raises:
         InputError: there is nothing at `path`, or it is damaged, foreign or of another version; or
             the device cannot be used.
+        ValueError: `box_contrast` is out of [0, 1).
 
     Example:
         >>> import spairkit
@@ -233,9 +253,11 @@ def chosen_device(device: torch.device | str) -> torch.device:
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise InputError(f"unknown device {device!r}; choose from: auto, cpu, cuda") from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda: torch finds no GPU; run `spairkit doctor` for details")
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}; choose from: auto, cpu, cuda")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {device}: torch finds no such GPU; see `spairkit doctor`")
     return chosen
 
 

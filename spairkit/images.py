@@ -74,7 +74,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 Source = TypeVar("Source")
 ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
-"""What `as_image` takes."""
+"""Types that `as_image` accepts."""
 
 
 def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on the CPU
@@ -87,13 +87,16 @@ def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on th
 
     Raises:
         TypeError: `source` is of another type.
-        ValueError: its shape, dtype or values are others.
-        InputError: a file cannot be read.
+        ValueError: its shape, dtype or values are not supported.
+        InputError: a file cannot be read, or a PIL image is damaged.
     """
     if isinstance(source, (str, os.PathLike)):
         return read_image(os.fspath(source))
     if isinstance(source, Image.Image):
-        return to_colour(_pixels(source, "the PIL image")).contiguous()
+        try:
+            return to_colour(_pixels(source, "the PIL image")).contiguous()
+        except DAMAGED as error:
+            raise InputError(f"the PIL image is damaged: {error}") from None
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Tensor):
@@ -149,10 +152,12 @@ def _pixels(image: Image.Image, name: str) -> Tensor:  # as `read_pixels`
 
 def _from_array(array: NDArray[Any]) -> Tensor:
     channels = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise ValueError(
             f"an array must be [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}"
         )
+    if 0 in array.shape:
+        raise ValueError(f"the image is empty, got an array {list(array.shape)}")
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype.kind == "u" and array.itemsize == 2:  # in either byte order
@@ -178,7 +183,9 @@ def _in_range(image: Tensor) -> Tensor:
         raise ValueError(f"a tensor must be uint8 or floating-point in [0, 1], got {image.dtype}")
     image = image.float()
     low, high = image.aminmax()
-    if not (low >= 0 and high <= 1):  # false for NaN
+    if low.isnan():
+        raise ValueError("the image contains NaN")
+    if low < 0 or high > 1:
         raise ValueError(
             f"floats must lie in [0, 1], got {float(low):g} to {float(high):g}; "
             "divide by the largest value that the camera can give"
@@ -224,7 +231,16 @@ def same_sized(
     A group holds at most `batch_size` images and `max_pixels` pixels, or one image.
     """
     group: list[tuple[Source, Tensor]] = []
-    for source, image in images:
+    iterator = iter(images)
+    while True:
+        try:
+            source, image = next(iterator)
+        except StopIteration:
+            break
+        except Exception:
+            if group:
+                yield group  # images before the one that fails are not lost
+            raise
         full = len(group) == batch_size or (len(group) + 1) * image[0].numel() > max_pixels
         if group and (full or group[0][1].shape != image.shape):
             yield group

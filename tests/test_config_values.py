@@ -28,6 +28,7 @@ from spairkit.config_values import (
     load_toml,
     merge,
     model_kinds,
+    nested,
     to_toml,
 )
 from spairkit.errors import InputError
@@ -218,3 +219,10 @@ def test_toml_contains_every_field() -> None:
         ("train", TrainConfig),
     ):
         assert tables[name].keys() == {field.name for field in fields(kind)}
+
+
+def test_dotted_keys_and_tables_are_merged() -> None:
+    tables = {"train": {"seed": 1}}
+    assert nested({"train.steps": 2, **tables}) == {"train": {"steps": 2, "seed": 1}}
+    assert nested({**tables, "train.steps": 2}) == {"train": {"steps": 2, "seed": 1}}
+    assert tables == {"train": {"seed": 1}}, "unchanged"

@@ -92,6 +92,8 @@ def test_supervision_accepts_exported_detections(two: Detections) -> None:
         (np.int64(1), [1]),
         (torch.tensor(0), [0]),
         (torch.tensor([-1, 0], dtype=torch.int32), [1, 0]),
+        (np.array([1], np.uint32), [1]),
+        (slice(None, None, -1), [1, 0]),
     ],
 )
 def test_index_selects_rows_of_every_field(two: Detections, index: Any, rows: list[int]) -> None:
@@ -101,7 +103,7 @@ def test_index_selects_rows_of_every_field(two: Detections, index: Any, rows: li
         assert getattr(found, name).tolist() == getattr(two, name)[rows].tolist()
 
 
-@pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True]), True])
+@pytest.mark.parametrize("index", [2, -3, [5], torch.tensor([True, False, True])])
 def test_index_out_of_range_is_refused(two: Detections, index: Any) -> None:
     with pytest.raises(IndexError):
         two[index]
@@ -139,10 +141,10 @@ def test_notebooks_show_the_picture(two: Detections) -> None:
 
 
 @pytest.mark.parametrize(
-    "index", ["boxes", None, 0.5, torch.zeros(1, 1, dtype=torch.int64), (0.5, 1)]
+    "index", ["boxes", None, 0.5, torch.zeros(1, 1).long(), (0, 1), True, torch.ones(2).byte()]
 )
 def test_other_indices_are_refused(two: Detections, index: Any) -> None:
-    with pytest.raises(TypeError, match="select objects by a mask, integers, a slice"):
+    with pytest.raises(IndexError):
         two[index]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -89,14 +90,14 @@ def test_transparency_is_composited_on_black() -> None:
         ([np.zeros((4, 4))], TypeError, r"must be a path, .* got list; for several .* detect_many"),
         (7, TypeError, "got int$"),
         (np.zeros((4, 4, 2), np.uint8), ValueError, r"got \[4, 4, 2\]"),
-        (np.zeros((0, 4), np.uint8), ValueError, r"got \[0, 4\]"),
+        (np.zeros((0, 4), np.uint8), ValueError, r"image is empty, got an array \[0, 4\]"),
         (np.zeros((4, 4), np.int64), ValueError, "uint8, uint16, bool or floats .* got int64"),
         (
             np.full((4, 4), 300.0),
             ValueError,
             r"must lie in \[0, 1\], got 300 to 300; divide",
         ),
-        (np.full((4, 4), np.nan), ValueError, "got nan to nan"),
+        (np.full((4, 4), np.nan), ValueError, "the image contains NaN"),
         (torch.zeros(1, 3, 4, 4), ValueError, r"must be \[3, H, W\], got \[1, 3, 4, 4\]"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), ValueError, "got torch.int64"),
         ("absent.png", InputError, "absent.png: no such file"),
@@ -276,12 +277,16 @@ def test_train_returns_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("gpu", "unknown device 'gpu'; choose from: auto, cpu, cuda"), ("cuda", "torch finds no GPU")],
+    [
+        ("gpu", "unknown device 'gpu'; choose from: auto, cpu, cuda"),
+        ("cuda", "torch finds no such GPU"),
+        ("mps", "unknown device 'mps'"),
+    ],
 )
 def test_unusable_devices_are_refused(
     device: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(InputError, match=message):
         spairkit.load(device=device)
 
@@ -312,3 +317,54 @@ def test_train_checks_its_arguments_before_it_makes_a_run(
     with pytest.raises(error, match=message):
         spairkit.train(**arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_images_before_a_damaged_one_are_not_lost(
+    detector: Detector, scenes: Tensor, tmp_path: Path
+) -> None:
+    found = detector.detect_many([scenes[0], scenes[1], tmp_path / "absent.png"])
+    assert [len(next(found)) for _ in range(2)] == [len(detector.detect(s)) for s in scenes[:2]]
+    with pytest.raises(InputError, match="no such file"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), {}, TypeError, "use detect for one"),
+        (Image.new("L", (4, 4)), {}, TypeError, "use detect for one"),
+        (7, {}, TypeError, "use detect for one"),
+        ([], {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ([], {"threshold": 1.0}, ValueError, "threshold must lie in"),
+        ([], {"count": 2}, InputError, "infers the count"),
+    ],
+)
+def test_detect_many_checks_its_arguments_at_once(
+    detector: Detector, images: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        detector.detect_many(images, **options)
+
+
+def test_detect_many_takes_a_batch(detector: Detector, scenes: Tensor) -> None:
+    assert len(list(detector.detect_many(scenes))) == len(scenes)
+
+
+def test_explained_detections_can_be_plotted(detector: Detector, scenes: Tensor) -> None:
+    axes = detector.explain(scenes[0]).detections.plot(ax=Figure().add_subplot())
+    assert axes.get_title().endswith("found")
+
+
+def test_counts_of_a_batch_are_refused_if_the_model_infers_them(
+    detector: Detector, scenes: Tensor
+) -> None:
+    with pytest.raises(InputError, match="infers the count"):
+        detector.detect_batch(scenes, counts=torch.ones(6, dtype=torch.int64))
+
+
+def test_damaged_pil_images_are_refused(detector: Detector, tmp_path: Path) -> None:
+    path = tmp_path / "scene.png"
+    write_png(path, torch.rand(3, 40, 40))
+    path.write_bytes(path.read_bytes()[:500])
+    with Image.open(path) as image, pytest.raises(InputError, match="PIL image is damaged"):
+        detector.detect(image)

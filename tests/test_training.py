@@ -511,3 +511,24 @@ def test_training_stops_as_soon_as_patience_is_over(
     run = train(tiny(steps=400, validation_every=2, patience=4), tmp_path / "run")
     assert load_checkpoint(run.path / "best").step == 2
     assert [r["step"] for r in run.metrics() if r["kind"] == "validation"] == [2, 4, 6]
+
+
+def test_resuming_a_run_that_patience_ended_trains_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_elbo", lambda self, _: -float(self.step))
+    config = tiny(steps=400, validation_every=2, patience=4)
+    run = train(config, tmp_path / "run")
+    before = run.metrics()
+    assert train(config, tmp_path / "run").metrics() == before
+    assert load_checkpoint(run.path / "last").step == 6
+
+
+def test_fit_restores_the_number_of_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train(tiny(steps=1, threads=1), tmp_path / "run")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

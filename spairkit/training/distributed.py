@@ -83,7 +83,7 @@ class World:
         except RuntimeError as error:
             raise InputError(
                 "another process of this training has ended: see its message, or it was killed; "
-                "restart all processes with --resume"
+                f"restart all processes with --resume ({str(error).splitlines()[0][:200]})"
             ) from error
 
 

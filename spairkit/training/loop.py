@@ -146,19 +146,35 @@ def fit(
     """
     world = world or World()
     check(config, device, world.size)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if isinstance(config.model, ConnCompConfig):
-        assert run
-        yield from fit_threshold(config, run, device, stop)
-        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads or threads)
+    try:
+        if device.type == "cpu":
+            keep_freed_memory()
+        if not isinstance(config.model, ConnCompConfig):
+            yield from _fit(config, run, device, stop, world)
+        elif run:
+            yield from fit_threshold(config, run, device, stop)
+        else:
+            raise ValueError("connected components are fitted in a run; run must not be None")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit(
+    config: Config, run: Run | None, device: torch.device, stop: Callable[[], bool], world: World
+) -> Iterator[Step | Validation]:
     train, validation = open_splits(config, device)
     trainer = make_trainer(config, run, train, device, world)
     if run:
         run.truncate_metrics(trainer.step)
     settings = config.train
+
+    def is_out_of_patience() -> bool:
+        return 0 < settings.patience <= trainer.step - trainer.best_step
+
+    if trainer.step % settings.validation_every == 0 and is_out_of_patience():
+        return  # it had ended here before
     started = time.perf_counter()
     while trainer.step < settings.steps:
         with computing_in(config.train.precision, device):
@@ -186,7 +202,7 @@ def fit(
             result = trainer.validate(validation)
             if result:
                 yield result
-            if settings.patience and step - trainer.best_step >= settings.patience:
+            if is_out_of_patience():
                 return
             if stop():
                 return
