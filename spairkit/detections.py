@@ -74,10 +74,10 @@ class Detections:
         """
         if isinstance(index, Tensor):
             index = index.numpy()
-        rows = np.atleast_1d(np.arange(len(self))[index])
+        rows = np.atleast_1d(np.arange(len(self))[index]).copy()
         if rows.ndim > 1 or getattr(index, "dtype", None) == np.uint8:  # bytes may be a mask
             raise IndexError("select objects by a boolean mask, integers, a slice or one integer")
-        parts = {name: getattr(self, name)[torch.tensor(rows)] for name in _FIELDS}
+        parts = {name: getattr(self, name)[torch.from_numpy(rows)] for name in _FIELDS}
         return replace(self, **parts)
 
     def __iter__(self) -> Iterator["Detections"]:
