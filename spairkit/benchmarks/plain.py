@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import Dataset
 from spairkit.kernels.constants import LOGIT_LIMIT, MIN_IMPORTANCE, MIN_PROBABILITY
-from spairkit.models.convolutions import convolve_by_torch
+from spairkit.models.convolutions import convolve
 from spairkit.models.densities import (
     count_success,
     cross_entropy_by_torch,
@@ -29,14 +29,14 @@ COPIES = 40
 
 
 class PlainBackbone(Backbone):
-    """The backbone with torch's own convolutions and torch's default memory layout."""
+    """The backbone in torch's default memory layout."""
 
     def forward(self, images: Tensor) -> Tensor:
         x, layers = images, [layer for layer in self.layers if isinstance(layer, nn.Conv2d)]
         for layer, stride in zip(layers, self.strides, strict=True):
             assert layer.bias is not None
             x = self.activation(x) if x is not images else x
-            x = convolve_by_torch(x, layer.weight, layer.bias, stride)
+            x = convolve(x, layer.weight, layer.bias, stride)
         return x
 
 

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from spairkit.backends import runs_compiled
 from spairkit.config import ConnCompConfig, ModelConfig, SPAIRConfig
-from spairkit.models.convolutions import convolve, has_kernel
 from spairkit.models.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
-from spairkit.models.networks import strided_shapes
 from spairkit.models.spair import SPAIR
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
@@ -43,12 +41,7 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     on_cpu = runs_compiled(torch.empty(0, device=device, dtype=torch.float32))
     if not on_cpu or isinstance(config, ConnCompConfig):
         return
-    names = ["likelihood", "divergences"]
-    if isinstance(config, SPAIRConfig):
-        names = list(KERNELS)
-        shapes = strided_shapes(config.strides, config.backbone_channels)
-        if not any(map(has_kernel, shapes, config.strides)):
-            names.remove("convolutions")
+    names = list(KERNELS) if isinstance(config, SPAIRConfig) else ["likelihood", "divergences"]
     total, done = sum(KERNELS[name][0] for name in names), 0
     for name in names:
         work, call = KERNELS[name]
@@ -77,10 +70,6 @@ def _render() -> Tensor:
     return render(_ones(1, 1, 2, 2, 4), box, _ones(1, 1), _ones(1, 1), _ones(1, 3, 2, 2))
 
 
-def _convolve() -> Tensor:
-    return convolve(_ones(1, 32, 32, 32), _ones(64, 32, 4, 4), _ones(64), 2)
-
-
 KERNELS: dict[str, tuple[int, Callable[[], Tensor]]] = {
     _FORWARD: (50, _encode),
     "cells, backward": (50, _encode),
@@ -92,6 +81,5 @@ KERNELS: dict[str, tuple[int, Callable[[], Tensor]]] = {
         7,
         lambda: weighted_kls(_ones(1, 1, 1), _ones(1, 1, 1), _ones(1, 1), (1, 0.0, 1.0)),
     ),
-    "convolutions": (38, _convolve),
 }
 """For each name the work of compiling, and a function that calls the kernel."""

@@ -29,14 +29,6 @@ def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def strided_shapes(
-    strides: Sequence[int], channels: Sequence[int]
-) -> list[tuple[int, int, int, int]]:
-    """[outputs, inputs, 4, 4] of the backbone's strided layers; the last width is repeated."""
-    widths = [3, *(channels[min(i, len(channels) - 1)] for i in range(len(strides)))]
-    return [(outputs, inputs, _KERNEL, _KERNEL) for inputs, outputs in pairwise(widths)]
-
-
 class Backbone(nn.Module):
     """A feature vector for each cell of an image of any size (docs/model.md 3.1).
 
@@ -54,17 +46,12 @@ class Backbone(nn.Module):
         activation: str,
     ) -> None:
         super().__init__()
-        strided = strided_shapes(strides, channels)
-        width, *_ = strided[-1]
-        pointwise = [
-            (outputs, inputs, pointwise_kernel, pointwise_kernel)
-            for inputs, outputs in ((width, width), (width, width), (width, features))
-        ]
+        strided = [channels[min(i, len(channels) - 1)] for i in range(len(strides))]
+        widths = pairwise([3, *strided, strided[-1], strided[-1], features])
+        kernels = [_KERNEL] * len(strides) + [pointwise_kernel] * 3
         self.layers = nn.ModuleList()
         self.strides = [*strides, 1, 1, 1]
-        for (outputs, inputs, kernel, _), stride in zip(
-            [*strided, *pointwise], self.strides, strict=True
-        ):
+        for (inputs, outputs), kernel, stride in zip(widths, kernels, self.strides, strict=True):
             layer = nn.Conv2d(inputs, outputs, kernel, stride)
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
