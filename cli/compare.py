@@ -25,17 +25,17 @@ _TITLES = {
 
 def compare(
     models: Annotated[
-        str | None, typer.Option(help="Some of spair,air,dair,conncomp. Default: all.")
+        str | None, options.runs_option(help="Some of spair,air,dair,conncomp. Default: all.")
     ] = None,
     objects: Annotated[
-        str | None, typer.Option(help="Numbers of objects per image. Default: 1,3,5,7,9.")
+        str | None, options.runs_option(help="Numbers of objects per image. Default: 1,3,5,7,9.")
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(help="Runs per model and number of objects. Default: 3.")
+        int | None, options.runs_option(help="Runs per model and number of objects. Default: 3.")
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(
+        options.runs_option(
             help="Updates (2000) or training time (90s, 3m, 1.5h) for each of the runs (60 by "
             "default, 6 for a folder). Time is converted to updates after timing a few. "
             "Default: the preset's updates."
@@ -46,7 +46,9 @@ def compare(
     set_: options.SetOption = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the comparison, new or to resume. Default: ./runs/compare-N."),
+        options.output_option(
+            help="Folder of the comparison, new or to resume. Default: ./runs/compare-N."
+        ),
     ] = None,
     workers: WorkersOption = 1,
     device: options.DeviceOption = options.Device.AUTO,

@@ -26,9 +26,7 @@ class Format(StrEnum):
 
 
 def detect(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Images or folders.")
-    ],
+    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images or folders.")],
     checkpoint: options.CheckpointOption = None,
     out: Annotated[
         Path | None, options.output_option(help="The file to write. Default: standard output.")

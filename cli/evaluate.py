@@ -38,7 +38,9 @@ def evaluate(
     over = options.layers(None, set_, data=data)
     others = sorted({key for layer in over for key in layer if key != "data"})
     if others:
-        raise InputError(f"--set {others[0]}: eval takes settings of data only: data.max_objects=5")
+        raise InputError(
+            f"--set {others[0]}: eval accepts only data settings, such as data.max_objects=5"
+        )
     if out is not None:
         options.check_output(out)
     from spairkit.config_values import from_dict, merge, to_dict

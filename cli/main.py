@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
+from difflib import get_close_matches
 from types import FrameType
 from typing import Annotated, NoReturn, TextIO
 
@@ -29,7 +30,12 @@ from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
@@ -152,7 +158,9 @@ def _say_usage(error: Exception) -> None:
     if not message:
         return
     message = message.replace("Value error, ", "").replace("'. Did you mean", "'; did you mean")
-    message = re.sub(r" \(Possible options: (.*)\)", r"; did you mean \1", message)
+    if options := re.search(r"No such option: (\S+) \(Possible options: (.*)\)", message):
+        close = get_close_matches(options[1], options[2].split(", "), n=1, cutoff=0.0)
+        message = f"No such option: {options[1]}; did you mean {close[0]}"
     if meant := _SYNONYMS.get(next(iter(re.findall("No such command '(.*?)'$", message)), "")):
         message += f"; did you mean '{meant}'"
     end = "?" if "did you mean" in message else ";"

@@ -29,13 +29,13 @@ class Device(StrEnum):
 
 def _below_one(value: float | None) -> float | None:
     if value is not None and not 0 <= value < 1:
-        raise typer.BadParameter(f"must lie in [0, 1), got {value}")
+        raise typer.BadParameter(f"must be at least 0 and below 1 (got {value:g})")
     return value
 
 
-data_option, model_option, training_option, output_option, machine_option = (
+data_option, model_option, training_option, runs_option, output_option, machine_option = (
     partial(typer.Option, rich_help_panel=group)
-    for group in ("Data", "Model", "Training", "Output", "Machine")
+    for group in ("Data", "Model", "Training", "Runs", "Output", "Machine")
 )
 """`typer.Option` for each group of `--help`."""
 
@@ -135,7 +135,7 @@ def choose_checkpoint(given: Path | None) -> Path:
     if run is not None:
         say(f"using the newest run: {run}")
         return run
-    say("using the packaged model (preset quick, digits): there is no run under ./runs")
+    say("no run under ./runs: using the packaged model (preset quick, digits)")
     return pretrained()
 
 
@@ -145,12 +145,9 @@ def choose_device(device: Device) -> "torch.device":
     Raises:
         InputError: a GPU is asked for and there is none that torch can use.
     """
-    import torch
+    from spairkit.detector import chosen_device
 
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch finds no GPU; run `spairkit doctor` for details")
-    finds_gpu = device is Device.AUTO and torch.cuda.is_available()
-    return torch.device("cuda" if finds_gpu or device is Device.CUDA else "cpu")
+    return chosen_device(device.value)
 
 
 def open_detector(

@@ -26,23 +26,25 @@ def sweep(
     set_: options.SetOption = None,
     space: Annotated[
         Path | None,
-        typer.Option(
+        options.runs_option(
             help="TOML file with a list of choices or {low = A, high = B, log = true} for each "
             "key. Default: the priors on position and size."
         ),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, max=100_000, help="Trials in total.")] = 20,
+    trials: Annotated[int, options.runs_option(min=1, max=100_000, help="Trials in total.")] = 20,
     workers: WorkersOption = 1,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the sweep, new or to resume. Default: ./runs/sweep-N."),
+        options.output_option(
+            help="Folder of the sweep, new or to resume. Default: ./runs/sweep-N."
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the drawn settings. Default: 0.")
+        int | None, options.runs_option(min=0, help="Seed of the drawn settings. Default: 0.")
     ] = None,
     select: Annotated[
         Select | None,
-        typer.Option(
+        options.runs_option(
             help="Rank by validation ELBO (elbo, the default, without labels) or AP paper (ap, "
             f"with labels): {AUTHORS_RULE}."
         ),

@@ -48,7 +48,7 @@ def train(
     set_: options.SetOption = None,
     out: Annotated[
         Path | None,
-        options.output_option(help="The folder of the run. Default: ./runs/<data>-<preset>-N."),
+        options.output_option(help="The folder of the run. Default: ./runs/DATA-PRESET-N."),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -300,7 +300,7 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
     if changes:
         raise InputError(
             f"--resume {path}: a run keeps its settings, but these differ: {'; '.join(changes)}; "
-            "remove them, or start a new run"
+            "leave them out, or start a new run"
         )
     return asked
 
@@ -311,12 +311,13 @@ def _compile(config: "Config", device: "torch.device", *, quiet: bool) -> None:
 
     line_at = time.monotonic()
     with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task("compiling kernels, once", total=None, note="")
+        task = bar.add_task("compiling kernels (first use only)", total=None, note="")
         for step in compiling(config.model, device):
             bar.update(task, completed=step.done, total=step.total)
             if not quiet and bar.disable and time.monotonic() - line_at >= _COMPILING_SECONDS:
                 line_at = time.monotonic()
-                say(f"compiling kernels, once: {step.done / step.total:.0%} ({step.name} next)")
+                share = f"{step.done / step.total:.0%}"
+                say(f"compiling kernels (first use only): {share}, next: {step.name}")
 
 
 def _follow(
@@ -370,7 +371,7 @@ def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
     path = shlex.quote(str(run.path))
     image = shlex.quote(str(_example(run)))
     folder = shlex.quote(run.config.data.path)
-    told = f" --count {run.config.data.max_objects}" if run.config.model.told else ""
+    told = f" --count {run.config.data.max_objects}" if run.config.model.count_is_given else ""
     second = "eval" if has_truth else f"detect {folder} --out found.json"
     results().print(
         f"run: {run.path}\n"

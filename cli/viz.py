@@ -6,17 +6,17 @@ from typing import Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import print_json, several
+from spairkit.cli.console import counted, print_json, several
 from spairkit.errors import InputError
 
 
 def viz(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG, ...")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG, ...")],
     checkpoint: options.CheckpointOption = None,
     out: Annotated[
         Path | None,
         options.output_option(
-            help="The picture to write. Default: <image>-spairkit.png in this folder."
+            help="The picture to write. Default: IMAGE-spairkit.png in this folder."
         ),
     ] = None,
     threshold: options.ThresholdOption = 0.5,
@@ -29,19 +29,22 @@ def viz(
     outputs = _outputs(images, out)
     for output in outputs:
         options.check_output(output)
-    from spairkit.images import read_image, write_png
+    from spairkit.images import image_size, write_png
     from spairkit.report.drawing import panel
 
-    pictures = [read_image(path) for path in images]  # a damaged file shows before any work
+    for path in images:
+        image_size(path)  # a file that is no image shows before any work
     detector = options.open_detector(checkpoint, device, box_contrast)
     drawn = []
-    for path, image, output in zip(images, pictures, outputs, strict=True):
-        explanation = detector.explain(image, threshold=threshold, count=count)
-        write_png(output, panel(explanation))
-        found = len(explanation.detections)
-        if not as_json:
-            typer.echo(f"{path}: {several(found, 'object')} found; picture: {output}")
-        drawn.append({"image": str(path), "picture": str(output), "count": found})
+    with counted("images", len(images), quiet=as_json) as show_done:
+        for path, output in zip(images, outputs, strict=True):
+            explanation = detector.explain(path, threshold=threshold, count=count)
+            write_png(output, panel(explanation))
+            found = len(explanation.detections)
+            if not as_json:
+                typer.echo(f"{path}: {several(found, 'object')} found; picture: {output}")
+            drawn.append({"image": str(path), "picture": str(output), "count": found})
+            show_done(len(drawn))
     if as_json:
         print_json({"checkpoint": detector.name, "pictures": drawn})
 
@@ -52,10 +55,18 @@ def _outputs(images: list[Path], out: Path | None) -> list[Path]:
         raise InputError(
             "--out names one picture and there are several images; remove it, or give one image"
         )
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
+    for image in images:
+        if image.is_dir():
+            raise InputError(f"{image}: is a folder; name image files, such as {image}/*.png")
     outputs = [out or Path(f"{image.stem}-spairkit.png") for image in images]
     for index, output in enumerate(outputs):
         if output in outputs[:index]:
-            raise InputError(f"two images are called {images[index].stem}; run viz once for each")
+            raise InputError(
+                f"{images[outputs.index(output)]} and {images[index]} would both write {output}; "
+                "draw them one at a time with --out"
+            )
         if output.exists() and any(image.exists() and output.samefile(image) for image in images):
             raise InputError(f"{output} is one of the images; name another file with --out")
     return outputs

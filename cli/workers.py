@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from spairkit.cli.console import progress_bar, say
 from spairkit.cli.figures import listed
 from spairkit.cli.interrupts import Interrupts
-from spairkit.cli.options import Device
+from spairkit.cli.options import Device, runs_option
 
 if TYPE_CHECKING:
     Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
 
 WorkersOption = Annotated[
-    int, typer.Option(min=1, max=1024, help="Processes. Several use one CPU thread each.")
+    int, runs_option(min=1, max=1024, help="Processes. Several use one CPU thread each.")
 ]
 
 _LINE_EVERY_SECONDS = 10

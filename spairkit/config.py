@@ -96,7 +96,7 @@ class SPAIRConfig:
     """SPAIR (docs/model.md 1-5). Widths are numbers of units; sizes are in pixels."""
 
     kind: Literal["spair"] = "spair"
-    told: ClassVar[bool] = False
+    count_is_given: ClassVar[bool] = False
     """Whether the model is given the true number of objects."""
     cell: Annotated[int, Field(ge=2, le=64)] = 12
     """Side of a grid cell, in pixels; its prime factors are the strides of the backbone."""
@@ -201,7 +201,7 @@ class ConnCompConfig:
     """
 
     kind: Literal["conncomp"] = "conncomp"
-    told: ClassVar[bool] = False
+    count_is_given: ClassVar[bool] = False
     """Whether the model is given the true number of objects."""
     threshold: Literal["fit", "otsu"] | Annotated[float, Field(ge=0.0, le=3.0)] = "fit"
     """Least distance of an object's pixel to the background, summed over channels: fitted to known
@@ -292,7 +292,7 @@ class AIRConfig:
     """Weight of the KL terms of where and what."""
 
     @property
-    def told(self) -> bool:
+    def count_is_given(self) -> bool:
         """Whether the model is given the true number of objects."""
         return self.count == "given"
 
@@ -310,7 +310,7 @@ class TrainConfig:
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
     """Learning rate of Adam at the first update."""
     learning_rate_end: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
-    """Learning rate at the last update; linear in between."""
+    """Learning rate that a linear schedule reaches after the last update."""
     clip_norm: NonNegative = 1.0
     """Clips the global gradient norm; 0 does not clip."""
     gradient_noise: NonNegative = 0.001

@@ -77,7 +77,9 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path}: no such config file; `spairkit config copy FILE` makes one")
+            raise InputError(
+                f"{path}: no such config file; create one with `spairkit config copy FILE`"
+            )
         if path.stat().st_size > _MAX_FILE_BYTES:
             raise InputError(f"{path}: larger than 1 MB; this is not a config file")
         text = path.read_text(encoding="utf-8-sig")
@@ -177,7 +179,7 @@ def _explain(error: ValidationError) -> str:
         location = [str(part) for part in item["loc"]]
         if item["type"] == "union_tag_invalid":
             came = item["ctx"]["tag"]
-            lines.append(f"model.kind: there are {', '.join(model_kinds())} (got {came!r})")
+            lines.append(f"model.kind: must be one of {', '.join(model_kinds())} (got {came!r})")
             continue
         kind = ""
         if location[:1] == ["model"] and len(location) > 1:
@@ -200,5 +202,9 @@ def _suggest(location: list[str], kind: str) -> str:
     tables["prepare"] = PrepareConfig
     table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
     names = [field.name for field in fields(table)] if table else []
+    if len(location) == 1:  # a key of a table, without the table
+        for name, other in [*tables.items(), ("model", model_kinds().get(kind or "spair"))]:
+            if name and location[0] in (field.name for field in fields(other)):
+                return f", did you mean {name}.{location[0]}?"
     close = get_close_matches(location[-1], names, n=1)
     return f", did you mean {close[0]}?" if close else ""

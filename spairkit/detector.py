@@ -35,7 +35,7 @@ class Detector:
         config: of its run.
         box_contrast: tightens boxes to this share of an object's strongest contrast, in [0, 1); 0
             keeps the network's own boxes, None takes `config.model.box_contrast`.
-        name: where the network comes from.
+        name: the origin of the network, for `repr` and reports.
 
     Raises:
         InputError: `box_contrast` is given, and the network has none.
@@ -75,9 +75,9 @@ class Detector:
         return device
 
     @property
-    def told(self) -> bool:
+    def count_is_given(self) -> bool:
         """Whether the network needs the true number of objects (AIR and DAIR, count "given")."""
-        return self.config.model.told
+        return self.config.model.count_is_given
 
     @property
     def whole_pixels(self) -> bool:
@@ -160,7 +160,7 @@ class Detector:
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1], before their preparation
         threshold: float = 0.5,
-        counts: Tensor | None = None,  # [B] int64, for a network that is told them
+        counts: Tensor | None = None,  # [B] int64, for a network that is given them
     ) -> list[Detections]:
         """The objects in each image of a batch that is already read, for training and metrics.
 
@@ -200,12 +200,12 @@ class Detector:
         """The arguments that the network takes besides images."""
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
-        if counts is not None and not self.told:
+        if counts is not None and not self.count_is_given:
             raise InputError("this model infers the count itself; remove count (--count)")
         if isinstance(self.config.model, ConnCompConfig):
             return {}
         options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
-        return options | ({"counts": counts} if self.told else {})
+        return options | ({"counts": counts} if self.count_is_given else {})
 
 
 def load(

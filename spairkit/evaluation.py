@@ -96,8 +96,8 @@ def evaluate(
     truth: list[Truth] = []
     for batch in batches:
         least = min(CANDIDATE_THRESHOLD, threshold)
-        told = batch.counts if detector.told else None
-        found = detector.detect_batch(batch.images, least, told)
+        counts = batch.counts if detector.count_is_given else None
+        found = detector.detect_batch(batch.images, least, counts)
         # without embeddings, which the figures do not need
         candidates += [replace(item, what=item.what[:, :0].clone()) for item in found]
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
@@ -105,15 +105,15 @@ def evaluate(
             progress(len(truth))
     if not truth:
         raise ValueError("batches must hold at least one image, got none")
-    counts = [len(item) for item in truth]
+    numbers = [len(item) for item in truth]
     by_objects = {
         n: _figures(
-            [item for item, count in zip(candidates, counts, strict=True) if count == n],
+            [item for item, count in zip(candidates, numbers, strict=True) if count == n],
             [item for item in truth if len(item) == n],
             threshold,
             detector.whole_pixels,
         )
-        for n in sorted(set(counts))
+        for n in sorted(set(numbers))
     }
     overall = _figures(candidates, truth, threshold, detector.whole_pixels)
     return Report(measured_on, threshold, overall, by_objects)

@@ -35,7 +35,7 @@ _MAX_BYTES = 1 << 29
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF")
 # of TIFF's many, those that hold measurements; the others are decoders for strangers to attack
 _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
-_SUFFIXES = frozenset(
+SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
 DAMAGED = (
@@ -188,7 +188,7 @@ def _in_range(image: Tensor) -> Tensor:
     if low < 0 or high > 1:
         raise ValueError(
             f"floats must lie in [0, 1], got {float(low):g} to {float(high):g}; "
-            "divide by the largest value that the camera can give"
+            "divide by the sensor's maximum value"
         )
     return image
 
@@ -268,7 +268,7 @@ def write_png(path: Path | str, image: Tensor) -> None:
         raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
     if image.is_floating_point():
         if image.isnan().any():
-            raise ValueError("image must hold numbers, got NaN")
+            raise ValueError("image must not contain NaN")
         image = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8)
     elif image.dtype != torch.uint8:
         raise ValueError(f"image must be uint8 or floating point, got {image.dtype}")
@@ -292,7 +292,7 @@ def list_images(folder: Path | str) -> list[Path]:
         found += [
             path
             for path in (Path(root, name) for name in files if not name.startswith("."))
-            if path.suffix.lower() in _SUFFIXES and path.is_file()
+            if path.suffix.lower() in SUFFIXES and path.is_file()
         ]
     if refusals:
         refused = refusals[0]
@@ -326,7 +326,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
                         "cut it into smaller images"
                     )
                 if width * height == 0:
-                    raise InputError(f"{name}: an image of {width}x{height} pixels")
+                    raise InputError(f"{name}: the image is empty ({width}x{height} pixels)")
                 compression = image.info.get("compression")
                 if image.format == "TIFF" and compression not in _COMPRESSIONS:
                     raise InputError(
@@ -360,7 +360,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _ranged(name: str, values: NDArray[np.float64]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
-        raise InputError(f"{name}: holds values that are not finite; replace them")
+        raise InputError(f"{name}: contains NaN or infinity; replace them")
     low, high = values.min(), values.max()
     # halves, because the difference of two numbers may be too large for one
     half = high / 2 - low / 2

@@ -229,7 +229,7 @@ def _hits(
 ) -> Array:  # [D, T] bool, D the sum of d
     """Whether each detection hits: the free true box of highest IoU >= t, at a tie the last.
 
-    All images and thresholds of a chunk go side by side, from each image's best detection down.
+    All images and thresholds of a chunk are processed together, in descending order of score.
     """
     num_found = np.array([len(boxes) for boxes in found], dtype=np.int64)
     starts = np.cumsum(num_found) - num_found

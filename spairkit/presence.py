@@ -209,7 +209,12 @@ def _cached_log_odds_table(success: float, num_cells: int, device: torch.device)
 
 
 def _log_odds_table(failure: Tensor, num_cells: int) -> Tensor:
-    """[n, n] float64: log-odds of cell k (row) after m objects (column, m <= k, else 0)."""
+    """[n, n] float64: log-odds of cell k (row) after m objects (column, m <= k, else 0).
+
+    P(k, m), the probability of bits with m objects in the first k cells, sums over cell k:
+    P(k, m) = P(k + 1, m) + P(k + 1, m + 1). The odds of cell k are P(k + 1, m + 1) / P(k + 1, m),
+    which gives a row from the one after it (docs/model.md 2).
+    """
     if num_cells == 0:
         return failure.new_zeros(0, 0)
     count = torch.arange(num_cells, dtype=failure.dtype, device=failure.device)
@@ -230,13 +235,14 @@ def _relaxed_prior_logit(samples: Tensor, failure: float | Tensor) -> Tensor:
     before = samples.new_zeros(num_images, 1)
     logits = []
     for k in range(num_cells):
-        # the remaining objects fall evenly on the remaining cells
+        # (B1): the remaining objects fall evenly on the remaining cells
         on = ((counts - before) / (num_cells - k)).clamp(0, 1)
         off = ((num_cells - k - counts + before) / (num_cells - k)).clamp(0, 1)
         weight = belief.softmax(1)
         log_on = (weight * on).sum(1).clamp(min=MIN_PROBABILITY).log()
         log_off = (weight * off).sum(1).clamp(min=MIN_PROBABILITY).log()
         logits.append(log_on - log_off)
+        # (B2): the belief about the count, given this cell
         here = samples[:, k, None]
         likelihood = here * on + (1 - here) * off
         impossible = likelihood <= 0

@@ -239,7 +239,7 @@ def _fitted_to_data(config: Config) -> dict[str, Any]:
     if config.preset == "paper" and least == most and most in PRIORS[config.model.kind]:
         names = ("scale_prior_mean", "scale_prior_std", "shift_prior_std")
         model |= dict(zip(names, PRIORS[config.model.kind][most], strict=True))
-    elif config.preset == "quick" and config.model.told and most > 1:
+    elif config.preset == "quick" and config.model.count_is_given and most > 1:
         # nothing else keeps a box from covering several digits
         model |= {"scale_prior_mean": -1.7, "scale_prior_std": 0.25}
     return {"model": model}

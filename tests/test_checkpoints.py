@@ -122,7 +122,7 @@ def test_optimiser_state_is_loaded_on_request_only(tmp_path: Path) -> None:
     assert load_checkpoint(path).optimiser is None
     assert "optimiser.safetensors: cannot be read: No such file" in refusal(path)
     path = save(tmp_path, optimiser=None)
-    assert "cannot be resumed: it holds no state of the optimiser" in refusal(path)
+    assert "cannot be resumed: it has no optimiser state" in refusal(path)
 
 
 @pytest.mark.parametrize(

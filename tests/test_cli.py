@@ -116,18 +116,20 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(run: Runner, words: list[s
         (["train", "--out", "a", "--resume", "b"], "--out names a new run and --resume an old one"),
         (["train", "--resume", "absent"], "absent: not a run (no config.toml in it)"),
         (["train", "--out", "file", "--steps", "1"], "cannot create the folder file: File exists"),
-        (["eval", "--checkpoint", "absent"], "absent: no such checkpoint; `spairkit train` makes"),
+        (
+            ["eval", "--checkpoint", "absent"],
+            "absent: no such checkpoint; create one",
+        ),
         (["eval", "--checkpoint", "last"], "--checkpoint last: no run under ./runs"),
-        (["eval", "--set", "train.steps=3"], "--set train: eval takes settings of data only"),
+        (["eval", "--set", "train.steps=3"], "--set train: eval accepts only data settings"),
         (["viz", "a.png", "b.png", "--out", "c.png"], "--out names one picture"),
-        (["viz", "a/x.png", "b/x.png"], "two images are called x; run viz once for each"),
-        (["viz", "file", "--out", "./file"], "file is one of the images"),
+        (["viz", "a/x.png", "b/x.png"], "a/x.png and b/x.png would both write x-spairkit.png"),
         (["viz", "file"], "file: not an image that can be read"),
         (
             ["viz", "file", "--out", "a/b.png"],
             "--out a/b.png: there is no folder a; create it first",
         ),
-        (["viz", "file", "--out", "."], "--out .: is a folder; name a file"),
+        (["viz", "file", "--out", "."], "--out .: pictures are PNG; name a file that ends in .png"),
         (["eval", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
         (["detect", "file", "--out", "a/b.json"], "--out a/b.json: there is no folder a"),
         (["detect", "file"], "file: not an image that can be read"),
@@ -151,6 +153,14 @@ def test_user_errors_print_one_line_and_exit_with_2(
     assert "Traceback" not in ended.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left behind"
     assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_viz_does_not_overwrite_its_image(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"content")
+    ended = run("viz", "x.png", "--out", "./x.png")
+    assert ended.status == 2
+    assert "x.png is one of the images" in ended.err
+    assert (tmp_path / "x.png").read_bytes() == b"content"
 
 
 def test_system_errors_print_one_line_and_exit_with_2(

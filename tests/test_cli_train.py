@@ -548,7 +548,7 @@ def test_slow_compilation_shows_its_progress(
     monkeypatch.setattr(train_command, "_COMPILING_SECONDS", 0.0)
     train_command._compile(Config(), torch.device("cpu"), quiet=False)
     said = capsys.readouterr().err.splitlines()
-    assert said[1] == "compiling kernels, once: 25% (renderer next)"
+    assert said[1] == "compiling kernels (first use only): 25%, next: renderer"
     assert len(said) == 3
     train_command._compile(Config(), torch.device("cpu"), quiet=True)
     assert not capsys.readouterr().err

@@ -212,7 +212,7 @@ def test_only_models_with_given_counts_accept_a_count(detector: Detector, scenes
         list(detector.detect_many(scenes, count=2))
     config = Config(model=AIRConfig(kind="air", count="given", max_objects=3))
     air = Detector(build(config).eval(), config)
-    assert air.told
+    assert air.count_is_given
     assert len(air.detect(scenes[0], count=2)) == 2
     assert [len(found) for found in air.detect_many(scenes, count=3)] == [3] * 6
     with pytest.raises(InputError, match="--count N"):

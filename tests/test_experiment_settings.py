@@ -25,7 +25,7 @@ def test_models_share_images_and_scale_schedules_to_the_budget() -> None:
         config = config_of(chosen, Task(model, 2, 1), 500)
         assert config.data == quick.data
         assert config.train.seed == 1
-        assert config.model.told == (model in ("air", "dair"))
+        assert config.model.count_is_given == (model in ("air", "dair"))
     spair = config_of(chosen, Task("spair", 2, 0), 500)
     changed = {line.split(":")[0] for line in differences(quick, spair)}
     assert changed == {

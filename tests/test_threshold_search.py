@@ -126,7 +126,7 @@ def folder_config(folder: Path, **model: Any) -> Config:
 
 def test_search_needs_ground_truth_but_otsu_does_not(tmp_path: Path, unlabelled: Path) -> None:
     run = Run.create(tmp_path / "run", folder_config(unlabelled))
-    with run.lock(), pytest.raises(InputError, match=r"model\.threshold=0\.3, or let Otsu's"):
+    with run.lock(), pytest.raises(InputError, match=r"model\.threshold=otsu"):
         list(fit(run.config, run, CPU))
     for name, background in (("a", "mode"), ("b", "median")):
         settings = folder_config(unlabelled, threshold="otsu", background=background)

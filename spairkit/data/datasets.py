@@ -11,7 +11,7 @@ from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
-from spairkit.images import same_sized
+from spairkit.images import SUFFIXES, same_sized
 
 Dataset = Scenes | ImageFolder
 
@@ -49,6 +49,10 @@ def data_settings(word: str) -> dict[str, Any]:
         return {"data": {"name": word}}
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
+    if path.suffix.lower() in SUFFIXES:
+        raise InputError(
+            f"--data {word}: is a single image; name the folder that holds your images"
+        )
     if path.is_file():
         name = "emnist" if "emnist" in path.name.lower() else "mnist"
         return {"data": {"name": name, "path": str(path.resolve())}}
@@ -81,24 +85,23 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
     """The images that a run trains on, and those that it is validated on.
 
     Raises:
-        InputError: as `open_dataset`; or the run needs boxes that nobody knows, or images of one
-            size.
+        InputError: as `open_dataset`; ground truth that the run needs is missing; or images
+            differ in size.
     """
     train, validation = (open_dataset(config.data, s, device) for s in ("train", "validation"))
     model = config.model
     if isinstance(model, ConnCompConfig):
         if model.threshold == "fit" and not train.has_truth:
             raise InputError(
-                "model.threshold = 'fit' needs images whose boxes are known, and these have no "
-                "annotations.json; give the threshold, as --set model.threshold=0.3, or let "
-                "Otsu's rule choose it, which is not the paper's: --set model.threshold=otsu"
+                "fitting the threshold needs annotations.json in the folder; without it, add --set "
+                "model.threshold=otsu (automatic), or a number: --set model.threshold=0.3"
             )
     elif config.train.select == "ap" and not validation.has_truth:
         raise InputError(
             "train.select = 'ap' needs ground truth, but these images have no annotations.json; "
             "use 'elbo'"
         )
-    if model.told and not (train.has_truth and validation.has_truth):
+    if model.count_is_given and not (train.has_truth and validation.has_truth):
         raise InputError(
             "model.count = 'given' needs the true number of objects, but these images have no "
             "annotations.json; use 'inferred'"

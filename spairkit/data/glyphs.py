@@ -91,7 +91,7 @@ def load_glyphs(config: DataConfig, split: Split) -> Glyphs:
     chosen &= images.max((1, 2), initial=0) > 0
     if not chosen.any():
         raise InputError(
-            f"{path}: too few glyphs for a {split} split; at least ten of a class are needed"
+            f"{path}: too few glyphs for a {split} split; each class needs at least ten"
         )
     full = 16 if config.name == "digits" else 255
     return Glyphs(np.ascontiguousarray(images[chosen]), labels[chosen], full)

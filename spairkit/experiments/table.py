@@ -91,7 +91,7 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
                 figures={name: t_interval([run[name] for run in runs]) for name in FIGURES},
                 steps=int(runs[0]["steps"]),
                 seconds=fmean(seconds) if seconds else None,
-                given_count=config_of(settings, tasks[0]).model.told,
+                given_count=config_of(settings, tasks[0]).model.count_is_given,
                 published_ap_spair=FIGURE_2[model].get(objects or 0) if is_papers else None,
             )
         rows.append(Row(objects, _overlapping(data), described(data, "test"), cells))

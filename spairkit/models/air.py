@@ -1,8 +1,8 @@
 """AIR and DAIR, the baselines (docs/model.md 7 and 8): objects one after the other.
 
-A recurrent network looks at the whole image, or one without state at what the canvas still lacks,
-and says at every step where the next object is and whether there is one. B images, T steps, A
-what dimensions, P the side of an object map.
+An LSTM (AIR) reads the image; a stateless network (DAIR) reads the image minus the canvas. Each
+step predicts one object and its presence. B images, T steps, A what dimensions, P the side of an
+object map.
 """
 
 from dataclasses import dataclass, fields
@@ -43,7 +43,7 @@ class _Noise:
 
 @dataclass(frozen=True, eq=False)
 class _Objects:
-    """What each step found; normals are before they are squashed."""
+    """The object of each step; normal variables are before their sigmoid or tanh."""
 
     where_mean: Tensor  # [B, T, 4]
     where_std: Tensor  # [B, T, 4]
@@ -111,14 +111,14 @@ class AIR(nn.Module):
                 end.
             training_wheels: stop the gradients of where and pres.
             generator: of the sampling noise, of a part of a batch too; None is torch's own.
-            counts: the true numbers of objects, if the model is told them.
+            counts: the true numbers of objects, if `config.count` is "given".
 
         Returns:
             Losses, every term [B] in nats; no `kl_pres` where counts are given.
 
         Raises:
             ValueError: `images` has another shape or dtype.
-            InputError: `images` has another size, or a model that is told gets no counts.
+            InputError: `images` has another size, or counts are needed and absent.
         """
         steps = self._steps(images, counts)
         noise = self._draw(images, steps, generator)
@@ -126,7 +126,7 @@ class AIR(nn.Module):
         if success is None:
             success = 1 / (1 + self.config.odds_end)
         floor = self.config.likelihood_floor
-        if self.config.told:
+        if self.config.count_is_given:
             alive = self._weights(objects.logit, noise, counts)
             error = bernoulli_cross_entropy(_sum(alive, objects.placed), images, floor)
             return self._losses(error, objects, alive, None)
@@ -162,7 +162,7 @@ class AIR(nn.Module):
         Args:
             images: [B, 3, H, W] in [0, 1], of the model's size.
             threshold: objects with a score above it are returned.
-            counts: [B] int64, the true numbers of objects, for a model that is told them.
+            counts: [B] int64, the true numbers of objects, if `config.count` is "given".
             box_contrast: tightens boxes as `config.box_contrast` says, which None takes; 0 keeps
                 scale and shift.
             sample: sample every latent instead of taking its mean.
@@ -172,7 +172,7 @@ class AIR(nn.Module):
 
         Raises:
             ValueError: `images` has another shape or dtype, or holds NaN or infinity.
-            InputError: `images` has another size, or a model that is told counts gets none.
+            InputError: `images` has another size, or counts are needed and absent.
         """
         objects, scores = self._infer(images, sample, counts)
         return self._detections(objects, scores, threshold, box_contrast)
@@ -216,7 +216,7 @@ class AIR(nn.Module):
         return Detections.of_batch(scores > threshold, **columns, depth=torch.zeros_like(scores))
 
     def _steps(self, images: Tensor, counts: Tensor | None) -> int:
-        """How many steps to make; at least one. Refuses what the networks cannot take."""
+        """Number of steps, at least one. Refuses images and counts that do not fit."""
         check_images(images)
         name = self.config.kind.upper()
         height, width = images.shape[-2:]
@@ -225,7 +225,7 @@ class AIR(nn.Module):
                 f"{name} was trained on images of {self.size[0]}x{self.size[1]} px and takes only "
                 f"that size, got {height}x{width} px; crop them, or train SPAIR, which takes any"
             )
-        if not self.config.told:
+        if not self.config.count_is_given:
             return self.config.max_objects
         if counts is None:
             raise InputError(
@@ -237,7 +237,7 @@ class AIR(nn.Module):
         return max(int(counts.max()), 1)
 
     def _draw(self, images: Tensor, steps: int, source: Source) -> _Noise:
-        # for as many steps as there can be: what an image gets does not depend on its batch
+        # for the greatest number of steps, so that an image's noise does not depend on its batch
         batch, most = len(images), max(steps, self.config.max_objects)
         placed = normal(source, images, batch, most, _WHERE + self.config.what)
         jitter = logistic(uniform(source, images, batch, most))
@@ -251,7 +251,7 @@ class AIR(nn.Module):
         steps = self._steps(images, counts)
         noise = self._draw(images, steps, None) if sample else None
         objects = self._find(images, steps, noise, counts, hard=True)
-        if not sample and not self.config.told:
+        if not sample and not self.config.count_is_given:
             return objects, objects.logit.sigmoid().cumprod(1)
         return objects, self._weights(objects.logit, noise, counts, hard=True)
 
@@ -268,13 +268,13 @@ class AIR(nn.Module):
         normal = None if noise is None else noise.normal
         if self.config.kind == "air":
             states = self._recurrent(images, steps)
-            return self._look_closer(images, states, normal, training_wheels)
+            return self._where_and_what(images, states, normal, training_wheels)
         found: list[_Objects] = []
         canvas = torch.zeros_like(images)
         for t in range(steps):
             state = self.look(self._seen(images - canvas))[:, None]
             drawn = None if normal is None else normal[:, t : t + 1]
-            found.append(self._look_closer(images, state, drawn, training_wheels))
+            found.append(self._where_and_what(images, state, drawn, training_wheels))
             logits = torch.cat([item.logit for item in found], dim=1)
             weight = self._weights(logits, noise, counts, hard)[:, -1:]
             canvas = canvas + _sum(weight, found[-1].placed)
@@ -301,7 +301,7 @@ class AIR(nn.Module):
             outputs.append(output)
         return torch.stack(outputs, dim=1)
 
-    def _look_closer(
+    def _where_and_what(
         self,
         images: Tensor,  # [B, 3, H, W]
         states: Tensor,  # [B, n, units]
@@ -345,13 +345,13 @@ class AIR(nn.Module):
     def _weights(
         self, logits: Tensor, noise: _Noise | None, counts: Tensor | None, hard: bool = False
     ) -> Tensor:  # [B, t]
-        """How much of each object so far is on the canvas."""
-        if self.config.told:
+        """Weight of each object so far on the canvas."""
+        if self.config.count_is_given:
             assert counts is not None
             steps = torch.arange(logits.shape[1], device=logits.device)
             return (steps < counts.to(logits.device)[:, None]).to(logits.dtype)
         if noise is None or (self.config.presence == "exact" and not hard):
-            return torch.ones_like(logits)  # what follows is of use only where this is present
+            return torch.ones_like(logits)  # later objects matter only if this one is present
         drawn = self._relaxed(logits, noise).sigmoid()
         if hard:
             drawn = drawn.round()
@@ -400,7 +400,7 @@ def _sum(weights: Tensor, placed: Tensor) -> Tensor:  # [B, T], [B, T, 3, H, W] 
 
 
 def _before_stop(presence: Tensor) -> Tensor:  # [B, T] -> [B, T] bool
-    """Which steps come before the sum of absences reaches the stop (docs/model.md 7)."""
+    """Mask of the steps before the sum of absences reaches the stop (docs/model.md 7)."""
     return (1 - presence).cumsum(1) < _STOP
 
 

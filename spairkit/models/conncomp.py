@@ -1,7 +1,7 @@
 """ConnComp: a connected component of pixels that differ from the background is an object.
 
 The baseline of the paper (main text 5.1, supplement D.3; docs/model.md 9). It is the cheapest
-detector, and none is better where objects do not touch.
+detector, and the best one where objects do not touch.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from spairkit.models.networks import check_images
 
 Array = npt.NDArray[Any]
 
-# a pixel hangs together with its four neighbours, and with no other image of the batch
+# pixels connect to their four neighbours, never across images
 _CROSS = np.zeros((3, 3, 3), dtype=bool)
 _CROSS[1] = ndimage.generate_binary_structure(2, 1)
 _OBJECT_SIDE = 21  # texels of an object's picture, as of the authors' glimpses
@@ -112,7 +112,7 @@ class ConnComp(nn.Module):
 
     @torch.no_grad()
     def set_threshold(self, threshold: float) -> None:
-        """Fixes the distance from which a pixel is an object's."""
+        """Sets the threshold; pixels at or above it are foreground."""
         self.threshold.fill_(threshold)
 
     def _foreground(self, images: Tensor) -> Array:  # [B, H, W] bool
@@ -142,7 +142,7 @@ def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
 
 
 def otsu(distance: Tensor) -> float:  # any shape, in [0, 3]
-    """The threshold that parts distances into the two groups with the most variance between them.
+    """The threshold that maximises the variance between the two groups of distances.
 
     Otsu's rule (1979) on a histogram of 256 equal bins. It is ours, not the paper's: it looks at no
     box, and takes a share of pixels for objects even where there is none. Where all distances are

@@ -24,12 +24,16 @@ class Losses:
 
     @property
     def elbo(self) -> Tensor:  # [B]
-        """The evidence lower bound with one sample: the higher, the better the model."""
+        """Minus the sum of the unweighted terms, with one sample; higher is better.
+
+        The evidence lower bound where samples are exact. With relaxed z_pres (SPAIR in training and
+        validation) it approximates the bound.
+        """
         return -sum(self.terms().values(), start=torch.zeros_like(self.reconstruction))
 
     @property
     def total(self) -> Tensor:  # [B]
-        """What training minimises, averaged over the batch."""
+        """The training loss: the negative ELBO with `beta` on where, what and depth."""
         weighted = self.kl_where + self.kl_what
         if self.kl_depth is not None:
             weighted = weighted + self.kl_depth

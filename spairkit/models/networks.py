@@ -112,7 +112,7 @@ def check_images(images: Tensor, *, finite: bool = False) -> None:
     """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ValueError(
-            f"images must be [B, 3, H, W] with none of them 0, got {list(images.shape)}"
+            f"images must be [B, 3, H, W] with B, H and W at least 1, got {list(images.shape)}"
         )
     if not images.is_floating_point():
         raise ValueError(f"images must be floating-point in [0, 1], got {images.dtype}")

@@ -159,7 +159,7 @@ def _find(path: Path) -> Path:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint; `spairkit train` makes one") from None
+        raise InputError(f"{path}: no such checkpoint; create one with `spairkit train`") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if stat.S_ISDIR(mode):
@@ -170,7 +170,7 @@ def _find(path: Path) -> Path:
                 return _resolved(path / name)
         raise InputError(
             f"{path}: neither a checkpoint nor a run (no {_MANIFEST}, best or last in it); "
-            "`spairkit train` makes one"
+            "create one with `spairkit train`"
         )
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: neither a file nor a folder; name a checkpoint or a run")
@@ -192,7 +192,7 @@ def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
     optimiser = None
     if with_optimiser:
         if _OPTIMISER not in manifest.files:
-            raise InputError(f"{folder}: cannot be resumed: it holds no state of the optimiser")
+            raise InputError(f"{folder}: cannot be resumed: it has no optimiser state")
         optimiser = _unpack(folder / _OPTIMISER, manifest)
     return Checkpoint(
         step=manifest.step,
@@ -266,7 +266,7 @@ def _pack(tensors: Mapping[str, Tensor], name: str, step: int) -> bytes:
     unsound = _unsound(plain, name)
     if unsound is not None:
         raise InputError(
-            f"{name} of step {step} is not saved: {unsound!r} is not finite, training diverged; "
+            f"{name} of step {step} is not saved: {unsound!r} is not finite: training diverged; "
             "try a lower train.learning_rate"
         )
     return safetensors.torch.save(plain)

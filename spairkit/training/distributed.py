@@ -1,7 +1,7 @@
 """Training with several processes, started by `torchrun`: their ranks, and values that they share.
 
-Shared values go through the CPUs (gloo), even where gradients go from GPU to GPU (NCCL): no process
-waits for its GPU to learn whether to continue.
+Tensors on CPUs are shared by gloo, those on GPUs by NCCL. Whether to continue is decided on the
+CPUs, so that no process waits for its GPU.
 """
 
 import os

@@ -163,7 +163,7 @@ class Trainer:
                 success=inputs.success,
                 training_wheels=self.wheels,
                 generator=inputs.noise,
-                **self._told(batch),
+                **self._counts(batch),
             )
         self.optimiser.zero_grad(set_to_none=True)
         self.world.backward(losses.total.mean())
@@ -182,9 +182,9 @@ class Trainer:
         self.optimiser.step()
         return losses.detach()
 
-    def _told(self, batch: Batch) -> dict[str, Tensor]:
+    def _counts(self, batch: Batch) -> dict[str, Tensor]:
         """The true counts, if the model takes them."""
-        return {"counts": batch.counts} if self.config.model.told else {}
+        return {"counts": batch.counts} if self.config.model.count_is_given else {}
 
     def means(self, losses: Losses) -> dict[str, float]:
         """Means of the loss terms over the whole batch; reading them waits for the device."""
@@ -301,7 +301,7 @@ class Trainer:
                 losses = self.model(
                     prepare(batch.images, self.config.prepare),
                     generator=self._generator(_VALIDATE, index),
-                    **self._told(batch),
+                    **self._counts(batch),
                 )
             total += float(losses.elbo.sum())
             images += len(batch.images)

@@ -33,7 +33,7 @@ def make_trainer(
     A record needs one GPU in one process. The updates of a model that is given the true counts
     differ in shape.
     """
-    records = device.type == "cuda" and world.size == 1 and not config.model.told
+    records = device.type == "cuda" and world.size == 1 and not config.model.count_is_given
     return (RecordingTrainer if records else Trainer)(config, run, train, device, world)
 
 
@@ -52,7 +52,7 @@ class RecordingTrainer(Trainer):
         return isinstance(self.train, Scenes) and self.train.fused
 
     def update(self) -> Losses:
-        """As `Trainer.update`; the losses lie in the memory of the last update's."""
+        """As `Trainer.update`; the returned tensors are overwritten by the next update."""
         if self._set_wheels(self.step < self.config.train.training_wheels):
             self.graph = UpdateGraph(self._recorded, self.device)
             self.tapes = Tape(), Tape()
@@ -124,7 +124,7 @@ class UpdateGraph:
         self._play: Callable[[], Losses] | None = None
 
     def __call__(self) -> Losses:
-        """One update. From the fourth call on its losses lie in the memory of the last ones."""
+        """One update; from the fourth call on, the next one overwrites the returned tensors."""
         self._calls += 1
         if self._calls <= WARM_UP:
             return _aside(self._update, self._device)

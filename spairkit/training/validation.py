@@ -50,7 +50,9 @@ def draw(detector: Detector, dataset: Dataset, run: Run, step: int) -> Path:
     """Writes the picture of a validation into the run's folder."""
     batch = next(iter(evaluation_batches(dataset, _PICTURED)))
     sheet = reconstruction_sheet(
-        detector.explain_batch(batch.images, counts=batch.counts if detector.told else None),
+        detector.explain_batch(
+            batch.images, counts=batch.counts if detector.count_is_given else None
+        ),
         batch.truth() if dataset.has_truth else None,
     )
     path = run.path / "pictures" / f"step-{step}.png"
