@@ -57,10 +57,10 @@ def compare(
 ) -> None:
     """Train and evaluate SPAIR, AIR, DAIR and ConnComp under one protocol; recommend one.
 
-    Writes a table, results.json, and a chart next to the paper's results. Each run is a folder
-    as `spairkit train` makes it. Ctrl-C saves. Run the same command with --out to resume, or to
-    add a process from another terminal. --set MODEL.KEY=VALUE applies to one model only, as
-    spair.model.what=24.
+    Writes a table, results.json, and a chart that shows the paper's results as well. Each run is
+    a folder like those of `spairkit train`. Ctrl-C saves. Run the same command with --out to
+    resume, or to add a process from another terminal. --set MODEL.KEY=VALUE applies to one model
+    only, such as spair.model.what=24.
     """
     from spairkit.config_values import assignments, merge
     from spairkit.data.datasets import data_settings

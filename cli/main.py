@@ -91,8 +91,8 @@ def _root(
 
     Start with `spairkit viz IMAGE` or `spairkit train --data FOLDER`.
 
-    Exit status: 0; 2: user error (one-line message); 1: internal error; 130 and 143: stopped by
-    Ctrl-C and SIGTERM.
+    Exit status: 0: success; 1: internal error; 2: user error (one-line message); 130 and 143:
+    stopped by Ctrl-C and SIGTERM.
     """
 
 

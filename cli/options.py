@@ -61,8 +61,8 @@ SetOption = Annotated[
     model_option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting, as in data.max_objects=5; repeatable. `spairkit config show` lists "
-        "all.",
+        help="Change a setting, such as data.max_objects=5; repeatable. `spairkit config show` "
+        "lists all.",
     ),
 ]
 DataOption = Annotated[

@@ -330,7 +330,7 @@ class TrainConfig:
     """Precision of products and convolutions in training. `tf32` (NVIDIA GPUs only) keeps 10 bits
     of the mantissa. `bf16` (7 bits) applies to SPAIR's backbone and decoder, and to all networks of
     AIR and DAIR; weights, Adam, losses, operators and SPAIR's loop over cells stay float32, as do
-    validation and all commands. A CPU without bfloat16 instructions is slower with it."""
+    validation and all other commands. A CPU without bfloat16 instructions is slower with it."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 is torch's choice. Results depend on it in the last bits."""
 

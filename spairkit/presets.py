@@ -25,8 +25,8 @@ _QUICK_TRAIN = {
 def quick() -> dict[str, Any]:
     """SPAIR on 1 to 3 digits in 48 x 48 pixels, in a few minutes on a laptop's CPU.
 
-    `spairkit train` takes 2 minutes on one thread of a small two-core virtual machine (2026-11-26).
-    Test AP .795, .797, .810 and count accuracy .925, .944, .944 for seeds 0, 1, 2.
+    `spairkit train` takes 1 min 44 s of CPU time on one thread of a small virtual machine, and
+    seeds 0, 1 and 2 have a test AP of .791, .794 and .800 (2026-11-26; see BENCHMARKS.md).
 
     The settings were tuned by hand on the embedded digits. In order of importance: clipping the
     gradient to norm 1 at a learning rate of 1e-3 (training fails or is worse at 2e-3 or without
