@@ -56,6 +56,8 @@ def detect(
     if out is not None:
         options.check_output(out)
     files = _files(paths)  # a file that is no image shows before any work
+    if out is not None and out.exists() and any(out.samefile(path) for path, _ in files):
+        raise InputError(f"--out {out}: is one of the images; name another file")
     detector = options.open_detector(checkpoint, device, box_contrast)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
     found: list[tuple[str, int, Detections]] = []

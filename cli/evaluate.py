@@ -49,11 +49,8 @@ def evaluate(
     from spairkit.storage.checkpoints import load_checkpoint
     from spairkit.storage.durable import write_text
 
-    loaded, chosen = (
-        load_checkpoint(options.choose_checkpoint(checkpoint)),
-        options.choose_device(device),
-    )
-    network = from_checkpoint(loaded, chosen)
+    loaded = load_checkpoint(options.choose_checkpoint(checkpoint))
+    network = from_checkpoint(loaded, options.choose_device(device))
     detector = Detector(network, loaded.config, box_contrast=box_contrast)
     settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
     report = measure(

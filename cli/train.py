@@ -188,7 +188,7 @@ def _train(
     *,
     quiet: bool,
 ) -> tuple[int, int, dict[str, float]]:
-    """Trains; gives what `stop` said at the end, the last step and the last validation."""
+    """Trains; returns the last value of `stop`, the last step and the last figures."""
     from spairkit.training.loop import fit
 
     ending = 0

@@ -16,7 +16,7 @@ def viz(
     out: Annotated[
         Path | None,
         options.output_option(
-            help="The picture to write. Default: IMAGE-spairkit.png in this folder."
+            help="The picture to write. Default: IMAGE-spairkit.png in the current folder."
         ),
     ] = None,
     threshold: options.ThresholdOption = 0.5,

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     Work = Callable[[Callable[[], bool], Callable[[], bool]], Iterator[Any]]
 
 WorkersOption = Annotated[
-    int, runs_option(min=1, max=1024, help="Number of processes; if there are several, each uses one CPU thread.")
+    int,
+    runs_option(
+        min=1, max=1024, help="Number of processes; if there are several, each uses one CPU thread."
+    ),
 ]
 
 _LINE_EVERY_SECONDS = 10

@@ -167,16 +167,12 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     with _PRECISION_LOCK:
-        yield from _with_precision(precision, device)
-
-
-def _with_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    deterministic = torch.backends.cudnn.deterministic
-    before = [products.fp32_precision for products in _PRODUCTS]
-    set_precision(precision, device)
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
-        for products, value in zip(_PRODUCTS, before, strict=True):
-            products.fp32_precision = value
+        deterministic = torch.backends.cudnn.deterministic
+        before = [products.fp32_precision for products in _PRODUCTS]
+        set_precision(precision, device)
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
+            for products, value in zip(_PRODUCTS, before, strict=True):
+                products.fp32_precision = value

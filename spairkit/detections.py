@@ -109,7 +109,7 @@ class Detections:
         corners = self.boxes.tolist()
         boxes = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]
         outlines = PatchCollection(boxes, facecolor="none", edgecolor="tab:orange", linewidth=1.5)
-        ax.add_collection(outlines)
+        ax.add_collection(outlines, autolim=False)  # boxes may leave the image
         ax.set_axis_off()
         ax.set_title(f"{len(self)} found", fontsize="medium")
         return ax
@@ -144,7 +144,7 @@ class Detections:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists under the names of the fields, ready for `json.dumps`."""
+        """`count`, and plain lists under the names of the tensors, ready for `json.dumps`."""
         return {"count": len(self)} | {name: getattr(self, name).tolist() for name in _FIELDS}
 
     def to_supervision(self) -> Any:

@@ -1,4 +1,4 @@
-"""`Detector`: everything between a stranger's pixels and boxes in those pixels.
+"""`Detector`: everything between a user's image and boxes in its pixels.
 
 detector = spairkit.load()                # the packaged model, or a run, or a checkpoint
 found = detector.detect("cells.tif")
@@ -7,6 +7,7 @@ found = detector.detect("cells.tif")
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image, list_images, prepare, same_sized
 from spairkit.models.loading import Network, from_checkpoint
+from spairkit.models.networks import check_images
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import pretrained
 
@@ -97,7 +99,7 @@ class Detector:
 
         Raises:
             TypeError: `image` is of another type.
-            ValueError: its shape, dtype or values, or `threshold`, are not supported.
+            ValueError: its shape, dtype or values, `threshold` or `count` are not supported.
             InputError: a file cannot be read; the network takes images of another size; or it
                 needs the count and gets none, or infers the count and gets one.
         """
@@ -164,11 +166,15 @@ class Detector:
     ) -> list[Detections]:
         """The objects in each image of a batch that is already read, for training and metrics.
 
+        Returns:
+            B `Detections` in order, on the CPU.
+
         Raises:
             ValueError: `threshold` is out of [0, 1), or `images` has another shape or dtype.
             InputError: as `detect`.
         """
         options = self._options(threshold, counts)
+        check_images(images)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
             images = prepare(images.to(self.device), self.config.prepare)
             return self.network.detect(images, **options)
@@ -178,6 +184,7 @@ class Detector:
     ) -> list[Explanation]:
         """`explain` for a batch that is already read; arguments and errors as in `detect_batch`."""
         options = self._options(threshold, counts)
+        check_images(images)
         with computing_in("float32", self.device):
             images = prepare(images.to(self.device), self.config.prepare)
             return self.network.explain(images, **options)
@@ -192,8 +199,8 @@ class Detector:
     def _counts(self, count: int | None, images: int) -> Tensor | None:
         if count is None:
             return None
-        if count < 0:
-            raise ValueError(f"count must be at least 0, got {count}")
+        if not isinstance(count, Integral) or count < 0:
+            raise ValueError(f"count must be a whole number from 0, got {count!r}")
         return torch.full((images,), int(count))
 
     def _options(self, threshold: float, counts: Tensor | None) -> dict[str, Any]:
@@ -202,6 +209,12 @@ class Detector:
             raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
         if counts is not None and not self.count_is_given:
             raise InputError("this model infers the count itself; remove count (--count)")
+        if counts is None and self.count_is_given:
+            raise InputError(
+                f"this {self.config.model.kind.upper()} was trained with the number of objects "
+                "(model.count = 'given'): give it with --count N, or train a model with --set "
+                "model.count=inferred"
+            )
         if isinstance(self.config.model, ConnCompConfig):
             return {}
         options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
@@ -224,7 +237,7 @@ def load(
 
     Raises:
         InputError: there is nothing at `path`, or it is damaged, foreign or of another version; or
-            the device cannot be used.
+            the device cannot be used; or ConnComp is given a `box_contrast`.
         ValueError: `box_contrast` is out of [0, 1).
 
     Example:

@@ -19,8 +19,8 @@ _PRECISIONS = ("ap", "ap_spair", "ap_coco", "ap50", "ap75")
 class Figures:
     """Figures on some images; `spairkit.metrics.PROTOCOLS` describes each.
 
-    Without true objects the AP figures are meaningless: 0, or 1 if there is no candidate; `to_json`
-    gives None for them.
+    Without true objects the AP figures are meaningless: `ap_spair` is 0, the others are 0, or 1 if
+    there is no candidate; `to_json` gives None for them.
     """
 
     images: int
@@ -75,9 +75,9 @@ def evaluate(
 ) -> Report:
     """Runs the detector once over all images and compares its detections with the ground truth.
 
-    `ap` and `ap_coco` rank every candidate with a score above 0.05; `ap_spair` and the counts use
-    those above `threshold`. Images are not kept; boxes and scores are, in 24 bytes for each
-    candidate and 16 for each true object.
+    `ap` and `ap_coco` rank every candidate with a score above 0.05, or above `threshold` if that is
+    lower; `ap_spair` and the counts use those above `threshold`. Images are not kept; boxes
+    and scores are, in 24 bytes for each candidate and 16 for each true object.
 
     Args:
         detector: finds the objects.
@@ -94,8 +94,8 @@ def evaluate(
         raise ValueError(f"threshold must lie in [0, 1), got {threshold}")
     candidates: list[Detections] = []
     truth: list[Truth] = []
+    least = min(CANDIDATE_THRESHOLD, threshold)
     for batch in batches:
-        least = min(CANDIDATE_THRESHOLD, threshold)
         counts = batch.counts if detector.count_is_given else None
         found = detector.detect_batch(batch.images, least, counts)
         # without embeddings, which the figures do not need

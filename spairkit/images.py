@@ -33,7 +33,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _MAX_BYTES = 1 << 29
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF")
-# of TIFF's many, those that hold measurements; the others are decoders for strangers to attack
+# of TIFF's many, those that hold measurements; the other decoders are only an attack surface
 _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
@@ -82,8 +82,9 @@ def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on th
 
     Args:
         source: a path (see `read_image`); a NumPy array [H, W], [H, W, 3] or [H, W, 4] of uint8,
-            uint16 or bool (the whole range becomes 0 to 1) or of floats in [0, 1]; a PIL image; or
-            a tensor [3, H, W], uint8 or float in [0, 1]. Transparent pixels are laid on black.
+            uint16 or bool (the whole range becomes 0 to 1) or of floats in [0, 1]; a PIL image, as
+            it is stored (EXIF orientation is applied to files only); or a tensor [3, H, W], uint8
+            or float in [0, 1]. [H, W, 1] is grey. Transparent pixels are laid on black.
 
     Raises:
         TypeError: `source` is of another type.
@@ -261,7 +262,7 @@ def write_png(path: Path | str, image: Tensor) -> None:
     """Writes a [3, H, W] image, uint8 or float clamped to [0, 1]; the file is never half-written.
 
     Raises:
-        ValueError: the shape or the type is another, or a value is not a number.
+        ValueError: `image` has another shape or dtype, or holds NaN.
         InputError: the file cannot be written.
     """
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:

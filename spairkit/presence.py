@@ -51,8 +51,8 @@ def presence_kl(
             cells), or "auto".
 
     Returns:
-        [B, n] nats, float64 if `logits` are, else float32. NaN from the first sample that is NaN,
-        and where a logit is NaN.
+        [B, n] nats, float64 if `logits` are, else float32. NaN from the first NaN sample on (with
+        `relaxed`, from the cell after it), and where a logit is NaN.
 
     Raises:
         ValueError: the rank, shape, dtype, device or value of an argument is wrong; the message
@@ -67,7 +67,7 @@ def presence_kl(
     Source: equations (B1) and (B2) of the supplement; KL as in the authors' code, unclipped.
     """
     _check(logits, samples, success)
-    chosen = _chosen(backend, logits, success, relaxed)
+    chosen = _chosen(backend, logits, "logits", success, relaxed)
     if chosen != "torch" and not relaxed:
         kl: Tensor = presence_kl_op(logits, samples, _as_tensor(success, samples), chosen)[0]
         return kl
@@ -91,7 +91,7 @@ def presence_prior(
 
     Returns:
         [B, n] p(z_k = 1 | z_<k), float64 if `samples` are, else float32. A tensor `success` gets a
-        gradient. NaN after the first sample that is NaN.
+        gradient. NaN from the first NaN sample on (with `relaxed`, from the cell after it).
 
     Raises:
         ValueError: the rank, dtype, device or value of an argument is wrong; the message names it.
@@ -99,7 +99,7 @@ def presence_prior(
     Source: equations (B1) and (B2) of the supplement.
     """
     _check(samples, samples, success)
-    chosen = _chosen(backend, samples, success, relaxed)
+    chosen = _chosen(backend, samples, "samples", success, relaxed)
     if chosen == "torch":
         prior_logit = _prior_logit_torch(samples, success, relaxed)
     elif relaxed:
@@ -110,7 +110,7 @@ def presence_prior(
 
 
 def _chosen(
-    backend: Backend, logits: Tensor, success: float | Tensor, relaxed: bool
+    backend: Backend, inputs: Tensor, name: str, success: float | Tensor, relaxed: bool
 ) -> Literal["torch", "cpu", "triton"]:
     if isinstance(success, Tensor) and success.requires_grad and not relaxed:
         # the compiled backends read a table of odds, which passes on no gradient
@@ -120,11 +120,11 @@ def _chosen(
                 "use relaxed=True or backend='torch'"
             )
         backend = "torch" if backend == "auto" else backend
-    chosen = chosen_backend(backend, logits, "logits")
-    if chosen == "triton" and logits.shape[1] > MAX_CELLS:
+    chosen = chosen_backend(backend, inputs, name)
+    if chosen == "triton" and inputs.shape[1] > MAX_CELLS:
         if backend == "triton":
             raise ValueError(
-                f"backend 'triton' supports at most {MAX_CELLS} cells, got {logits.shape[1]}: "
+                f"backend 'triton' supports at most {MAX_CELLS} cells, got {inputs.shape[1]}: "
                 "use backend='torch'"
             )
         return "torch"

@@ -384,9 +384,10 @@ def test_wrong_images_and_counts_are_refused() -> None:
     given, inferred = build(SMALL), build(EXACT)
     with pytest.raises(InputError, match=r"images of 11x9 px and takes only that size, got 12x9"):
         inferred.detect(torch.zeros(1, 3, 12, 9, dtype=torch.float64))
-    with pytest.raises(InputError, match=r"this AIR was trained with the number .* --count N, or"):
-        given.detect(images())
-    with pytest.raises(InputError, match="this DAIR was trained with"):
+    for counts in (None, torch.tensor([2]), torch.tensor([1, 2, -1]), torch.ones(4).long()):
+        with pytest.raises(ValueError, match="counts must be 3 whole numbers from 0"):
+            given.detect(images(), counts=counts)
+    with pytest.raises(ValueError, match="counts must be 3 whole numbers from 0, got None"):
         build(SMALL, kind="dair")(images())
     with pytest.raises(InputError, match="counts up to 256, got 10000"):
         given.detect(images(1), counts=torch.tensor([10_000]))

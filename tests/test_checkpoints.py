@@ -306,7 +306,7 @@ def test_special_files_are_refused_unopened(tmp_path: Path) -> None:
 
 
 def test_wrong_paths_are_named_in_the_error(tmp_path: Path) -> None:
-    assert "no such checkpoint; `spairkit train` makes one" in refusal(tmp_path / "absent")
+    assert "no such checkpoint; create one with `spairkit train`" in refusal(tmp_path / "absent")
     assert "neither a checkpoint nor a run" in refusal(tmp_path)
     (tmp_path / "notes.txt").write_text("notes")
     assert "not a checkpoint; name a run" in refusal(tmp_path / "notes.txt")

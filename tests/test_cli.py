@@ -112,7 +112,7 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(run: Runner, words: list[s
         (["train", "--set", "train.stops=1"], "unknown key, did you mean steps?"),
         (["train", "--set", "steps"], "--set steps: write key=value"),
         (["train", "--config", "absent.toml"], "absent.toml: no such config file"),
-        (["train", "--data", "absent"], "--data absent: no such folder or file, and no dataset"),
+        (["train", "--data", "absent"], "absent: no such folder or file, and no dataset"),
         (["train", "--out", "a", "--resume", "b"], "--out names a new run and --resume an old one"),
         (["train", "--resume", "absent"], "absent: not a run (no config.toml in it)"),
         (["train", "--out", "file", "--steps", "1"], "cannot create the folder file: File exists"),

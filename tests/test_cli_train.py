@@ -324,6 +324,21 @@ def test_detect_writes_valid_coco_csv_and_jsonl(run: Runner, workplace: Path) ->
     assert sum(record["count"] for record in records) == len(found)
 
 
+def test_detect_writes_names_that_are_not_utf8_but_not_over_an_image(
+    run: Runner, tmp_path: Path
+) -> None:
+    image, table = tmp_path / os.fsdecode(b"im\xff.png"), tmp_path / "found.csv"
+    write_png(image, torch.rand(3, 24, 24))
+    before = image.read_bytes()
+    refused = run("detect", image, "--out", image)
+    assert refused.status == 2
+    assert "is one of the images" in refused.err
+    assert image.read_bytes() == before
+    options = ("--format", "csv", "--threshold", "0", "--out", table)
+    assert run("detect", image, *options).status == 0
+    assert "im\\udcff.png" in table.read_text()
+
+
 def test_detect_numbers_images_in_the_given_order(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     for name in ("b/2.png", "b/1.png", "a.png"):

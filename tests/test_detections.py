@@ -127,6 +127,9 @@ def test_plot_draws_every_box_on_the_image(two: Detections) -> None:
     assert corners == two.boxes.tolist()
     assert axes.images[0].get_extent() == [0, 12, 10, 0]
     assert axes.get_title() == "2 found"
+    outside = replace(two, boxes=torch.tensor([[-5.0, -5, 30, 30], [0, 0, 1, 1]]))
+    axes = outside.plot(image, ax=Figure().add_subplot())
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 12), (10, 0))
     with pytest.raises(ValueError, match="have no image"):
         two.plot(ax=axes)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,13 @@ def test_only_models_with_given_counts_accept_a_count(detector: Detector, scenes
     assert air.count_is_given
     assert len(air.detect(scenes[0], count=2)) == 2
     assert [len(found) for found in air.detect_many(scenes, count=3)] == [3] * 6
-    with pytest.raises(InputError, match="--count N"):
+    with pytest.raises(InputError, match=r"this AIR was trained with the number .* --count N, or"):
         air.detect(scenes[0])
+    with pytest.raises(InputError, match="--count N"):
+        air.detect_many(scenes)
+    for count in (-1, 2.7):
+        with pytest.raises(ValueError, match="count must be a whole number from 0"):
+            air.detect(scenes[0], count=count)  # type: ignore[arg-type]
 
 
 def test_detector_works_with_conncomp(scenes: Tensor) -> None:
@@ -360,6 +366,14 @@ def test_counts_of_a_batch_are_refused_if_the_model_infers_them(
 ) -> None:
     with pytest.raises(InputError, match="infers the count"):
         detector.detect_batch(scenes, counts=torch.ones(6, dtype=torch.int64))
+
+
+def test_batches_of_bytes_are_refused_at_any_levels(detector: Detector, scenes: Tensor) -> None:
+    config = replace(detector.config, prepare=PrepareConfig(black=0.1, white=0.9))
+    for each in (detector, Detector(detector.network, config)):
+        for method in (each.detect_batch, each.explain_batch):
+            with pytest.raises(ValueError, match="floating-point"):
+                method((scenes * 255).byte())
 
 
 def test_damaged_pil_images_are_refused(detector: Detector, tmp_path: Path) -> None:

@@ -256,3 +256,6 @@ def test_errors_name_the_argument_and_the_rule(change: dict[str, Any], message: 
     arguments = {"logits": torch.zeros(2, 3), "samples": torch.zeros(2, 3), "success": 0.5}
     with pytest.raises(ValueError, match=message):
         presence_kl(**{**arguments, **change})
+    prior = {"samples": torch.zeros(2, 3).double(), "success": 0.5, "backend": "cpu"}
+    with pytest.raises(ValueError, match="samples is float64"):
+        presence_prior(**prior)  # type: ignore[arg-type]

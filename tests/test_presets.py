@@ -98,7 +98,7 @@ def test_quick_expects_smaller_boxes_for_several_objects() -> None:
 
 def test_unknown_kind_is_reported_with_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"model\.kind: there are spair, air, dair, conncomp \(got 'yolo'\)"
+        InputError, match=r"model\.kind: must be one of spair, air, dair, conncomp \(got 'yolo'\)"
     ):
         resolve("quick", {"model": {"kind": "yolo"}})
 

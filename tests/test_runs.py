@@ -79,15 +79,15 @@ def test_newest_run_is_the_one_that_saved_last(
 
 def test_occupied_folders_are_refused(tmp_path: Path) -> None:
     run = new_run(tmp_path)
-    with pytest.raises(InputError, match="already holds a run; use --resume"):
+    with pytest.raises(InputError, match="already holds a run; resume it"):
         Run.create(run.path, CONFIG)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(InputError, match="not empty; name another folder"):
         Run.create(tmp_path / "mine", CONFIG)
-    with pytest.raises(InputError, match="File exists; name another with --out"):
+    with pytest.raises(InputError, match="File exists; name another"):
         Run.create(tmp_path / "mine" / "thesis.tex", CONFIG)
-    with pytest.raises(InputError, match="Not a directory; name another with --out"):
+    with pytest.raises(InputError, match="Not a directory; name another"):
         Run.create(tmp_path / "mine" / "thesis.tex" / "run", CONFIG)
     with pytest.raises(InputError, match=r"not a run \(no config\.toml in it"):
         Run.open(tmp_path / "mine")

@@ -139,7 +139,9 @@ class _Reader:
         except (OSError, RuntimeError, ValueError):
             there = False
         if not there:
-            self._refuse(where, f"file_name {_brief(value)} is not a file in the folder")
+            self._refuse(
+                where, f"file_name {_brief(value)} is not a file in the folder, or a link out of it"
+            )
         return path.as_posix()
 
     def _box(self, where: str, value: Any) -> list[float]:

@@ -50,13 +50,11 @@ def data_settings(word: str) -> dict[str, Any]:
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.suffix.lower() in SUFFIXES:
-        raise InputError(
-            f"--data {word}: is a single image; name the folder that holds your images"
-        )
+        raise InputError(f"{word}: is a single image; name the folder that holds your images")
     if path.is_file():
         name = "emnist" if "emnist" in path.name.lower() else "mnist"
         return {"data": {"name": name, "path": str(path.resolve())}}
-    raise InputError(f"--data {word}: no such folder or file, and no dataset ({', '.join(names)})")
+    raise InputError(f"{word}: no such folder or file, and no dataset ({', '.join(names)})")
 
 
 def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:

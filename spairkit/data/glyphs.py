@@ -152,7 +152,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what damaged files raise into an InputError that names this one."""
+    """Turns exceptions from damaged files into an InputError that names the file."""
     try:
         with warnings.catch_warnings():
             # numpy's, about headers that Python 2 wrote

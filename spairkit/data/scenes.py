@@ -25,7 +25,7 @@ _BATCHES_AHEAD = 8
 _MAX_PIXELS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 24}  # a GPU waits while they are made
 _MOST_STRIDE = 1 << 16
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
-# what a random word is for; the counter of a word is purpose + 16 (object + 256 attempt)
+# purposes of random words; the counter of a word is purpose + 16 (object + 256 attempt)
 _COUNT = 0
 _GLYPHS, _SQUARES = slice(1, 3), slice(3, 5)  # class and glyph; side and place
 _COLOURS, _BACKGROUNDS = slice(5, 9), slice(9, 12)

@@ -58,7 +58,7 @@ def compare(
         InputError: as `fit`, or a run was made with other settings.
     """
     runs = folder / "runs"
-    runs.mkdir(exist_ok=True)
+    durable.make_folder(runs)
     left = settings.tasks()
     while True:
         others = busy()  # before looking at the runs, or a worker's last one could be missed

@@ -29,7 +29,7 @@ from spairkit.models.noise import Source, normal, uniform
 from spairkit.models.tight_boxes import tighten
 
 _WHERE = 4  # scale w, h and shift x, y
-_STOP = 0.99  # of the absences so far, summed
+_STOP = 0.99  # steps end once the absences sum to this
 _MAX_STEPS = 256
 
 
@@ -54,7 +54,7 @@ class _Objects:
     what: Tensor  # [B, T, A] the sample
     maps: Tensor  # [B, T, 3, P, P] colour in (0, 1)
     placed: Tensor  # [B, T, 3, H, W] the map in its box, zero beyond
-    logit: Tensor  # [B, T] of presence, where all objects before are present
+    logit: Tensor  # [B, T] log-odds of presence, given that all earlier ones are
 
 
 class AIR(nn.Module):
@@ -110,7 +110,8 @@ class AIR(nn.Module):
             success: 1 / (1 + prior odds of one more object), in (0, 1); None is the schedule's
                 end.
             training_wheels: stop the gradients of where and pres.
-            generator: of the sampling noise, of a part of a batch too; None is torch's own.
+            generator: source of the sampling noise, which may be a `Part` of a batch; None is
+                torch's default generator.
             counts: the true numbers of objects, if `config.count` is "given".
 
         Returns:
@@ -227,12 +228,9 @@ class AIR(nn.Module):
             )
         if not self.config.count_is_given:
             return self.config.max_objects
-        if counts is None:
-            raise InputError(
-                f"this {name} was trained with the number of objects (model.count = 'given'): give "
-                "it with --count N, or train a model with --set model.count=inferred"
-            )
-        if len(counts) and int(counts.max()) > _MAX_STEPS:
+        if counts is None or counts.shape != (len(images),) or int(counts.min()) < 0:
+            raise ValueError(f"counts must be {len(images)} whole numbers from 0, got {counts}")
+        if int(counts.max()) > _MAX_STEPS:
             raise InputError(f"{name} takes counts up to {_MAX_STEPS}, got {int(counts.max())}")
         return max(int(counts.max()), 1)
 
@@ -264,7 +262,7 @@ class AIR(nn.Module):
         training_wheels: bool = False,
         hard: bool = False,
     ) -> _Objects:
-        """All steps. No noise means the means."""
+        """The objects of all steps; without noise, latents are their means."""
         normal = None if noise is None else noise.normal
         if self.config.kind == "air":
             states = self._recurrent(images, steps)

@@ -34,9 +34,8 @@ class Compiling(NamedTuple):
 def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     """Compiles every Numba kernel that training needs, or loads it from the cache on disk.
 
-    Each is announced before the work on it begins. Nothing is compiled on another device than the
-    CPU, without Numba, and for ConnComp. With a warm cache it takes a fraction of a second, which
-    the first update then saves.
+    Each is announced before the work on it begins. Nothing is compiled for other devices, without
+    Numba, or for ConnComp. With a warm cache it takes a fraction of a second.
     """
     on_cpu = runs_compiled(torch.empty(0, device=device, dtype=torch.float32))
     if not on_cpu or isinstance(config, ConnCompConfig):

@@ -33,8 +33,8 @@ class ConnComp(nn.Module):
     Both stand in the state dict: `threshold` [] in [0, 3] and `background_colour` [3] in [0, 1].
 
     Args:
-        config: a given threshold and a given colour hold at once; what is to be fitted starts as
-            the paper's first threshold, .01, and black.
+        config: a given threshold or colour applies at once. Until it is fitted, the threshold is
+            .01, the lowest of the grid, and the background is black.
     """
 
     threshold: Tensor
@@ -144,9 +144,9 @@ def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
 def otsu(distance: Tensor) -> float:  # any shape, in [0, 3]
     """The threshold that maximises the variance between the two groups of distances.
 
-    Otsu's rule (1979) on a histogram of 256 equal bins. It is ours, not the paper's: it looks at no
-    box, and takes a share of pixels for objects even where there is none. Where all distances are
-    equal it is above them.
+    Otsu's rule (1979) on a histogram of 256 equal bins. It is ours, not the paper's: it needs
+    no true boxes, and marks some pixels as objects even in an image without any. Where all
+    distances are equal it is above them.
     """
     values = distance.detach().cpu().double().flatten().numpy()
     low, high = float(values.min()), float(values.max())

@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Terms of the negative ELBO of each image, in nats; every term [B]. A model lacks some."""
+    """Terms of the negative ELBO of each image, in nats; every term [B].
+
+    A term that the model does not have is None.
+    """
 
     reconstruction: Tensor
     """-log p(image | latents), summed over pixels and three channels."""

@@ -17,7 +17,7 @@ def extract_glimpses(
 
     On each axis `size` points run from edge to edge of the box, both included. Image coordinates
     map linearly to pixel indices 0 .. H - 1; beyond the image the border pixel is read. The
-    renderer uses pixel centres instead, and so does the authors' code.
+    renderer uses pixel centres instead; the mismatch is the authors'.
 
     Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """

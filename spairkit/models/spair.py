@@ -39,7 +39,7 @@ _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever it
 _BACKGROUND_HIDDEN = (10, 10)
 
 
-@cache  # for good: a CUDA graph that was recorded reads where they lie
+@cache  # without limit: a recorded CUDA graph reads from their addresses
 @torch.inference_mode(False)  # the cache outlives the mode
 def appearance_constants(
     config: SPAIRConfig, device: torch.device, dtype: torch.dtype
@@ -118,7 +118,8 @@ class SPAIR(nn.Module):
             images: any height and width.
             success: s of the count prior, in (0, 1); None is the schedule's end.
             training_wheels: stop the gradients of where, depth and pres (docs/model.md 2.2).
-            generator: of the sampling noise, of a part of a batch too; None is torch's own.
+            generator: source of the sampling noise, which may be a `Part` of a batch; None is
+                torch's default generator.
 
         Returns:
             Losses, every term [B] in nats.
@@ -233,7 +234,8 @@ class SPAIR(nn.Module):
     def _encode(
         self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool
     ) -> Latents:
-        """All cells, wave by wave (docs/model.md 3). Without noise means, and pres above 1/2."""
+        """All cells, wave by wave (docs/model.md 3). Without noise, latents are
+        their means, and presence is 1 where its probability is above 1/2."""
         c = self.config
         features = self.backbone(images)  # [B, F, rows, columns]
         rows, columns = features.shape[-2:]

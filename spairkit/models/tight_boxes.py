@@ -15,9 +15,10 @@ def tighten(
 
     A texel's contrast is alpha * max_c |colour - background|. It is visible if that exceeds
     `contrast` times the greatest contrast of the object, so that with .5 a box ends at half the
-    height of a blurred object. Edges are rounded to edges of pixels, at least a pixel apart. An
-    object without a visible texel keeps its box, rounded. The boxes of z_where are a pixel or two
-    wider than their objects, or cut them: nothing in the loss holds them close.
+    height of a blurred object. Edges are rounded to edges of pixels, clipped to the image and
+    kept at least a pixel apart, so a box outside the image becomes one pixel at its rim. An object
+    without a visible texel keeps its box, rounded and clipped. The boxes of z_where are a pixel or
+    two wider than their objects, or cut them: nothing in the loss holds them close.
     """
     colour, alpha = maps[..., :3], maps[..., 3]
     difference = (colour - background.flatten(1)[:, None, None, None]).abs().amax(-1)

@@ -107,6 +107,10 @@ def save_checkpoint(
 ) -> Path:
     """Writes `folder/step-N/` durably, replacing one of that name, and returns its path.
 
+    Args:
+        model, optimiser: state dicts. metrics: figures of a validation, by name.
+        environment: versions and machine, for the record.
+
     Raises:
         InputError: the model is not finite or the optimiser holds NaN (nothing is written), or the
             system refuses.

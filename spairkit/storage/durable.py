@@ -47,8 +47,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of `text` in UTF-8."""
-    write_bytes(path, text.encode())
+    """`write_bytes` of `text` in UTF-8; bytes of file names that are not UTF-8 are escaped."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -71,6 +71,12 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _flush_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder `path` if it is missing. Raises InputError if the system refuses."""
+    with _refusals(path):
+        path.mkdir(exist_ok=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -53,7 +53,7 @@ class Run:
         stem = f"{config.data.name}-{config.preset}{model}"
         if out is not None and (out / "config.toml").exists():
             raise InputError(
-                f"{out}: already holds a run; use --resume {out}, or name another --out"
+                f"{out}: already holds a run; resume it (--resume), or name another folder (--out)"
             )
         path = new_folder(out, stem)
         durable.write_text(path / "config.toml", to_toml(config))
@@ -131,7 +131,10 @@ class Run:
         """Writes a checkpoint, points `last` (and `best`) at it, and removes old ones.
 
         The last two and the best are kept. Checkpoints of later steps are removed: resuming from
-        an earlier step has abandoned them.
+        an earlier step has abandoned them. Arguments as in `save_checkpoint`.
+
+        Raises:
+            InputError: as `save_checkpoint`.
         """
         folder = self.path / "checkpoints"
         if not folder.is_dir():
@@ -225,15 +228,19 @@ def pretrained() -> Path:
 def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Path:
     """Makes the folder `out`, or the next free `runs/<stem>-N`.
 
+    Args:
+        stem: characters other than letters, digits, "_" and "-" become "-".
+        allowed: names of files that `out` may already hold.
+
     Raises:
-        InputError: it holds files other than the `allowed` ones, or the system refuses.
+        InputError: `out` holds other files, or the system refuses.
     """
     stem = re.sub(r"[^\w-]+", "-", stem)
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             if any(entry.name not in allowed for entry in out.iterdir()):
-                raise InputError(f"{out}: not empty; name another folder with --out")
+                raise InputError(f"{out}: not empty; name another folder (--out)")
             return out
         ROOT.mkdir(exist_ok=True)
         taken = [re.fullmatch(rf"{re.escape(stem)}-(\d{{1,9}})", p.name) for p in ROOT.iterdir()]
@@ -249,7 +256,7 @@ def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Pa
     except OSError as error:
         place = ROOT if out is None else out
         raise InputError(
-            f"cannot create the folder {place}: {error.strerror}; name another with --out"
+            f"cannot create the folder {place}: {error.strerror}; name another (--out)"
         ) from error
 
 

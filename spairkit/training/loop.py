@@ -1,7 +1,8 @@
 """The training loop: `fit` yields events and prints nothing.
 
-Everything random is a function of (seed, step): the data, the sampling noise, the gradient noise. A
-run that is killed and resumed therefore ends with the same bits as one that is not.
+Everything random is a function of (seed, step): the data, the sampling noise, the gradient noise.
+On a CPU, with the same number of threads, a run that is killed and resumed is therefore
+bit-identical to an uninterrupted one.
 """
 
 import os
@@ -47,6 +48,8 @@ def train(
 ) -> Detector:
     """Trains on images, without labels, and returns the detector of the best checkpoint.
 
+    If time runs out before the first validation, it is the detector of the last checkpoint.
+
     Args:
         data: a folder of images, an MNIST file or the name of a dataset; None takes the preset's.
         preset: "quick", "laptop" or "paper".
@@ -63,7 +66,7 @@ def train(
     device = chosen_device(device)
     if minutes is not None and not minutes > 0:
         raise InputError(f"minutes must be above 0, got {minutes}")
-    if set is not None and not isinstance(set, Mapping):
+    if not isinstance(set or {}, Mapping) or not all(isinstance(key, str) for key in set or {}):
         raise TypeError('set must be a dict such as {"model.background": "mode"}')
     layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
     config = presets.resolve(preset, *layers)
@@ -129,8 +132,9 @@ def fit(
         run: locked by the caller during the iteration. None on all ranks but 0, which alone reads
             and writes the run, and validates.
         device: of the model and the scenes.
-        stop: called once after every update; if it returns True, training ends with a checkpoint
-            of that update. It must return the same on all ranks.
+        stop: called after every update, except one after which patience has run out; if it returns
+            True, training ends with a checkpoint of that update. It must return the
+            same on all ranks.
         world: the processes that share each batch; None for one process.
 
     Yields:

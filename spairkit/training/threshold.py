@@ -47,6 +47,7 @@ def fit_threshold(
     Raises:
         InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be
             written.
+        ValueError: the model of `config` is not ConnComp.
     """
     settings = config.model
     if not isinstance(settings, ConnCompConfig):

@@ -78,9 +78,8 @@ class Trainer:
         self.step = 0
         self.best = float("-inf")
         self.best_step = 0
-        self.skipped = torch.zeros(
-            (), device=device
-        )  # updates in a row, up to this one, that changed nothing
+        # updates in a row, up to this one, that changed nothing
+        self.skipped = torch.zeros((), device=device)
         checkpoint = run.latest() if run else None
         model = (
             build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
@@ -332,7 +331,7 @@ def criterion(settings: TrainConfig) -> str:
 
 
 def learning_rate(settings: TrainConfig, step: int) -> float:
-    """Linear from `learning_rate` at step 0 to `learning_rate_end` at the last step."""
+    """Linear from `learning_rate` at step 0 to `learning_rate_end` after the last update."""
     share = step / settings.steps
     return settings.learning_rate + share * (settings.learning_rate_end - settings.learning_rate)
 

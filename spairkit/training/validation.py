@@ -8,6 +8,7 @@ from spairkit.detector import Detector
 from spairkit.evaluation import evaluate
 from spairkit.images import write_png
 from spairkit.report.drawing import reconstruction_sheet
+from spairkit.storage.durable import make_folder
 from spairkit.storage.runs import Run
 
 _PICTURED = 8  # images in a picture
@@ -56,6 +57,6 @@ def draw(detector: Detector, dataset: Dataset, run: Run, step: int) -> Path:
         batch.truth() if dataset.has_truth else None,
     )
     path = run.path / "pictures" / f"step-{step}.png"
-    path.parent.mkdir(exist_ok=True)
+    make_folder(path.parent)
     write_png(path, sheet)
     return path
