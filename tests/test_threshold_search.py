@@ -1,6 +1,7 @@
 """The fit of ConnComp against a plain search, after interruptions, and without ground truth."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from spairkit.cli.main import main
-from spairkit.config import Config
+from spairkit.config import Config, PrepareConfig
 from spairkit.config_values import from_dict
 from spairkit.data.datasets import open_dataset
 from spairkit.detector import load
@@ -35,16 +36,17 @@ def fitted(folder: Path, settings: Config) -> tuple[Run, list[Step | Validation]
         return run, list(fit(settings, run, CPU))
 
 
+@pytest.mark.parametrize("white", [1.0, 0.4])
 @pytest.mark.parametrize("criterion", ["ap", "count_error"])
-def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str) -> None:
-    settings = config(criterion=criterion)
+def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str, white: float) -> None:
+    settings = replace(config(criterion=criterion), prepare=PrepareConfig(white=white))
     run, events = fitted(tmp_path / "run", settings)
     batch = open_dataset(settings.data, "train").batch(torch.arange(3 << 32, (3 << 32) + 40))
     scores = []
     for k in range(12):
         model = ConnComp(from_dict({"model": {"kind": "conncomp"}}).model)  # type: ignore[arg-type]
         model.set_threshold(0.01 + k * 2.99 / 11)
-        found, truth = model.detect(batch.images), batch.truth()
+        found, truth = model.detect((batch.images / white).clamp(max=1)), batch.truth()
         if criterion == "ap":
             scores.append(average_precision(found, truth))
         else:
