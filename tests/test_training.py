@@ -92,6 +92,31 @@ def assert_same_bits(first: Run, second: Run) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.parametrize("kind", ["spair", "conncomp"])
+def test_levels_train_like_stretched_images(tmp_path: Path, kind: str) -> None:
+    """Halved images with white at one half have the bits of the whole ones."""
+    models = {"spair": TINY["model"], "conncomp": {"kind": "conncomp", "threshold": "otsu"}}
+    pixels = torch.randint(0, 120, (12, 3, 24, 24), generator=torch.Generator().manual_seed(0))
+    pixels[:, :, 6:] = torch.tensor([20, 30, 40])[:, None, None]
+    runs = []
+    for name, factor, white in (("half", 1, 0.5), ("whole", 2, 1.0)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for index, image in enumerate(pixels):
+            write_png(folder / f"{index:02}.png", (factor * image).byte())
+        data = {"name": "folder", "path": str(folder), "image_height": 24, "image_width": 24}
+        config = merge(TINY, {"data": data, "prepare": {"white": white}, "train": {"steps": 4}})
+        config["model"] = models[kind] | {"background": "mode"}
+        runs.append(train(from_dict(config), tmp_path / f"run-{name}"))
+    assert_same_bits(*runs)
+    background = load_checkpoint(runs[0].path / "last").model["background_colour"]
+    assert (background * 255).round().tolist() == [40, 60, 80]
+    ours, theirs = ([r for r in run.metrics() if r["kind"] == "validation"] for run in runs)
+    names = ours[-1].keys() & {"elbo", "threshold"}
+    assert names
+    assert [ours[-1][name] for name in names] == [theirs[-1][name] for name in names]
+
+
 def test_fit_yields_every_step_and_validation(tmp_path: Path) -> None:
     config = tiny()
     run = Run.create(tmp_path / "run", config)
