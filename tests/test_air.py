@@ -292,6 +292,15 @@ def test_number_of_detections_equals_the_given_count() -> None:
         run(model, none).total.sum().backward()  # a batch of empty images is valid
 
 
+@pytest.mark.parametrize("kind", ["air", "dair"])
+def test_reconstruction_shows_probable_objects_at_any_threshold(kind: str) -> None:
+    model = build(EXACT, kind=kind)
+    low, high = model.explain(images(), 0.0), model.explain(images(), 0.99)
+    assert [len(item.appearances) for item in low] > [len(item.appearances) for item in high]
+    for one, other in zip(low, high, strict=True):
+        assert torch.equal(one.reconstruction, other.reconstruction)
+
+
 def test_boxes_are_scale_and_shift_in_pixels() -> None:
     model = build(SMALL)
     found = model.detect(images(), counts=COUNTS)[2]

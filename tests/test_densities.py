@@ -37,6 +37,11 @@ def test_concrete_samples_have_the_probability_of_the_logit(temperature: float) 
     torch.testing.assert_close((draws > 0.5).float().mean(0), logits.sigmoid(), rtol=0, atol=0.01)
 
 
+def test_logistic_noise_has_the_epsilon_of_the_authors() -> None:
+    ends = logistic(torch.tensor([0.0, 0.5], dtype=torch.float64))
+    assert ends.tolist() == pytest.approx([math.log(1e-9), 0.0], abs=1e-8)
+
+
 def test_concrete_samples_are_finite_at_extreme_logits() -> None:
     logits = torch.tensor([-10.0, 10.0], requires_grad=True)
     for end in (0.0, 1 - 2**-24):

@@ -309,7 +309,9 @@ def test_detect_many_refuses_one_file(detector: Detector, scenes: Tensor, tmp_pa
         ({"minutes": -1}, InputError, "minutes must be above 0, got -1"),
         ({"set": "model.background=mode"}, TypeError, "set must be a dict such as"),
         ({"device": "gpu"}, InputError, "unknown device 'gpu'"),
+        ({"set": {1: 2}}, TypeError, "set must be a dict such as"),
         ({"data": "absent"}, InputError, "absent: no such folder or file"),
+        ({"set": {"data.max_objects": 90}}, InputError, "more area than the image has"),
     ],
 )
 def test_train_checks_its_arguments_before_it_makes_a_run(

@@ -28,7 +28,7 @@ from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.training import trainer as trainer_module
 from spairkit.training.loop import Step, Validation, fit
-from spairkit.training.trainer import Trainer, learning_rate, success_at
+from spairkit.training.trainer import _VALIDATE, Trainer, learning_rate, success_at
 
 NoSync = Callable[[], AbstractContextManager[object]]
 
@@ -335,6 +335,26 @@ def test_non_finite_steps_are_skipped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert float(state["step:decoder.0.bias"]) == 6
 
 
+def test_terms_of_a_skipped_update_are_not_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_losses(monkeypatch, {19})
+    run = train(tiny(steps=40, validation_every=40), tmp_path / "run")
+    assert [record["step"] for record in run.metrics() if record["kind"] == "step"] == [40]
+
+
+def test_validation_elbo_is_the_mean_over_batches_with_fixed_noise(tmp_path: Path) -> None:
+    config = tiny()
+    trainer = Trainer(config, None, open_dataset(config.data, "train", CPU), CPU)
+    dataset = open_dataset(config.data, "validation")
+    elbos = []
+    for index, rows in enumerate((torch.arange(4), torch.arange(4, 6))):
+        with torch.no_grad():
+            noise = trainer._generator(_VALIDATE, index)
+            elbos += trainer.model(dataset.batch(rows).images, generator=noise).elbo.tolist()
+    assert trainer._elbo(dataset) == pytest.approx(sum(elbos) / 6, rel=1e-6)
+
+
 def test_non_finite_updates_change_no_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,11 +376,13 @@ def test_non_finite_updates_change_no_state(
     assert not torch.equal(after["decoder.0.bias"], before["decoder.0.bias"])
 
 
-def test_eleven_non_finite_updates_in_a_row_end_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_a_row", [10, 11])
+def test_ten_non_finite_updates_in_a_row_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_row: int
 ) -> None:
-    break_losses(monkeypatch, set(range(5, 99)))
-    with pytest.raises(InputError, match="not finite in 11 updates in a row, up to step 16"):
+    break_losses(monkeypatch, set(range(16 - in_a_row, 99)))
+    message = f"not finite in {in_a_row} updates in a row, up to step 16"
+    with pytest.raises(InputError, match=message):
         train(tiny(steps=40), tmp_path / "run")
     checkpoint = load_checkpoint(tmp_path / "run" / "last")
     assert checkpoint.step == 12
