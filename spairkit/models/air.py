@@ -172,8 +172,9 @@ class AIR(nn.Module):
             B `Detections`, on the CPU.
 
         Raises:
-            ValueError: `images` has another shape or dtype, or holds NaN or infinity.
-            InputError: `images` has another size, or counts are needed and absent.
+            ValueError: `images` has another shape or dtype, or holds NaN or infinity; or counts are
+                needed and are absent, negative or of another shape.
+            InputError: `images` has another size, or a count is above 256.
         """
         objects, scores = self._infer(images, sample, counts)
         return self._detections(objects, scores, threshold, box_contrast)
