@@ -118,8 +118,9 @@ class AIR(nn.Module):
             Losses, every term [B] in nats; no `kl_pres` where counts are given.
 
         Raises:
-            ValueError: `images` has another shape or dtype.
-            InputError: `images` has another size, or counts are needed and absent.
+            ValueError: `images` has another shape or dtype; or counts are needed and are absent,
+                negative or of another shape.
+            InputError: `images` has another size, or a count is above 256.
         """
         steps = self._steps(images, counts)
         noise = self._draw(images, steps, generator)

@@ -148,8 +148,8 @@ class SPAIR(nn.Module):
             threshold: cells with a presence probability above it are returned.
             box_contrast: tightens boxes as `config.box_contrast` says, which None takes; 0 keeps
                 the boxes of z_where.
-            sample: sample every latent, as for the paper's figures, and return the cells whose
-                sampled presence is 1, with score 1. Otherwise latents are their means.
+            sample: sample every latent, as for the paper's figures; scores are then the sampled
+                presences, 0 or 1. Otherwise latents are their means.
 
         Returns:
             B `Detections`, on the CPU.
@@ -160,8 +160,8 @@ class SPAIR(nn.Module):
         contrast = self.config.box_contrast if box_contrast is None else box_contrast
         latents, background = self._infer(images, sample)
         scores = latents.presence if sample else latents.presence_logit.sigmoid()
-        chosen = scores > (0.5 if sample else threshold)
         maps = self._decode(latents.what) if contrast else None
+        chosen = scores > threshold
         return self._detections(images, latents, background, maps, scores, chosen, contrast)
 
     @torch.no_grad()
