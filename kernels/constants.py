@@ -24,5 +24,8 @@ MIN_PROBABILITY = 1e-30
 IMPOSSIBLE = -1e30
 """Log-weight of a count that the samples rule out; -inf would turn a softmax into NaN."""
 
+LOG_ROOT_TWO_PI = 0.9189385332046727
+"""log sqrt(2 pi), of the normal density."""
+
 SPLITMIX64 = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Increment and two multipliers of the random generator splitmix64 (Steele, Lea, Flood 2014)."""

@@ -1,8 +1,9 @@
-"""Numba twin of the cross entropy of images, float32, forward and backward."""
+"""Numba twins of the likelihoods of images, float32, forward and backward."""
 
 import numpy as np
 from torch import Tensor
 
+from spairkit.kernels.constants import LOG_ROOT_TWO_PI
 from spairkit.kernels.elementary_cpu import log
 from spairkit.kernels.threads import compiled, inlined, over_images
 
@@ -54,6 +55,28 @@ def _cross_entropy_backward(start, stop, grad_sums, image, target, floor, grad_i
             grad_image[b, i] = grad if x >= _ZERO and x <= _ONE else _ZERO
 
 
+@compiled
+def _normal_nll(start, stop, image, target, std, sums):
+    size = image.shape[1]
+    for b in range(start, stop):
+        total = np.float64(0.0)
+        for first in range(0, size, _BLOCK):
+            part = _ZERO
+            for i in range(first, min(first + _BLOCK, size)):
+                residual = image[b, i] - target[b, i]
+                part += residual * residual
+            total += part
+        sums[b] = total / (2 * std * std) + size * (np.log(std) + LOG_ROOT_TWO_PI)
+
+
+@compiled
+def _normal_nll_backward(start, stop, grad_sums, image, target, std, grad_image):
+    for b in range(start, stop):
+        slope = np.float32(grad_sums[b] / (std * std))
+        for i in range(image.shape[1]):
+            grad_image[b, i] = slope * (image[b, i] - target[b, i])
+
+
 def cross_entropy_cpu(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
     """-log p(target | image) in nats, of images [B, ...]; `floor` is added in both logarithms."""
     sums = image.new_empty(len(image))
@@ -72,6 +95,24 @@ def cross_entropy_backward_cpu(
         _cross_entropy_backward, len(image), *inputs, np.float32(floor), _matrix(grad_image)
     )
     return grad_image, None
+
+
+def normal_nll_cpu(image: Tensor, target: Tensor, std: Tensor) -> Tensor:  # [B]
+    """-log p(target | image) in nats, of images [B, ...] under normal noise; `std` is 0-d."""
+    sums = image.new_empty(len(image))
+    inputs = _matrix(image), _matrix(target), float(std)
+    over_images(_normal_nll, len(image), *inputs, sums.numpy())
+    return sums
+
+
+def normal_nll_backward_cpu(
+    grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, std: Tensor
+) -> tuple[Tensor, None, None]:
+    """The gradient of the image, and None for the target and the standard deviation."""
+    grad_image = image.new_empty(image.shape)
+    inputs = grad_sums.contiguous().numpy(), _matrix(image), _matrix(target), float(std)
+    over_images(_normal_nll_backward, len(image), *inputs, _matrix(grad_image))
+    return grad_image, None, None
 
 
 def _matrix(images: Tensor) -> np.ndarray:  # [B, ...] -> [B, n]

@@ -12,6 +12,7 @@ from spairkit.models.densities import (
     limited,
     logistic,
     normal_kl,
+    normal_nll,
     squash,
 )
 
@@ -57,6 +58,23 @@ def test_cross_entropy_is_finite_at_0_and_1() -> None:
     assert float(bernoulli_cross_entropy(opposite, target, 1e-9)) == pytest.approx(
         -2 * math.log(1e-9), rel=1e-5
     )
+
+
+def test_normal_nll_matches_torch_and_finite_differences() -> None:
+    torch.manual_seed(0)
+    image, target = torch.rand(2, 3, 2, 5, dtype=torch.float64)
+    std = torch.tensor(0.2, dtype=torch.float64)
+    expected = -torch.distributions.Normal(image, std).log_prob(target).flatten(1).sum(1)
+    torch.testing.assert_close(normal_nll(image, target, std), expected)
+    assert torch.autograd.gradcheck(normal_nll, [x.requires_grad_() for x in (image, target, std)])
+
+
+def test_noise_of_the_rms_residual_is_the_most_likely() -> None:
+    torch.manual_seed(0)
+    image, target = torch.rand(2, 1, 300, dtype=torch.float64)
+    best = (image - target).square().mean().sqrt().requires_grad_()
+    (slope,) = torch.autograd.grad(normal_nll(image, target, best).sum(), best)
+    assert float(slope) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,12 @@ from torch import Tensor
 from spairkit import backends
 from spairkit.backends import fused
 from spairkit.models import densities
-from spairkit.models.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
+from spairkit.models.densities import (
+    bernoulli_cross_entropy,
+    normal_nll,
+    scaled_squash,
+    weighted_kls,
+)
 
 Function = Callable[..., Tensor]
 GROUPS = (2, 0.0, 1.0), (2, -2.1972, 0.5), (5, 0.0, 1.0), (1, 0.3, 0.7)
@@ -18,6 +23,10 @@ GROUPS = (2, 0.0, 1.0), (2, -2.1972, 0.5), (5, 0.0, 1.0), (1, 0.3, 0.7)
 
 def cross_entropy(image: Tensor, target: Tensor) -> Tensor:
     return bernoulli_cross_entropy(image, target, 1e-6)
+
+
+def normal(image: Tensor, target: Tensor) -> Tensor:
+    return normal_nll(image, target, torch.full((), 0.07, dtype=image.dtype))
 
 
 def kls(mean: Tensor, std: Tensor, weight: Tensor) -> Tensor:
@@ -45,6 +54,7 @@ def moments(*shape: int) -> list[Tensor]:
 CASES: dict[str, tuple[Function, Callable[..., list[Tensor]], int]] = {
     "squash": (scaled_squash, maps, 1),
     "cross_entropy": (cross_entropy, pixels, 1),
+    "normal": (normal, pixels, 1),
     "kls": (kls, moments, 3),
 }
 """Function, its inputs, and the number of inputs with gradients."""
@@ -139,10 +149,22 @@ def test_only_pixels_within_0_and_1_get_gradients() -> None:
     assert (grad != 0).tolist() == [[False, True, True, False, False]]
 
 
-def test_sums_over_a_large_image_are_accurate() -> None:
+@pytest.mark.parametrize("function", [cross_entropy, normal])
+def test_sums_over_a_large_image_are_accurate(function: Function) -> None:
     image, target = pixels(4, 3, 512, 512)
-    exact = cross_entropy(image.double(), target.double())
-    torch.testing.assert_close(cross_entropy(image, target).double(), exact, rtol=3e-7, atol=0)
+    exact = function(image.double(), target.double())
+    torch.testing.assert_close(function(image, target).double(), exact, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("std", [1 / 255, 0.1, 1.0])
+def test_any_noise_is_accurate(std: float) -> None:
+    noise = torch.tensor(std)
+
+    def function(image: Tensor, target: Tensor) -> Tensor:
+        return normal_nll(image, target, noise.to(image.dtype))
+
+    image, target = pixels(3, 3, 48, 48)
+    assert_no_worse(function, [target + noise * torch.randn_like(image), target], 1)
 
 
 def test_only_logits_within_the_limit_get_gradients() -> None:
@@ -262,17 +284,22 @@ def test_inference_uses_the_kernel(
 def test_inputs_without_a_gradient_kernel_use_plain_torch(
     kernel_calls: list[Function],
 ) -> None:
-    for function, make in ((scaled_squash, maps), (cross_entropy, pixels)):
+    for function, make in ((scaled_squash, maps), (cross_entropy, pixels), (normal, pixels)):
         first, *others = (x.clone().requires_grad_() for x in make(2, 3))
         grads = torch.autograd.grad(function(first, *others).sum(), [first, *others])
         assert all(bool(grad.any()) for grad in grads)
+    std = torch.tensor(0.1, requires_grad=True)
+    image, target = pixels(2, 3)
+    (grad,) = torch.autograd.grad(normal_nll(image, target, std).sum(), std)
+    assert bool(grad.any())
     assert not kernel_calls
 
 
 def test_broadcast_shapes_use_plain_torch(kernel_calls: list[Function]) -> None:
     image, target = pixels(2, 3)
     both = torch.stack([target[0], target[0]])
-    assert torch.equal(cross_entropy(image, target[:1]), plain(cross_entropy)(image, both))
+    for function in (cross_entropy, normal):
+        assert torch.equal(function(image, target[:1]), plain(function)(image, both))
     logits, scale, bias = maps(2)
     assert scaled_squash(logits, scale[..., :1], bias).shape == logits.shape
     mean, std, weight = moments(2, 3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import fused, runs_compiled
-from spairkit.kernels.constants import LOGIT_LIMIT
+from spairkit.kernels.constants import LOG_ROOT_TWO_PI, LOGIT_LIMIT
 
 _EPSILON = 1e-9
 
@@ -131,6 +131,26 @@ def cross_entropy_by_torch(image: Tensor, target: Tensor, floor: float) -> Tenso
     image = image.clamp(0, 1)
     on, off = (image + floor).log(), (1 - image + floor).log()
     return -(off + target * (on - off)).flatten(1).sum(1)
+
+
+def normal_nll(image: Tensor, target: Tensor, std: Tensor) -> Tensor:
+    """-log p(target | image) in nats, summed over all but the first axis: [B, ...] -> [B].
+
+    Args:
+        image: reconstruction, the mean of the normal.
+        target: the same shape.
+        std: 0-d and positive, the standard deviation of every element.
+
+    Source: docs/model.md 5, "Normal likelihood".
+    """
+    fits = image.shape == target.shape and std.dim() == 0
+    constant = not (target.requires_grad or std.requires_grad)
+    if not (fits and constant and runs_compiled(image, target, std)):
+        squares = ((image - target) / std).square().flatten(1)
+        return 0.5 * squares.sum(1) + squares.shape[1] * (std.log() + LOG_ROOT_TWO_PI)
+    from spairkit.kernels.likelihood_cpu import normal_nll_backward_cpu, normal_nll_cpu
+
+    return fused(normal_nll_cpu, normal_nll_backward_cpu, (image, target, std))
 
 
 def count_success(step: int, start: float, end: float, decay: float, schedule: str) -> float:
