@@ -224,6 +224,12 @@ def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
     return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
 
 
+def num_channels(images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B] int64
+    """The number of channels that differ: 1 for a grey image, whose channels are equal, else 3."""
+    grey = (images[:, 1:] == images[:, :1]).flatten(1).all(1)
+    return 3 - 2 * grey.long()
+
+
 def same_sized(
     images: Iterable[tuple[Source, Tensor]], batch_size: int, max_pixels: int
 ) -> Iterator[list[tuple[Source, Tensor]]]:

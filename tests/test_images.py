@@ -21,6 +21,7 @@ from spairkit.images import (
     commonest_colour,
     image_size,
     list_images,
+    num_channels,
     prepare,
     printable,
     read_image,
@@ -338,6 +339,14 @@ def test_folder_without_images_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="Not a directory"):
         list_images(tmp_path / "file")
+
+
+def test_channels_of_grey_images_count_once() -> None:
+    grey = torch.rand(1, 4, 5).expand(3, 4, 5)
+    tinted = grey.clone()
+    tinted[1, 3, 4] += 0.01
+    images = torch.stack([grey, tinted, torch.zeros(3, 4, 5)])
+    assert num_channels(images).tolist() == [1, 3, 1]
 
 
 def test_commonest_colour_matches_a_count() -> None:
