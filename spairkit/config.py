@@ -171,8 +171,11 @@ class SPAIRConfig:
     """Tightens boxes, in whole pixels, to texels above this fraction of the object's maximum
     contrast to the background; .5 suits blurred edges, 0 keeps the boxes of z_where, as in the
     paper."""
+    likelihood: Literal["bernoulli", "normal"] = "bernoulli"
+    """Likelihood of a pixel. `normal` has a standard deviation that training measures, and counts
+    the three equal channels of a grey image once."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
-    """Number added inside the logarithms of the reconstruction term."""
+    """Number added inside the logarithms of the Bernoulli likelihood."""
     beta: Positive = 1.0
     """Weight of the KL terms of where, depth and what."""
 

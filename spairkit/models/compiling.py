@@ -14,12 +14,18 @@ from torch import Tensor
 
 from spairkit.backends import runs_compiled
 from spairkit.config import ConnCompConfig, ModelConfig, SPAIRConfig
-from spairkit.models.densities import bernoulli_cross_entropy, scaled_squash, weighted_kls
+from spairkit.models.densities import (
+    bernoulli_cross_entropy,
+    normal_nll,
+    scaled_squash,
+    weighted_kls,
+)
 from spairkit.models.spair import SPAIR
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
 
 _FORWARD = "cells, forward"
+_BERNOULLI, _NORMAL = "likelihood", "normal likelihood"
 
 
 class Compiling(NamedTuple):
@@ -40,7 +46,10 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     on_cpu = runs_compiled(torch.empty(0, device=device, dtype=torch.float32))
     if not on_cpu or isinstance(config, ConnCompConfig):
         return
-    names = list(KERNELS) if isinstance(config, SPAIRConfig) else ["likelihood", "divergences"]
+    names = [_BERNOULLI, "divergences"]
+    if isinstance(config, SPAIRConfig):
+        unused = _BERNOULLI if config.likelihood == "normal" else _NORMAL
+        names = [name for name in KERNELS if name != unused]
     total, done = sum(KERNELS[name][0] for name in names), 0
     for name in names:
         work, call = KERNELS[name]
@@ -75,7 +84,8 @@ KERNELS: dict[str, tuple[int, Callable[[], Tensor]]] = {
     "renderer": (27, _render),
     "count prior": (4, lambda: presence_kl(_ones(1, 1), torch.ones(1, 1), 0.5)),
     "appearance": (4, lambda: scaled_squash(_ones(1, 1), torch.ones(1), torch.ones(1))),
-    "likelihood": (7, lambda: bernoulli_cross_entropy(_ones(1, 1), torch.ones(1, 1), 1.0)),
+    _BERNOULLI: (7, lambda: bernoulli_cross_entropy(_ones(1, 1), torch.ones(1, 1), 1.0)),
+    _NORMAL: (7, lambda: normal_nll(_ones(1, 1), torch.ones(1, 1), torch.ones(()))),
     "divergences": (
         7,
         lambda: weighted_kls(_ones(1, 1, 1), _ones(1, 1, 1), _ones(1, 1), (1, 0.0, 1.0)),

@@ -15,7 +15,7 @@ class Losses:
     """
 
     reconstruction: Tensor
-    """-log p(image | latents), summed over pixels and three channels."""
+    """-log p(image | latents), summed over pixels and channels."""
     kl_where: Tensor
     """Place and size; like what and depth weighted by the presence of the object."""
     kl_what: Tensor

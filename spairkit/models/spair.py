@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from spairkit.boxes import xyxy_from_centre
 from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
-from spairkit.images import commonest_colour
+from spairkit.images import commonest_colour, num_channels
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
 from spairkit.models.cell_loop import encode_cells, has_kernel
 from spairkit.models.densities import (
     bernoulli_cross_entropy,
     concrete_sample,
+    normal_nll,
     scaled_squash,
     squash,
     weighted_kls,
@@ -37,6 +38,8 @@ from spairkit.rendering import render
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (docs/model.md 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
+_NOISE_RATE = 0.01  # share of an update's residuals in the running mean (docs/model.md 5)
+_LEAST_NOISE = 1 / 255  # one level of an 8-bit image
 
 
 @cache  # without limit: a recorded CUDA graph reads from their addresses
@@ -62,6 +65,10 @@ class SPAIR(nn.Module):
     """
 
     background_colour: Tensor
+    """[3] in [0, 1], for background "mode" only."""
+    noise_std: Tensor
+    """0-d: standard deviation of a pixel, for likelihood "normal" only. In training mode every
+    call moves it towards the root mean square of the residuals."""
 
     def __init__(self, config: SPAIRConfig) -> None:
         super().__init__()
@@ -103,6 +110,8 @@ class SPAIR(nn.Module):
             self.background_network = mlp((pixels, *_BACKGROUND_HIDDEN, 6), "relu")
         elif c.background == "mode":
             self.register_buffer("background_colour", torch.zeros(3))
+        if c.likelihood == "normal":
+            self.register_buffer("noise_std", torch.ones(()))
 
     def forward(
         self,
@@ -130,7 +139,10 @@ class SPAIR(nn.Module):
         check_images(images)
         latents, background = self._sample(images, training_wheels, generator)
         image = self._render(latents, background, images, self._decode(latents.what))
-        return self._losses(images, latents, image, success)
+        losses = self._losses(images, latents, image, success)
+        if self.training and self.config.likelihood == "normal":
+            self._measure_noise(image, images)
+        return losses
 
     @torch.no_grad()
     def detect(
@@ -192,6 +204,44 @@ class SPAIR(nn.Module):
         if self.config.background != "mode":
             raise ValueError(f"background {self.config.background!r} is not fitted to images")
         self.background_colour.copy_(commonest_colour(images))
+
+    @torch.no_grad()
+    def fit_noise(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
+        """Starts `noise_std` at the standard deviation of images.
+
+        Raises:
+            ValueError: the likelihood is another one.
+        """
+        if self.config.likelihood != "normal":
+            raise ValueError(f"likelihood {self.config.likelihood!r} has no noise to fit")
+        self.noise_std.copy_(images.std(correction=0).clamp(min=_LEAST_NOISE))
+
+    def reconstruction_loss(
+        self,
+        drawn: Tensor,  # [B, 3, H, W] in [0, 1] up to rounding
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        channels: Tensor,  # [B]
+    ) -> Tensor:  # [B]
+        """-log p(images | drawn) in nats, summed over pixels and channels (docs/model.md 5).
+
+        Args:
+            drawn: reconstructions; only they get gradients.
+            images: whole images, or crops of them.
+            channels: the number of channels that count, `num_channels` of the whole images. The
+                Bernoulli likelihood always counts three.
+        """
+        if self.config.likelihood == "bernoulli":
+            return bernoulli_cross_entropy(drawn, images, self.config.likelihood_floor)
+        # a copy, because the running mean changes in place before the backward pass
+        nats = normal_nll(drawn, images, self.noise_std.clone())
+        return nats * (channels.to(nats.dtype) / 3)
+
+    @torch.no_grad()
+    def _measure_noise(self, drawn: Tensor, images: Tensor) -> None:
+        """Moves the running mean `noise_std` towards the residuals, unless they are not finite."""
+        square = (drawn - images).square().mean()
+        std = self.noise_std.square().lerp(square, _NOISE_RATE).sqrt().clamp(min=_LEAST_NOISE)
+        self.noise_std.copy_(torch.where(square.isfinite(), std, self.noise_std))
 
     def _detections(
         self,
@@ -407,7 +457,7 @@ class SPAIR(nn.Module):
             (1, 0.0, 1.0),
         ).unbind(1)
         return Losses(
-            reconstruction=bernoulli_cross_entropy(image, images, c.likelihood_floor),
+            reconstruction=self.reconstruction_loss(image, images, num_channels(images)),
             kl_where=centre + size,
             kl_what=what,
             kl_depth=depth,

@@ -27,7 +27,7 @@ from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
 from spairkit.training.validation import Validation, box_figures, draw
 
-_MODE_IMAGES = 256  # whose commonest colour is the background "mode"
+_FITTED_IMAGES = 256  # for the background "mode" and the first noise of likelihood "normal"
 _NEGLIGIBLE_NOISE = 1e-12
 _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # purposes of a random stream
@@ -86,10 +86,8 @@ class Trainer:
         )
         assert not isinstance(model, ConnComp)
         self.model = model.train()
-        if checkpoint is None and config.model.background == "mode":
-            images = train.batch(torch.arange(_MODE_IMAGES)).images
-            assert isinstance(self.model, SPAIR)
-            self.model.fit_background(prepare(images, config.prepare))
+        if checkpoint is None and isinstance(self.model, SPAIR):
+            self._fit(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.Adam(
             self.parameters.values(),
@@ -107,6 +105,18 @@ class Trainer:
             self.step = int(shared["updates"])
         self.replica: nn.Module = self.model
         self.wheels: bool | None = None  # whether training wheels are on in `replica`
+
+    def _fit(self, model: SPAIR) -> None:
+        """Takes background and noise from training images, where the config says so."""
+        mode, normal = model.config.background == "mode", model.config.likelihood == "normal"
+        if not (mode or normal):
+            return
+        images = self.train.batch(torch.arange(_FITTED_IMAGES)).images
+        images = prepare(images, self.config.prepare)
+        if mode:
+            model.fit_background(images)
+        if normal:
+            model.fit_noise(images)
 
     def update(self) -> Losses:
         """One step of Adam, which changes nothing where gradients are not finite.
@@ -164,6 +174,8 @@ class Trainer:
                 generator=inputs.noise,
                 **self._counts(batch),
             )
+        if self.world.size > 1:
+            self._share_noise()
         self.optimiser.zero_grad(set_to_none=True)
         self.world.backward(losses.total.mean())
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -180,6 +192,12 @@ class Trainer:
         self.optimiser.found_inf = broken  # type: ignore[attr-defined]
         self.optimiser.step()
         return losses.detach()
+
+    def _share_noise(self) -> None:
+        """Averages the variance that each process has measured, if the model has one."""
+        if isinstance(self.model, SPAIR) and self.model.config.likelihood == "normal":
+            std = self.model.noise_std
+            std.copy_(self.world.mean(std.square()).sqrt())
 
     def _counts(self, batch: Batch) -> dict[str, Tensor]:
         """The true counts, if the model takes them."""
