@@ -29,8 +29,9 @@ def compiled():
         for key, function in vars(module).items() if isinstance(function, CPUDispatcher)
     }
 
-kind, preset = sys.argv[1:]
-config = resolve(preset, {"model": {"kind": kind}})
+kind, preset, *likelihood = sys.argv[1:]
+model = {"kind": kind} | ({"likelihood": likelihood[0]} if likelihood else {})
+config = resolve(preset, {"model": model})
 steps = list(compiling(config.model, torch.device("cpu")))
 before = compiled()
 model, images = build(config), torch.rand(8, 3, config.data.image_height, config.data.image_width)
@@ -42,12 +43,10 @@ print(len(before), {name for name in after if after[name] != before.get(name, []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "preset"), [("spair", "quick"), ("spair", "paper"), ("air", "quick")]
-)
-def test_first_update_compiles_nothing_new(kind: str, preset: str) -> None:
+@pytest.mark.parametrize("model", ["spair quick", "spair paper", "spair quick normal", "air quick"])
+def test_first_update_compiles_nothing_new(model: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", FIRST_UPDATE, kind, preset],
+        [sys.executable, "-c", FIRST_UPDATE, *model.split()],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -58,9 +57,13 @@ def test_first_update_compiles_nothing_new(kind: str, preset: str) -> None:
     assert more.strip() == "set()"
 
 
-def test_progress_lists_every_kernel_in_order() -> None:
-    steps = list(compiling(resolve("paper").model, CPU))
-    assert [step.name for step in steps] == list(KERNELS)
+@pytest.mark.parametrize(
+    ("likelihood", "other"), [("bernoulli", "normal likelihood"), ("normal", "likelihood")]
+)
+def test_progress_lists_every_kernel_in_order(likelihood: str, other: str) -> None:
+    model = resolve("paper", {"model": {"likelihood": likelihood}}).model
+    steps = list(compiling(model, CPU))
+    assert [step.name for step in steps] == [name for name in KERNELS if name != other]
     done = [step.done for step in steps]
     assert done[0] == 0
     assert done == sorted(set(done))

@@ -42,6 +42,7 @@ what = 4
 encoder_hidden = [8]
 decoder_hidden = [8]
 background = "mlp"
+likelihood = "normal"
 
 [train]
 batch_size = 4

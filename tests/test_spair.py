@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spairkit.config import SPAIRConfig
+from spairkit.images import num_channels
+from spairkit.models.densities import bernoulli_cross_entropy
 from spairkit.models.latents import Latents, Noise
 from spairkit.models.networks import LateralNetwork
 from spairkit.models.spair import SPAIR
@@ -229,6 +231,101 @@ def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> 
     heavier = replace(losses, beta=2.0)
     torch.testing.assert_close(heavier.total, rest + 2 * weighted)
     torch.testing.assert_close(heavier.elbo, losses.elbo)
+
+
+NORMAL = replace(SMALL, likelihood="normal")
+
+
+def mixed_images() -> Tensor:
+    """Two grey images and one in colour."""
+    grey = torch.rand(2, 1, 24, 36, generator=torch.Generator().manual_seed(3))
+    colour = torch.rand(1, 3, 24, 36, generator=torch.Generator().manual_seed(4))
+    return torch.cat([grey.expand(2, 3, 24, 36), colour])
+
+
+@torch.no_grad()
+def test_normal_reconstruction_matches_a_loop_that_counts_grey_once() -> None:
+    torch.manual_seed(0)
+    model, images = SPAIR(NORMAL).eval(), mixed_images()
+    model.noise_std.fill_(0.3)
+    latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
+    drawn = model._render(latents, background, images, model._decode(latents.what))
+    losses = model(images, generator=torch.Generator().manual_seed(0))
+    std = float(model.noise_std)
+    for b, counted in enumerate((1, 1, 3)):
+        nats = 0.0
+        for x, y in zip(images[b].flatten().tolist(), drawn[b].flatten().tolist(), strict=True):
+            nats += (x - y) ** 2 / (2 * std**2) + math.log(std) + math.log(2 * math.pi) / 2
+        assert float(losses.reconstruction[b]) == pytest.approx(nats * counted / 3, rel=1e-5)
+
+
+def test_crops_are_weighted_like_their_image() -> None:
+    """The losses of the parts of an image add up to its own, even if a part is grey."""
+    model, images = SPAIR(NORMAL), mixed_images()
+    images[:, :, :12] = images[:, :1, :12]
+    drawn, channels = torch.rand_like(images), num_channels(images)
+    assert channels.tolist() == [1, 1, 3]
+    halves = zip(drawn.split(12, dim=-2), images.split(12, dim=-2), strict=True)
+    parts = [model.reconstruction_loss(*half, channels) for half in halves]
+    whole = model.reconstruction_loss(drawn, images, channels)
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_bernoulli_reconstruction_counts_three_channels(model: SPAIR) -> None:
+    images = mixed_images()
+    drawn = torch.rand_like(images)
+    expected = bernoulli_cross_entropy(drawn, images, SMALL.likelihood_floor)
+    for channels in (torch.tensor([1, 1, 3]), torch.tensor([3, 3, 3])):
+        assert torch.equal(model.reconstruction_loss(drawn, images, channels), expected)
+    assert "noise_std" not in model.state_dict()
+
+
+def test_noise_converges_to_the_rms_residual_in_training_mode_only() -> None:
+    torch.manual_seed(0)
+    model, images = SPAIR(replace(NORMAL, presence_bias=-20.0)), mixed_images()[..., :12, :12]
+    assert model.noise_std.dtype == torch.float32
+    assert model.noise_std.shape == ()
+    model.fit_noise(images)
+    variance, square = float(images.var(correction=0)), float(images.square().mean())
+    assert float(model.noise_std) == pytest.approx(math.sqrt(variance), rel=1e-5)
+    for update in range(1, 201):
+        with torch.no_grad():
+            model(images)  # draws the black background
+        rest = 0.99**update
+        expected = math.sqrt(rest * variance + (1 - rest) * square)
+        assert float(model.noise_std) == pytest.approx(expected, rel=1e-3)
+    seen = float(model.noise_std)
+    model.eval()(torch.zeros_like(images))
+    assert float(model.noise_std) == seen
+
+
+def test_noise_stays_at_least_one_level_and_finite() -> None:
+    model = SPAIR(replace(NORMAL, presence_bias=-20.0))
+    images = torch.zeros(1, 3, 24, 24)
+    model.fit_noise(images)
+    model(images)
+    assert float(model.noise_std) == pytest.approx(1 / 255)
+    model(torch.full_like(images, torch.nan))
+    assert float(model.noise_std) == pytest.approx(1 / 255)
+
+
+def test_loss_uses_the_noise_of_before_the_update() -> None:
+    """Otherwise processes that share a batch would use different ones."""
+    torch.manual_seed(0)
+    model, images = SPAIR(NORMAL), mixed_images()
+    losses = [
+        model.train(mode)(images, generator=torch.Generator().manual_seed(0)).reconstruction
+        for mode in (True, False)
+    ]
+    assert not torch.equal(*losses)
+    model.noise_std.fill_(1.0)
+    again = model(images, generator=torch.Generator().manual_seed(0)).reconstruction
+    assert torch.equal(losses[0], again)
+
+
+def test_bernoulli_has_no_noise_to_fit(model: SPAIR) -> None:
+    with pytest.raises(ValueError, match="'bernoulli' has no noise"):
+        model.fit_noise(mixed_images())
 
 
 def test_training_wheels_train_only_encoder_and_decoder(model: SPAIR) -> None:

@@ -133,9 +133,10 @@ def test_fit_yields_every_step_and_validation(tmp_path: Path) -> None:
     assert load_checkpoint(run.path / "best").step == best.step
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])
 @pytest.mark.parametrize("stops", [(1,), (4,), (3, 2)])
-def test_resumed_run_is_bit_identical(tmp_path: Path, stops: tuple[int]) -> None:
-    config = tiny()
+def test_resumed_run_is_bit_identical(tmp_path: Path, stops: tuple[int], likelihood: str) -> None:
+    config = from_dict(merge(TINY, {"model": {"likelihood": likelihood}}))
     whole = train(config, tmp_path / "whole")
     for steps in stops:
         train(config, tmp_path / "parts", steps)
@@ -403,7 +404,9 @@ class OneBatch:
 
 
 @pytest.mark.parametrize("wheels", [True, False])
-@pytest.mark.parametrize("recipe", ["quick spair", "quick air", "quick dair", "paper spair"])
+@pytest.mark.parametrize(
+    "recipe", ["quick spair", "quick spair normal", "quick air", "quick dair", "paper spair"]
+)
 def test_update_does_not_synchronise_with_the_device(
     tmp_path: Path,
     no_sync: NoSync,
@@ -412,11 +415,12 @@ def test_update_does_not_synchronise_with_the_device(
     wheels: bool,
 ) -> None:
     """Presets except AIR with given counts, whose number of steps depends on the counts."""
-    preset, kind = recipe.split()
+    preset, kind, *likelihood = recipe.split()
+    model = {"kind": kind} | ({"likelihood": likelihood[0]} if likelihood else {})
     for module in (cell_loop, densities):  # the code path of a GPU, without CPU kernels
         monkeypatch.setattr(module, "runs_compiled", lambda *_: False)
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
-    config = presets.resolve(preset, {"model": {"kind": kind}, "train": loop})
+    config = presets.resolve(preset, {"model": model, "train": loop})
     run = Run.create(tmp_path / "run", config)
     data: Any = OneBatch(torch.rand(2, 3, config.data.image_height, config.data.image_width))
     trainer = Trainer(config, run, data, CPU)
@@ -522,6 +526,17 @@ def test_mode_background_is_the_commonest_colour(tmp_path: Path) -> None:
     )
     run = train(config, tmp_path / "run")
     assert weights(run)["background_colour"].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_noise_starts_at_the_deviation_of_prepared_images() -> None:
+    given = {"model": {"likelihood": "normal"}, "prepare": {"white": 0.5}}
+    config = from_dict(merge(TINY, given))
+    dataset = open_dataset(config.data, "train", CPU)
+    trainer = Trainer(config, None, dataset, CPU)
+    images = (2 * dataset.batch(torch.arange(256)).images).clamp(max=1)
+    assert float(trainer.model.state_dict()["noise_std"]) == pytest.approx(
+        float(images.std(correction=0)), rel=1e-6
+    )
 
 
 def test_learning_rate_is_linear() -> None:

@@ -66,7 +66,8 @@ def config_of(recipe: str, data: dict[str, Any] | None = None, **loop: Any) -> C
     model: dict[str, Any] = {"kind": kind}
     if kind == "spair":
         small = {"backbone_channels": [4], "features": 6, "hidden": 8, "passthrough": 4}
-        model |= small | {"background": names[0] if names else "black"}
+        names += ["black", "bernoulli"][len(names) :]
+        model |= small | {"background": names[0], "likelihood": names[1]}
     data = {"image_height": 24, "image_width": 24, "max_objects": 2} | (data or {})
     train = {"batch_size": 2, "training_wheels": WHEELS, "steps": UPDATES, "threads": 1} | loop
     return presets.resolve(preset, {"data": data, "model": model, "train": train})
@@ -92,7 +93,7 @@ def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
     totals = []
     for _ in range(UPDATES):
         totals.append(float(trainer.update().total.mean()))
-    return [p.detach().clone() for p in trainer.model.parameters()], totals
+    return [value.clone() for value in trainer.model.state_dict().values()], totals
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
         trainer: Trainer = update.__self__  # type: ignore[attr-defined]
-        state = [*trainer.parameters.values(), trainer.skipped]
+        state = [*trainer.model.state_dict().values(), trainer.skipped]
         state += [t for moments in trainer.optimiser.state.values() for t in moments.values()]
         before = [tensor.detach().clone() for tensor in state]
         recorder = Recorder()
@@ -135,7 +136,15 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["quick spair", "paper spair mlp", "quick spair mode", "quick air", "quick dair"]
+    "recipe",
+    [
+        "quick spair",
+        "paper spair mlp",
+        "quick spair mode",
+        "quick spair mode normal",
+        "quick air",
+        "quick dair",
+    ],
 )
 def test_replayed_updates_equal_unrecorded_ones(
     recipe: str, records: list[int], monkeypatch: pytest.MonkeyPatch
@@ -222,18 +231,18 @@ def test_scene_without_a_layout_prevents_a_checkpoint() -> None:
 def test_replayed_non_finite_updates_change_no_state(
     records: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = recording_trainer(config_of("quick spair", training_wheels=0))
+    trainer = recording_trainer(config_of("quick spair black normal", training_wheels=0))
     for _ in range(5):
         trainer.update()
     assert len(records) == 1
     (_, noise), *_ = trainer.tapes[0]._draws
     monkeypatch.setattr(Tape, "wind", lambda *_: noise.fill_(torch.nan))
-    before = [p.detach().clone() for p in trainer.model.parameters()]
+    before = [value.clone() for value in trainer.model.state_dict().values()]
     trainer.update()
     trainer.update()
     assert int(trainer.skipped) == 2
-    for parameter, value in zip(trainer.model.parameters(), before, strict=True):
-        assert torch.equal(parameter, value)
+    for now, value in zip(trainer.model.state_dict().values(), before, strict=True):
+        assert torch.equal(now, value)
 
 
 def test_updates_run_without_a_graph_if_recording_fails(
@@ -303,7 +312,9 @@ def test_updates_are_recorded_on_one_gpu_without_given_counts(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("recipe", ["quick spair", "paper spair mlp", "quick air"])
+@pytest.mark.parametrize(
+    "recipe", ["quick spair", "paper spair mlp", "quick spair mode normal", "quick air"]
+)
 def test_updates_replayed_on_a_gpu_equal_unrecorded_ones(
     recipe: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
