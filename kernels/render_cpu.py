@@ -29,7 +29,7 @@ _NEXT = np.uint64(1)
 
 
 @inlined
-def _place(low, high, num_texels, num_pixels, index, fraction, share):
+def place(low, high, num_texels, num_pixels, index, fraction, share):
     """First pixel that a map covers on one axis, and one after the last, with the texels per pixel.
 
     Fills taps, fractions and shares of the box. Indices are unsigned, because Numba tests a signed
@@ -56,7 +56,7 @@ def _place(low, high, num_texels, num_pixels, index, fraction, share):
 
 
 @inlined
-def _copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
+def copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
     """Copies a map [h, w, C + 1] into the inside of `ringed` [h + 2, w + 2, C + 3]."""
     num_colours = len(channels)
     for r in range(rgba.shape[0]):
@@ -73,7 +73,7 @@ def _copy_with_ring(rgba, presence, nearness, floor, channels, ringed):
 
 
 @inlined
-def _interpolate_row(ringed, index, fraction, row):
+def interpolate_row(ringed, index, fraction, row):
     """Fills `row` with row `index + fraction` of the map, all texels and channels."""
     for c in range(row.shape[0]):
         upper = ringed[index, c]
@@ -117,16 +117,16 @@ def _render_forward(
                 continue
             if x2 - x1 < _MIN_SIDE or y2 - y1 < _MIN_SIDE:
                 continue
-            top, bottom, _ = _place(y1, y2, map_height, height, row_index, row_fraction, row_share)
-            left, right, _ = _place(
+            top, bottom, _ = place(y1, y2, map_height, height, row_index, row_fraction, row_share)
+            left, right, _ = place(
                 x1, x2, map_width, width, column_index, column_fraction, column_share
             )
             if top >= bottom or left >= right:
                 continue
             nearness = _ONE / (_ONE + np.exp(depth[b, n]))
-            _copy_with_ring(rgba[b, n], presence[b, n], nearness, floor, channels, ringed)
+            copy_with_ring(rgba[b, n], presence[b, n], nearness, floor, channels, ringed)
             for y in range(top, bottom):
-                _interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
+                interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
                 for x in range(left, right):
                     i, f = column_index[x], column_fraction[x]
                     e, j = _ONE - f, i + _NEXT
@@ -203,20 +203,20 @@ def _render_backward(
                 continue
             if x2 - x1 < _MIN_SIDE or y2 - y1 < _MIN_SIDE:
                 continue
-            top, bottom, y_scale = _place(
+            top, bottom, y_scale = place(
                 y1, y2, map_height, height, row_index, row_fraction, row_share
             )
-            left, right, x_scale = _place(
+            left, right, x_scale = place(
                 x1, x2, map_width, width, column_index, column_fraction, column_share
             )
             if top >= bottom or left >= right:
                 continue
             nearness = _ONE / (_ONE + np.exp(depth[b, n]))
-            _copy_with_ring(rgba[b, n], presence[b, n], nearness, floor, channels, ringed)
+            copy_with_ring(rgba[b, n], presence[b, n], nearness, floor, channels, ringed)
             grad_ringed[:] = _ZERO
             grad_x1, grad_x2, grad_y1, grad_y2 = _ZERO, _ZERO, _ZERO, _ZERO
             for y in range(top, bottom):
-                _interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
+                interpolate_row(flat_ringed, row_index[y], row_fraction[y], flat_row)
                 grad_row[:] = _ZERO
                 for x in range(left, right):
                     i, f = column_index[x], column_fraction[x]

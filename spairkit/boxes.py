@@ -13,6 +13,17 @@ def xyxy_from_centre(
     return torch.cat([low, low + size.flip(-1)], dim=-1)
 
 
+def whole_pixels(boxes: Tensor, size: tuple[int, int]) -> Tensor:  # [..., 4] -> [..., 4]
+    """Boxes with edges rounded to those of pixels, inside an image of `size` (height, width).
+
+    They keep at least one pixel, so a box outside the image becomes one pixel at its rim.
+    """
+    rim = boxes.new_tensor([size[1], size[0]])
+    start, stop = boxes[..., :2].round(), boxes[..., 2:].round()
+    start = torch.minimum(start.clamp(min=0) + 0.0, rim - 1)  # 0 is not -0
+    return torch.cat([start, torch.minimum(torch.maximum(stop, start + 1), rim)], dim=-1)
+
+
 def box_area(boxes: Tensor) -> Tensor:  # [..., 4] -> [...]
     """Area in square pixels; 0 for empty and inverted boxes."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)

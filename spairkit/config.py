@@ -168,9 +168,9 @@ class SPAIRConfig:
     odds_schedule: Literal["exponential", "log-linear"] = "exponential"
 
     box_contrast: Share = 0.0
-    """Tightens boxes, in whole pixels, to texels above this fraction of the object's maximum
-    contrast to the background; .5 suits blurred edges, 0 keeps the boxes of z_where, as in the
-    paper."""
+    """Draws boxes round masks: pixels that an object owns, and in which the image's contrast to the
+    background exceeds this fraction of the object's height; .5 suits blurred edges, 0 keeps the
+    boxes of z_where, as in the paper."""
     likelihood: Literal["bernoulli", "normal"] = "bernoulli"
     """Likelihood of a pixel. `normal` has a standard deviation that training measures, and counts
     the three equal channels of a grey image once."""
@@ -301,6 +301,17 @@ class AIRConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class SearchConfig:
+    """The search for the objects of the highest posterior probability, by SPAIR only."""
+
+    mode: Literal["off", "refine", "full"] = "off"
+    """`off` keeps what the encoder finds, as in the paper; `refine` also fits its objects to the
+    image by gradients; `full` also tries births, deaths, merges and splits."""
+    beta: NonNegative = 0.5
+    """Weight of the KL terms of where, what and depth in the energy that the search lowers."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class TrainConfig:
     """The training loop (docs/model.md 6)."""
 
@@ -351,4 +362,9 @@ class Config:
     data: DataConfig = Field(default_factory=DataConfig)
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     model: ModelConfig = Field(default_factory=SPAIRConfig, discriminator="kind")
+    search: SearchConfig = Field(default_factory=SearchConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.search.mode != "off" and not isinstance(self.model, SPAIRConfig):
+            raise ValueError(f"search.mode: {self.model.kind} has no search; use 'off'")

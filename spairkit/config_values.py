@@ -13,7 +13,15 @@ from typing import Any, get_args, get_type_hints
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
-from spairkit.config import Config, DataConfig, ModelConfig, PrepareConfig, SPAIRConfig, TrainConfig
+from spairkit.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PrepareConfig,
+    SearchConfig,
+    SPAIRConfig,
+    TrainConfig,
+)
 from spairkit.errors import InputError
 
 _MAX_FILE_BYTES = 1 << 20
@@ -199,7 +207,7 @@ def _suggest(location: list[str], kind: str) -> str:
     from difflib import get_close_matches
 
     tables: dict[str, Any] = {"": Config, "data": DataConfig, "train": TrainConfig}
-    tables["prepare"] = PrepareConfig
+    tables |= {"prepare": PrepareConfig, "search": SearchConfig}
     table = tables.get(".".join(location[:-1]), model_kinds().get(kind))
     names = [field.name for field in fields(table)] if table else []
     if len(location) == 1:  # a key of a table, without the table

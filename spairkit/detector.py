@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,8 +21,14 @@ from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image, list_images, prepare, same_sized
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
+from spairkit.models.spair import SPAIR
+from spairkit.search.calibration import Calibration, calibration_of
+from spairkit.search.search import PosteriorSearch
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import pretrained
+
+SearchMode = Literal["off", "refine", "full"]
+"""How objects are found after the encoder's guess; see `config.SearchConfig`."""
 
 _MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
 
@@ -35,12 +41,15 @@ class Detector:
     Args:
         network: in evaluation mode, on the device to compute on.
         config: of its run.
-        box_contrast: tightens boxes to this share of an object's strongest contrast, in [0, 1); 0
-            keeps the network's own boxes, None takes `config.model.box_contrast`.
+        box_contrast: draws boxes round the pixels above this share of an object's height, in [0, 1);
+            0 keeps the network's own boxes, None takes `config.model.box_contrast`.
+        search: of the objects of the highest posterior probability, by SPAIR: "off", "refine" or
+            "full"; None takes `config.search.mode`.
+        calibration: of the search; None takes the default.
         name: the origin of the network, for `repr` and reports.
 
     Raises:
-        InputError: `box_contrast` is given, and the network has none.
+        InputError: `box_contrast` or `search` is given, and the network has none.
         ValueError: `box_contrast` is out of range.
     """
 
@@ -50,9 +59,24 @@ class Detector:
         config: Config,
         *,
         box_contrast: float | None = None,
+        search: SearchMode | None = None,
+        calibration: Calibration | None = None,
         name: str = "",
     ) -> None:
         self.network, self.config, self.name = network, config, name
+        self.search: SearchMode = config.search.mode if search is None else search
+        self.calibration = calibration or Calibration()
+        self.finder: Network | PosteriorSearch = network
+        if self.search not in get_args(SearchMode):
+            raise ValueError(f"search must be off, refine or full, got {search!r}")
+        if self.search != "off":
+            if not isinstance(network, SPAIR):
+                raise InputError(
+                    f"{config.model.kind} has no search; remove it (--search), or use off"
+                )
+            self.finder = PosteriorSearch(
+                network, self.search, config.search.beta, self.calibration
+            )
         self.box_contrast = box_contrast
         if isinstance(config.model, ConnCompConfig):
             if box_contrast is not None:
@@ -177,7 +201,7 @@ class Detector:
         check_images(images)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
             images = prepare(images.to(self.device), self.config.prepare)
-            return self.network.detect(images, **options)
+            return self.finder.detect(images, **options)
 
     def explain_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
@@ -187,7 +211,7 @@ class Detector:
         check_images(images)
         with computing_in("float32", self.device):
             images = prepare(images.to(self.device), self.config.prepare)
-            return self.network.explain(images, **options)
+            return self.finder.explain(images, **options)
 
     def _detect(
         self, group: list[tuple[ImageLike, Tensor]], threshold: float, count: int | None
@@ -226,6 +250,7 @@ def load(
     device: torch.device | Literal["auto", "cpu", "cuda"] = "auto",
     *,
     box_contrast: float | None = None,
+    search: SearchMode | None = None,
 ) -> Detector:
     """The detector of a run, a checkpoint folder or its model file; by default the packaged one.
 
@@ -233,12 +258,13 @@ def load(
         path: of a run its best checkpoint is taken. None is the model that ships with spairkit:
             the preset `quick`, trained on digits.
         device: "auto" takes a GPU if there is one.
-        box_contrast: as in `Detector`.
+        box_contrast, search: as in `Detector`.
 
     Raises:
         InputError: there is nothing at `path`, or it is damaged, foreign or of another version; or
-            the device cannot be used; or ConnComp is given a `box_contrast`.
-        ValueError: `box_contrast` is out of [0, 1).
+            the device cannot be used; or ConnComp is given a `box_contrast`, or another model than
+            SPAIR a `search`.
+        ValueError: `box_contrast` is out of [0, 1), or `search` is unknown.
 
     Example:
         >>> import spairkit
@@ -251,6 +277,8 @@ def load(
         from_checkpoint(checkpoint, device),
         checkpoint.config,
         box_contrast=box_contrast,
+        search=search,
+        calibration=calibration_of(checkpoint.calibration, str(checkpoint.path)),
         name="the packaged model" if path is None else str(checkpoint.path),
     )
 

@@ -109,6 +109,30 @@ def presence_prior(
     return torch.sigmoid(prior_logit).to(_result_dtype(samples))
 
 
+def log_presence_prior(
+    count: Tensor,  # any shape
+    places: Tensor,  # the same shape, or one that broadcasts with it
+    success: float,
+) -> Tensor:
+    """log p(z_pres) in nats of any arrangement of `count` objects in `places` slots.
+
+    The count is truncated geometric and all arrangements of a count are equally likely:
+    p(z_pres) = (1 - s)^c / sum_i (1 - s)^i / binomial(n, c), with c from 0 to n.
+
+    Args:
+        count: c, whole numbers from 0 to n; float.
+        places: n, whole numbers from 0.
+        success: s in (0, 1).
+
+    Source: supplement, section A.
+    """
+    count, places = count.double(), places.double()
+    failure = math.log1p(-success)
+    total = torch.log(-torch.expm1((places + 1) * failure)) - math.log(success)
+    ways = torch.lgamma(places + 1) - torch.lgamma(count + 1) - torch.lgamma(places - count + 1)
+    return (count * failure - total - ways).to(torch.float32)
+
+
 def _chosen(
     backend: Backend, inputs: Tensor, name: str, success: float | Tensor, relaxed: bool
 ) -> Literal["torch", "cpu", "triton"]:

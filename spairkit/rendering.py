@@ -162,8 +162,8 @@ def _render_torch(
     boxes = torch.where(boxes.isfinite().all(-1, keepdim=True), boxes, torch.nan)
     x1, y1, x2, y2 = boxes.unbind(-1)
     empty = (x2 - x1 < MIN_SIDE) | (y2 - y1 < MIN_SIDE)
-    rows = _taps(y1, y2, empty, rgba.shape[2], height)  # [B, N, H, h]
-    columns = _taps(x1, x2, empty, rgba.shape[3], width)  # [B, N, W, w]
+    rows = taps(y1, y2, empty, rgba.shape[2], height)  # [B, N, H, h]
+    columns = taps(x1, x2, empty, rgba.shape[3], width)  # [B, N, W, w]
 
     colour, alpha = rgba[..., :-1], rgba[..., -1]
     alpha = alpha * presence[..., None, None]
@@ -184,7 +184,7 @@ def _render_torch(
     return background + change / torch.where(untouched, torch.ones_like(total), total)
 
 
-def _taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels: int) -> Tensor:
+def taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels: int) -> Tensor:
     """[B, N, pixels, texels]: the weight of every texel at every pixel, on one axis."""
     side = torch.where(empty, torch.ones_like(low), high - low)[..., None]
     pixel = torch.arange(num_pixels, dtype=low.dtype, device=low.device) + 0.5

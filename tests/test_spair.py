@@ -195,7 +195,7 @@ def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> 
     model = SPAIR(replace(SMALL, size_prior_mean=prior_mean, size_prior_std=prior_std))
     images = torch.rand(2, 3, 24, 36)
     latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
-    image = model._render(latents, background, images, model._decode(latents.what))
+    image = model._render(latents, background, images, model.decode(latents.what))
     losses = model._losses(images, latents, image, 0.3)
 
     def kl(mean: float, std: float, prior_mean: float, prior_std: float) -> float:
@@ -249,7 +249,7 @@ def test_normal_reconstruction_matches_a_loop_that_counts_grey_once() -> None:
     model, images = SPAIR(NORMAL).eval(), mixed_images()
     model.noise_std.fill_(0.3)
     latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
-    drawn = model._render(latents, background, images, model._decode(latents.what))
+    drawn = model._render(latents, background, images, model.decode(latents.what))
     losses = model(images, generator=torch.Generator().manual_seed(0))
     std = float(model.noise_std)
     for b, counted in enumerate((1, 1, 3)):

@@ -64,7 +64,10 @@ class Settings:
         if self.budget is not None and scope != "conncomp.":  # its steps are thresholds
             taken |= {"train.steps", "train.validation_every"}
         for name, table in tables.items() if isinstance(tables, dict) else [("", tables)]:
-            if name not in ("data", "prepare", "model", "train") or not isinstance(table, dict):
+            if name == "search" and scope != "spair.":
+                raise ValueError(f"--set {scope}search: only SPAIR searches; set spair.search.")
+            known = ("data", "prepare", "model", "search", "train")
+            if name not in known or not isinstance(table, dict):
                 raise ValueError(
                     f"--set {scope}{name}: write a key in data., prepare., model. or train."
                 )

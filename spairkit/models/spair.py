@@ -5,13 +5,14 @@ columns cells, A what dimensions, P the side of an object map. Inside the encode
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spairkit.boxes import xyxy_from_centre
+from spairkit.boxes import whole_pixels, xyxy_from_centre
 from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour, num_channels
@@ -28,9 +29,10 @@ from spairkit.models.densities import (
 from spairkit.models.elbo import Losses
 from spairkit.models.glimpses import extract_glimpses
 from spairkit.models.latents import Latents, Noise, join
+from spairkit.models.masks import masks_of, owners
 from spairkit.models.networks import Backbone, LateralNetwork, check_images, mlp, shared_weights
 from spairkit.models.noise import Source
-from spairkit.models.tight_boxes import tighten
+from spairkit.models.slots import Slots
 from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
@@ -38,6 +40,8 @@ from spairkit.rendering import render
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (docs/model.md 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
+_HALF = 0.5  # of an object's height: where masks end if boxes are those of z_where
+_RIM = 1e-3  # from the least and greatest position and size, when boxes become z_where
 _NOISE_RATE = 0.01  # share of an update's residuals in the running mean (docs/model.md 5)
 _LEAST_NOISE = 1 / 255  # one level of an 8-bit image
 
@@ -138,7 +142,7 @@ class SPAIR(nn.Module):
         """
         check_images(images)
         latents, background = self._sample(images, training_wheels, generator)
-        image = self._render(latents, background, images, self._decode(latents.what))
+        image = self._render(latents, background, images, self.decode(latents.what))
         losses = self._losses(images, latents, image, success)
         if self.training and self.config.likelihood == "normal":
             self._measure_noise(image, images)
@@ -158,8 +162,8 @@ class SPAIR(nn.Module):
         Args:
             images: [B, 3, H, W] in [0, 1], any height and width.
             threshold: cells with a presence probability above it are returned.
-            box_contrast: tightens boxes as `config.box_contrast` says, which None takes; 0 keeps
-                the boxes of z_where.
+            box_contrast: draws boxes round masks as `config.box_contrast` says, which None takes;
+                0 keeps the boxes of z_where.
             sample: sample every latent, as for the paper's figures; scores are then the sampled
                 presences, 0 or 1. Otherwise latents are their means.
 
@@ -169,12 +173,10 @@ class SPAIR(nn.Module):
         Raises:
             ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
-        contrast = self.config.box_contrast if box_contrast is None else box_contrast
-        latents, background = self._infer(images, sample)
+        latents, background = self.infer(images, sample)
         scores = latents.presence if sample else latents.presence_logit.sigmoid()
-        maps = self._decode(latents.what) if contrast else None
-        chosen = scores > threshold
-        return self._detections(images, latents, background, maps, scores, chosen, contrast)
+        slots = self._slots(latents, images, scores, threshold)
+        return self.detections(images, background, slots, scores, box_contrast)
 
     @torch.no_grad()
     def explain(
@@ -185,14 +187,96 @@ class SPAIR(nn.Module):
         Arguments and errors as in `detect`. The reconstruction shows the cells with a presence
         probability above 1/2.
         """
-        contrast = self.config.box_contrast if box_contrast is None else box_contrast
-        latents, background = self._infer(images, sample=False)
+        latents, background = self.infer(images)
         scores = latents.presence_logit.sigmoid()
-        chosen = scores > threshold
-        maps = self._decode(latents.what)
-        found = self._detections(images, latents, background, maps, scores, chosen, contrast)
-        drawn = self._render(latents, background, images, maps).clamp(0, 1)
-        return Explanation.of_batch(chosen, found, images, drawn, maps)
+        slots = self._slots(latents, images, scores, threshold)
+        found = self.detections(images, background, slots, scores, box_contrast)
+        maps = self.decode(latents.what)
+        drawn = self._render(latents, background, images, maps)
+        return Explanation.of_batch(scores > threshold, found, images, drawn.clamp(0, 1), maps)
+
+    def _slots(
+        self, latents: Latents, images: Tensor, scores: Tensor, threshold: float
+    ) -> Slots:  # [B, K, ...]
+        """The cells whose score is above `threshold`, as objects."""
+        _, columns = self.grid(images.shape[-2], images.shape[-1])
+        chosen = (scores > threshold).to(scores.dtype)
+        return replace(Slots.of(latents, columns, self.config.cell), present=chosen)
+
+    @torch.no_grad()
+    def infer(self, images: Tensor, sample: bool = False) -> tuple[Latents, Tensor]:
+        """The latents of each cell, their means or a sample, and the background [B, 3, 1, 1].
+
+        Raises:
+            ValueError: as `detect`.
+        """
+        check_images(images, finite=True)
+        noise = self._draw(images, None) if sample else None
+        latents = self._encode(images, noise, training_wheels=False, relaxed=False)
+        return latents, self._background(images, noise)
+
+    def detections(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        background: Tensor,  # [B, 3, 1, 1]
+        slots: Slots,
+        scores: Tensor,  # [B, N]
+        box_contrast: float | None = None,
+    ) -> list[Detections]:
+        """The present objects in order, with their masks; boxes are drawn round them.
+
+        An object without a mask keeps the box of z_where, in whole pixels inside the image. With a
+        box contrast of 0 all boxes are those of z_where, and masks end at half an object's height.
+        """
+        contrast = self.config.box_contrast if box_contrast is None else box_contrast
+        size = images.shape[-2], images.shape[-1]
+        boxes = self.boxes(slots.where, slots.corner)
+        weight = slots.present * scores  # doubtful objects own pixels that no other one claims
+        maps = self.decode(slots.what)
+        floor = self.config.importance_floor
+        owner = owners(maps, boxes, slots.depth, weight, background, size, floor).numpy()
+        heights = (images - background).abs().amax(1).float().cpu().numpy()
+        drawn = whole_pixels(boxes, size) if contrast else boxes
+        found = []
+        for b, present in enumerate(slots.present > 0):
+            masks = masks_of(owner[b], heights[b], contrast or _HALF)
+            corners = drawn[b].float().cpu()
+            if contrast:
+                corners[masks.slots] = torch.from_numpy(masks.boxes)
+            on = present.cpu()
+            found.append(
+                Detections(
+                    corners[on],
+                    scores[b].float().cpu()[on],
+                    slots.what[b].float().cpu()[on],
+                    slots.depth[b].float().cpu()[on],
+                    label_image=torch.from_numpy(masks.label_image),
+                    labels=on.nonzero()[:, 0].int() + 1,
+                )
+            )
+        return found
+
+    def boxes(self, where: Tensor, corner: Tensor) -> Tensor:  # [..., 4], [..., 2] -> [..., 4]
+        """Boxes xyxy in pixels, from z_where and the upper left corner of its cell (y, x, px).
+
+        Source: equations 2 to 5.
+        """
+        c = self.config
+        unit = squash(where)
+        offset = unit[..., :2] * (c.centre_max - c.centre_min) + c.centre_min  # b~_y, b~_x
+        return xyxy_from_centre(corner + offset * c.cell, unit[..., 2:] * c.anchor)
+
+    def where_of(self, boxes: Tensor, corner: Tensor) -> Tensor:  # [..., 4], [..., 2] -> [..., 4]
+        """z_where of boxes, the inverse of `boxes`; what is out of reach is clipped."""
+        c = self.config
+        centre = (boxes[..., :2] + boxes[..., 2:]).flip(-1) / 2
+        size = (boxes[..., 2:] - boxes[..., :2]).flip(-1)
+        offset = ((centre - corner) / c.cell - c.centre_min) / (c.centre_max - c.centre_min)
+        return torch.logit(torch.cat([offset, size / c.anchor], dim=-1), eps=_RIM)
+
+    def appearance(self, glimpses: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of z_what [B, N, A] of glimpses [B, N, 3, P, P]."""
+        return self._moments(self.encoder(glimpses.flatten(2)), training_wheels=False)
 
     @torch.no_grad()
     def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
@@ -236,35 +320,21 @@ class SPAIR(nn.Module):
         nats = normal_nll(drawn, images, self.noise_std.clone())
         return nats * (channels.to(nats.dtype) / 3)
 
+    def pixel_loss(self, drawn: Tensor, images: Tensor, channels: Tensor) -> Tensor:  # [B, H, W]
+        """The part of `reconstruction_loss` of each pixel, up to a constant; without the kernel."""
+        if self.config.likelihood == "normal":
+            squares = ((drawn - images) / self.noise_std).square().sum(1)
+            return squares * (channels.to(squares.dtype) / 6)[:, None, None]
+        floor, drawn = self.config.likelihood_floor, drawn.clamp(0, 1)
+        on, off = (drawn + floor).log(), (1 - drawn + floor).log()
+        return -(images * on + (1 - images) * off).sum(1)
+
     @torch.no_grad()
     def _measure_noise(self, drawn: Tensor, images: Tensor) -> None:
         """Moves the running mean `noise_std` towards the residuals, unless they are not finite."""
         square = (drawn - images).square().mean()
         std = self.noise_std.square().lerp(square, _NOISE_RATE).sqrt().clamp(min=_LEAST_NOISE)
         self.noise_std.copy_(torch.where(square.isfinite(), std, self.noise_std))
-
-    def _detections(
-        self,
-        images: Tensor,
-        latents: Latents,
-        background: Tensor,
-        maps: Tensor | None,  # None where boxes stay those of z_where
-        scores: Tensor,  # [B, K]
-        chosen: Tensor,  # [B, K] bool
-        contrast: float,
-    ) -> list[Detections]:
-        boxes = latents.boxes
-        if contrast:
-            assert maps is not None
-            boxes = tighten(boxes, maps, background, contrast, (images.shape[-2], images.shape[-1]))
-        columns = {"scores": scores, "what": latents.what, "depth": latents.depth}
-        return Detections.of_batch(chosen, boxes=boxes, **columns)
-
-    def _infer(self, images: Tensor, sample: bool) -> tuple[Latents, Tensor]:
-        check_images(images, finite=True)
-        noise = self._draw(images, None) if sample else None
-        latents = self._encode(images, noise, training_wheels=False, relaxed=False)
-        return latents, self._background(images, noise)
 
     def _sample(
         self, images: Tensor, training_wheels: bool, generator: Source
@@ -401,7 +471,7 @@ class SPAIR(nn.Module):
         mean, raw = outputs.chunk(2, dim=-1)
         return mean, 2 * squash(raw)
 
-    def _decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
+    def decode(self, what: Tensor) -> Tensor:  # [B, K, A] -> [B, K, P, P, 4]
         """Colour and alpha of object maps, in [0, 1] (docs/model.md 4.1)."""
         c = self.config
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast

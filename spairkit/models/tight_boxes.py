@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from spairkit.boxes import whole_pixels
+
 
 def tighten(
     boxes: Tensor,  # [B, K, 4] xyxy, pixels
@@ -28,11 +30,7 @@ def tighten(
     x1, x2 = _span(seen.any(-2))
     first, last = torch.stack([x1, y1], dim=-1), torch.stack([x2, y2], dim=-1)
     low, size = boxes[..., :2], boxes[..., 2:] - boxes[..., :2]
-    start, stop = (low + size * first).round(), (low + size * last).round()
-    rim = boxes.new_tensor([image_size[1], image_size[0]])
-    start = torch.minimum(start.clamp(min=0) + 0.0, rim - 1)  # 0 is not -0
-    stop = torch.minimum(torch.maximum(stop, start + 1), rim)
-    return torch.cat([start, stop], dim=-1)
+    return whole_pixels(torch.cat([low + size * first, low + size * last], dim=-1), image_size)
 
 
 def _span(seen: Tensor) -> tuple[Tensor, Tensor]:  # [..., P] bool -> [...], [...]

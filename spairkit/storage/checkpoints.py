@@ -64,6 +64,8 @@ class Checkpoint:
     """Figures of the validation at this step; None for a figure that was not finite."""
     environment: dict[str, Scalar]
     """Versions and CPU threads of the writing process, on which bits depend."""
+    calibration: dict[str, float]
+    """That of the search, see `search.calibration`; empty if it was not calibrated."""
     path: Path
     """The folder itself, links resolved."""
 
@@ -81,6 +83,7 @@ class _Manifest(BaseModel):
     config: dict[str, Any]
     metrics: dict[str, float | None]
     environment: dict[str, Scalar]
+    calibration: dict[str, float] = Field(default_factory=dict)
     files: dict[Literal["model.safetensors", "optimiser.safetensors"], _File]
 
 
@@ -133,6 +136,23 @@ def save_checkpoint(
     path = folder / f"step-{step}"
     durable.write_folder(path, files)
     return path
+
+
+def save_calibration(path: Path, calibration: Mapping[str, float]) -> None:
+    """Writes the calibration of the search into the manifest of a checkpoint.
+
+    Args:
+        path: as in `load_checkpoint`.
+        calibration: by name; finite.
+
+    Raises:
+        InputError: there is no checkpoint, or its manifest cannot be read or written.
+    """
+    source = _find(path) / _MANIFEST
+    data = _read(source, _MAX_MANIFEST_BYTES)
+    _parse(data, source)
+    manifest = json.loads(data) | {"calibration": dict(calibration)}
+    durable.write_text(source, json.dumps(manifest, indent=2, allow_nan=False))
 
 
 def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
@@ -205,6 +225,7 @@ def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
         optimiser=optimiser,
         metrics=manifest.metrics,
         environment=manifest.environment,
+        calibration=manifest.calibration,
         path=folder,
     )
 

@@ -1,0 +1,88 @@
+"""The energy that the search lowers: minus the log density of an image and its objects.
+
+    E(z) = -log p(image | z) + beta sum KL(where, what, depth) - log p(z_pres)
+
+The sum is over the present objects. Its terms are those of the training objective (docs/model.md 5)
+at the means of the latents; log p(z_pres) is the closed form of supplement A. Where nothing that
+changes reaches beyond a window of the image, the energy of the window changes by exactly as much as
+that of the image.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from spairkit.kernels.constants import LOGIT_LIMIT
+from spairkit.models.densities import weighted_kls
+from spairkit.models.slots import Slots
+from spairkit.models.spair import SPAIR
+from spairkit.presence import log_presence_prior
+from spairkit.rendering import render
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Images, or windows of images, and all that the energy needs besides the objects."""
+
+    images: Tensor  # [B, 3, H, W] in [0, 1]
+    background: Tensor  # [B, 3, 1, 1] in [0, 1]
+    channels: Tensor  # [B] channels that the likelihood counts; see `images.num_channels`
+    outside: Tensor  # [B] objects of the image that have no slot in the window
+    places: Tensor  # [B] n of the count prior of the whole image
+
+    def select(self, index: Tensor | slice) -> "Scene":
+        """Some of the images; `index` holds integers, is a mask [B] or a slice."""
+        return Scene(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+class Energy:
+    """E of a trained network.
+
+    Args:
+        network: in evaluation mode.
+        beta: weight of the KL terms.
+    """
+
+    def __init__(self, network: SPAIR, beta: float) -> None:
+        self.network, self.beta = network, beta
+        c = network.config
+        self._groups = (
+            (2, 0.0, c.position_prior_std),
+            (2, c.size_prior_mean, c.size_prior_std),
+            (c.what, 0.0, 1.0),
+            (1, 0.0, 1.0),
+        )
+        self._success = 1 / (1 + c.odds_end)
+
+    def __call__(self, scene: Scene, slots: Slots) -> Tensor:  # [B] nats
+        """The energy of each image, with gradients to `slots.latents`."""
+        nll = self.network.reconstruction_loss(
+            self.draw(scene, slots), scene.images, scene.channels
+        )
+        kl = weighted_kls(slots.latents, slots.std, slots.present, *self._groups).sum(1)
+        count = scene.outside + slots.count
+        return nll + self.beta * kl - log_presence_prior(count, scene.places, self._success)
+
+    def boxes(self, slots: Slots) -> Tensor:  # [B, N, 4] xyxy, px
+        """The boxes of z_where."""
+        return self.network.boxes(slots.where, slots.corner)
+
+    def draw(self, scene: Scene, slots: Slots) -> Tensor:  # [B, 3, H, W]
+        """The image of the present objects."""
+        return render(
+            self.network.decode(slots.what),
+            self.boxes(slots),
+            slots.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+            slots.present,
+            scene.background,
+            size=(scene.images.shape[-2], scene.images.shape[-1]),
+            importance_floor=self.network.config.importance_floor,
+        )
+
+    @torch.no_grad()
+    def excess(self, scene: Scene, slots: Slots) -> Tensor:  # [B, H, W] nats
+        """How much more each pixel costs than in a perfect reconstruction."""
+        drawn, images = self.draw(scene, slots), scene.images
+        loss = self.network.pixel_loss
+        return loss(drawn, images, scene.channels) - loss(images, images, scene.channels)

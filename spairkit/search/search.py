@@ -1,0 +1,282 @@
+"""`PosteriorSearch`: objects found by the encoder, then improved by the model's own probability.
+
+The encoder guesses once. The search starts from its guess, redraws the boxes tightly (`reframe`),
+lowers the energy by gradients (`refine`), and then tries births, deaths, merges and splits
+(`propose`, `judge`) until none lowers the energy. All of it is deterministic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spairkit.counts import CountPosterior
+from spairkit.detections import Detections, Explanation
+from spairkit.images import num_channels
+from spairkit.models.latents import Latents
+from spairkit.models.slots import Slots
+from spairkit.models.spair import SPAIR
+from spairkit.search.calibration import Calibration
+from spairkit.search.energy import Energy, Scene
+from spairkit.search.moves import TOLERANCE, Moves, Outcomes, judge, overlap, selected
+from spairkit.search.proposals import Array, propose, typical_side
+from spairkit.search.refine import refine
+from spairkit.search.reframe import reframe
+
+_ITERATIONS = 100  # of refinement, at most
+_ROUNDS = 6  # of moves, at most
+_WINDOW = 4.5  # side of a window, in typical sides of the image's objects
+_WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
+_LEAST_WINDOW = 48
+_SLOTS_PER_CELL = 2  # that the count prior allows for
+_FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
+
+Progress = Callable[[str, float], None]
+"""Called with the name of a phase and the share of it that is done."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """The state of the lowest energy that the search has seen."""
+
+    scene: Scene
+    slots: Slots  # `saved` is what each object saves
+    costs: list[Tensor]  # of each image [m]: energies that rejected further objects would cost
+
+
+class PosteriorSearch:
+    """Finds objects with a trained SPAIR by search; takes the network's place in a detector.
+
+    Args:
+        network: in evaluation mode.
+        mode: "refine" lowers the energy of the encoder's objects; "full" also tries moves.
+        beta: weight of the KL terms in the energy.
+        calibration: of scores and counts.
+    """
+
+    def __init__(
+        self,
+        network: SPAIR,
+        mode: Literal["refine", "full"],
+        beta: float,
+        calibration: Calibration,
+    ) -> None:
+        self.network, self.mode, self.calibration = network, mode, calibration
+        self.energy = Energy(network, beta)
+
+    @torch.no_grad()
+    def detect(
+        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+    ) -> list[Detections]:
+        """The objects of each image. Arguments and errors as in `SPAIR.detect`."""
+        return self.describe(self.find(images, box_contrast), threshold, box_contrast)
+
+    @torch.no_grad()
+    def explain(
+        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+    ) -> list[Explanation]:
+        """The objects, their appearances and the reconstruction, as `SPAIR.explain`."""
+        found = self.find(images, box_contrast)
+        detections = self.describe(found, threshold, box_contrast)
+        chosen = self._chosen(found, threshold)
+        maps = self.network.decode(found.slots.what)
+        drawn = self.energy.draw(found.scene, found.slots).clamp(0, 1)
+        return Explanation.of_batch(chosen, detections, images, drawn, maps)
+
+    @torch.no_grad()
+    def find(self, images: Tensor, box_contrast: float | None = None) -> Found:
+        """Searches each image by itself.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], any height and width.
+            box_contrast: as in `SPAIR.detect`; boxes are tightened to it before the search.
+        """
+        latents, background = self.network.infer(images)
+        _, columns = self.network.grid(images.shape[-2], images.shape[-1])
+        slots = Slots.of(latents, columns, self.network.config.cell)
+        batch, cells = slots.present.shape
+        scene = Scene(
+            images,
+            background,
+            num_channels(images),
+            outside=images.new_zeros(batch),
+            places=images.new_full((batch,), cells * _SLOTS_PER_CELL),
+        )
+        contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
+        slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
+        slots = self._refined(scene, slots)
+        costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
+        if self.mode == "full":
+            slots, costs = self._move(scene, slots, latents)
+        return Found(scene, self._measured(scene, slots, latents), costs)
+
+    def _refined(self, scene: Scene, slots: Slots) -> Slots:
+        return refine(self.energy, scene, slots, tolerance=TOLERANCE, most=_ITERATIONS)[0]
+
+    def _move(self, scene: Scene, slots: Slots, latents: Latents) -> tuple[Slots, list[Tensor]]:
+        """Tries moves until none lowers the energy; also the costs of rejected objects."""
+        rejected: list[list[tuple[float, Tensor]]] = [[] for _ in range(len(slots.present))]
+        near: list[Array] | None = None
+        for _ in range(_ROUNDS):
+            moves = propose(self.energy, scene, slots, latents, near)
+            if not len(moves):
+                break
+            outcomes = self._judged(scene, slots, latents, moves)
+            chosen, near = _best(moves, outcomes, len(rejected))
+            slots = _remember(slots, moves, outcomes, near, rejected)
+            if not chosen:
+                break
+            slots = _applied(slots, moves, outcomes, chosen)
+        costs = [_apart(items) for items in rejected]
+        return self._refined(scene, slots), costs
+
+    def _judged(
+        self, scene: Scene, slots: Slots, latents: Latents, moves: Moves, iterations: int = 20
+    ) -> Outcomes:
+        """The outcome of each move, in windows that fit the size of the image's objects."""
+        sides = typical_side(self.energy, slots)
+        steps = [-(-_WINDOW * side // _WINDOW_STEP) for side in sides]
+        extent = max(scene.images.shape[-2:])
+        windows = [int(min(max(n * _WINDOW_STEP, _LEAST_WINDOW), extent)) for n in steps]
+        side_of = torch.tensor(windows, device=moves.image.device)[moves.image]
+        parts, places = [], []
+        for side in sorted(set(side_of.tolist())):
+            index = (side_of == side).nonzero()[:, 0]
+            part = moves.select(index)
+            parts.append(judge(self.energy, scene, slots, latents.std, part, side, iterations))
+            places.append(index)
+        return selected(Outcomes.join(parts), torch.cat(places).argsort())
+
+    def _measured(self, scene: Scene, slots: Slots, latents: Latents) -> Slots:
+        """With the energy that each object saves: what its death would cost, at least.
+
+        Where the death was tried with its neighbours in its place, `saved` has its cost already.
+        """
+        image, slot = (slots.present > 0).nonzero(as_tuple=True)
+        if not len(image):
+            return slots
+        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), iterations=0)
+        saved = slots.saved.clone()
+        saved[image, slot] = torch.minimum(saved[image, slot], deaths.change)
+        return replace(slots, saved=saved)
+
+    def _chosen(self, found: Found, threshold: float) -> Tensor:  # [B, N] bool
+        return (found.slots.present > 0) & (self.calibration.score(found.slots.saved) > threshold)
+
+    def describe(
+        self, found: Found, threshold: float, box_contrast: float | None
+    ) -> list[Detections]:
+        """The objects of each image with a score above `threshold`, with masks and counts."""
+        scores = self.calibration.score(found.slots.saved)
+        slots = replace(found.slots, present=self._chosen(found, threshold).to(scores.dtype))
+        scene = found.scene
+        described = self.network.detections(
+            scene.images, scene.background, slots, scores, box_contrast
+        )
+        counts = self.counts(found)
+        return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
+
+    def counts(self, found: Found) -> list[CountPosterior]:
+        """p(C | image) of each image, from the energies of all states that differ by one move.
+
+        Moves in different places change the energy independently, so each object is there with its
+        score as probability, and each rejected one with a probability by its cost.
+        """
+        scores = self.calibration.score(found.slots.saved).cpu()
+        present = (found.slots.present > 0).cpu()
+        return [
+            CountPosterior.independent(
+                torch.cat([scores[b, present[b]], self.calibration.missed(costs)]).double()
+            )
+            for b, costs in enumerate(found.costs)
+        ]
+
+
+def _best(moves: Moves, outcomes: Outcomes, batch: int) -> tuple[list[int], list[Array]]:
+    """The moves to make: the best first, unless one that is made changes the same pixels.
+
+    Returns:
+        Their indices, and for each image the regions [n, 4] in which moves lower the energy.
+    """
+    images, change, region = moves.image.cpu(), outcomes.change.cpu(), outcomes.region.cpu()
+    chosen: list[int] = []
+    taken: dict[int, list[Tensor]] = {}
+    near: dict[int, list[Tensor]] = {}
+    for p in change.argsort(stable=True).tolist():
+        if not change[p] < 0:
+            break
+        b = int(images[p])
+        near.setdefault(b, []).append(region[p])
+        if not any(bool(overlap(region[p], other)) for other in taken.get(b, [])):
+            taken.setdefault(b, []).append(region[p])
+            chosen.append(p)
+    none = torch.zeros(0, 4)
+    regions = [torch.stack(near[b]) if b in near else none for b in range(batch)]
+    return chosen, [part.double().numpy() for part in regions]
+
+
+def _remember(
+    slots: Slots,
+    moves: Moves,
+    outcomes: Outcomes,
+    near: list[Array],
+    rejected: list[list[tuple[float, Tensor]]],
+) -> Slots:
+    """Notes what rejected moves would have cost, and forgets this where the state is to change.
+
+    Returns:
+        The slots, with `saved` of the objects whose death or merge was rejected.
+    """
+    saved = slots.saved.cpu().clone()
+    boxes = outcomes.region.cpu()
+    removed, balance, change = moves.removed.cpu(), moves.balance.cpu(), outcomes.change.cpu()
+    stale = [torch.from_numpy(regions).to(boxes.dtype) for regions in near]
+    for b, regions in enumerate(stale):
+        rejected[b] = [item for item in rejected[b] if not overlap(item[1], regions).any()]
+    for p, b in enumerate(moves.image.tolist()):
+        cost, gone = float(change[p]), removed[p][removed[p] >= 0]
+        if not 0 <= cost < float("inf") or bool(overlap(boxes[p], stale[b]).any()):
+            continue
+        if balance[p] > 0:
+            rejected[b].append((cost, boxes[p]))
+        elif balance[p] < 0:
+            slot = gone[saved[b, gone].argmin()]
+            saved[b, slot] = min(float(saved[b, slot]), cost)
+    return replace(slots, saved=saved.to(slots.saved.device))
+
+
+def _applied(slots: Slots, moves: Moves, outcomes: Outcomes, chosen: list[int]) -> Slots:
+    """The state after moves whose pixels lie apart from each other."""
+    number = slots.present.shape[1]
+    born: dict[int, list[tuple[int, int]]] = {}  # of each image: moves, and their new slots
+    for p in chosen:
+        new = (outcomes.slots.present[p, -2:] > 0).nonzero()[:, 0].tolist()
+        born.setdefault(int(moves.image[p]), []).extend((p, i - 2) for i in new)
+    slots = slots.padded(number + max(map(len, born.values())))
+    latents, std, corner, present, saved = (
+        x.clone() for x in (slots.latents, slots.std, slots.corner, slots.present, slots.saved)
+    )
+    for p in chosen:
+        b, index = int(moves.image[p]), outcomes.index[p]
+        stays = index >= 0
+        latents[b, index[stays]] = outcomes.slots.latents[p, :-2][stays]
+        saved[b, index[stays]] = torch.inf
+        present[b, moves.removed[p][moves.removed[p] >= 0]] = 0
+    for b, items in born.items():
+        for place, (p, i) in enumerate(items, start=number):
+            latents[b, place] = outcomes.slots.latents[p, i]
+            std[b, place] = outcomes.slots.std[p, i]
+            corner[b, place] = outcomes.slots.corner[p, i]
+            present[b, place] = 1
+    return Slots(latents, std, corner, present, saved).compact()
+
+
+def _apart(items: list[tuple[float, Tensor]]) -> Tensor:  # [m]
+    """The least costs of rejected objects that lie apart from each other."""
+    kept: list[tuple[float, Tensor]] = []
+    for cost, region in sorted(items, key=lambda item: item[0]):
+        if not any(bool(overlap(region, other)) for _, other in kept):
+            kept.append((cost, region))
+    return torch.tensor([cost for cost, _ in kept])
