@@ -14,7 +14,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
     ("storage",),
-    ("images", "detections", "metrics"),
+    ("images", "counts", "label_images", "detections", "metrics"),
     ("data",),
     ("models",),
     ("detector", "evaluation"),
