@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -64,7 +65,7 @@ def detect(
         raise InputError(f"--out {out}: is one of the images; name another file")
     detector = options.open_detector(checkpoint, device, box_contrast)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
-    rows: list[Any] = []
+    rows: list[str] = []
     has_masks, objects = False, 0
     posteriors: list[CountPosterior] = []
     with counted("images", len(files), quiet=quiet) as show_done:
@@ -103,26 +104,27 @@ def _files(paths: list[Path]) -> list[tuple[Path, int]]:
     return [(file, number) for number, file in enumerate(files, start=1)]
 
 
-def _rows(name: str, number: int, detections: "Detections", format_: Format) -> list[Any]:
-    """The COCO results, the CSV rows or the JSON record of one image."""
+def _rows(name: str, number: int, detections: "Detections", format_: Format) -> list[str]:
+    """The COCO results, the lines of CSV or the line of JSON of one image, as text."""
     if format_ is Format.COCO:
-        return detections.to_coco(number)
+        return [json.dumps(result) for result in detections.to_coco(number)]
     values = detections.to_json()
     if format_ is Format.JSONL:
-        return [{"image": name, "image_id": number, **values}]
+        return [f"{json.dumps({'image': name, 'image_id': number, **values})}\n"]
     columns = [values["scores"], *(values[name] for name in _MASK_COLUMNS if name in values)]
     boxes = zip(values["boxes"], *columns, strict=True)
-    return [[name, number, *box, *others] for box, *others in boxes]
+    return [_csv_line([name, number, *box, *others]) for box, *others in boxes]
 
 
-def _text(rows: list[Any], format_: Format, has_masks: bool) -> str:
+def _text(rows: list[str], format_: Format, has_masks: bool) -> str:
     """The output file."""
     if format_ is Format.COCO:
-        return f"{json.dumps(rows)}\n"
-    if format_ is Format.JSONL:
-        return "".join(f"{json.dumps(row)}\n" for row in rows)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *(_MASK_COLUMNS if has_masks else ())])
-    writer.writerows(rows)
-    return text.getvalue()
+        return f"[{', '.join(rows)}]\n"
+    header = [*_COLUMNS, *(_MASK_COLUMNS if has_masks else ())]
+    return "".join([_csv_line(header), *rows] if format_ is Format.CSV else rows)
+
+
+def _csv_line(values: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
