@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,11 @@ from spairkit.cli.console import counted, say, several
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    from spairkit.counts import CountPosterior
     from spairkit.detections import Detections
+
+_COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score")
+_MASK_COLUMNS = ("area", "intensity")
 
 
 class Format(StrEnum):
@@ -36,7 +41,7 @@ def detect(
         options.output_option(
             "--format",
             help="coco: a list of COCO results. csv: a line for each box. "
-            "jsonl: a line for each image, with appearance embeddings.",
+            "jsonl: a line for each image, with appearance embeddings and the count's posterior.",
         ),
     ] = Format.COCO,
     threshold: options.ThresholdOption = 0.5,
@@ -60,20 +65,29 @@ def detect(
         raise InputError(f"--out {out}: is one of the images; name another file")
     detector = options.open_detector(checkpoint, device, box_contrast)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
-    found: list[tuple[str, int, Detections]] = []
+    rows: list[str] = []
+    has_masks, objects = False, 0
+    posteriors: list[CountPosterior] = []
     with counted("images", len(files), quiet=quiet) as show_done:
-        for (path, number), detections in zip(files, many, strict=True):
-            found.append((str(path), number, detections))
-            show_done(len(found))
-    text = _text(found, format_)
+        for done, ((path, number), detections) in enumerate(zip(files, many, strict=True), start=1):
+            rows += _rows(str(path), number, detections, format_)  # masks are not kept
+            has_masks |= detections.label_image is not None
+            objects += len(detections)
+            posteriors += [] if detections.counts is None else [detections.counts]
+            show_done(done)
+    text = _text(rows, format_, has_masks)
     if out is None:
         typer.echo(text, nl=False)
         return
     from spairkit.storage.durable import write_text
 
     write_text(out, text)
-    objects = several(sum(len(detections) for _, _, detections in found), "object")
-    say(f"wrote {out}: {objects} in {several(len(found), 'image')}")
+    expected = ""
+    if len(posteriors) == len(files):
+        total = sum(counts.mean for counts in posteriors)
+        expected = f" ({posteriors[0] if len(files) == 1 else f'{total:.1f} expected'})"
+    found = several(objects, "object")
+    say(f"wrote {out}: {found} in {several(len(files), 'image')}{expected}")
 
 
 def _files(paths: list[Path]) -> list[tuple[Path, int]]:
@@ -90,20 +104,27 @@ def _files(paths: list[Path]) -> list[tuple[Path, int]]:
     return [(file, number) for number, file in enumerate(files, start=1)]
 
 
-def _text(found: "list[tuple[str, int, Detections]]", format_: Format) -> str:
-    """The output file, from the name, the id and the objects of each image."""
+def _rows(name: str, number: int, detections: "Detections", format_: Format) -> list[str]:
+    """The COCO results, the lines of CSV or the line of JSON of one image, as text."""
     if format_ is Format.COCO:
-        results = [row for _, number, detections in found for row in detections.to_coco(number)]
-        return f"{json.dumps(results)}\n"
+        return [json.dumps(result) for result in detections.to_coco(number)]
+    values = detections.to_json()
     if format_ is Format.JSONL:
-        return "".join(
-            f"{json.dumps({'image': name, 'image_id': number, **detections.to_json()})}\n"
-            for name, number, detections in found
-        )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "image_id", "x1", "y1", "x2", "y2", "score"])
-    for name, number, detections in found:
-        rows = zip(detections.boxes.tolist(), detections.scores.tolist(), strict=True)
-        writer.writerows([name, number, *box, score] for box, score in rows)
-    return text.getvalue()
+        return [f"{json.dumps({'image': name, 'image_id': number, **values})}\n"]
+    columns = [values["scores"], *(values[name] for name in _MASK_COLUMNS if name in values)]
+    boxes = zip(values["boxes"], *columns, strict=True)
+    return [_csv_line([name, number, *box, *others]) for box, *others in boxes]
+
+
+def _text(rows: list[str], format_: Format, has_masks: bool) -> str:
+    """The output file."""
+    if format_ is Format.COCO:
+        return f"[{', '.join(rows)}]\n"
+    header = [*_COLUMNS, *(_MASK_COLUMNS if has_masks else ())]
+    return "".join([_csv_line(header), *rows] if format_ is Format.CSV else rows)
+
+
+def _csv_line(values: Iterable[object]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()

@@ -1,6 +1,6 @@
 """Figures of a model on a split, and their table, for `train` and `eval`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from spairkit.cli.console import counted, results, table_of
@@ -15,6 +15,8 @@ AUTHORS_RULE = "the rule of the SPAIR authors' code"
 """Definition of AP paper."""
 
 _COLUMNS = ("ap", "ap_spair", "ap_coco", "ap50", "count_accuracy", "count_error", "count_bias")
+_INTERVAL_COLUMNS = ("interval_coverage", "interval_width")
+_WIDTH_WITH_INTERVALS = 100
 _BATCH_SIZE = 32
 
 
@@ -58,21 +60,24 @@ def measure(
 
 def print_report(report: "Report") -> None:
     """The table on stdout: all images first, then those of each number of objects."""
-    table = table_of(("objects", "images", *map(called, _COLUMNS)))
-    table.add_row("all", *_cells(report.overall), end_section=True)
+    has_intervals = report.overall.interval_width is not None
+    columns = _COLUMNS + (_INTERVAL_COLUMNS if has_intervals else ())
+    table = table_of(("objects", "images", *map(called, columns)))
+    table.add_row("all", *_cells(report.overall, columns), end_section=True)
     for number, figures in report.by_objects.items():
-        table.add_row(str(number), *_cells(figures))
-    console = results()
+        table.add_row(str(number), *_cells(figures, columns))
+    console = results(_WIDTH_WITH_INTERVALS) if has_intervals else results()
     console.print(report.measured_on, soft_wrap=True)
     console.print(table)
     console.print(
         f"AP: IoU .1 to .9, COCO matching, 101 points. AP paper: {AUTHORS_RULE}.\n"
-        f"AP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}.",
+        f"AP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}."
+        + (" 90 %: intervals of the count." if has_intervals else ""),
         soft_wrap=True,
     )
 
 
-def _cells(figures: "Figures") -> list[str]:
+def _cells(figures: "Figures", columns: Sequence[str]) -> list[str]:
     values = figures.to_json()
-    shown = [values[name] for name in _COLUMNS]
+    shown = [values[name] for name in columns]
     return [str(figures.images), *("-" if value is None else f"{value:.3f}" for value in shown)]

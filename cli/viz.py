@@ -40,10 +40,15 @@ def viz(
         for path, output in zip(images, outputs, strict=True):
             explanation = detector.explain(path, threshold=threshold, count=count)
             write_png(output, panel(explanation))
-            found = len(explanation.detections)
+            found, counts = explanation.detections, explanation.detections.counts
             if not as_json:
-                typer.echo(f"{path}: {several(found, 'object')} found; picture: {output}")
-            drawn.append({"image": str(path), "picture": str(output), "count": found})
+                interval = "" if counts is None else f" ({counts})"
+                number = several(len(found), "object")
+                typer.echo(f"{path}: {number} found{interval}; picture: {output}")
+            values = {} if counts is None else counts.to_json()
+            drawn.append(
+                {"image": str(path), "picture": str(output), "count": len(found), **values}
+            )
             show_done(len(drawn))
     if as_json:
         print_json({"checkpoint": detector.name, "pictures": drawn})

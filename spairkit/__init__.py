@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spairkit.counts import CountPosterior as CountPosterior
     from spairkit.detections import Detections as Detections
     from spairkit.detections import Explanation as Explanation
     from spairkit.detector import Detector as Detector
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CountPosterior": "counts",
     "Detections": "detections",
     "Detector": "detector",
     "Explanation": "detections",

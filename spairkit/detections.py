@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,10 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.counts import CountPosterior
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image
+from spairkit.label_images import areas, coco_segmentations, intensities, relabelled, rims
 
 _PLOT_INCHES = 6.0
+_RIM_PIXELS = 512  # least length of the longer side that rims are drawn on
+_RIM_COLOUR = (1.0, 0.95, 0.6, 0.6)  # RGBA
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +35,14 @@ class Truth:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Detections:
-    """The objects found in one image. Tensors are float32 on the CPU, a row for each object.
+    """The objects found in one image. Tensors are on the CPU, float32 with a row for each object.
 
-    `found[mask]`, `found[indices]` and `found[2]` select objects; `len(found)` is the count.
+    `found[mask]`, `found[indices]` and `found[2]` select objects; `len(found)` is the count. Masks
+    and the posterior of the count are there if the model gives them.
+
+    Raises:
+        ValueError: one of `label_image` and `labels` is missing, or they are not int32 [H, W] and
+            int32 [n].
     """
 
     boxes: Tensor  # [n, 4] xyxy, pixels; may leave the image
@@ -41,29 +51,54 @@ class Detections:
     depth: Tensor  # [n] z_depth, lower is nearer
     image: ImageLike | None = field(default=None)
     """The image, as it was given to the detector: `plot` draws on it."""
+    label_image: Tensor | None = field(default=None)
+    """[H, W] int32, the label of the object that each pixel belongs to, 0 on the background."""
+    labels: Tensor | None = field(default=None)
+    """[n] int32, the label of each object in `label_image`, from 1."""
+    counts: CountPosterior | None = field(default=None)
+    """The posterior of the number of objects in the whole image; a selection has none."""
+
+    def __post_init__(self) -> None:
+        if self.label_image is None and self.labels is None:
+            return
+        image, labels = self.label_image, self.labels
+        if image is None or labels is None:
+            raise ValueError("label_image and labels must both be given, or neither")
+        if image.dim() != 2 or labels.shape != (len(self),):
+            raise ValueError(
+                f"label_image and labels must be [H, W] and [{len(self)}], got "
+                f"{list(image.shape)} and {list(labels.shape)}"
+            )
+        if image.dtype != torch.int32 or labels.dtype != torch.int32:
+            raise ValueError(
+                f"label_image and labels must be int32, got {image.dtype} and {labels.dtype}"
+            )
 
     @classmethod
     def of_batch(cls, chosen: Tensor, **columns: Tensor) -> list["Detections"]:
         """The `chosen` [B, K] objects of each image, from the fields as [B, K, ...]."""
-        return [
-            cls(**{name: column[b, on].float().cpu() for name, column in columns.items()})
+        fields: list[dict[str, Any]] = [
+            {name: column[b, on].float().cpu() for name, column in columns.items()}
             for b, on in enumerate(chosen)
         ]
+        return [cls(**rows) for rows in fields]
 
     def __len__(self) -> int:
         """The count."""
         return self.boxes.shape[0]
 
     def __repr__(self) -> str:
-        """The count and the range of scores, in one line."""
-        if not len(self):
-            return "Detections(0 objects)"
-        low, high = float(self.scores.min()), float(self.scores.max())
-        objects = "1 object" if len(self) == 1 else f"{len(self)} objects"
-        return f"Detections({objects}, scores {low:.2f} to {high:.2f})"
+        """The count, the range of scores and the interval of the count, in one line."""
+        parts = ["1 object" if len(self) == 1 else f"{len(self)} objects"]
+        if len(self):
+            low, high = float(self.scores.min()), float(self.scores.max())
+            parts.append(f"scores {low:.2f} to {high:.2f}")
+        if self.counts is not None:
+            parts.append(str(self.counts))
+        return f"Detections({', '.join(parts)})"
 
     def __getitem__(self, index: Any) -> "Detections":
-        """The selected objects, as in `found[found.scores > 0.9]`.
+        """The selected objects, as in `found[found.scores > 0.9]`, without `counts`.
 
         Args:
             index: a boolean mask [n], integers [m], a slice, or one integer. Torch tensors, NumPy
@@ -77,15 +112,53 @@ class Detections:
         rows = np.atleast_1d(np.arange(len(self))[index]).copy()
         if rows.ndim > 1 or getattr(index, "dtype", None) == np.uint8:  # bytes may be a mask
             raise IndexError("select objects by a boolean mask, integers, a slice or one integer")
-        parts = {name: getattr(self, name)[torch.from_numpy(rows)] for name in _FIELDS}
-        return replace(self, **parts)
+        chosen = torch.from_numpy(rows)
+        parts: dict[str, Any] = {name: getattr(self, name)[chosen] for name in _FIELDS}
+        if self.labels is not None:
+            parts["labels"] = self.labels[chosen]
+        return replace(self, **parts, counts=None)
 
     def __iter__(self) -> Iterator["Detections"]:
         """Each object by itself."""
         return (self[index] for index in range(len(self)))
 
+    @property
+    def masks(self) -> Tensor:  # [H, W] int32
+        """Each pixel's object: i + 1 on the pixels of object i, 0 elsewhere.
+
+        Raises:
+            ValueError: the model gave no masks.
+        """
+        return relabelled(*self._labelled())
+
+    @property
+    def area(self) -> Tensor:  # [n] int64
+        """The size of each object's mask in pixels. Raises ValueError as `masks`."""
+        return areas(*self._labelled())
+
+    @property
+    def intensity(self) -> Tensor:  # [n] float32
+        """The mean of `image` over the mask and the three channels of each object.
+
+        It is in [0, 1] of the range of the file, before levels; NaN for a mask without a pixel. An
+        image file is read again.
+
+        Raises:
+            ValueError: the model gave no masks, no image is known, or it has another size.
+            InputError: the image file cannot be read.
+        """
+        labelled = self._labelled()
+        if self.image is None:
+            raise ValueError("these detections have no image; set it: replace(found, image=image)")
+        return intensities(*labelled, as_image(self.image))
+
+    def _labelled(self) -> tuple[Tensor, Tensor]:
+        if self.label_image is None or self.labels is None:
+            raise ValueError("these detections have no masks: this model finds boxes only")
+        return self.label_image, self.labels
+
     def plot(self, image: ImageLike | None = None, *, ax: Any = None) -> Any:
-        """Draws the boxes on the image and returns the matplotlib axes.
+        """Draws boxes and the rims of masks on the image and returns the matplotlib axes.
 
         Args:
             image: the image to draw on; by default the one that the objects were found in.
@@ -106,12 +179,18 @@ class Detections:
             _, ax = pyplot.subplots(figsize=(_PLOT_INCHES, _PLOT_INCHES), layout="constrained")
         height, width = pixels.shape[1:]
         ax.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+        if self.label_image is not None:
+            scale = -(-_RIM_PIXELS // max(self.label_image.shape))
+            rim = rims(self.masks, *(side * scale for side in self.label_image.shape))
+            overlay = np.where(rim[..., None], _RIM_COLOUR, (*_RIM_COLOUR[:3], 0.0))
+            ax.imshow(overlay, extent=(0, width, height, 0))
         corners = self.boxes.tolist()
         boxes = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]
         outlines = PatchCollection(boxes, facecolor="none", edgecolor="tab:orange", linewidth=1.5)
         ax.add_collection(outlines, autolim=False)  # boxes may leave the image
         ax.set_axis_off()
-        ax.set_title(f"{len(self)} found", fontsize="medium")
+        interval = "" if self.counts is None else f", {self.counts}"
+        ax.set_title(f"{len(self)} found{interval}", fontsize="medium")
         return ax
 
     def _repr_html_(self) -> str:
@@ -131,9 +210,12 @@ class Detections:
         return f'<img alt="{self!r}" src="data:image/png;base64,{data}">'
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Results in COCO's form: `bbox` is x, y, width, height in pixels; category 1."""
+        """Results in COCO's form: `bbox` is x, y, width, height in pixels; category 1.
+
+        With masks there are `area` in pixels and `segmentation` in COCO's compressed RLE.
+        """
         corners = self.boxes.tolist()
-        return [
+        results: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
                 "category_id": 1,
@@ -142,19 +224,49 @@ class Detections:
             }
             for (x1, y1, x2, y2), score in zip(corners, self.scores.tolist(), strict=True)
         ]
+        if self.label_image is not None:
+            segmentations = coco_segmentations(*self._labelled())
+            for result, rle, area in zip(results, segmentations, self.area.tolist(), strict=True):
+                result |= {"segmentation": rle, "area": area}
+        return results
 
     def to_json(self) -> dict[str, Any]:
-        """`count`, and plain lists under the names of the tensors, ready for `json.dumps`."""
-        return {"count": len(self)} | {name: getattr(self, name).tolist() for name in _FIELDS}
+        """`count`, and plain lists under the names of the tensors, ready for `json.dumps`.
+
+        With masks there are `area` in pixels and, if the image is known, `intensity`, None for a
+        mask without a pixel; with `counts`, its mean `count_mean` and its 90 % interval
+        `count_interval`.
+
+        Raises:
+            ValueError, InputError: as `intensity`, for an image that does not fit or is gone.
+        """
+        values: dict[str, Any] = {"count": len(self)}
+        if self.counts is not None:
+            values |= self.counts.to_json()
+        values |= {name: getattr(self, name).tolist() for name in _FIELDS}
+        if self.label_image is not None:
+            values["area"] = self.area.tolist()
+            if self.image is not None:
+                intensity = self.intensity.tolist()
+                values["intensity"] = [None if math.isnan(x) else x for x in intensity]
+        return values
 
     def to_supervision(self) -> Any:
-        """A `supervision.Detections`. Raises ImportError where that package is missing."""
+        """A `supervision.Detections`. Raises ImportError where that package is missing.
+
+        Masks become [n, H, W] bool, which is large for many objects.
+        """
         import supervision
 
+        masks: dict[str, Any] = {}
+        if self.label_image is not None:
+            label_image, labels = self._labelled()
+            masks["mask"] = (label_image == labels[:, None, None]).numpy()
         return supervision.Detections(
             xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),
             class_id=np.zeros(len(self), dtype=int),
+            **masks,
         )
 
 

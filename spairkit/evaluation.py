@@ -34,6 +34,9 @@ class Figures:
     count_accuracy: float
     count_error: float
     count_bias: float
+    interval_coverage: float | None = None
+    """None if the model gives no posterior of the count; so is `interval_width`."""
+    interval_width: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures by name; None for AP where there is no true object."""
@@ -76,8 +79,9 @@ def evaluate(
     """Runs the detector once over all images and compares its detections with the ground truth.
 
     `ap` and `ap_coco` rank every candidate with a score above 0.05, or above `threshold` if that is
-    lower; `ap_spair` and the counts use those above `threshold`. Images are not kept; boxes
-    and scores are, in 24 bytes for each candidate and 16 for each true object.
+    lower; `ap_spair` and the counts use those above `threshold`. Images and masks are not kept;
+    boxes and scores are, in 24 bytes for each candidate and 16 for each true object, and so are the
+    posteriors of the counts.
 
     Args:
         detector: finds the objects.
@@ -98,8 +102,11 @@ def evaluate(
     for batch in batches:
         counts = batch.counts if detector.count_is_given else None
         found = detector.detect_batch(batch.images, least, counts)
-        # without embeddings, which the figures do not need
-        candidates += [replace(item, what=item.what[:, :0].clone()) for item in found]
+        # without embeddings and masks, which the figures do not need
+        candidates += [
+            replace(item, what=item.what[:, :0].clone(), label_image=None, labels=None)
+            for item in found
+        ]
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
         if progress is not None:
             progress(len(truth))
@@ -124,6 +131,8 @@ def _figures(
 ) -> Figures:
     found = [item[item.scores > threshold] for item in candidates]
     found_counts, true_counts = [len(item) for item in found], [len(item) for item in truth]
+    intervals = [item.counts.interval() for item in candidates if item.counts is not None]
+    have_intervals = len(intervals) == len(truth)
     coco = metrics.ap_coco(candidates, truth)
     return Figures(
         images=len(truth),
@@ -136,4 +145,8 @@ def _figures(
         count_accuracy=metrics.count_accuracy(found_counts, true_counts),
         count_error=metrics.count_error(found_counts, true_counts),
         count_bias=metrics.count_bias(found_counts, true_counts),
+        interval_coverage=(
+            metrics.interval_coverage(intervals, true_counts) if have_intervals else None
+        ),
+        interval_width=metrics.interval_width(intervals) if have_intervals else None,
     )

@@ -48,6 +48,14 @@ PROTOCOLS = {
     "count_accuracy": "share of images whose number of objects is exactly right",
     "count_error": "mean absolute difference of the numbers of objects",
     "count_bias": "mean of found minus true number of objects; above 0 is too many",
+    "interval_coverage": (
+        "share of images whose true number of objects lies in the central 90 % interval of its "
+        "posterior, ends included; None for models without one"
+    ),
+    "interval_width": (
+        "mean width of that interval, its upper minus its lower end, in objects; None for models "
+        "without one"
+    ),
 }
 """The definition of each figure, reported beside it."""
 
@@ -60,6 +68,8 @@ NAMES = {
     "count_accuracy": "count right",
     "count_error": "count error",
     "count_bias": "count bias",
+    "interval_coverage": "90 % holds",
+    "interval_width": "90 % width",
 }
 """What each figure is called in tables, charts and messages; its key is for JSON and code."""
 
@@ -190,6 +200,24 @@ def count_bias(found_counts: Sequence[int], true_counts: Sequence[int]) -> float
     """Mean of found minus true counts, objects; 0 where there is no image."""
     differences = _differences(found_counts, true_counts)
     return float(differences.mean()) if differences.size else 0.0
+
+
+def interval_coverage(intervals: Sequence[tuple[int, int]], true_counts: Sequence[int]) -> float:
+    """Share of images whose true count lies in its interval [low, high], in [0, 1].
+
+    Both ends belong to an interval. 1 where there is no image.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    _check_lengths(intervals, true_counts)
+    inside = [low <= n <= high for (low, high), n in zip(intervals, true_counts, strict=True)]
+    return sum(inside) / len(inside) if inside else 1.0
+
+
+def interval_width(intervals: Sequence[tuple[int, int]]) -> float:
+    """Mean of high - low over the intervals, objects; 0 where there is no image."""
+    return sum(high - low for low, high in intervals) / max(len(intervals), 1)
 
 
 def _differences(found_counts: Sequence[int], true_counts: Sequence[int]) -> Array:

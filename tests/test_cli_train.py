@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
 from spairkit.config import Config, PrepareConfig
-from spairkit.detector import load
+from spairkit.counts import CountPosterior
+from spairkit.detections import Detections, Explanation
+from spairkit.detector import Detector, load
 from spairkit.images import prepare, read_image, write_png
 from spairkit.models import compiling
 from spairkit.models.compiling import Compiling
@@ -322,6 +324,89 @@ def test_detect_writes_valid_coco_csv_and_jsonl(run: Runner, workplace: Path) ->
     records = [json.loads(line) for line in run(*words, "--format", "jsonl").out.splitlines()]
     assert [record["image_id"] for record in records] == [1, 2, 3]
     assert sum(record["count"] for record in records) == len(found)
+
+
+@pytest.fixture
+def searching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model also gives masks, the upper left 3 x 4 pixels, and a posterior of the count."""
+    plain_detect, plain_explain = Detector.detect_batch, Detector.explain_batch
+
+    def richer(found: Detections, image: Tensor) -> Detections:
+        label_image = torch.zeros(image.shape[1:], dtype=torch.int32)
+        label_image[:3, :4] = 1
+        labels = torch.arange(1, len(found) + 1, dtype=torch.int32)
+        counts = CountPosterior.independent(torch.ones(len(found)), more=torch.tensor([0.5]))
+        return replace(found, label_image=label_image, labels=labels, counts=counts)
+
+    def detect(self: Detector, images: Tensor, *rest: Any) -> list[Detections]:
+        return list(map(richer, plain_detect(self, images, *rest), images))
+
+    def explain(self: Detector, images: Tensor, *rest: Any) -> list[Explanation]:
+        return [
+            replace(one, detections=richer(one.detections, one.image))
+            for one in plain_explain(self, images, *rest)
+        ]
+
+    monkeypatch.setattr(Detector, "detect_batch", detect)
+    monkeypatch.setattr(Detector, "explain_batch", explain)
+
+
+@pytest.mark.usefixtures("searching")
+def test_detect_writes_masks_and_counts(run: Runner, tmp_path: Path) -> None:
+    image = torch.zeros(3, 26, 27)
+    image[:, :3, :4] = 0.2
+    for name in "ab":
+        write_png(tmp_path / f"{name}.png", image)
+    words = ("detect", tmp_path / "a.png", "--threshold", "0.01")
+    ended = run(*words, "--out", "rich.json")
+    results = json.loads(Path("rich.json").read_text())
+    num = len(results)
+    assert num > 1
+    assert f"wrote rich.json: {num} objects in 1 image ({num} to {num + 1} at 90 %)" in ended.err
+    assert [result["area"] for result in results] == [12] + [0] * (num - 1)
+    assert results[0]["segmentation"]["size"] == [26, 27]
+    ended = run("detect", tmp_path, *words[2:], "--out", "rich.json")
+    assert f": {2 * num} objects in 2 images ({2 * num + 1}.0 expected)" in ended.err
+
+    lines = run(*words, "--format", "csv").out.splitlines()
+    assert lines[0] == "image,image_id,x1,y1,x2,y2,score,area,intensity"
+    assert lines[1].split(",")[-2] == "12"
+    assert float(lines[1].split(",")[-1]) == pytest.approx(0.2)
+    assert [line.split(",")[-2:] for line in lines[2:]] == [["0", ""]] * (num - 1)
+    record = json.loads(run(*words, "--format", "jsonl").out)
+    assert (record["count"], record["count_mean"]) == (num, pytest.approx(num + 0.5))
+    assert record["count_interval"] == [num, num + 1]
+    assert record["area"] == [12] + [0] * (num - 1)
+    empty = run(*words[:2], "--threshold", "0.999999", "--format", "csv").out
+    assert empty.splitlines() == lines[:1]
+
+
+@pytest.mark.usefixtures("searching")
+def test_viz_gives_the_interval_of_the_count(run: Runner, tmp_path: Path) -> None:
+    image = tmp_path / "scene.png"
+    write_png(image, torch.rand(3, 30, 31))
+    words = ("viz", image, "--threshold", "0.01", "--out", tmp_path / "picture.png")
+    answer = json.loads(run(*words, "--json").out)["pictures"][0]
+    num = answer["count"]
+    assert (answer["count_mean"], answer["count_interval"]) == (num + 0.5, [num, num + 1])
+    assert f"{num} objects found ({num} to {num + 1} at 90 %); picture: " in run(*words).out
+
+
+@pytest.mark.usefixtures("searching")
+def test_eval_prints_intervals_where_there_are_any(run: Runner) -> None:
+    report = run("eval", "--json").out
+    assert 0 <= json.loads(report)["overall"]["interval_coverage"] <= 1
+    assert json.loads(report)["overall"]["interval_width"] == 1
+    table = run("eval").out
+    assert "holds" in table
+    assert "90 %: intervals of the count.\n" in table
+    row = next(line.split() for line in table.splitlines() if line.strip().startswith("all"))
+    assert (len(row), row[-1]) == (11, "1.000")
+
+
+def test_eval_of_models_without_counts_has_no_columns_of_intervals(run: Runner) -> None:
+    assert json.loads(run("eval", "--json").out)["overall"]["interval_width"] is None
+    assert "90 %" not in run("eval").out
 
 
 def test_detect_writes_names_that_are_not_utf8_but_not_over_an_image(

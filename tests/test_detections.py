@@ -13,7 +13,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from pycocotools import mask as coco_masks
 
+from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Truth
 
 
@@ -154,3 +156,133 @@ def test_other_indices_are_refused(two: Detections, index: Any) -> None:
 def test_notebooks_show_text_if_the_image_file_is_gone(two: Detections) -> None:
     html = replace(two, image="absent.png")._repr_html_()
     assert html == "<p>Detections(2 objects, scores 0.50 to 0.75)</p>"
+
+
+@pytest.fixture
+def masked(two: Detections) -> Detections:
+    """Two objects with labels 7 and 4, and the pixels of a third."""
+    label_image = torch.zeros(9, 6, dtype=torch.int32)
+    label_image[2:8, 1:4] = 7
+    label_image[0:3, 0:3] = 4
+    label_image[8, 5] = 2
+    return replace(
+        two,
+        label_image=label_image,
+        labels=torch.tensor([7, 4], dtype=torch.int32),
+        image=np.tile(np.arange(6, dtype=np.uint8) * 51, (9, 1)),  # 0, .2, .4 ... 1 by column
+        counts=CountPosterior.independent(torch.tensor([1.0, 1.0, 0.5])),
+    )
+
+
+def test_masks_number_objects_by_row(masked: Detections) -> None:
+    masks = masked.masks
+    assert masks.dtype == torch.int32
+    assert masks[7].tolist() == [0, 1, 1, 1, 0, 0]
+    assert masks[2].tolist() == [2, 2, 2, 1, 0, 0]
+    assert masks[8].tolist() == [0] * 6, "objects that are not here have no pixels"
+    assert masked[[1, 0]].masks[2].tolist() == [1, 1, 1, 2, 0, 0]
+    assert masked[1].masks[2].tolist() == [1, 1, 1, 0, 0, 0]
+    assert masked[[]].masks.sum() == 0
+
+
+def test_area_and_intensity_are_those_of_the_mask(masked: Detections) -> None:
+    assert masked.area.tolist() == [16, 9]
+    assert masked[1].area.tolist() == [9]
+    torch.testing.assert_close(masked.intensity, torch.tensor([0.4125, 0.2]))
+    torch.testing.assert_close(masked[[1, 0]].intensity, torch.tensor([0.2, 0.4125]))
+    with pytest.raises(ValueError, match="have no image"):
+        _ = replace(masked, image=None).intensity
+    with pytest.raises(ValueError, match="as large as the masks"):
+        _ = replace(masked, image=np.zeros((6, 9), np.uint8)).intensity
+
+
+def test_selection_keeps_masks_and_drops_the_count(masked: Detections) -> None:
+    chosen = masked[masked.scores > 0.6]
+    assert chosen.label_image is masked.label_image
+    assert chosen.labels is not None
+    assert chosen.labels.tolist() == [7]
+    assert masked.counts is not None
+    assert chosen.counts is None
+
+
+@pytest.mark.parametrize("name", ["masks", "area", "intensity"])
+def test_models_without_masks_say_so(two: Detections, name: str) -> None:
+    with pytest.raises(ValueError, match="have no masks: this model finds boxes only"):
+        getattr(two, name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"labels": None}, "both be given, or neither"),
+        ({"label_image": None}, "both be given, or neither"),
+        ({"labels": torch.zeros(3, dtype=torch.int32)}, r"\[H, W\] and \[2\], got \[9, 6\] and"),
+        ({"label_image": torch.zeros(9, dtype=torch.int32)}, r"got \[9\] and \[2\]"),
+        ({"labels": torch.zeros(2)}, "must be int32, got torch.int32 and torch.float32"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(
+    masked: Detections, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(masked, **fields)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools
+def test_coco_results_have_masks(masked: Detections, two: Detections) -> None:
+    results = json.loads(json.dumps(masked.to_coco(7)))
+    for result, box, label, area in zip(results, two.to_coco(7), [7, 4], [16, 9], strict=True):
+        assert masked.label_image is not None
+        decoded = coco_masks.decode(result.pop("segmentation"))
+        assert decoded.tolist() == (masked.label_image == label).int().tolist()
+        assert result.pop("area") == area
+        assert result == box
+
+
+def test_json_has_area_intensity_and_count(masked: Detections) -> None:
+    values = json.loads(json.dumps(masked.to_json(), allow_nan=False))
+    assert values["area"] == [16, 9]
+    assert values["intensity"] == pytest.approx([0.4125, 0.2])
+    assert (values["count"], values["count_mean"], values["count_interval"]) == (2, 2.5, [2, 3])
+    assert set(values) == {
+        *("count", "count_mean", "count_interval"),
+        *("boxes", "scores", "what", "depth", "area", "intensity"),
+    }
+    assert "intensity" not in replace(masked, image=None).to_json()
+    assert "count_mean" not in masked[0].to_json()
+    absent = replace(masked, labels=torch.tensor([3, 4], dtype=torch.int32)).to_json()
+    assert (absent["area"], absent["intensity"][0]) == ([0, 9], None)
+
+
+def test_supervision_gets_masks(masked: Detections) -> None:
+    supervision = pytest.importorskip("supervision")
+    theirs = masked.to_supervision()
+    assert isinstance(theirs, supervision.Detections)
+    assert theirs.mask.dtype == bool
+    assert theirs.mask.sum((1, 2)).tolist() == masked.area.tolist()
+    assert (theirs.mask[1] == (masked.masks == 2).numpy()).all()
+    assert masked[[]].to_supervision().mask.shape == (0, 9, 6)
+
+
+def test_repr_gives_the_interval_of_the_count(masked: Detections) -> None:
+    assert repr(masked) == "Detections(2 objects, scores 0.50 to 0.75, 2 to 3 at 90 %)"
+    assert repr(masked[0]) == "Detections(1 object, scores 0.75 to 0.75)"
+    counts = CountPosterior.independent(torch.tensor([0.5]))
+    assert repr(replace(NONE, counts=counts)) == "Detections(0 objects, 0 to 1 at 90 %)"
+
+
+def test_plot_draws_rims_and_the_interval(masked: Detections) -> None:
+    axes = masked.plot(ax=Figure().add_subplot())
+    assert axes.get_title() == "2 found, 2 to 3 at 90 %"
+    image, overlay = axes.images
+    assert overlay.get_extent() == image.get_extent() == [0, 6, 9, 0]
+    alpha = np.asarray(overlay.get_array())[..., 3]
+    scale = alpha.shape[0] // 9
+    assert alpha.shape == (9 * scale, 6 * scale)
+    upper, lower = alpha[2 * scale, 3 * scale : 4 * scale], alpha[3 * scale - 1, : 3 * scale]
+    assert (upper > 0).all(), "a rim of the first object"
+    assert (lower > 0).all(), "a rim of the second object"
+    assert (alpha[5 * scale, scale + 1 : 4 * scale - 1] == 0).all(), "its inside"
+    assert (alpha[8 * scale :] == 0).all(), "the third object is not here"
+    assert len(masked[0].plot(ax=Figure().add_subplot()).images) == 2
+    assert len(replace(NONE, image=masked.image).plot(ax=Figure().add_subplot()).images) == 1

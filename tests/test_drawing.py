@@ -1,10 +1,13 @@
 """Pictures of boxes, reconstructions and objects, checked pixel by pixel."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation, Truth
 from spairkit.report.drawing import (
     COLOURS,
@@ -103,6 +106,58 @@ def test_box_of_higher_score_is_on_top() -> None:
         picture = boxed(dark_image(48, 48), detections(same, scores))
         assert is_colour(picture, COLOURS[top]).any()
         assert not is_colour(picture, COLOURS[1 - top]).any()
+
+
+def masked(found: Detections, image: Tensor, labels: list[int]) -> Detections:
+    label_image = torch.zeros(image.shape[1:], dtype=torch.int32)
+    label_image[10:20, 12:30] = 5
+    label_image[30:40, 40:45] = 8
+    return replace(found, label_image=label_image, labels=torch.tensor(labels, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_masks_have_rims_of_one_pixel(scale: int) -> None:
+    image = dark_image(48, 64)
+    outside = detections([[-9.0, -9.0, -8.0, -8.0]])  # the box is not seen
+    changed = (boxed(image, masked(outside, image, [5]), scale) != enlarged(image, scale)).any(0)
+    expected = torch.zeros(48 * scale, 64 * scale, dtype=torch.bool)
+    expected[10 * scale : 20 * scale, 12 * scale : 30 * scale] = True
+    expected[10 * scale + 1 : 20 * scale - 1, 12 * scale + 1 : 30 * scale - 1] = False
+    assert torch.equal(changed, expected)
+
+
+def test_rims_are_pale_and_lie_under_boxes() -> None:
+    image = dark_image(48, 64)
+    found = masked(detections([[12.0, 10.0, 30.0, 20.0], [0.0, 0.0, 8.0, 8.0]]), image, [5, 8])
+    picture = boxed(image, found, 4)
+    with_boxes = boxed(image, replace(found, label_image=None, labels=None), 4)
+    assert torch.equal(is_colour(picture, COLOURS[0]), is_colour(with_boxes, COLOURS[0]))
+    rim = picture[:, 120, 160:180].int()
+    assert (rim.amin(0) > 80).all()
+    assert (rim[0] > rim[2]).all(), "yellow"
+
+
+def test_panel_of_masks_has_the_rims_of_the_boxed_image() -> None:
+    image = dark_image(48, 64)
+    found = masked(detections([[12.0, 10.0, 30.0, 20.0]]), image, [5])
+    drawn = panel(explained(image, found))
+    assert contains(drawn, boxed(image, found, 6))
+    assert contains(drawn, enlarged(image, 6))
+
+
+def test_panel_gives_the_interval_of_the_count() -> None:
+    image = dark_image(48, 48)
+    found = detections([[1.0, 1.0, 9.0, 9.0]])
+    counts = CountPosterior.independent(torch.tensor([1.0, 0.5]))
+    plain = panel(explained(image, found))
+    assert not torch.equal(panel(explained(image, replace(found, counts=counts))), plain)
+
+
+def test_masks_of_another_size_are_refused() -> None:
+    image = dark_image(48, 64)
+    found = masked(detections([[1.0, 1.0, 9.0, 9.0]]), image, [5])
+    with pytest.raises(ValueError, match=r"masks must be \[64, 48\], got \[48, 64\]"):
+        panel(explained(dark_image(64, 48), found))
 
 
 def test_degenerate_boxes_are_not_drawn() -> None:

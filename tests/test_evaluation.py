@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spairkit import metrics
 from spairkit.config import Config, DataConfig
+from spairkit.counts import CountPosterior
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
@@ -26,6 +27,7 @@ class Oracle(Detector):
         super().__init__(build(Config()), Config())
         self.known = known
         self.thresholds: list[float] = []
+        self.selects = True  # else it returns every detection, with the posterior of the count
 
     def detect_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
@@ -33,7 +35,7 @@ class Oracle(Detector):
         assert counts is None, "SPAIR is given no counts"
         self.thresholds.append(threshold)
         known = [self.known[int(number)] for number in images[:, 0, 0, 0].tolist()]
-        return [item[item.scores > threshold] for item in known]
+        return [item[item.scores > threshold] for item in known] if self.selects else known
 
 
 def numbered_images(first: int, num: int) -> Tensor:
@@ -173,6 +175,63 @@ def test_untrained_spair_can_be_evaluated() -> None:
     assert report.overall.images == 6
     assert set(report.by_objects) <= {1, 2, 3}
     assert sum(figures.images for figures in report.by_objects.values()) == 6
+
+
+def test_intervals_of_counts_are_measured() -> None:
+    known, truth, batches = random_set(40)
+    known = [
+        replace(item, counts=CountPosterior.independent(item.scores[item.scores > 0.3]))
+        for item in known
+    ]
+    detector = Oracle(known)
+    detector.selects = False
+    report = evaluate(detector, batches)
+    intervals = [item.counts.interval() for item in known if item.counts is not None]
+    groups = {None: report.overall} | dict(report.by_objects)
+    for objects, figures in groups.items():
+        chosen = [
+            (interval, len(true))
+            for interval, true in zip(intervals, truth, strict=True)
+            if objects in (None, len(true))
+        ]
+        inside = [low <= count <= high for (low, high), count in chosen]
+        assert figures.interval_coverage == pytest.approx(sum(inside) / len(chosen))
+        widths = [high - low for (low, high), _ in chosen]
+        assert figures.interval_width == pytest.approx(sum(widths) / len(chosen))
+    assert 0 < report.overall.interval_coverage < 1  # type: ignore[operator]
+    assert report.to_json()["overall"]["interval_width"] == report.overall.interval_width
+
+
+def test_intervals_need_the_posterior_of_every_image() -> None:
+    known, _, batches = random_set(7)
+    counts = CountPosterior.independent(torch.tensor([0.5]))
+    detector = Oracle([replace(known[0], counts=counts), *known[1:]])
+    detector.selects = False
+    overall = evaluate(detector, batches).overall
+    assert overall.interval_coverage is overall.interval_width is None
+
+
+def test_masks_and_embeddings_are_released_after_their_batch() -> None:
+    known, _, batches = random_set(21)
+    alive: list[weakref.ref[Tensor]] = []
+
+    class Masked(Oracle):
+        def detect_batch(
+            self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
+        ) -> list[Detections]:
+            gc.collect()
+            # evaluate still holds the previous batch when it asks for this one
+            assert sum(reference() is not None for reference in alive) <= 7
+            found = []
+            for item in super().detect_batch(images, threshold, counts):
+                label_image = torch.zeros(4, 4, dtype=torch.int32)
+                alive.append(weakref.ref(label_image))
+                labels = torch.arange(1, len(item) + 1, dtype=torch.int32)
+                found.append(replace(item, label_image=label_image, labels=labels))
+            return found
+
+    report = evaluate(Masked(known), batches)
+    assert report.overall == evaluate(Oracle(known), batches).overall
 
 
 def test_a_score_equal_to_the_threshold_is_not_found() -> None:

@@ -334,6 +334,15 @@ def test_count_metrics_equal_values_by_hand() -> None:
     assert (count_accuracy([], []), count_error([], []), count_bias([], [])) == (1.0, 0.0, 0.0)
 
 
+def test_intervals_cover_their_ends() -> None:
+    intervals, true = [(2, 4), (2, 4), (2, 4), (2, 4), (7, 7)], [2, 4, 5, 1, 7]
+    assert metrics.interval_coverage(intervals, true) == 0.6
+    assert metrics.interval_width(intervals) == 1.6
+    assert (metrics.interval_coverage([], []), metrics.interval_width([])) == (1.0, 0.0)
+    with pytest.raises(ValueError, match="one item per image, got 1 and 0"):
+        metrics.interval_coverage([(0, 1)], [])
+
+
 def test_every_figure_has_a_protocol_and_a_unique_name() -> None:
     assert list(metrics.NAMES) == list(metrics.PROTOCOLS)
     assert len(set(metrics.NAMES.values())) == len(metrics.NAMES)
@@ -346,6 +355,8 @@ def test_every_figure_has_a_protocol_and_a_unique_name() -> None:
         "count_accuracy",
         "count_error",
         "count_bias",
+        "interval_coverage",
+        "interval_width",
     }
 
 

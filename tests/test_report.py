@@ -138,6 +138,17 @@ def test_box_figures_of_images_without_objects_are_dashes(tmp_path: Path) -> Non
     assert cells == ["0", "8", *["–"] * 5, "0.750", "0.250", "0.250"]
 
 
+def test_intervals_of_counts_have_columns_where_they_are_measured(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "run")
+    assert read(write_report(folder)).text.count("90 % holds") == 1, "the protocol only"
+    figures = report("digits").to_json()
+    figures["overall"] |= {"interval_coverage": 0.925, "interval_width": 1.375}
+    (folder / "test.json").write_text(json.dumps(figures))
+    page = read(write_report(folder))
+    assert page.text.count("90 % holds") == 3, "a figure, a column and the protocol"
+    assert page.text.count("0.925") == page.text.count("1.375") == 2
+
+
 def test_page_is_self_contained(tmp_path: Path) -> None:
     page = read(write_report(full_run(tmp_path / "run")))
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in page.tags}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spairkit.detections import Detections, Explanation, Truth
 from spairkit.images import commonest_colour
+from spairkit.label_images import rims
 
 COLOURS = (
     (86, 180, 233),
@@ -36,6 +37,8 @@ _INK = (40, 44, 52)
 _FAINT = (120, 124, 132)
 _SHADOW = (0, 0, 0)
 _TRUE = (255, 255, 255)
+_RIM = (255, 242, 153)
+_RIM_ALPHA = 160  # of 255
 
 _GAP = 16
 _LEGIBLE_SIDE = 384  # pixels; least length of an image's longer side
@@ -56,6 +59,8 @@ def draw_boxes(
 ) -> Image.Image:
     """The image, enlarged or reduced, with a line around each box; lines run outside the boxes.
 
+    Masks have pale yellow rims, which lie under the lines.
+
     Args:
         image: [3, H, W] in [0, 1].
         detections: boxes that are empty, inverted or not finite are not drawn.
@@ -63,9 +68,11 @@ def draw_boxes(
         truth: true boxes, marked by white corners.
 
     Raises:
-        ValueError: `image` is not [3, H, W].
+        ValueError: `image` is not [3, H, W], or masks are not [H, W].
     """
     picture = _picture(image, scale)
+    if detections.label_image is not None:
+        _mark_rims(picture, detections.masks, image)
     if truth is not None:
         _mark_truth(picture, truth, scale)
     _mark(picture, detections, scale)
@@ -85,9 +92,12 @@ def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
     appearances = explanation.appearances
     height, width = image.shape[1:]
     scale = _scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
+    found = _count(len(detections), "found")
+    if detections.counts is not None:
+        found = f"{found} ({detections.counts})"
     pictures = [
         _captioned(_picture(image, scale), f"image, {width} by {height} px"),
-        _captioned(draw_boxes(image, detections, scale), _count(len(detections), "found")),
+        _captioned(draw_boxes(image, detections, scale), found),
         _captioned(_picture(explanation.reconstruction, scale), "reconstruction"),
     ]
     parts = [_beside(pictures)]
@@ -155,6 +165,14 @@ def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
                 min(y2 + grown, max(y2, picture.height)) - 1,
             )
             draw.rectangle(outline, outline=colour, width=width)
+
+
+def _mark_rims(picture: Image.Image, masks: Tensor, image: Tensor) -> None:
+    """Draws the rim of each mask, one pixel of the picture wide."""
+    if masks.shape != image.shape[1:]:
+        raise ValueError(f"masks must be {list(image.shape[1:])}, got {list(masks.shape)}")
+    rim = rims(masks, picture.height, picture.width)
+    picture.paste(_RIM, mask=Image.fromarray(rim.astype(np.uint8) * _RIM_ALPHA))
 
 
 def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:

@@ -24,6 +24,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PICTURE_BYTES = 32 << 20
 _MAX_TEST_BYTES = 16 << 20
 _SHARES = ("ap", "ap_spair", "count_accuracy")
+_INTERVALS = ("interval_coverage", "interval_width")
 
 
 class Picture(NamedTuple):
@@ -80,6 +81,7 @@ def write_report(run_folder: Path) -> Path:
         validation=validations[-1] if validations else None,
         test=test,
         names=NAMES,
+        shown=_shown(test),
         protocols=PROTOCOLS,
         curves=_curves(steps, validations),
         test_curve=_test_curve(test),
@@ -119,6 +121,16 @@ def _test_curve(test: Mapping[str, Any] | None) -> Curve | None:
     lines = [line(records, key, NAMES[key], x="objects") for key in _SHARES]
     svg = chart(lines, x_label="objects in the image", y_label="share", share=True)
     return Curve("By number of objects", svg) if svg is not None else None
+
+
+def _shown(test: Mapping[str, Any] | None) -> dict[str, str]:
+    """The figures of a test and their names, without intervals of counts where there are none."""
+    overall = test["overall"] if test else {}
+    return {
+        key: name
+        for key, name in NAMES.items()
+        if key not in _INTERVALS or overall.get(key) is not None
+    }
 
 
 def _test(path: Path) -> dict[str, Any] | None:

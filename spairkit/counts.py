@@ -1,0 +1,121 @@
+"""`CountPosterior`: the number of objects in an image, as a distribution."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_NEGLIGIBLE = 1e-6  # probability below which an object is left out
+_TAIL = 1e-12  # mass of a tail that is cut off, and doubt below which an object is certain
+_OBJECTS_BETWEEN_CUTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class CountPosterior:
+    """p(C | image), the posterior of the number of objects C in one image.
+
+    Its text is the 90 % interval, as in `7 to 8 at 90 %`.
+
+    Raises:
+        ValueError: `least` is negative, or `probabilities` is no distribution in float64.
+
+    Example:
+        >>> counts = CountPosterior.independent(torch.tensor([1.0, 1.0, 0.5]))
+        >>> counts.mean, counts.probability(3), str(counts)
+        (2.5, 0.5, '2 to 3 at 90 %')
+    """
+
+    least: int
+    """The smallest count with a probability here."""
+    probabilities: Tensor
+    """[m] float64 on the CPU, p(C = least + i), with sum 1."""
+
+    def __post_init__(self) -> None:
+        p = self.probabilities
+        if self.least < 0:
+            raise ValueError(f"least must be at least 0, got {self.least}")
+        if p.dim() != 1 or p.dtype != torch.float64:
+            raise ValueError(f"probabilities must be [m] float64, got {list(p.shape)} {p.dtype}")
+        if not (bool((p >= 0).all()) and abs(float(p.sum()) - 1) < 1e-6):
+            raise ValueError(f"probabilities must be from 0 and sum to 1, got {float(p.sum())}")
+
+    def __str__(self) -> str:
+        """The 90 % interval."""
+        low, high = self.interval()
+        return f"{low} to {high} at 90 %"
+
+    @classmethod
+    def independent(
+        cls,
+        probabilities: Tensor,  # [n] in [0, 1]
+        *,
+        more: Tensor | None = None,  # [k] in [0, 1]
+    ) -> "CountPosterior":
+        """The number of objects that exist, if each exists independently with its probability.
+
+        This is the Poisson-binomial distribution, by convolution in float64. Probabilities below
+        1e-6 are left out, those above 1 - 1e-12 are certain, and tails of mass below 1e-12 are cut
+        off.
+
+        Args:
+            probabilities: one for each object.
+            more: those of further objects, as of candidates that were not reported.
+
+        Raises:
+            ValueError: a tensor has another shape, or values outside [0, 1].
+        """
+        values = np.concatenate([_checked(x) for x in (probabilities, more) if x is not None])
+        certain = values > 1 - _TAIL
+        least, masses = int(certain.sum()), np.ones(1)
+        uncertain = values[~certain & (values >= _NEGLIGIBLE)]
+        for start in range(0, len(uncertain), _OBJECTS_BETWEEN_CUTS):
+            for p in uncertain[start : start + _OBJECTS_BETWEEN_CUTS].tolist():
+                masses = np.convolve(masses, (1 - p, p))
+            below = int(np.searchsorted(np.cumsum(masses), _TAIL))
+            above = int(np.searchsorted(np.cumsum(masses[::-1]), _TAIL))
+            masses = masses[below : len(masses) - above]
+            least += below
+        return cls(least, torch.from_numpy(masses / masses.sum()))
+
+    @property
+    def mean(self) -> float:
+        """The expected count."""
+        counts = torch.arange(len(self.probabilities), dtype=torch.float64)
+        return self.least + float(self.probabilities @ counts)
+
+    def interval(self, share: float = 0.9) -> tuple[int, int]:
+        """The central interval of the count, both ends included; it holds `share` or more.
+
+        Its ends are the quantiles (1 - share) / 2 and (1 + share) / 2: the least counts at which
+        the cumulative distribution reaches these values.
+
+        Raises:
+            ValueError: `share` is outside (0, 1).
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie in (0, 1), got {share}")
+        cumulative = np.cumsum(self.probabilities.numpy())
+        levels = np.array([(1 - share) / 2, (1 + share) / 2]) - _TAIL  # for sums that round down
+        low, high = np.searchsorted(cumulative, levels).clip(max=len(cumulative) - 1).tolist()
+        return self.least + low, self.least + high
+
+    def probability(self, count: int) -> float:
+        """p(C = count), 0 outside the counts that are held."""
+        index = count - self.least
+        return float(self.probabilities[index]) if 0 <= index < len(self.probabilities) else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """`count_mean`, and `count_interval` as a list of the two ends at 90 %."""
+        return {"count_mean": self.mean, "count_interval": list(self.interval())}
+
+
+def _checked(probabilities: Tensor) -> npt.NDArray[np.float64]:  # [n]
+    values: npt.NDArray[np.float64] = probabilities.detach().cpu().double().numpy()
+    if values.ndim != 1:
+        raise ValueError(f"probabilities must be [n], got {list(values.shape)}")
+    if not ((values >= 0) & (values <= 1)).all():
+        raise ValueError("probabilities must lie in [0, 1]")
+    return values

@@ -1,0 +1,112 @@
+"""Masks as one label image: areas, intensities, rims and COCO's segmentations.
+
+A label image is [H, W] int32 with 0 on the background. Object i has the pixels of value
+`labels[i]`; labels are 1 or more, and one may have no pixel.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_COCO_DIGITS = 7  # of five bits: counts of up to 2^34 pixels
+
+
+def relabelled(label_image: Tensor, labels: Tensor) -> Tensor:  # [H, W] int32
+    """The label image with i + 1 on the pixels of object i, and 0 elsewhere.
+
+    The pixels of a label that two objects share go to the later one.
+    """
+    pixels, chosen = label_image.numpy(), labels.numpy()
+    table = np.zeros(_size(label_image, labels), np.int32)
+    table[chosen] = np.arange(1, len(chosen) + 1)
+    return torch.from_numpy(table[pixels])
+
+
+def areas(label_image: Tensor, labels: Tensor) -> Tensor:  # [n] int64
+    """The number of pixels of each object."""
+    sizes = np.bincount(label_image.numpy().ravel(), minlength=_size(label_image, labels))
+    return torch.from_numpy(sizes[labels.numpy()])
+
+
+def intensities(
+    label_image: Tensor,
+    labels: Tensor,
+    image: Tensor,  # [C, H, W]
+) -> Tensor:  # [n] float32
+    """The mean of the image over channels and the pixels of each object; NaN without a pixel.
+
+    Raises:
+        ValueError: the image has another size than the label image.
+    """
+    if image.shape[1:] != label_image.shape:
+        raise ValueError(
+            f"the image must be as large as the masks, {list(label_image.shape)}, "
+            f"got {list(image.shape[1:])}"
+        )
+    values = image.mean(0, dtype=torch.float64).numpy().ravel()
+    size = _size(label_image, labels)
+    sums = torch.from_numpy(np.bincount(label_image.numpy().ravel(), values, size)[labels.numpy()])
+    return (sums / areas(label_image, labels)).float()
+
+
+def rims(label_image: Tensor, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """[height, width] bool, the outermost pixels of each object after resizing to nearest pixels.
+
+    A pixel is on the rim if one of its four neighbours is not of its object, or is off the image.
+    """
+    rows = np.arange(height) * label_image.shape[0] // height
+    columns = np.arange(width) * label_image.shape[1] // width
+    pixels = label_image.numpy()[rows[:, None], columns]
+    rim = np.ones(pixels.shape, np.bool_)
+    rim[1:-1, 1:-1] = False
+    down, right = pixels[1:] != pixels[:-1], pixels[:, 1:] != pixels[:, :-1]
+    rim[1:] |= down
+    rim[:-1] |= down
+    rim[:, 1:] |= right
+    rim[:, :-1] |= right
+    return rim & (pixels > 0)
+
+
+def coco_segmentations(label_image: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """Each object's mask as COCO's compressed RLE: `size` [H, W], and `counts` as text."""
+    pixels = label_image.numpy().ravel(order="F")  # COCO counts down the columns
+    starts = np.flatnonzero(np.diff(pixels, prepend=-1))
+    ends = np.append(starts[1:], pixels.size)
+    values = pixels[starts]
+    order = np.argsort(values, kind="stable")
+    first = np.searchsorted(values[order], labels.numpy(), "left")
+    last = np.searchsorted(values[order], labels.numpy(), "right")
+    segmentations = []
+    for a, b in zip(first.tolist(), last.tolist(), strict=True):
+        runs = order[a:b]
+        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
+        edges = edges[edges < pixels.size]  # no count of 0 at the end
+        counts = np.diff(edges, prepend=0, append=pixels.size)
+        segmentations.append({"size": list(label_image.shape), "counts": _compressed(counts)})
+    return segmentations
+
+
+def _compressed(counts: npt.NDArray[np.int64]) -> str:
+    """COCO's text of run lengths.
+
+    From the fourth on, a count is its difference from the last but one. Each is written as signed
+    digits of five bits, the lowest first; bit 32 says that another digit follows.
+    """
+    values = counts.copy()
+    values[3:] -= counts[1:-2]
+    place = np.arange(_COCO_DIGITS)
+    shifted = values[:, None] >> 5 * place
+    digits = shifted & 31
+    complete = shifted >> 5 == np.where(digits & 16, -1, 0)
+    final = complete.argmax(1)[:, None]
+    text = 48 + digits + 32 * (place < final)
+    written: bytes = text[place <= final].astype(np.uint8).tobytes()
+    return written.decode("ascii")
+
+
+def _size(label_image: Tensor, labels: Tensor) -> int:
+    """The length of a table that is indexed by labels."""
+    return int(np.max(labels.numpy(), initial=int(label_image.max()))) + 1

@@ -1,0 +1,128 @@
+"""Masks in a label image against loops over pixels and pycocotools."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_masks
+from torch import Tensor
+
+from spairkit.label_images import areas, coco_segmentations, intensities, relabelled, rims
+
+
+def painted(height: int, width: int, labels: int, seed: int) -> Tensor:
+    """A label image of blobs with labels 0 to `labels`; some labels may be absent."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.zeros(height, width, dtype=torch.int32)
+    for label in range(1, labels + 1):
+        y, x = (int(torch.randint(0, side, (), generator=generator)) for side in image.shape)
+        h, w = torch.randint(0, 9, (2,), generator=generator).tolist()
+        image[y : y + h, x : x + w] = label
+    return image
+
+
+def int32(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (33, 1), (20, 31), (64, 300)])
+@pytest.mark.parametrize("seed", range(5))
+def test_segmentations_equal_pycocotools(shape: tuple[int, int], seed: int) -> None:
+    image = painted(*shape, labels=12, seed=seed)
+    labels = torch.arange(1, 15, dtype=torch.int32).flip(0)  # 13 and 14 have no pixel
+    for label, segmentation in zip(labels.tolist(), coco_segmentations(image, labels), strict=True):
+        mask = np.asfortranarray((image == label).numpy().astype(np.uint8))
+        theirs = coco_masks.encode(mask)
+        assert segmentation["counts"] == theirs["counts"].decode()
+        assert segmentation["size"] == theirs["size"] == list(shape)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.sampled_from([1, 2, 3, 5]))
+def test_segmentations_of_any_pattern_equal_pycocotools(values: list[int], width: int) -> None:
+    image = int32(values + [0] * (-len(values) % width)).reshape(-1, width)
+    for label, segmentation in enumerate(coco_segmentations(image, int32([1, 2, 3])), start=1):
+        mask = np.asfortranarray((image == label).numpy().astype(np.uint8))
+        assert segmentation["counts"] == coco_masks.encode(mask)["counts"].decode()
+
+
+def test_segmentations_of_long_runs_equal_pycocotools() -> None:
+    image = torch.zeros(3000, 2500, dtype=torch.int32)
+    image[:, 1000] = 1
+    image[17, 2000:] = 1
+    segmentation = coco_segmentations(image, int32([1]))[0]
+    mask = np.asfortranarray(image.numpy().astype(np.uint8))
+    assert segmentation["counts"] == coco_masks.encode(mask)["counts"].decode()
+
+
+def test_areas_and_intensities_equal_loops() -> None:
+    image = painted(30, 40, labels=9, seed=1)
+    picture = torch.rand(3, 30, 40, generator=torch.Generator().manual_seed(2))
+    labels = int32([4, 9, 1, 100, 4])
+    area_of, intensity_of = areas(image, labels), intensities(image, labels, picture)
+    for i, label in enumerate(labels.tolist()):
+        area, intensity = int(area_of[i]), float(intensity_of[i])
+        inside = [
+            float(picture[:, y, x].double().mean())
+            for y in range(30)
+            for x in range(40)
+            if image[y, x] == label
+        ]
+        assert area == len(inside)
+        if inside:
+            assert intensity == pytest.approx(sum(inside) / len(inside), rel=1e-6)
+        else:
+            assert math.isnan(intensity)
+    assert (area_of.dtype, intensity_of.dtype) == (torch.int64, torch.float32)
+
+
+def test_relabelling_numbers_the_chosen_objects() -> None:
+    image = int32([0, 5, 2, 2, 7, 9]).reshape(2, 3)
+    assert relabelled(image, int32([7, 2, 30])).tolist() == [[0, 0, 2], [2, 1, 0]]
+    assert relabelled(image, int32([])).tolist() == [[0, 0, 0], [0, 0, 0]]
+    assert relabelled(image, int32([2])).dtype == torch.int32
+
+
+def test_no_object_has_no_areas() -> None:
+    image = torch.zeros(2, 3, dtype=torch.int32)
+    assert areas(image, int32([])).tolist() == []
+    assert intensities(image, int32([]), torch.ones(3, 2, 3)).tolist() == []
+    assert coco_segmentations(image, int32([])) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rims_are_pixels_beside_other_objects(seed: int) -> None:
+    image = painted(25, 31, labels=8, seed=seed)
+    around = torch.full((27, 33), -1, dtype=torch.int32)
+    around[1:-1, 1:-1] = image
+    rim = rims(image, 25, 31)
+    for y in range(25):
+        for x in range(31):
+            places = ((y, x + 1), (y + 2, x + 1), (y + 1, x), (y + 1, x + 2))
+            expected = image[y, x] > 0 and any(around[at] != image[y, x] for at in places)
+            assert rim[y, x] == expected
+
+
+def test_rims_stay_one_pixel_wide_in_enlargements() -> None:
+    image = torch.zeros(4, 5, dtype=torch.int32)
+    image[1:3, 1:3] = 3
+    rim = rims(image, 40, 50)
+    expected = np.zeros((40, 50), bool)
+    expected[10:30, 10:30] = True
+    expected[11:29, 11:29] = False
+    assert (rim == expected).all()
+
+
+def test_rims_are_drawn_in_reductions() -> None:
+    image = torch.zeros(40, 60, dtype=torch.int32)
+    image[8:32, 12:36] = 1
+    rim = rims(image, 10, 15)
+    assert rim[2:8, 3:9].sum() == rim.sum() == 20
+
+
+def test_images_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"as large as the masks, \[2, 3\], got \[3, 2\]"):
+        intensities(torch.zeros(2, 3, dtype=torch.int32), int32([]), torch.ones(3, 3, 2))
