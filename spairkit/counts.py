@@ -87,20 +87,22 @@ class CountPosterior:
         return self.least + float(self.probabilities @ counts)
 
     def interval(self, share: float = 0.9) -> tuple[int, int]:
-        """The central interval of the count, both ends included; it holds `share` or more.
+        """The shortest interval of counts that holds `share` or more, both ends included.
 
-        Its ends are the quantiles (1 - share) / 2 and (1 + share) / 2: the least counts at which
-        the cumulative distribution reaches these values.
+        Of several, the one that holds the most, and of these the lowest.
 
         Raises:
             ValueError: `share` is outside (0, 1).
         """
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), got {share}")
-        cumulative = np.cumsum(self.probabilities.numpy())
-        levels = np.array([(1 - share) / 2, (1 + share) / 2]) - _TAIL  # for sums that round down
-        low, high = np.searchsorted(cumulative, levels).clip(max=len(cumulative) - 1).tolist()
-        return self.least + low, self.least + high
+        below = np.concatenate([[0.0], np.cumsum(self.probabilities.numpy())])
+        for length in range(1, len(below)):
+            held = below[length:] - below[:-length]
+            low = int(held.argmax())
+            if held[low] >= share - _TAIL:  # for sums that round down
+                break
+        return self.least + low, self.least + low + length - 1
 
     def probability(self, count: int) -> float:
         """p(C = count), 0 outside the counts that are held."""
