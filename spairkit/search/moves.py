@@ -228,6 +228,7 @@ def _windows(
         crop.permute(0, 3, 1, 2).contiguous(),
         scene.background[image],
         scene.channels[image],
+        scene.evidence[image],
         scene.outside[image] + slots.count[image] - near.count,
         scene.places[image],
     )
