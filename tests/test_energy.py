@@ -38,7 +38,7 @@ HEIGHT, WIDTH, CELL, ANCHOR, BETA = 14, 19, 12, 48, 0.7
 
 def network(likelihood: str) -> SPAIR:
     torch.manual_seed(0)
-    net = SPAIR(SPAIRConfig(**SMALL, likelihood=likelihood)).eval().requires_grad_(False)
+    net = SPAIR(SPAIRConfig(**SMALL | {"likelihood": likelihood})).eval().requires_grad_(False)
     if likelihood == "normal":
         net.noise_std.fill_(0.2)
     return net
@@ -70,11 +70,10 @@ def state(seed: int = 0) -> tuple[Scene, Slots]:
 
 def doubled(scene: Scene, slots: Slots) -> tuple[Scene, Slots]:
     """In float64."""
-    parts = [
-        type(item)(*(getattr(item, field.name).double() for field in fields(item)))  # type: ignore[arg-type]
-        for item in (scene, slots)
-    ]
-    return parts[0], parts[1]  # type: ignore[return-value]
+    return (
+        Scene(*(getattr(scene, field.name).double() for field in fields(scene))),
+        Slots(*(getattr(slots, field.name).double() for field in fields(slots))),
+    )
 
 
 def sigmoid(x: float) -> float:
