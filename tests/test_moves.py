@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spairkit.models.slots import Slots
-from spairkit.search.energy import Energy, Scene
+from spairkit.search.energy import Scene
 from spairkit.search.moves import Moves, Outcomes, judge, overlap, selected, support
 
 if TYPE_CHECKING:
