@@ -75,9 +75,11 @@ class Energy:
 
     def draw(self, scene: Scene, slots: Slots) -> Tensor:  # [B, 3, H, W]
         """The image of the present objects."""
+        # the importance floor would let absent ones blend in background
+        boxes = torch.where((slots.present > 0)[..., None], self.boxes(slots), 0.0)
         return render(
             self.network.decode(slots.what),
-            self.boxes(slots),
+            boxes,
             slots.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
             slots.present,
             scene.background,
