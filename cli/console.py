@@ -70,6 +70,7 @@ def progress_bar(*, quiet: bool = False) -> Any:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        SpinnerColumn,
         TextColumn,
         TimeRemainingColumn,
     )
@@ -86,6 +87,7 @@ def progress_bar(*, quiet: bool = False) -> Any:
 
     console = Console(file=sys.stderr, highlight=False, markup=False)
     return Noted(
+        SpinnerColumn("line"),  # moves while nothing else does
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
