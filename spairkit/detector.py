@@ -41,8 +41,8 @@ class Detector:
     Args:
         network: in evaluation mode, on the device to compute on.
         config: of its run.
-        box_contrast: draws boxes round the pixels above this share of an object's height, in
-            [0, 1); 0 keeps the network's own boxes, None takes `config.model.box_contrast`.
+        box_contrast: draws boxes round pixels above this share of an object's height, in [0, 1); 0
+            keeps the network's own boxes, None takes `config.model.box_contrast`.
         search: of the objects of the highest posterior probability, by SPAIR: "off", "refine" or
             "full"; None takes `config.search.mode`.
         calibration: of the search; None takes the default.

@@ -14,8 +14,9 @@ from spairkit.search.refine import refine
 MOVE_ITERATIONS = 20
 """Iterations of refinement after a move, at most."""
 
-TOLERANCE = 2.0
-"""Refinement ends when the energy falls by less than this in five iterations, nats."""
+TOLERANCE = 0.7
+"""Refinement ends when the energy falls by less than this for each object in five iterations, nats.
+"""
 
 _MOST_PIXELS = 1 << 19  # of the windows that are judged at a time
 
@@ -161,7 +162,7 @@ def _judge(
         before = energy(view, near)
         goes = (index[:, None] == removed[..., None]).any(1)
         rest = _without(near, goes)
-        after = rest.join(_new_objects(energy, view, rest, std[image], moves.added, low, scene))
+        after = rest.join(_new_objects(energy, view, rest, std, moves, low, scene))
     start = support(energy.boxes(after) + shift, texels)
     contained = _within(start, held)
     touched = contained & overlap(start, acted[:, None]) & (after.present > 0)
@@ -250,21 +251,21 @@ def _new_objects(
     energy: Energy,
     view: Scene,
     rest: Slots,
-    std: Tensor,  # [P, K, M] of the cells of the whole image
-    boxes: Tensor,  # [P, 2, 4] in the image; NaN for none
+    std: Tensor,  # [B, K, M] of the cells of the whole images
+    moves: Moves,
     low: Tensor,  # [P, 2] x, y of the windows
     scene: Scene,
 ) -> Slots:
     """Objects in the boxes, whose appearance is that of the image without all other objects."""
     net, c = energy.network, energy.network.config
     rows, columns = net.grid(scene.images.shape[-2], scene.images.shape[-1])
-    comes = ~boxes[..., 0].isnan()
-    boxes = torch.where(comes[..., None], boxes, float(c.cell))
+    comes = ~moves.added[..., 0].isnan()
+    boxes = torch.where(comes[..., None], moves.added, float(c.cell))
     centre = (boxes[..., :2] + boxes[..., 2:]).flip(-1) / 2  # y, x
     cell = (centre / c.cell).floor().clamp(min=0)
     cell = torch.minimum(cell, cell.new_tensor([rows - 1, columns - 1]))
     number = (cell[..., 0] * columns + cell[..., 1]).long()  # [P, 2]
-    of_cell = std.gather(1, number[..., None].expand(-1, -1, std.shape[-1]))
+    of_cell = std[moves.image[:, None], number]
     left = (view.images - energy.draw(view, rest) + view.background).clamp(0, 1)
     shift = torch.cat([low, low], dim=-1)[:, None]
     what, spread = net.appearance(extract_glimpses(left, boxes - shift, c.object_size))

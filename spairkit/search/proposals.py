@@ -69,7 +69,7 @@ def propose(
             *_splits(boxes[b, on], on, mass, typical),
         ):
             where = np.stack([*new, *boxes[b, gone]])
-            if near is None or bool(_overlaps(where[:, None], near[b]).any()):
+            if near is None or bool(overlaps(where[:, None], near[b]).any()):
                 image.append(b)
                 removed.append([*gone, -1, -1][:2])
                 added.append([*new, *[np.full(4, np.nan)] * 2][:2])
@@ -120,7 +120,7 @@ def _births(excess: Array, mass: _Mass, empty: Array, side: float, objects: int)
 
 def _deaths_and_merges(boxes: Array, slots: npt.NDArray[np.int64], side: float) -> Iterator[_Move]:
     for i, box in enumerate(boxes):
-        others = np.flatnonzero(_overlaps(box, boxes))
+        others = np.flatnonzero(overlaps(box, boxes))
         if len(others) > 1:  # not only itself
             yield [int(slots[i])], []
         for j in others[others > i]:
@@ -150,7 +150,8 @@ def _splits(
             yield [int(slot)], [np.array(part) for part in parts]
 
 
-def _overlaps(first: Array, second: Array) -> npt.NDArray[np.bool_]:
+def overlaps(first: Array, second: Array) -> npt.NDArray[np.bool_]:
+    """Whether boxes or regions share an area: [..., 4], [..., 4] -> [...]."""
     low = np.maximum(first[..., :2], second[..., :2])
     high = np.minimum(first[..., 2:], second[..., 2:])
     shared: npt.NDArray[np.bool_] = np.all(high > low, axis=-1)

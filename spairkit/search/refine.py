@@ -29,8 +29,9 @@ def refine(
 ) -> tuple[Slots, Tensor]:
     """Lowers the energy by Adam until it has converged, each image by itself.
 
-    An image has converged when its lowest energy fell by less than `tolerance` in the last
-    `CHECK_EVERY` iterations. The images that have not go on without the others.
+    An image has converged when its lowest energy fell by less than `tolerance` for each object that
+    may change, or for one, in the last `CHECK_EVERY` iterations. Those that have not go on without
+    the others.
 
     Args:
         free: 1 for the objects that may change, else 0; None: all.
@@ -49,6 +50,7 @@ def refine(
     rows = torch.arange(len(latents), device=latents.device)  # images that go on
     goal = torch.full_like(lowest, torch.inf) if target is None else target
     moves = (slots.present if free is None else free * slots.present)[..., None]
+    enough = tolerance * moves.sum((1, 2)).clamp(min=1)
     now, best, here, before = latents.clone(), latents.clone(), lowest.clone(), lowest.clone()
     mean, scale = torch.zeros_like(now), torch.zeros_like(now)
     view, part = scene, slots
@@ -70,14 +72,15 @@ def refine(
         if on_check is not None:
             on_check(step / most)
         fell = before - here
-        going = (fell > tolerance) & (here - _PATIENCE * fell < goal) & (step < most)
+        going = (fell > enough) & (here - _PATIENCE * fell < goal) & (step < most)
         before = here
         if bool(going.all()):
             continue
         latents[rows[~going]], lowest[rows[~going]] = best[~going], here[~going]
         if not bool(going.any()):
             break
-        rows, goal, moves, before, here = (x[going] for x in (rows, goal, moves, before, here))
+        rows, goal, enough, moves = (x[going] for x in (rows, goal, enough, moves))
+        before, here = before[going], here[going]
         now, best, mean, scale = (x[going] for x in (now, best, mean, scale))
         view, part = view.select(going), part.images(going)
     return slots.changed(latents), lowest

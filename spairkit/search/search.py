@@ -5,11 +5,13 @@ lowers the energy by gradients (`refine`), and then tries births, deaths, merges
 (`propose`, `judge`) until none lowers the energy. All of it is deterministic.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,18 +23,21 @@ from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration
 from spairkit.search.energy import Energy, Scene
-from spairkit.search.moves import TOLERANCE, Moves, Outcomes, judge, overlap, selected
-from spairkit.search.proposals import Array, propose, typical_side
+from spairkit.search.moves import MOVE_ITERATIONS, TOLERANCE, Moves, Outcomes, judge, selected
+from spairkit.search.proposals import Array, overlaps, propose, typical_side
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
 
 _ITERATIONS = 100  # of refinement, at most
 _ROUNDS = 6  # of moves, at most
-_WINDOW = 4.5  # side of a window, in typical sides of the image's objects
+_WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
-_LEAST_WINDOW = 48
+_LEAST_WINDOW = 32
+_DEATH_WINDOW = 2.5  # side of a window for a death alone, in typical sides
 _SLOTS_PER_CELL = 2  # that the count prior allows for
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
+
+_Cost = tuple[float, Array]  # of a rejected object, nats, and the region that it would change
 
 Progress = Callable[[str, float], None]
 """Called with the name of a phase and the share of it that is done."""
@@ -124,7 +129,7 @@ class PosteriorSearch:
 
     def _move(self, scene: Scene, slots: Slots, latents: Latents) -> tuple[Slots, list[Tensor]]:
         """Tries moves until none lowers the energy; also the costs of rejected objects."""
-        rejected: list[list[tuple[float, Tensor]]] = [[] for _ in range(len(slots.present))]
+        rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
         for number in range(_ROUNDS):
             self.on_progress("trying moves", number / _ROUNDS)
@@ -141,11 +146,17 @@ class PosteriorSearch:
         return self._refined(scene, slots), costs
 
     def _judged(
-        self, scene: Scene, slots: Slots, latents: Latents, moves: Moves, iterations: int = 20
+        self,
+        scene: Scene,
+        slots: Slots,
+        latents: Latents,
+        moves: Moves,
+        size: float = _WINDOW,
+        iterations: int = MOVE_ITERATIONS,
     ) -> Outcomes:
-        """The outcome of each move, in windows that fit the size of the image's objects."""
+        """The outcome of each move, in windows of a size in typical sides of the objects."""
         sides = typical_side(self.energy, slots)
-        steps = [-(-_WINDOW * side // _WINDOW_STEP) for side in sides]
+        steps = [-(-size * side // _WINDOW_STEP) for side in sides]
         extent = max(scene.images.shape[-2:])
         windows = [int(min(max(n * _WINDOW_STEP, _LEAST_WINDOW), extent)) for n in steps]
         side_of = torch.tensor(windows, device=moves.image.device)[moves.image]
@@ -165,7 +176,7 @@ class PosteriorSearch:
         image, slot = (slots.present > 0).nonzero(as_tuple=True)
         if not len(image):
             return slots
-        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), iterations=0)
+        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), _DEATH_WINDOW, 0)
         saved = slots.saved.clone()
         saved[image, slot] = torch.minimum(saved[image, slot], deaths.change)
         return replace(slots, saved=saved)
@@ -208,29 +219,24 @@ def _best(moves: Moves, outcomes: Outcomes, batch: int) -> tuple[list[int], list
     Returns:
         Their indices, and for each image the regions [n, 4] in which moves lower the energy.
     """
-    images, change, region = moves.image.cpu(), outcomes.change.cpu(), outcomes.region.cpu()
+    image = moves.image.tolist()
+    change, region = outcomes.change.cpu().numpy(), outcomes.region.double().cpu().numpy()
     chosen: list[int] = []
-    taken: dict[int, list[Tensor]] = {}
-    near: dict[int, list[Tensor]] = {}
-    for p in change.argsort(stable=True).tolist():
+    taken: list[list[Array]] = [[] for _ in range(batch)]
+    near: list[list[Array]] = [[] for _ in range(batch)]
+    for p in np.argsort(change, kind="stable").tolist():
         if not change[p] < 0:
             break
-        b = int(images[p])
-        near.setdefault(b, []).append(region[p])
-        if not any(bool(overlap(region[p], other)) for other in taken.get(b, [])):
-            taken.setdefault(b, []).append(region[p])
+        b = image[p]
+        near[b].append(region[p])
+        if not taken[b] or not overlaps(region[p], np.stack(taken[b])).any():
+            taken[b].append(region[p])
             chosen.append(p)
-    none = torch.zeros(0, 4)
-    regions = [torch.stack(near[b]) if b in near else none for b in range(batch)]
-    return chosen, [part.double().numpy() for part in regions]
+    return chosen, [np.stack(part) if part else np.zeros((0, 4)) for part in near]
 
 
 def _remember(
-    slots: Slots,
-    moves: Moves,
-    outcomes: Outcomes,
-    near: list[Array],
-    rejected: list[list[tuple[float, Tensor]]],
+    slots: Slots, moves: Moves, outcomes: Outcomes, near: list[Array], rejected: list[list[_Cost]]
 ) -> Slots:
     """Notes what rejected moves would have cost, and forgets this where the state is to change.
 
@@ -238,20 +244,19 @@ def _remember(
         The slots, with `saved` of the objects whose death or merge was rejected.
     """
     saved = slots.saved.cpu().clone()
-    boxes = outcomes.region.cpu()
-    removed, balance, change = moves.removed.cpu(), moves.balance.cpu(), outcomes.change.cpu()
-    stale = [torch.from_numpy(regions).to(boxes.dtype) for regions in near]
-    for b, regions in enumerate(stale):
-        rejected[b] = [item for item in rejected[b] if not overlap(item[1], regions).any()]
+    region, change = outcomes.region.double().cpu().numpy(), outcomes.change.tolist()
+    removed, balance = moves.removed.cpu(), moves.balance.tolist()
+    for b, stale in enumerate(near):
+        rejected[b] = [item for item in rejected[b] if not overlaps(item[1], stale).any()]
     for p, b in enumerate(moves.image.tolist()):
-        cost, gone = float(change[p]), removed[p][removed[p] >= 0]
-        if not 0 <= cost < float("inf") or bool(overlap(boxes[p], stale[b]).any()):
+        if not 0 <= change[p] < math.inf or overlaps(region[p], near[b]).any():
             continue
         if balance[p] > 0:
-            rejected[b].append((cost, boxes[p]))
+            rejected[b].append((change[p], region[p]))
         elif balance[p] < 0:
+            gone = removed[p][removed[p] >= 0]
             slot = gone[saved[b, gone].argmin()]
-            saved[b, slot] = min(float(saved[b, slot]), cost)
+            saved[b, slot] = min(float(saved[b, slot]), change[p])
     return replace(slots, saved=saved.to(slots.saved.device))
 
 
@@ -281,10 +286,10 @@ def _applied(slots: Slots, moves: Moves, outcomes: Outcomes, chosen: list[int]) 
     return Slots(latents, std, corner, present, saved).compact()
 
 
-def _apart(items: list[tuple[float, Tensor]]) -> Tensor:  # [m]
+def _apart(items: list[_Cost]) -> Tensor:  # [m]
     """The least costs of rejected objects that lie apart from each other."""
-    kept: list[tuple[float, Tensor]] = []
+    kept: list[_Cost] = []
     for cost, region in sorted(items, key=lambda item: item[0]):
-        if not any(bool(overlap(region, other)) for _, other in kept):
+        if not kept or not overlaps(region, np.stack([other for _, other in kept])).any():
             kept.append((cost, region))
     return torch.tensor([cost for cost, _ in kept])
