@@ -1,4 +1,4 @@
-"""`spairkit bench`: the speed of operators, of training updates, and of reaching an AP."""
+"""`spairkit bench`: the speed of operators, training updates, the search, and reaching an AP."""
 
 from dataclasses import replace
 from itertools import product
@@ -30,6 +30,8 @@ SecondsOption = Annotated[
 ]
 AP = "The AP to reach. Default: the published AP for data.max_objects digits."
 ACCURACY = "Share of images whose count must be right in the same validation. Default: any."
+SIZE = "Side of one large image that is tiled from scenes, px; 0 leaves it out."
+SCENES = "Scenes in a batch; repeatable. Default: 32."
 EVERY = "Updates between validations. Default: the preset's."
 SEEDS = "Number of runs; their seeds are 0, 1, ..."
 Share = float | None
@@ -54,7 +56,7 @@ def bench(
 
     The operators are the renderer and the KL of presence, for hard and for relaxed samples. Their
     results are checked before anything is timed. On a GPU, times are those of CUDA graph replays.
-    `bench train` and `bench time-to-ap` measure training.
+    `bench train` and `bench time-to-ap` measure training, `bench search` the search for objects.
     """
     if context.invoked_subcommand is not None:
         return
@@ -106,6 +108,34 @@ def bench_train(
     about = {"benchmark": "train", **about, "set": set_ or []}
     with recorded(about, _show, ledger, as_json=as_json) as record:
         for figure in run(chosen, where, seconds, (lambda _: None) if quiet else say):
+            record(figure)
+
+
+@app.command("search")
+def bench_search(
+    size: Annotated[int, typer.Option(min=0, max=8192, help=SIZE)] = 2048,
+    batch: Annotated[list[int] | None, typer.Option(min=1, max=65536, help=SCENES)] = None,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.ThreadsOption = None,
+    seconds: SecondsOption = 10.0,
+    ledger: options.LedgerOption = LEDGER,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Compare the speed and memory of the modes of the search.
+
+    The packaged model finds digits in batches of 48 x 48 scenes of one to three, and in one large
+    image.
+    """
+    from spairkit.benchmarks.search import SCENE, run
+
+    if 0 < size < SCENE:
+        raise InputError(f"--size {size}: must be 0, or at least the side of a scene, {SCENE}")
+    where, _, about = _machine(device, threads, None)
+    shown = (lambda _: None) if quiet else say
+    about = {"benchmark": "search", **about}
+    with recorded(about, _show_search, ledger, as_json=as_json) as record:
+        for figure in run(batch or [32], size, where, seconds, shown):
             record(figure)
 
 
@@ -180,6 +210,21 @@ def _machine(
 
 
 def _show(figures: list["Figure"]) -> None:
+    note = "ms: median; times: slower than spairkit; MiB: rise in memory during a call"
+    if any("eagerly" in figure.note for figure in figures):
+        note += "; launched eagerly: not recorded as a CUDA graph, so gaps between kernels count"
+    _print("batch x objects or cells", "way", figures, note)
+
+
+def _show_search(figures: list["Figure"]) -> None:
+    note = (
+        "ms: median wall time per image; times: slower than off; MiB: rise in memory during a "
+        "call; CPU ms: of all threads, per image"
+    )
+    _print("scenes", "search", figures, note)
+
+
+def _print(cases: str, ways: str, figures: list["Figure"], note: str) -> None:
     rows, last = [], ""
     for figure in figures:
         way = f"{figure.way} ({figure.note})" if figure.note else figure.way
@@ -188,10 +233,7 @@ def _show(figures: list["Figure"]) -> None:
         rows[-1] += ["" if figure.peak_mib is None else f"{figure.peak_mib:.1f}"]
         rows[-1] += map(_short, figure.more.values())
         last = figure.case
-    columns = ["batch x objects or cells", "way", "ms", "20-80 %", "times", "MiB"]
-    note = "ms: median; times: slower than spairkit; MiB: rise in memory during a call"
-    if any("eagerly" in figure.note for figure in figures):
-        note += "; launched eagerly: not recorded as a CUDA graph, so gaps between kernels count"
+    columns = [cases, ways, "ms", "20-80 %", "times", "MiB"]
     print_table([*columns, *figures[0].more], rows, note)
 
 

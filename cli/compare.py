@@ -44,6 +44,7 @@ def compare(
     data: options.DataOption = None,
     preset: options.PresetOption = None,
     set_: options.SetOption = None,
+    search: options.SearchOption = None,
     out: Annotated[
         Path | None,
         options.output_option(
@@ -72,13 +73,17 @@ def compare(
         numbers = [int(word) for word in objects.split(",")] if objects else None
     except ValueError:
         raise InputError(f"--objects {objects}: write numbers, as 1,3,5") from None
+    chosen_models = models.split(",") if models else None
+    if search is not None and "spair" not in (chosen_models or ("spair",)):
+        raise InputError(f"--search {search.value}: only SPAIR has a search; add spair to --models")
+    mode = {} if search is None else {"spair": {"search": {"mode": search.value}}}
     given = {
-        "models": models.split(",") if models else None,
+        "models": chosen_models,
         "objects": numbers,
         "seeds": seeds,
         "budget": budget,
         "preset": preset,
-        "over": merge(data_settings(data) if data else {}, assignments(set_ or ())),
+        "over": merge(data_settings(data) if data else {}, mode, assignments(set_ or ())),
     }
     asked = {name: value for name, value in given.items() if value is not None}
     chosen = options.choose_device(device)
@@ -120,9 +125,11 @@ def _conclude(settings: "Settings", folder: Path, *, as_json: bool) -> None:
     rows = tabulate(settings, folder)
     more = ", ".join(str(row.objects) for row in rows[1:])
     seeds = f"{settings.seeds} seeds, means and 95 % t-intervals"
+    spair = rows[0].models.get("spair")
+    search = f"; SPAIR's search: {spair.search}" if spair else ""
     heading = (
         f"{rows[0].measured_on}{f'; also {more} glyphs' if more else ''}\n"
-        f"{seeds if settings.seeds > 1 else 'one seed'}; {settings.described_budget()}"
+        f"{seeds if settings.seeds > 1 else 'one seed'}; {settings.described_budget()}{search}"
     )
     values = {"comparison": str(folder), **summary(settings, rows)}
     text = _table(settings, rows, heading)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 
 _TABLE_WIDTH = 80  # of the figures by number of objects
+_LONG_SECONDS = 2.0  # of a search, after which its own progress is shown
 
 
 def say(message: str) -> None:
@@ -68,6 +70,7 @@ def progress_bar(*, quiet: bool = False) -> Any:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        SpinnerColumn,
         TextColumn,
         TimeRemainingColumn,
     )
@@ -84,6 +87,7 @@ def progress_bar(*, quiet: bool = False) -> Any:
 
     console = Console(file=sys.stderr, highlight=False, markup=False)
     return Noted(
+        SpinnerColumn("line"),  # moves while nothing else does
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -94,9 +98,29 @@ def progress_bar(*, quiet: bool = False) -> Any:
     )
 
 
+class Counter:
+    """A progress bar of things done, and below it one of a search that takes long."""
+
+    def __init__(self, bar: Any, description: str, total: int | None) -> None:
+        self.bar, self.began = bar, time.monotonic()
+        self.task = bar.add_task(description, total=total, note="")
+        self.part = bar.add_task("", total=100, visible=False, note="")
+
+    def __call__(self, done: int) -> None:
+        """Shows that so many are done."""
+        self.began = time.monotonic()
+        self.bar.update(self.task, completed=done)
+        self.bar.update(self.part, visible=False)
+
+    def search(self, phase: str, share: float) -> None:
+        """Shows the share of a phase that is done, if the search began a while ago."""
+        slow = time.monotonic() - self.began > _LONG_SECONDS
+        percent = round(100 * share)
+        self.bar.update(self.part, description=phase, completed=percent, visible=slow)
+
+
 @contextmanager
-def counted(description: str, total: int | None, *, quiet: bool) -> Iterator[Any]:
-    """A progress bar, and a function that sets the number done."""
+def counted(description: str, total: int | None, *, quiet: bool) -> Iterator[Counter]:
+    """A progress bar, as a `Counter`."""
     with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task(description, total=total, note="")
-        yield lambda done: bar.update(task, completed=done)
+        yield Counter(bar, description, total)

@@ -46,6 +46,7 @@ def detect(
     ] = Format.COCO,
     threshold: options.ThresholdOption = 0.5,
     box_contrast: options.BoxContrastOption = None,
+    search: options.SearchOption = None,
     count: options.CountOption = None,
     device: options.DeviceOption = options.Device.AUTO,
     quiet: options.QuietOption = False,
@@ -63,12 +64,13 @@ def detect(
     files = _files(paths)  # a file that is no image shows before any work
     if out is not None and out.exists() and any(out.samefile(path) for path, _ in files):
         raise InputError(f"--out {out}: is one of the images; name another file")
-    detector = options.open_detector(checkpoint, device, box_contrast)
+    detector = options.open_detector(checkpoint, device, box_contrast, search)
     many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
     rows: list[str] = []
     has_masks, objects = False, 0
     posteriors: list[CountPosterior] = []
     with counted("images", len(files), quiet=quiet) as show_done:
+        detector.on_progress = show_done.search
         for done, ((path, number), detections) in enumerate(zip(files, many, strict=True), start=1):
             rows += _rows(str(path), number, detections, format_)  # masks are not kept
             has_masks |= detections.label_image is not None

@@ -27,6 +27,7 @@ def evaluate(
     set_: options.SetOption = None,
     threshold: options.ThresholdOption = 0.5,
     box_contrast: options.BoxContrastOption = None,
+    search: options.SearchOption = None,
     out: Annotated[
         Path | None, options.output_option(help="Also write the figures to this JSON file.")
     ] = None,
@@ -44,14 +45,17 @@ def evaluate(
     if out is not None:
         options.check_output(out)
     from spairkit.config_values import from_dict, merge, to_dict
-    from spairkit.detector import Detector
-    from spairkit.models.loading import from_checkpoint
+    from spairkit.detector import detector_of
     from spairkit.storage.checkpoints import load_checkpoint
     from spairkit.storage.durable import write_text
 
     loaded = load_checkpoint(options.choose_checkpoint(checkpoint))
-    network = from_checkpoint(loaded, options.choose_device(device))
-    detector = Detector(network, loaded.config, box_contrast=box_contrast)
+    detector = detector_of(
+        loaded,
+        options.choose_device(device),
+        box_contrast=box_contrast,
+        search=None if search is None else search.value,
+    )
     settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
     report = measure(
         detector,
@@ -83,6 +87,6 @@ def evaluate(
         typer.echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
         if box_contrast is not None:
-            tightened = f"tightened to {box_contrast:g} of each object's maximum contrast"
-            boxes = tightened if box_contrast else "the model's own"
+            tight = f"drawn round the pixels above {box_contrast:g} of each object's contrast"
+            boxes = tight if box_contrast else "the model's own"
             typer.echo(f"Boxes: {boxes}.")

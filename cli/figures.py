@@ -54,6 +54,7 @@ def measure(
     total = None if data.name == "folder" else len(dataset)
     batches = evaluation_batches(dataset, _BATCH_SIZE)
     with counted(f"{split} images", total, quiet=quiet) as show_done:
+        detector.on_progress = show_done.search
         words = described(data, split, trained_on=trained_on)
         return evaluate(detector, batches, threshold, show_done, measured_on=words)
 
@@ -72,7 +73,8 @@ def print_report(report: "Report") -> None:
     console.print(
         f"AP: IoU .1 to .9, COCO matching, 101 points. AP paper: {AUTHORS_RULE}.\n"
         f"AP COCO: IoU .5 to .95. Counts: scores above {report.threshold:g}."
-        + (" 90 %: intervals of the count." if has_intervals else ""),
+        + (" 90 %: intervals of the count." if has_intervals else "")
+        + f"\nSearch: {report.search}.",
         soft_wrap=True,
     )
 

@@ -27,6 +27,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Search(StrEnum):
+    """Modes of the search; see `spairkit.config.SearchConfig`."""
+
+    OFF = "off"
+    REFINE = "refine"
+    FULL = "full"
+
+
 def _below_one(value: float | None) -> float | None:
     if value is not None and not 0 <= value < 1:
         raise typer.BadParameter(f"must be at least 0 and below 1 (got {value:g})")
@@ -93,8 +101,16 @@ BoxContrastOption = Annotated[
     float | None,
     model_option(
         callback=_below_one,
-        help="Tighten boxes to the pixels above this fraction of the object's maximum contrast; "
-        "0.5 suits blurred edges, 0 keeps raw boxes. Default: the run's model.box_contrast.",
+        help="Draw boxes round the pixels above this fraction of an object's contrast; 0.5 suits "
+        "blurred edges, 0 keeps raw boxes. Default: the run's model.box_contrast.",
+    ),
+]
+SearchOption = Annotated[
+    Search | None,
+    model_option(
+        help="SPAIR's search after the encoder's guess: off; refine, which fits objects to the "
+        "image; or full, which also adds, removes, merges and splits them. Default: the run's "
+        "search.mode."
     ),
 ]
 ThreadsOption = Annotated[
@@ -151,13 +167,17 @@ def choose_device(device: Device) -> "torch.device":
 
 
 def open_detector(
-    checkpoint: Path | None, device: Device, box_contrast: float | None = None
+    checkpoint: Path | None, device: Device, box_contrast: float | None, search: Search | None
 ) -> "Detector":
-    """The detector of `--checkpoint`, `--device` and `--box-contrast`."""
+    """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`."""
     from spairkit.detector import load
 
-    path = choose_checkpoint(checkpoint)
-    return load(path, choose_device(device), box_contrast=box_contrast)
+    return load(
+        choose_checkpoint(checkpoint),
+        choose_device(device),
+        box_contrast=box_contrast,
+        search=None if search is None else search.value,
+    )
 
 
 def layers(

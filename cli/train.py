@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, progress_bar, results, say
+from spairkit.cli.console import counted, json_text, print_json, progress_bar, results, say
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
 from spairkit.cli.interrupts import Interrupts
 from spairkit.errors import InputError
@@ -217,11 +217,12 @@ def _finish(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measures the best checkpoint on test images, writes the report and prints both."""
+    """Calibrates and measures the best checkpoint, writes the report and prints both."""
     from spairkit.detector import load
     from spairkit.report.page import write_report
     from spairkit.storage.durable import write_text
 
+    _calibrate(run, device, quiet=quiet)
     report = measure(load(run.path, device), run.config.data, "test", quiet=quiet)
     if report:
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
@@ -245,6 +246,17 @@ def _finish(
     _print_next(run, page, has_truth=report is not None)
 
 
+def _calibrate(run: "Run", device: "torch.device", *, quiet: bool) -> None:
+    """Calibrates the search of the best checkpoint, where objects are known."""
+    from spairkit.training.calibration import IMAGES, calibrate, calibrates
+
+    if not calibrates(run):
+        return
+    total = min(run.config.data.validation_images, IMAGES)
+    with counted("calibrating the search", total, quiet=quiet) as show_done, run.lock():
+        calibrate(run, device, show_done)
+
+
 def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bool) -> None:
     steps = run.config.train.steps
     processes = f" by {world.size} processes" if world.size > 1 else ""
@@ -253,6 +265,11 @@ def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bo
         say("connected components have no weights: each step tries one threshold")
     elif run.config.train.select == "ap":
         say(f"the best checkpoint has the highest validation AP paper: {AUTHORS_RULE}")
+    if run.config.search.mode != "off":
+        say(
+            "validations are quick, without the search; test figures are with it "
+            f"(search.mode = '{run.config.search.mode}')"
+        )
     if resumed and (saved := _last_step(run)):
         say(f"resuming from step {saved}: {max(steps - saved, 0)} of {steps} steps left")
     elif resumed:

@@ -21,6 +21,7 @@ def viz(
     ] = None,
     threshold: options.ThresholdOption = 0.5,
     box_contrast: options.BoxContrastOption = None,
+    search: options.SearchOption = None,
     count: options.CountOption = None,
     device: options.DeviceOption = options.Device.AUTO,
     as_json: options.JsonOption = False,
@@ -34,9 +35,10 @@ def viz(
 
     for path in images:
         image_size(path)  # a file that is no image shows before any work
-    detector = options.open_detector(checkpoint, device, box_contrast)
+    detector = options.open_detector(checkpoint, device, box_contrast, search)
     drawn = []
     with counted("images", len(images), quiet=as_json) as show_done:
+        detector.on_progress = show_done.search
         for path, output in zip(images, outputs, strict=True):
             explanation = detector.explain(path, threshold=threshold, count=count)
             write_png(output, panel(explanation))

@@ -23,8 +23,8 @@ from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
 from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration, calibration_of
-from spairkit.search.search import PosteriorSearch
-from spairkit.storage.checkpoints import load_checkpoint
+from spairkit.search.search import PosteriorSearch, Progress
+from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
 
 SearchMode = Literal["off", "refine", "full"]
@@ -48,6 +48,10 @@ class Detector:
         calibration: of the search; None takes the default.
         name: the origin of the network, for `repr` and reports.
 
+    Attributes:
+        on_progress: called during a search with the name of a phase and the share of it that is
+            done, so that a search in a large image can be watched; None at first.
+
     Raises:
         InputError: `box_contrast` or `search` is given, and the network has none.
         ValueError: `box_contrast` is out of range.
@@ -67,6 +71,7 @@ class Detector:
         self.search: SearchMode = config.search.mode if search is None else search
         self.calibration = calibration or Calibration()
         self.finder: Network | PosteriorSearch = network
+        self.on_progress: Progress | None = None
         if self.search not in get_args(SearchMode):
             raise ValueError(f"search must be off, refine or full, got {search!r}")
         if self.search != "off":
@@ -75,7 +80,7 @@ class Detector:
                     f"{config.model.kind} has no search; remove it (--search), or use off"
                 )
             self.finder = PosteriorSearch(
-                network, self.search, config.search.beta, self.calibration
+                network, self.search, config.search.beta, self.calibration, self._progress
             )
         self.box_contrast = box_contrast
         if isinstance(config.model, ConnCompConfig):
@@ -213,6 +218,10 @@ class Detector:
             images = prepare(images.to(self.device), self.config.prepare)
             return self.finder.explain(images, **options)
 
+    def _progress(self, phase: str, share: float) -> None:
+        if self.on_progress is not None:
+            self.on_progress(phase, share)
+
     def _detect(
         self, group: list[tuple[ImageLike, Tensor]], threshold: float, count: int | None
     ) -> list[Detections]:
@@ -273,13 +282,27 @@ def load(
     """
     device = chosen_device(device)
     checkpoint = load_checkpoint(pretrained() if path is None else Path(path))
+    detector = detector_of(checkpoint, device, box_contrast=box_contrast, search=search)
+    if path is None:
+        detector.name = "the packaged model"
+    return detector
+
+
+def detector_of(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    box_contrast: float | None = None,
+    search: SearchMode | None = None,
+) -> Detector:
+    """The detector of a checkpoint, with its calibration; arguments and errors as in `load`."""
     return Detector(
         from_checkpoint(checkpoint, device),
         checkpoint.config,
         box_contrast=box_contrast,
         search=search,
         calibration=calibration_of(checkpoint.calibration, str(checkpoint.path)),
-        name="the packaged model" if path is None else str(checkpoint.path),
+        name=str(checkpoint.path),
     )
 
 

@@ -55,11 +55,14 @@ class Report:
     overall: Figures
     by_objects: dict[int, Figures]
     """Figures of the images with each true number of objects, ascending."""
+    search: str = "off"
+    """The mode of the detector's search; see `config.SearchConfig`."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`, with the protocol of each figure."""
         return {
             "measured_on": self.measured_on,
+            "search": self.search,
             "threshold": self.threshold,
             "candidate_threshold": min(CANDIDATE_THRESHOLD, self.threshold),
             "overall": self.overall.to_json(),
@@ -123,7 +126,7 @@ def evaluate(
         for n in sorted(set(numbers))
     }
     overall = _figures(candidates, truth, threshold, detector.whole_pixels)
-    return Report(measured_on, threshold, overall, by_objects)
+    return Report(measured_on, threshold, overall, by_objects, detector.search)
 
 
 def _figures(

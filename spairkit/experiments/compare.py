@@ -23,6 +23,7 @@ from spairkit.evaluation import evaluate
 from spairkit.experiments.settings import Settings, Task, config_of, parse_budget
 from spairkit.experiments.shared_runs import Ended, Started, claimed, read_json, resume_or_create
 from spairkit.storage import durable
+from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.loop import fit
 from spairkit.training.validation import Step, Validation
 
@@ -125,9 +126,11 @@ def _run(
             if isinstance(event, Step):
                 first, last = first or event, event
             yield event
-    if stop():
-        yield Ended(task.name)
-        return
+        if stop():
+            yield Ended(task.name)
+            return
+        if calibrates(run):
+            calibrate(run, device)
     dataset = open_dataset(run.config.data, "test", device)
     report = evaluate(
         load(run.path, device),

@@ -45,6 +45,8 @@ class Cell:
     """Mean training time per run; None if it was not measured."""
     given_count: bool = False
     """Whether the model is given the number of objects in each image."""
+    search: str = "off"
+    """The mode of its search; see `config.SearchConfig`."""
     published_ap_spair: Published | None = None
     """The paper's AP on comparable images; None if there is none."""
 
@@ -87,11 +89,13 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
             tasks = [Task(model, objects, seed) for seed in range(settings.seeds)]
             runs = [read_figures(folder / "runs" / task.name) for task in tasks]
             seconds = [run["seconds"] for run in runs if "seconds" in run]
+            config = config_of(settings, tasks[0])
             cells[model] = Cell(
                 figures={name: t_interval([run[name] for run in runs]) for name in FIGURES},
                 steps=int(runs[0]["steps"]),
                 seconds=fmean(seconds) if seconds else None,
-                given_count=config_of(settings, tasks[0]).model.count_is_given,
+                given_count=config.model.count_is_given,
+                search=config.search.mode,
                 published_ap_spair=FIGURE_2[model].get(objects or 0) if is_papers else None,
             )
         rows.append(Row(objects, _overlapping(data), described(data, "test"), cells))

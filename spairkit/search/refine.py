@@ -1,5 +1,7 @@
 """Refinement: gradient descent on all latents of the present objects at once."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ def refine(
     tolerance: float,
     most: int,
     target: Tensor | None = None,  # [B]
+    on_check: Callable[[float], None] | None = None,
 ) -> tuple[Slots, Tensor]:
     """Lowers the energy by Adam until it has converged, each image by itself.
 
@@ -35,6 +38,7 @@ def refine(
         tolerance: nats.
         most: iterations, at most; 0 only measures the energy.
         target: an image also ends when it is unlikely to come below this energy, nats.
+        on_check: called every `CHECK_EVERY` iterations with the share of `most` that is done.
 
     Returns:
         The state of each image with the lowest energy, and that energy [B] in nats.
@@ -65,6 +69,8 @@ def refine(
         now = now - rate * mean / ((scale / (1 - _SCALE_MEMORY**step)).sqrt() + _EPSILON)
         if step % CHECK_EVERY and step < most:
             continue
+        if on_check is not None:
+            on_check(step / most)
         fell = high - here
         going = (fell > enough) & (here - _PATIENCE * fell < goal) & (step < most)
         high = value

@@ -8,6 +8,7 @@ lowers the energy by gradients (`refine`), and then tries births, deaths, merges
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -59,6 +60,7 @@ class PosteriorSearch:
         mode: "refine" lowers the energy of the encoder's objects; "full" also tries moves.
         beta: weight of the KL terms in the energy.
         calibration: of scores and counts.
+        on_progress: called at each check of a refinement and at each round of moves.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class PosteriorSearch:
         mode: Literal["refine", "full"],
         beta: float,
         calibration: Calibration,
+        on_progress: Progress = lambda phase, share: None,
     ) -> None:
         self.network, self.mode, self.calibration = network, mode, calibration
+        self.on_progress = on_progress
         self.energy = Energy(network, beta)
 
     @torch.no_grad()
@@ -120,13 +124,17 @@ class PosteriorSearch:
         return Found(scene, self._measured(scene, slots, latents), costs)
 
     def _refined(self, scene: Scene, slots: Slots) -> Slots:
-        return refine(self.energy, scene, slots, tolerance=TOLERANCE, most=_ITERATIONS)[0]
+        shown = partial(self.on_progress, "refining objects")
+        return refine(
+            self.energy, scene, slots, tolerance=TOLERANCE, most=_ITERATIONS, on_check=shown
+        )[0]
 
     def _move(self, scene: Scene, slots: Slots, latents: Latents) -> tuple[Slots, list[Tensor]]:
         """Tries moves until none lowers the energy; also the costs of rejected objects."""
         rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
+            self.on_progress("trying moves", number / _ROUNDS)
             moves = propose(self.energy, scene, slots, latents, near)
             if not len(moves):
                 break

@@ -22,6 +22,7 @@ from spairkit.data.datasets import data_settings, open_splits
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.storage.runs import Run
+from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.distributed import World
 from spairkit.training.process import keep_freed_memory
 from spairkit.training.threshold import fit_threshold
@@ -92,6 +93,9 @@ def train(
                 say(f"step {event.step}: {figures}")
             elif time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
                 say(f"step {event.step} of {event.steps}")
+        if calibrates(run):
+            say("calibrating the search")
+            calibrate(run, device)
     return load(run.path, device)
 
 

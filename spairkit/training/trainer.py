@@ -218,7 +218,7 @@ class Trainer:
 
     def _validate(self, run: Run, dataset: Dataset) -> Validation:
         self.model.eval()
-        detector = Detector(self.model, self.config)
+        detector = Detector(self.model, self.config, search="off")  # a search takes longer
         figures = {"elbo": self._elbo(dataset)}
         if dataset.has_truth:
             figures |= box_figures(detector, dataset, self.config.train.batch_size)
