@@ -44,8 +44,8 @@ def random_state(world: "Discs", seed: int) -> tuple[Scene, Slots, Tensor]:
     for _ in range(2):
         x, y = uniform(-5, SIZE[1] + 5, number), uniform(-5, SIZE[0] + 5, number)
         x[:4], y[:4] = torch.tensor([2.0, 99.0, 60.0, 1.0]), torch.tensor([3.0, 74.0, 75.0, 50.0])
-        side, what = uniform(5, 19, number), uniform(-1, 1, number)
-        rows = torch.stack([x, y, side, what], dim=-1).tolist()
+        diameter, what = uniform(5, 19, number), uniform(-1, 1, number)
+        rows = torch.stack([x, y, diameter, what], dim=-1).tolist()
         images.append([(a, b, c, d) for a, b, c, d in rows])
     slots = world.slots(*images)
     corner = slots.corner.clone()
