@@ -185,8 +185,14 @@ def found_and_true(boxes: list[list[float]], truth: list[list[float]]) -> tuple[
 
 
 def test_each_true_object_is_matched_once_by_the_surest() -> None:
-    boxes = [[0.0, 0, 10, 10], [1, 0, 11, 10], [40, 40, 50, 50], [20, 0, 30, 10], [20, 0, 27, 10]]
-    truth = [[0.0, 0, 10, 10], [20, 0, 30, 10]]
+    boxes: list[list[float]] = [
+        [0, 0, 10, 10],
+        [1, 0, 11, 10],
+        [40, 40, 50, 50],
+        [20, 0, 30, 10],
+        [20, 0, 27, 10],
+    ]
+    truth: list[list[float]] = [[0, 0, 10, 10], [20, 0, 30, 10]]
     found, true = found_and_true(boxes, truth)
     saved = torch.tensor([5.0, 9.0, 100.0, 7.0, 1.0])
     assert matches(found, saved, true).tolist() == [False, True, False, True, False]
@@ -195,7 +201,7 @@ def test_each_true_object_is_matched_once_by_the_surest() -> None:
 
 
 def test_an_object_takes_another_true_one_if_its_best_is_gone() -> None:
-    boxes = [[0.0, 0, 10, 10], [0, 0, 10, 10]]
+    boxes: list[list[float]] = [[0, 0, 10, 10], [0, 0, 10, 10]]
     found, true = found_and_true(boxes, [[0.0, 0, 10, 10], [0, 0, 10, 5]])
     assert matches(found, torch.tensor([2.0, 1.0]), true).tolist() == [True, True]
 

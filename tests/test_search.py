@@ -1,5 +1,6 @@
 """The search: small scenes whose best state is known, and the packaged model's."""
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -215,8 +216,7 @@ def test_moves_without_refinement_end_at_the_least_of_all_arrangements(
         )
     )
     monkeypatch.setattr("spairkit.search.search.propose", propose)
-    judged = search._judged
-    monkeypatch.setattr(search, "_judged", lambda *parts: judged(*parts, iterations=0))
+    monkeypatch.setattr(search, "_judged", functools.partial(search._judged, iterations=0))
     monkeypatch.setattr(search, "_refined", lambda _, state: state)
     monkeypatch.setattr("spairkit.search.search._ROUNDS", 20)
     ended, _ = search._move(world.scene(images), start, latents)
