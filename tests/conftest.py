@@ -1,4 +1,5 @@
-"""Shared fixtures: uninitialised memory is NaN; `kernel` runs over this machine's backends."""
+"""Shared fixtures: uninitialised memory is NaN; `kernel` runs over this machine's backends;
+`discs` is a SPAIR made by hand."""
 
 import gc
 import os
@@ -9,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from spairkit.config import SPAIRConfig
+from spairkit.images import num_channels
+from spairkit.models.latents import Latents
+from spairkit.models.slots import Slots
+from spairkit.models.spair import SPAIR
+from spairkit.search.energy import Energy, Scene
 
 # otherwise every compilation by Triton warns that this default will change
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -112,3 +121,144 @@ class _NoSync(TorchDispatchMode):
 def no_sync() -> type[_NoSync]:
     """A context in which an operation that synchronises with a device fails."""
     return _NoSync
+
+
+Disc = tuple[float, float, float, float]
+"""x and y of the centre, diameter, px, and z_what[0], which makes it brighter."""
+
+
+class Discs:
+    """A SPAIR made by hand, whose decoder draws a white disc; its encoder finds none.
+
+    z_what[0] changes the brightness and z_what[1] the hue. The encoder gives z_what 0 to every
+    glimpse, and every cell an absent object of 12 px in its middle.
+    """
+
+    SIDE = 12.0
+    PLACES = 2  # that the count prior counts in a cell
+
+    def __init__(self, **settings: Any) -> None:
+        base: dict[str, Any] = {
+            "backbone_channels": (4,),
+            "features": 4,
+            "hidden": 4,
+            "passthrough": 2,
+            "what": 2,
+            "encoder_hidden": (),
+            "decoder_hidden": (),
+            "colour_scale": 1.0,
+            "alpha_scale": 1.0,
+            "alpha_bias": 0.0,
+            "std_bias": -3.0,
+            "size_bias": -1.1,  # 12 of 48 px
+            "size_prior_mean": -1.1,
+            "presence_bias": -10.0,
+            "odds_end": 0.05,
+            "likelihood_floor": 1e-6,
+            "importance_floor": 0.00025,
+            "box_contrast": 0.1,
+        }
+        self.network = net = SPAIR(SPAIRConfig(**base | settings)).eval().requires_grad_(False)
+        side = net.config.object_size
+        place = torch.arange(side) - (side - 1) / 2
+        radius = (place.square() + place.square()[:, None]).sqrt()
+        moments, maps = net.encoder[-1], net.decoder[-1]
+        assert isinstance(moments, nn.Linear)
+        assert isinstance(maps, nn.Linear)
+        moments.weight.zero_()
+        moments.bias[: net.config.what] = 0.0
+        for network in (net.where_network, net.depth_network, net.presence_network):
+            network.last.weight.zero_()
+        net.where_network.last.bias[:2] = 0.0
+        net.depth_network.last.bias[0] = 0.0
+        bias = maps.bias.unflatten(0, (side, side, 4))
+        bias[..., :3] = 2.0
+        bias[..., 3] = (3 * (side / 2 - 0.8 - radius)).clamp(-9, 9)
+        weight = maps.weight.zero_().unflatten(0, (side, side, 4))
+        weight[..., :3, 0] = 1.5
+        weight[..., 0, 1], weight[..., 2, 1] = 0.3, -0.3
+        self.energy = Energy(net, 0.5)
+
+    def boxes(self, discs: list[Disc]) -> Tensor:  # [n, 4] xyxy, px
+        rows = [[x - d / 2, y - d / 2, x + d / 2, y + d / 2] for x, y, d, _ in discs]
+        return torch.tensor(rows).reshape(-1, 4)
+
+    def slots(self, *images: list[Disc], cells: list[tuple[int, int]] | None = None) -> Slots:
+        """The state of each image; `cells` names row and column of each disc's cell."""
+        states = []
+        for discs in images:
+            boxes, c = self.boxes(discs), self.network.config
+            centre = (boxes[:, :2] + boxes[:, 2:]).flip(-1) / 2
+            cell = (centre / c.cell).floor() if cells is None else torch.tensor(cells).float()
+            what = torch.zeros(len(discs), c.what + 1)
+            what[:, 0] = torch.tensor([z for *_, z in discs])
+            where = self.network.where_of(boxes, cell * c.cell)
+            latents = torch.cat([where, what], dim=-1)[None]
+            states.append(
+                Slots(
+                    latents,
+                    torch.full_like(latents, 0.1),
+                    (cell * c.cell)[None],
+                    torch.ones(1, len(discs)),
+                    torch.full((1, len(discs)), torch.inf),
+                )
+            )
+        return Slots.stack(states)
+
+    def scene(self, images: Tensor) -> Scene:
+        """Whole images on black."""
+        rows, columns = self.network.grid(images.shape[-2], images.shape[-1])
+        zeros = images.new_zeros(len(images))
+        return Scene(
+            images,
+            images.new_zeros(len(images), 3, 1, 1),
+            num_channels(images),
+            outside=zeros,
+            places=zeros + rows * columns * self.PLACES,
+        )
+
+    def draw(self, slots: Slots, size: tuple[int, int]) -> Tensor:  # [B, 3, H, W]
+        """The images that the objects explain perfectly."""
+        blank = self.scene(torch.zeros(len(slots.present), 3, *size))
+        return self.energy.draw(blank, slots).clamp(0, 1)
+
+    def latents(self, slots: Slots, size: tuple[int, int], presence_logit: float = -8.0) -> Latents:
+        """What the encoder would have to find to start from `slots`: one object of a cell at most.
+
+        Args:
+            presence_logit: of the other cells, which have objects of 12 px in their middle.
+        """
+        c = self.network.config
+        rows, columns = self.network.grid(*size)
+        batch, number = len(slots.present), rows * columns
+        mean = torch.zeros(batch, number, slots.latents.shape[-1])
+        mean[..., 2:4] = c.size_bias
+        presence = torch.zeros(batch, number)
+        for b, i in (slots.present > 0).nonzero().tolist():
+            row, column = (slots.corner[b, i] / c.cell).long().tolist()
+            assert presence[b, row * columns + column] == 0
+            presence[b, row * columns + column] = 1
+            mean[b, row * columns + column] = slots.latents[b, i]
+        index = torch.arange(number)
+        corner = c.cell * torch.stack([index // columns, index % columns], dim=-1).float()
+        std = torch.full_like(mean, 0.1)
+        where, what, depth = mean.split([4, c.what, 1], dim=-1)
+        return Latents(
+            where_mean=where,
+            where_std=std[..., :4],
+            what_mean=what,
+            what_std=std[..., 4:-1],
+            what=what,
+            depth_mean=depth[..., 0],
+            depth_std=std[..., -1],
+            depth=depth[..., 0],
+            presence_logit=torch.where(presence > 0, 8.0, presence_logit),
+            presence=presence,
+            boxes=self.network.boxes(where, corner),
+        )
+
+
+@pytest.fixture
+def discs() -> type[Discs]:
+    """A SPAIR made by hand, with settings, and states and scenes for it."""
+    return Discs

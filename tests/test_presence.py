@@ -14,7 +14,7 @@ from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
 from spairkit.backends import Backend
-from spairkit.presence import presence_kl, presence_prior
+from spairkit.presence import log_presence_prior, presence_kl, presence_prior
 
 SUCCESSES = [1e-6, 0.1, 0.5, 0.99, 0.9999]
 
@@ -259,3 +259,39 @@ def test_errors_name_the_argument_and_the_rule(change: dict[str, Any], message: 
     prior = {"samples": torch.zeros(2, 3).double(), "success": 0.5, "backend": "cpu"}
     with pytest.raises(ValueError, match="samples is float64"):
         presence_prior(**prior)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("success", [1e-12, 0.1, 0.5, 0.99, 1 / (1 + 1e-6)])
+@pytest.mark.parametrize("places", [0, 1, 2, 5, 9])
+def test_closed_form_matches_enumeration(success: float, places: int) -> None:
+    joint = joint_by_enumeration(places, success)
+    count = torch.tensor([float(sum(z)) for z in joint])
+    found = log_presence_prior(count, torch.full_like(count, places), success)
+    assert float(found.double().exp().sum()) == pytest.approx(1, rel=1e-5)
+    expected = torch.tensor([math.log(p) for p in joint.values()])
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("success", SUCCESSES)
+@pytest.mark.parametrize("num_cells", [1, 6, 40])
+def test_closed_form_equals_the_chain_of_cells(success: float, num_cells: int) -> None:
+    """The product of (B1) and (B2) over the cells of hard samples."""
+    samples = some_samples(8, num_cells).double()
+    prior = presence_prior(samples, success)
+    chain = torch.where(samples > 0.5, prior, 1 - prior).log().sum(1)
+    found = log_presence_prior(samples.sum(1), torch.tensor(float(num_cells)), success)
+    torch.testing.assert_close(found.double(), chain, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("success", [1e-12, 0.5, 1 / (1 + 1e-6), 1 - 1e-12])
+def test_closed_form_is_finite_for_large_images(success: float) -> None:
+    places = 30_000
+    count = torch.arange(places + 1).float()
+    found = log_presence_prior(count, torch.tensor(float(places)), success)
+    assert bool(found.isfinite().all())
+    n, c = float(places), np.arange(places + 1.0)
+    ways = gammaln(n + 1) - gammaln(c + 1) - gammaln(n - c + 1)
+    log_count = c * math.log1p(-success)
+    expected = log_count - logsumexp(log_count) - ways
+    assert np.abs(found.numpy() - expected).max() < 1e-7 * np.abs(expected).max()
+    assert logsumexp(found.double().numpy() + ways) == pytest.approx(0, abs=1e-2)

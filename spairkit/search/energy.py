@@ -11,6 +11,7 @@ that of the image.
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spairkit.kernels.constants import LOGIT_LIMIT
@@ -20,6 +21,8 @@ from spairkit.models.spair import SPAIR
 from spairkit.presence import log_presence_prior
 from spairkit.rendering import render
 
+_BLOCK = 4  # pixels; a third of the side of a typical object
+
 
 @dataclass(frozen=True, eq=False)
 class Scene:
@@ -28,6 +31,7 @@ class Scene:
     images: Tensor  # [B, 3, H, W] in [0, 1]
     background: Tensor  # [B, 3, 1, 1] in [0, 1]
     channels: Tensor  # [B] channels that the likelihood counts; see `images.num_channels`
+    evidence: Tensor  # [B] weight of the likelihood: independent pixels, as a share of all
     outside: Tensor  # [B] objects of the image that have no slot in the window
     places: Tensor  # [B] n of the count prior of the whole image
 
@@ -62,6 +66,7 @@ class Energy:
         )
         kl = weighted_kls(slots.latents, slots.std, slots.present, *self._groups).sum(1)
         count = scene.outside + slots.count
+        nll = scene.evidence * nll
         return nll + self.beta * kl - log_presence_prior(count, scene.places, self._success)
 
     def boxes(self, slots: Slots) -> Tensor:  # [B, N, 4] xyxy, px
@@ -70,9 +75,11 @@ class Energy:
 
     def draw(self, scene: Scene, slots: Slots) -> Tensor:  # [B, 3, H, W]
         """The image of the present objects."""
+        # the importance floor would let absent ones blend in background
+        boxes = torch.where((slots.present > 0)[..., None], self.boxes(slots), 0.0)
         return render(
             self.network.decode(slots.what),
-            self.boxes(slots),
+            boxes,
             slots.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
             slots.present,
             scene.background,
@@ -85,4 +92,22 @@ class Energy:
         """How much more each pixel costs than in a perfect reconstruction."""
         drawn, images = self.draw(scene, slots), scene.images
         loss = self.network.pixel_loss
-        return loss(drawn, images, scene.channels) - loss(images, images, scene.channels)
+        more = loss(drawn, images, scene.channels) - loss(images, images, scene.channels)
+        return scene.evidence[:, None, None] * more
+
+    @torch.no_grad()
+    def evidence(self, scene: Scene, slots: Slots) -> Tensor:  # [B] in (0, 1]
+        """The share of independent pixels, from the residuals of each image; 1 for digits.
+
+        The normal likelihood takes the residuals of pixels for independent, but blur, texture and a
+        wrong background make neighbours differ from the model alike. The mean residual of a block
+        of k x k pixels would have a variance of sigma^2 / k^2; where it is larger, each pixel
+        counts for less by this factor. The Bernoulli likelihood is taken as it is.
+        """
+        if self.network.config.likelihood != "normal":
+            return torch.ones_like(scene.evidence)
+        residual = (self.draw(scene, slots) - scene.images).mean(1, keepdim=True)
+        side = min(_BLOCK, *residual.shape[-2:])
+        blocks = F.avg_pool2d(residual, side)
+        variance = side**2 * blocks.square().flatten(1).mean(1)
+        return (self.network.noise_std.square() / variance.clamp(min=1e-12)).clamp(max=1)

@@ -130,6 +130,7 @@ def judge(
         side: of the windows, px; less where the image is smaller.
         iterations: of refinement, at most; 0 for none.
     """
+    slots = slots.padded(max(1, slots.present.shape[1]))  # so that -1 names a slot
     area = min(side, scene.images.shape[-2]) * min(side, scene.images.shape[-1])
     chunk = max(1, _MOST_PIXELS // area)
     return Outcomes.join(
@@ -228,6 +229,7 @@ def _windows(
         crop.permute(0, 3, 1, 2).contiguous(),
         scene.background[image],
         scene.channels[image],
+        scene.evidence[image],
         scene.outside[image] + slots.count[image] - near.count,
         scene.places[image],
     )

@@ -29,9 +29,9 @@ def refine(
 ) -> tuple[Slots, Tensor]:
     """Lowers the energy by Adam until it has converged, each image by itself.
 
-    An image has converged when its lowest energy fell by less than `tolerance` for each object that
-    may change, or for one, in the last `CHECK_EVERY` iterations. Those that have not go on without
-    the others.
+    An image has converged when its energies of the last `CHECK_EVERY` iterations all lie within
+    `tolerance` for each object that may change, or for one, of the lowest so far. The images that
+    have not go on without the others.
 
     Args:
         free: 1 for the objects that may change, else 0; None: all.
@@ -50,8 +50,8 @@ def refine(
     rows = torch.arange(len(latents), device=latents.device)  # images that go on
     goal = torch.full_like(lowest, torch.inf) if target is None else target
     moves = (slots.present if free is None else free * slots.present)[..., None]
+    now, best, here, high = latents.clone(), latents.clone(), lowest.clone(), -lowest
     enough = tolerance * moves.sum((1, 2)).clamp(min=1)
-    now, best, here, before = latents.clone(), latents.clone(), lowest.clone(), lowest.clone()
     mean, scale = torch.zeros_like(now), torch.zeros_like(now)
     view, part = scene, slots
     for step in range(1, most + 1):
@@ -61,7 +61,7 @@ def refine(
             (gradient,) = torch.autograd.grad(value.sum(), now)
         now, value = now.detach(), value.detach()
         best = torch.where((value < here)[:, None, None], now, best)
-        here = torch.minimum(value, here)
+        here, high = torch.minimum(value, here), torch.maximum(value, high)
         gradient = gradient * moves
         mean = torch.lerp(gradient, mean, _MOMENTUM)
         scale = torch.lerp(gradient.square(), scale, _SCALE_MEMORY)
@@ -71,16 +71,16 @@ def refine(
             continue
         if on_check is not None:
             on_check(step / most)
-        fell = before - here
+        fell = high - here
         going = (fell > enough) & (here - _PATIENCE * fell < goal) & (step < most)
-        before = here
+        high = value
         if bool(going.all()):
             continue
         latents[rows[~going]], lowest[rows[~going]] = best[~going], here[~going]
         if not bool(going.any()):
             break
         rows, goal, enough, moves = (x[going] for x in (rows, goal, enough, moves))
-        before, here = before[going], here[going]
+        high, here = high[going], here[going]
         now, best, mean, scale = (x[going] for x in (now, best, mean, scale))
         view, part = view.select(going), part.images(going)
     return slots.changed(latents), lowest

@@ -110,12 +110,14 @@ class PosteriorSearch:
             images,
             background,
             num_channels(images),
+            evidence=images.new_ones(batch),
             outside=images.new_zeros(batch),
             places=images.new_full((batch,), cells * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
         slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
         slots = self._refined(scene, slots)
+        scene = replace(scene, evidence=self.energy.evidence(scene, slots))
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents)
