@@ -213,6 +213,7 @@ class Discs:
             images,
             images.new_zeros(len(images), 3, 1, 1),
             num_channels(images),
+            evidence=zeros + 1,
             outside=zeros,
             places=zeros + rows * columns * self.PLACES,
         )

@@ -55,6 +55,7 @@ def state(seed: int = 0) -> tuple[Scene, Slots]:
         images,
         0.5 * torch.rand(2, 3, 1, 1, generator=random),
         channels=torch.tensor([1, 3]),
+        evidence=torch.tensor([1.0, 0.6]),
         outside=torch.tensor([0.0, 3.0]),
         places=torch.tensor([8.0, 20.0]),
     )
@@ -142,7 +143,8 @@ def energy_by_hand(net: SPAIR, scene: Scene, slots: Slots, b: int, beta: float) 
         for x in range(WIDTH):
             for k in range(3):
                 true = float(scene.images[b, k, y, x])
-                total += pixel_nll(net, drawn[y][x][k], true, int(scene.channels[b]))
+                nll = pixel_nll(net, drawn[y][x][k], true, int(scene.channels[b]))
+                total += float(scene.evidence[b]) * nll
     priors = [(0.0, 1.3)] * 2 + [(-1.5, 0.7)] * 2 + [(0.0, 1.0)] * 4
     on = [i for i in range(slots.present.shape[1]) if slots.present[b, i]]
     for i in on:
@@ -216,7 +218,8 @@ def test_excess_sums_to_the_difference_of_reconstruction_losses(likelihood: str)
     ]
     excess = energy.excess(scene, slots)
     assert excess.shape == (2, HEIGHT, WIDTH)
-    torch.testing.assert_close(excess.sum((1, 2)), expected[0] - expected[1])
+    difference = scene.evidence * (expected[0] - expected[1])
+    torch.testing.assert_close(excess.sum((1, 2)), difference)
     for b, y, x in [(0, 0, 0), (1, 7, 11), (1, 13, 18)]:
         values = zip(drawn[b, :, y, x].tolist(), scene.images[b, :, y, x].tolist(), strict=True)
         channels = int(scene.channels[b])
@@ -224,7 +227,7 @@ def test_excess_sums_to_the_difference_of_reconstruction_losses(likelihood: str)
             pixel_nll(net, one, true, channels) - pixel_nll(net, true, true, channels)
             for one, true in values
         )
-        assert float(excess[b, y, x]) == pytest.approx(pixel)
+        assert float(excess[b, y, x]) == pytest.approx(float(scene.evidence[b]) * pixel)
 
 
 def test_perfect_reconstruction_has_no_excess(discs: "type[Discs]") -> None:
@@ -242,3 +245,19 @@ def test_selected_scenes_keep_all_parts() -> None:
             assert torch.equal(getattr(part, field.name), getattr(scene, field.name)[1:])
         energy = Energy(network("normal"), BETA)
         torch.testing.assert_close(energy(part, few), energy(scene, slots)[1:])
+
+
+@torch.no_grad()
+def test_evidence_is_the_share_of_independent_pixels() -> None:
+    """White noise counts fully; the same noise in blocks of four pixels a side, a sixteenth."""
+    net = network("normal")
+    white = 0.2 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    blocks = white[..., ::4, ::4].repeat_interleave(4, -1).repeat_interleave(4, -2)
+    images = (0.5 + torch.cat([white, blocks])).expand(-1, 3, -1, -1)
+    one = torch.ones(2)
+    scene = Scene(images, torch.full((2, 3, 1, 1), 0.5), one, one, 0 * one, 8 * one)
+    slots = Slots(*(torch.zeros(2, 0, *x) for x in ((8,), (8,), (2,), (), ())))
+    shares = Energy(net, 0.5).evidence(scene, slots)
+    assert shares[0] > 0.9
+    assert float(shares[1]) == pytest.approx(1 / 16, rel=0.2)
+    assert Energy(network("bernoulli"), 0.5).evidence(scene, slots).tolist() == [1.0, 1.0]

@@ -86,7 +86,9 @@ def shares(given: dict[str, Any], b: int) -> list[list[list[tuple[float, float]]
 
 
 def by_torch(given: dict[str, Any], dtype: torch.dtype = torch.float32) -> Tensor:
-    parts = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()}
+    parts: dict[str, Any] = {
+        k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in given.items()
+    }
     parts["background"] = parts["background"].expand(-1, -1, HEIGHT, WIDTH)
     return owners_by_torch(**parts)
 
@@ -130,12 +132,14 @@ def test_owners_by_numba_equal_plain_torch(seed: int) -> None:
 def test_owners_take_strided_and_float64_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     given = scene(3)
     expected = owners(**given, size=(HEIGHT, WIDTH))
-    strided = given | {
+    strided: dict[str, Any] = given | {
         "maps": given["maps"].transpose(2, 3).contiguous().transpose(2, 3),
         "boxes": given["boxes"].repeat(1, 1, 2)[..., :4],
     }
     assert torch.equal(owners(**strided, size=(HEIGHT, WIDTH)), expected)
-    double = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
+    double: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()
+    }
     assert torch.equal(owners(**double, size=(HEIGHT, WIDTH)), by_torch(double, torch.float64))
     monkeypatch.setattr(masks_module, "runs_compiled", lambda *_: False)
     assert torch.equal(owners(**given, size=(HEIGHT, WIDTH)), by_torch(given))
@@ -143,7 +147,7 @@ def test_owners_take_strided_and_float64_inputs(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_first_of_equals_owns_a_pixel() -> None:
     given = scene(0, number=1)
-    twice = {
+    twice: dict[str, Any] = {
         k: v.repeat_interleave(2, 1) if isinstance(v, Tensor) and k != "background" else v
         for k, v in given.items()
     }
@@ -203,7 +207,11 @@ def test_masks_equal_a_loop(seed: int, share: float) -> None:
     assert found.slots.tolist() == slots
     assert found.boxes.tolist() == boxes
     assert (found.label_image == labels).all()
-    assert (found.label_image.dtype, found.boxes.dtype, found.slots.dtype) == ("i4", "f4", "i8")
+    assert [part.dtype.str[1:] for part in (found.label_image, found.boxes, found.slots)] == [
+        "i4",
+        "f4",
+        "i8",
+    ]
 
 
 def test_a_single_bright_pixel_is_not_the_height() -> None:

@@ -110,4 +110,5 @@ class Energy:
         side = min(_BLOCK, *residual.shape[-2:])
         blocks = F.avg_pool2d(residual, side)
         variance = side**2 * blocks.square().flatten(1).mean(1)
-        return (self.network.noise_std.square() / variance.clamp(min=1e-12)).clamp(max=1)
+        share: Tensor = self.network.noise_std.square() / variance.clamp(min=1e-12)
+        return share.clamp(max=1)

@@ -121,7 +121,10 @@ class PosteriorSearch:
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents)
-        return Found(scene, self._measured(scene, slots, latents), costs)
+        slots = self._measured(scene, slots, latents)
+        if self.mode == "full":  # moves do not try the death of objects that overlap no other one
+            slots = replace(slots, present=torch.where(slots.saved < 0, 0, slots.present))
+        return Found(scene, slots, costs)
 
     def _refined(self, scene: Scene, slots: Slots) -> Slots:
         shown = partial(self.on_progress, "refining objects")
