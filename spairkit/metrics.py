@@ -49,7 +49,7 @@ PROTOCOLS = {
     "count_error": "mean absolute difference of the numbers of objects",
     "count_bias": "mean of found minus true number of objects; above 0 is too many",
     "interval_coverage": (
-        "share of images whose true number of objects lies in the central 90 % interval of its "
+        "share of images whose true number of objects lies in the shortest 90 % interval of its "
         "posterior, ends included; None for models without one"
     ),
     "interval_width": (

@@ -56,7 +56,7 @@ def quick() -> dict[str, Any]:
             "odds_end": 0.05,
             "odds_schedule": "log-linear",
             "likelihood_floor": 1e-6,
-            "box_contrast": 0.1,
+            "box_contrast": 0.03,
             "beta": 2.0,
         },
         "search": {"mode": "full"},
@@ -80,7 +80,7 @@ def laptop() -> dict[str, Any]:
         quick(),
         {
             "data": {"max_objects": 9},
-            "model": {"what": 32, "beta": 1.5, "box_contrast": 0.03},
+            "model": {"what": 32, "beta": 1.5, "box_contrast": 0.01},
             "train": {"steps": 28_000, "learning_rate": 1.5e-3, "validation_every": 1000},
         },
     )

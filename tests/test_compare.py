@@ -20,10 +20,11 @@ from spairkit.cli.main import main
 from spairkit.experiments.compare import compare, is_evaluated
 from spairkit.experiments.picture import draw_comparison
 from spairkit.experiments.published import FIGURE_2
-from spairkit.experiments.settings import Settings, open_comparison
+from spairkit.experiments.settings import Settings, config_of, open_comparison
 from spairkit.experiments.shared_runs import Ended, Started, claimed
 from spairkit.experiments.table import Cell, Interval, Row, advice, summary, t_interval, tabulate
 from spairkit.images import write_png
+from spairkit.presets import resolve
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.training.loop import Step
@@ -32,7 +33,10 @@ CPU = torch.device("cpu")
 NETWORK = {"what": 4, "encoder_hidden": [8], "decoder_hidden": [8]}
 TINY: dict[str, Any] = {
     "data": {"image_height": 24, "image_width": 24, "validation_images": 6, "test_images": 8},
-    "spair": {"model": {"backbone_channels": [4], "features": 8, "hidden": 8, **NETWORK}},
+    "spair": {
+        "model": {"backbone_channels": [4], "features": 8, "hidden": 8, **NETWORK},
+        "search": {"mode": "refine"},  # moves of an untrained network take long
+    },
     "air": {"model": {"units": 8, "output_hidden": 8, **NETWORK}},
     "dair": {"model": {"units": 8, "difference_hidden": [8], "output_hidden": 8, **NETWORK}},
     "conncomp": {"model": {"images": 8}, "train": {"steps": 4}},
@@ -224,6 +228,48 @@ def test_command_prints_and_writes_the_results(
     assert models["spair"]["published_ap_spair"] is None, "published for images of another size"
     assert models["spair"]["figures"]["ap"].keys() == {"mean", "low", "high", "values"}
     assert len(models["spair"]["figures"]["ap"]["values"]) == 2
+
+
+def test_only_spair_searches_and_is_calibrated(whole: Path) -> None:
+    for task in begin(whole).tasks():
+        path = whole / "runs" / task.name
+        is_spair = task.model == "spair"
+        assert json.loads((path / "test.json").read_text())["search"] == (
+            "refine" if is_spair else "off"
+        )
+        assert bool(load_checkpoint(path).calibration) == is_spair
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_search_of_the_preset_reaches_spair_alone(tmp_path: Path, preset: str) -> None:
+    chosen = open_comparison(tmp_path / "new", {"objects": [1], "seeds": 1, "preset": preset})[1]
+    modes = {task.model: config_of(chosen, task).search.mode for task in chosen.tasks()}
+    usual = resolve(preset).search.mode
+    assert modes == {"spair": usual, "air": "off", "dair": "off", "conncomp": "off"}
+
+
+def test_search_can_be_chosen_for_spair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = [word for word in WORDS[1::2] if not word.startswith("spair.search")]
+    words = [word for setting in settings for word in ("--set", setting)]
+    words = ["--objects", "1", "--seeds", "1", "--budget", "2", *words]
+    refused = command(capsys, "--models", "air,conncomp", "--search", "off", *words)
+    assert refused[:2] == (2, "")
+    assert "--search off: only SPAIR has a search; add spair to --models" in refused[2]
+    out = tmp_path / "own"
+    words = ["--out", str(out), "--models", "spair,conncomp", *words]
+    status, table, err = command(capsys, "--search", "refine", *words)
+    assert status == 0, err
+    assert "2 updates per neural model; SPAIR's search: refine\n" in table
+    values = json.loads((out / "results.json").read_text())
+    assert values["settings"]["over"]["spair"]["search"] == {"mode": "refine"}
+    cells = values["rows"][0]["models"]
+    assert {model: cell["search"] for model, cell in cells.items()} == {
+        "spair": "refine",
+        "conncomp": "off",
+    }
+    status, _, err = command(capsys, "--search", "off", *words)
+    assert status == 2
+    assert "the settings of a comparison are fixed, and these differ: over: " in err
 
 
 def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:

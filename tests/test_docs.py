@@ -119,6 +119,8 @@ def small(words: list[str]) -> list[str]:
         sizes = LOOP | IMAGES | {"train.steps": "2"}
         easy = ["--seeds", "1", "--every", "2", "--ap", "0", "--count-accuracy", "0"]
         return [*words, *easy, *assigned(sizes), *network]
+    if words[:2] == ["bench", "search"]:
+        return [*words, "--batch", "1", "--size", "48", "--seconds", "0"]
     if command == "bench":
         return [*words, "--batch", "1", "--seconds", "0"]
     return words

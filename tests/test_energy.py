@@ -218,7 +218,8 @@ def test_excess_sums_to_the_difference_of_reconstruction_losses(likelihood: str)
     ]
     excess = energy.excess(scene, slots)
     assert excess.shape == (2, HEIGHT, WIDTH)
-    torch.testing.assert_close(excess.sum((1, 2)), expected[0] - expected[1])
+    difference = scene.evidence * (expected[0] - expected[1])
+    torch.testing.assert_close(excess.sum((1, 2)), difference)
     for b, y, x in [(0, 0, 0), (1, 7, 11), (1, 13, 18)]:
         values = zip(drawn[b, :, y, x].tolist(), scene.images[b, :, y, x].tolist(), strict=True)
         channels = int(scene.channels[b])
@@ -226,7 +227,7 @@ def test_excess_sums_to_the_difference_of_reconstruction_losses(likelihood: str)
             pixel_nll(net, one, true, channels) - pixel_nll(net, true, true, channels)
             for one, true in values
         )
-        assert float(excess[b, y, x]) == pytest.approx(pixel)
+        assert float(excess[b, y, x]) == pytest.approx(float(scene.evidence[b]) * pixel)
 
 
 def test_perfect_reconstruction_has_no_excess(discs: "type[Discs]") -> None:

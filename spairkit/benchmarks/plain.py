@@ -86,7 +86,7 @@ class PlainSPAIR(SPAIR):
             cells.append(cell)
         return join(cells, torch.arange(len(cells), device=images.device))
 
-    def _decode(self, what: Tensor) -> Tensor:
+    def decode(self, what: Tensor) -> Tensor:
         logits = self.decoder(what).to(what.dtype)
         logits = logits.unflatten(-1, (self.config.object_size, self.config.object_size, 4))
         scale, bias = appearance_constants(self.config, logits.device, logits.dtype)

@@ -15,7 +15,7 @@ from spairkit.backends import runs_compiled
 from spairkit.kernels.constants import MIN_SIDE
 from spairkit.rendering import taps
 
-LEAST_CONTRAST = 0.02
+LEAST_CONTRAST = 0.01
 """Contrast to the background that an object must make alone to own a pixel."""
 
 HEIGHT_PERCENTILE = 80

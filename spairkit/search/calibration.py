@@ -23,13 +23,13 @@ _RIDGE = 1e-2  # keeps the slope finite where all objects are real
 
 @dataclass(config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False), frozen=True)
 class Calibration:
-    """How energies become probabilities. The defaults were fitted to the packaged model."""
+    """How energies become probabilities. The defaults are close to those of the packaged model."""
 
-    midpoint: Annotated[float, Field(gt=0, le=1e9)] = 30.0
+    midpoint: Annotated[float, Field(gt=0, le=1e9)] = 3.0
     """An object that saves this energy, nats, is as likely real as not."""
-    slope: Annotated[float, Field(gt=0, le=1e3)] = 2.0
+    slope: Annotated[float, Field(gt=0, le=1e3)] = 1.5
     """Log-odds that a factor of e in energy adds."""
-    temperature: Annotated[float, Field(gt=0, le=1e9)] = 20.0
+    temperature: Annotated[float, Field(gt=0, le=1e9)] = 2.0
     """A rejected object counts with odds exp(-energy / temperature); nats."""
 
     def score(self, saved: Tensor) -> Tensor:
