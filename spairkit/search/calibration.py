@@ -70,11 +70,20 @@ def fit_scores(saved: Array, real: npt.NDArray[np.bool_]) -> tuple[float, float]
         gradient = features.T @ (p - real) + _RIDGE * weights
         curvature = (features * (p * (1 - p))[:, None]).T @ features + _RIDGE * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
-        weights = weights - step * min(1.0, 2.0 / float(np.abs(step).max() + 1e-12))
+        loss = _loss(features, real, weights)
+        while _loss(features, real, weights - step) > loss and float(np.abs(step).max()) > 1e-9:
+            step = step / 2  # a whole step from afar leads away
+        weights = weights - step
         if float(np.abs(step).max()) < 1e-9:
             break
     slope = max(float(weights[0]), 0.1)
     return math.exp(min(max(-float(weights[1]) / slope, -2.0), 12.0)), slope
+
+
+def _loss(features: Array, real: npt.NDArray[np.bool_], weights: Array) -> float:
+    logits = features @ weights
+    nats = np.logaddexp(0, logits) - real * logits
+    return float(nats.sum() + _RIDGE / 2 * weights @ weights)
 
 
 def fit_temperature(
