@@ -128,7 +128,9 @@ def test_training_prints_figures_and_two_working_commands(run: Runner) -> None:
         r"^step 3: validation elbo -\S+, AP \d\S+, AP paper \d\S+, count right ", ended.err, re.M
     )
     assert re.search(
-        r"^ *objects +images +AP +AP paper +AP COCO +AP50 +count right ", ended.out, re.M
+        r"^ *objects +images +AP +paper +COCO +AP50 +right +error +bias +holds +width ",
+        ended.out,
+        re.M,
     )
     assert "AP paper: the rule of the SPAIR authors' code." in ended.out
     assert "run: my run\n" in ended.out
@@ -313,14 +315,15 @@ def test_detect_writes_valid_coco_csv_and_jsonl(run: Runner, workplace: Path) ->
         (one["bbox"], one["score"]) for one in found
     ]
     lines = run(*words, "--format", "csv").out.splitlines()
-    assert lines[0] == "image,image_id,x1,y1,x2,y2,score"
+    assert lines[0] == "image,image_id,x1,y1,x2,y2,score,area,intensity"
     assert len(lines) == 1 + len(found)
-    name, number, x1, y1, x2, y2, score = lines[1].split(",")
+    name, number, x1, y1, x2, y2, score, area, _ = lines[1].split(",")
     assert name == "for-coco/00000.png"
     assert [float(x1), float(y1), float(x2) - float(x1), float(y2) - float(y1)] == pytest.approx(
         found[0]["bbox"]
     )
     assert (int(number), float(score)) == (found[0]["image_id"], found[0]["score"])
+    assert int(area) == found[0]["area"]
     records = [json.loads(line) for line in run(*words, "--format", "jsonl").out.splitlines()]
     assert [record["image_id"] for record in records] == [1, 2, 3]
     assert sum(record["count"] for record in records) == len(found)
@@ -357,7 +360,7 @@ def test_detect_writes_masks_and_counts(run: Runner, tmp_path: Path) -> None:
     image[:, :3, :4] = 0.2
     for name in "ab":
         write_png(tmp_path / f"{name}.png", image)
-    words = ("detect", tmp_path / "a.png", "--threshold", "0.01")
+    words = ("detect", tmp_path / "a.png", "--threshold", "0.01", "--search", "off")
     ended = run(*words, "--out", "rich.json")
     results = json.loads(Path("rich.json").read_text())
     num = len(results)
@@ -377,7 +380,7 @@ def test_detect_writes_masks_and_counts(run: Runner, tmp_path: Path) -> None:
     assert (record["count"], record["count_mean"]) == (num, pytest.approx(num + 0.5))
     assert record["count_interval"] == [num, num + 1]
     assert record["area"] == [12] + [0] * (num - 1)
-    empty = run(*words[:2], "--threshold", "0.999999", "--format", "csv").out
+    empty = run(*words, "--threshold", "0.999999", "--format", "csv").out
     assert empty.splitlines() == lines[:1]
 
 
@@ -405,8 +408,9 @@ def test_eval_prints_intervals_where_there_are_any(run: Runner) -> None:
 
 
 def test_eval_of_models_without_counts_has_no_columns_of_intervals(run: Runner) -> None:
-    assert json.loads(run("eval", "--json").out)["overall"]["interval_width"] is None
-    assert "90 %" not in run("eval").out
+    words = ("eval", "--search", "off")
+    assert json.loads(run(*words, "--json").out)["overall"]["interval_width"] is None
+    assert "90 %" not in run(*words).out
 
 
 def test_detect_writes_names_that_are_not_utf8_but_not_over_an_image(
@@ -462,7 +466,8 @@ def test_box_contrast_can_be_chosen_after_training(run: Runner, tmp_path: Path) 
     write_png(image, torch.rand(3, 30, 31))
 
     def boxes(*words: str) -> Tensor:
-        found = json.loads(run("detect", image, "--threshold", "0.01", *words).out)
+        options = ("--search", "off", "--threshold", "0.01", *words)
+        found = json.loads(run("detect", image, *options).out)
         return torch.tensor([one["bbox"] for one in found])
 
     trained, own, close = (boxes(*words) for words in ([], [option, "0"], [option, "0.95"]))
@@ -473,7 +478,7 @@ def test_box_contrast_can_be_chosen_after_training(run: Runner, tmp_path: Path) 
     assert (close[:, 2:].prod(1) <= trained[:, 2:].prod(1)).all()
     assert (close[:, 2:].prod(1) < trained[:, 2:].prod(1)).any()
     figures = [
-        json.loads(run("eval", "--json", "--threshold", "0.01", option, share).out)
+        json.loads(run("eval", "--json", "--search", "off", option, share).out)
         for share in ("0", "0.95")
     ]
     assert figures[0]["overall"]["count_error"] == figures[1]["overall"]["count_error"]
@@ -518,9 +523,9 @@ def test_levels_of_a_run_are_applied_to_all_images(run: Runner, tmp_path: Path) 
     detector, path = load("levels"), tmp_path / "1.png"
     image = read_image(path)
     prepared = prepare(image, PrepareConfig(black=black, white=white))
-    by_hand = detector.network.detect(prepared[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
-    raw = detector.network.detect(image[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
-    assert not torch.allclose(by_hand, raw)
+    by_hand = detector.finder.detect(prepared[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
+    raw = detector.finder.detect(image[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
+    assert by_hand.tolist() != raw.tolist()
     for scores in (
         detector.detect(path, threshold=0.0).scores,
         next(detector.detect_many(tmp_path.glob("1.png"), threshold=0.0)).scores,

@@ -17,6 +17,7 @@ from spairkit.config import (
     ConnCompConfig,
     DataConfig,
     PrepareConfig,
+    SearchConfig,
     SPAIRConfig,
     TrainConfig,
 )
@@ -209,13 +210,14 @@ def test_mutated_files_load_or_are_refused(tmp_path: Path) -> None:
 
 def test_toml_contains_every_field() -> None:
     tables = tomllib.loads(to_toml(Config()))
-    assert tables.keys() == {"preset", "data", "prepare", "model", "train"}
+    assert tables.keys() == {"preset", "data", "prepare", "model", "search", "train"}
     air = tomllib.loads(to_toml(Config(model=AIRConfig())))["model"]
     assert air.keys() == {field.name for field in fields(AIRConfig)}
     for name, kind in (
         ("data", DataConfig),
         ("prepare", PrepareConfig),
         ("model", SPAIRConfig),
+        ("search", SearchConfig),
         ("train", TrainConfig),
     ):
         assert tables[name].keys() == {field.name for field in fields(kind)}
