@@ -1,5 +1,6 @@
 """The networks of SPAIR, without sampling (supplement D.2, docs/model.md 3)."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,11 +12,34 @@ from spairkit.models.convolutions import convolve
 
 _ACTIVATIONS = {"relu": nn.ReLU, "celu": nn.CELU, "softplus": nn.Softplus}
 _KERNEL = 4  # of the strided layers
+_LEAST_ROWS = 64  # of a product, for the kernel that is used for many
+
+
+class Linear(nn.Linear):
+    """A linear layer that, outside training, gives a row the same bits beside any other rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., outputs] from [..., inputs]."""
+        return row_product(x, self.weight, self.bias, self.training)
+
+
+def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+    """`F.linear`; outside training, the bits of a row do not depend on the number of rows.
+
+    Libraries multiply few rows by another kernel, which rounds differently. Whether an image is
+    searched alone or in a batch would then decide between states of nearly the same energy.
+    """
+    rows = math.prod(x.shape[:-1])
+    if training or rows >= _LEAST_ROWS:
+        return F.linear(x, weight, bias)
+    padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _LEAST_ROWS - rows))
+    outputs: Tensor = F.linear(padded, weight, bias)[:rows].unflatten(0, x.shape[:-1])
+    return outputs
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     """A linear layer with Glorot-uniform weights and zero biases (docs/model.md 3.1)."""
-    layer = nn.Linear(inputs, outputs)
+    layer = Linear(inputs, outputs)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -91,7 +115,8 @@ class LateralNetwork(nn.Module):
     def forward(self, product: Tensor, own: Tensor | None) -> Tensor:
         """[..., outputs] from the shared product [..., hidden] and the own inputs [..., own]."""
         if own is not None:
-            product = product + F.linear(own, self.first.weight[:, self.shared :])
+            weight = self.first.weight[:, self.shared :]
+            product = product + row_product(own, weight, None, self.training)
         x = self.activation(product)
         outputs: Tensor = self.last(self.activation(self.second(x)))
         return outputs

@@ -30,7 +30,14 @@ from spairkit.models.elbo import Losses
 from spairkit.models.glimpses import extract_glimpses
 from spairkit.models.latents import Latents, Noise, join
 from spairkit.models.masks import masks_of, owners
-from spairkit.models.networks import Backbone, LateralNetwork, check_images, mlp, shared_weights
+from spairkit.models.networks import (
+    Backbone,
+    LateralNetwork,
+    check_images,
+    mlp,
+    row_product,
+    shared_weights,
+)
 from spairkit.models.noise import Source
 from spairkit.models.slots import Slots
 from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
@@ -364,7 +371,7 @@ class SPAIR(nn.Module):
         networks = (self.where_network, self.depth_network, self.presence_network)
         weights = shared_weights(networks, 0, c.features)
         bias = torch.cat([network.first.bias for network in networks])
-        products = F.linear(features, weights, bias)  # [B, K, 3 hidden]
+        products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
         trains = relaxed and torch.is_grad_enabled() and not images.requires_grad
         if noise is not None and trains and has_kernel(images, self.encoder):
@@ -390,7 +397,7 @@ class SPAIR(nn.Module):
             if edge is not None:
                 pool = torch.cat([edge, *vectors[-LOOKBACK:]])
                 context = pool[wave.neighbours].transpose(1, 2).flatten(2)  # [n, B, 4 V]
-                product = product + F.linear(context, context_weights)
+                product = product + row_product(context, context_weights, None, self.training)
             drawn = None if noise is None else (normal[cells], jitter[cells])
             latents, vector = self._encode_wave(
                 images, product, corners[cells], drawn, training_wheels, relaxed
