@@ -40,7 +40,12 @@ UNRUN = (
 LOOP = {"train.batch_size": "2", "train.threads": "1"}
 IMAGES = {"data.validation_images": "2", "data.test_images": "2"}
 DENSE = {"model.encoder_hidden": "[8]", "model.decoder_hidden": "[8]"}
-SPAIR = DENSE | {"model.backbone_channels": "[4]", "model.features": "8", "model.hidden": "8"}
+SPAIR = DENSE | {
+    "model.backbone_channels": "[4]",
+    "model.features": "8",
+    "model.hidden": "8",
+    "search.mode": "refine",  # moves of an untrained network take long
+}
 NETWORKS = {
     "spair": SPAIR,
     "air": DENSE | {"model.units": "8"},

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from scipy.optimize import minimize
 from torch import Tensor
 
 from spairkit.counts import CountPosterior
@@ -57,33 +58,22 @@ def calibration_of(values: Mapping[str, float], source: str) -> Calibration:
 
 
 def fit_scores(saved: Array, real: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Midpoint and slope by logistic regression on the log of the energy, with Newton's method.
+    """Midpoint and slope by logistic regression on the log of the energy.
 
     Args:
         saved: [n] nats. real: [n] whether the object has a true one.
     """
-    x = np.log(np.clip(saved, _LEAST_ENERGY, 1e9))
-    features = np.stack([x, np.ones_like(x)], axis=1)
-    weights = np.array([1.0, -math.log(Calibration().midpoint)])
-    for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(features @ weights, -30, 30)))
-        gradient = features.T @ (p - real) + _RIDGE * weights
-        curvature = (features * (p * (1 - p))[:, None]).T @ features + _RIDGE * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        loss = _loss(features, real, weights)
-        while _loss(features, real, weights - step) > loss and float(np.abs(step).max()) > 1e-9:
-            step = step / 2  # a whole step from afar leads away
-        weights = weights - step
-        if float(np.abs(step).max()) < 1e-9:
-            break
-    slope = max(float(weights[0]), 0.1)
-    return math.exp(min(max(-float(weights[1]) / slope, -2.0), 12.0)), slope
+    logs = np.log(np.clip(saved, _LEAST_ENERGY, 1e9))
 
+    def loss(weights: Array) -> float:  # of slope and intercept
+        logits = weights[0] * logs + weights[1]
+        nats: float = (np.logaddexp(0, logits) - real * logits).sum()
+        return nats + _RIDGE / 2 * float(weights @ weights)
 
-def _loss(features: Array, real: npt.NDArray[np.bool_], weights: Array) -> float:
-    logits = features @ weights
-    nats = np.logaddexp(0, logits) - real * logits
-    return float(nats.sum() + _RIDGE / 2 * weights @ weights)
+    start = np.array([1.0, -math.log(Calibration().midpoint)])
+    slope, intercept = minimize(loss, start, method="Nelder-Mead").x.tolist()
+    slope = max(slope, 0.1)
+    return math.exp(min(max(-intercept / slope, -2.0), 12.0)), slope
 
 
 def fit_temperature(

@@ -23,7 +23,15 @@ from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration
 from spairkit.search.energy import Energy, Scene
-from spairkit.search.moves import MOVE_ITERATIONS, TOLERANCE, Moves, Outcomes, judge, selected
+from spairkit.search.moves import (
+    MOVE_ITERATIONS,
+    TOLERANCE,
+    Moves,
+    Outcomes,
+    judge,
+    selected,
+    support,
+)
 from spairkit.search.proposals import Array, overlaps, propose, typical_side
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
@@ -32,8 +40,6 @@ _ITERATIONS = 100  # of refinement, at most
 _ROUNDS = 6  # of moves, at most
 _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
-_LEAST_WINDOW = 32
-_DEATH_WINDOW = 2.5  # side of a window for a death alone, in typical sides
 _SLOTS_PER_CELL = 2  # that the count prior allows for
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
 
@@ -141,7 +147,9 @@ class PosteriorSearch:
             moves = propose(self.energy, scene, slots, latents, near)
             if not len(moves):
                 break
-            outcomes = self._judged(scene, slots, latents, moves)
+            typical = torch.tensor(typical_side(self.energy, slots), device=moves.image.device)
+            sides = _WINDOW * typical[moves.image]
+            outcomes = self._judged(scene, slots, latents, moves, sides)
             chosen, near = _best(moves, outcomes, len(rejected))
             slots = _remember(slots, moves, outcomes, near, rejected)
             if not chosen:
@@ -156,18 +164,16 @@ class PosteriorSearch:
         slots: Slots,
         latents: Latents,
         moves: Moves,
-        size: float = _WINDOW,
+        sides: Tensor,  # [P] of the windows, px
         iterations: int = MOVE_ITERATIONS,
     ) -> Outcomes:
-        """The outcome of each move, in windows of a size in typical sides of the objects."""
-        sides = typical_side(self.energy, slots)
-        steps = [-(-size * side // _WINDOW_STEP) for side in sides]
+        """The outcome of each move, in windows of at least these sides."""
         extent = max(scene.images.shape[-2:])
-        windows = [int(min(max(n * _WINDOW_STEP, _LEAST_WINDOW), extent)) for n in steps]
-        side_of = torch.tensor(windows, device=moves.image.device)[moves.image]
+        steps = (sides / _WINDOW_STEP).ceil().clamp(min=2)
+        windows = (steps * _WINDOW_STEP).clamp(max=extent).long()
         parts, places = [], []
-        for side in sorted(set(side_of.tolist())):
-            index = (side_of == side).nonzero()[:, 0]
+        for side in sorted(set(windows.tolist())):
+            index = (windows == side).nonzero()[:, 0]
             part = moves.select(index)
             parts.append(judge(self.energy, scene, slots, latents.std, part, side, iterations))
             places.append(index)
@@ -181,7 +187,9 @@ class PosteriorSearch:
         image, slot = (slots.present > 0).nonzero(as_tuple=True)
         if not len(image):
             return slots
-        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), _DEATH_WINDOW, 0)
+        boxes = support(self.energy.boxes(slots)[image, slot], self.network.config.object_size)
+        sides = (boxes[:, 2:] - boxes[:, :2]).amax(1) + 2  # windows lie at whole pixels
+        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), sides, iterations=0)
         saved = slots.saved.clone()
         saved[image, slot] = torch.minimum(saved[image, slot], deaths.change)
         return replace(slots, saved=saved)
