@@ -17,7 +17,6 @@ from spairkit.detections import Detections
 from spairkit.detector import Detector
 from spairkit.models.latents import Latents
 from spairkit.models.slots import Slots
-from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration
 from spairkit.search.moves import Moves
 from spairkit.search.search import Found, PosteriorSearch
@@ -261,29 +260,16 @@ def test_the_same_call_gives_the_same_bits(detector: Detector, images: Tensor) -
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_objects_do_not_depend_on_the_batch(detector: Detector, images: Tensor, size: int) -> None:
-    """Up to the rounding of products, which differs with the batch and grows in refinement."""
+    """Up to .1 px: rounding differs with the batch, and decides on which side of a pixel's edge
+    `reframe` puts a box, where the renderer's gradient jumps."""
     together = detector.detect_batch(images)
     parts = [item for part in images.split(size) for item in detector.detect_batch(part)]
     for one, other in zip(together, parts, strict=True):
-        assert_same_objects(one, other, 0.3)
+        assert_same_objects(one, other, 0.3)  # measured: .089
         assert one.counts is not None
         assert other.counts is not None
         assert one.counts.interval() == other.counts.interval()
         assert one.counts.mean == pytest.approx(other.counts.mean, abs=0.01)
-
-
-@torch.no_grad()
-def test_images_of_a_batch_do_not_touch_each_other(detector: Detector, images: Tensor) -> None:
-    """In float64, where rounding does not grow to a hundredth of a pixel."""
-    assert isinstance(detector.network, SPAIR)
-    network = SPAIR(detector.network.config).eval()
-    network.load_state_dict(detector.network.state_dict())
-    search = PosteriorSearch(network.double(), "full", 0.5, Calibration())
-    images = images.double()
-    together = search.detect(images, box_contrast=0.0)
-    parts = [item for part in images.split(3) for item in search.detect(part, box_contrast=0.0)]
-    for one, other in zip(together, parts, strict=True):
-        assert_same_objects(one, other, 0.01)
 
 
 def test_final_energy_is_that_of_the_state_and_below_the_start(
