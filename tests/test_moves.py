@@ -207,6 +207,33 @@ def test_moves_that_leave_the_window_are_unknown(discs: "type[Discs]") -> None:
     assert outcomes.change.isfinite().tolist() == [False, True]
 
 
+def test_births_larger_than_the_window_are_unknown(discs: "type[Discs]") -> None:
+    world = discs()
+    slots = world.slots([(20, 12, 10, 0.0)])
+    scene = world.scene(world.draw(slots, SIZE))
+    added = torch.tensor([[[30.0, 20.0, 70.0, 60.0], NONE], [[40.0, 30.0, 60.0, 50.0], NONE]])
+    moves = Moves(torch.tensor([0, 0]), torch.full((2, 2), -1), added)
+    std = torch.full((1, 63, 7), 0.1)
+    outcomes = judge(world.energy, scene, slots, std, moves, 32, iterations=0)
+    assert outcomes.change.isfinite().tolist() == [False, True]
+
+
+def test_moves_after_which_an_object_grows_out_of_the_window_are_unknown(
+    discs: "type[Discs]",
+) -> None:
+    """The disc has 40 px; the object that is left when the small one dies grows from 26 px."""
+    world = discs()
+    slots = world.slots([(40, 36, 26, 0.0), (40, 36, 6, 0.0)])
+    scene = world.scene(world.draw(world.slots([(40, 36, 40, 0.0)]), SIZE))
+    moves = Moves.deaths(torch.tensor([0]), torch.tensor([1]))
+    std = torch.full((1, 63, 7), 0.1)
+    known = [
+        bool(judge(world.energy, scene, slots, std, moves, side, iterations).change.isfinite())
+        for side, iterations in ((32, 0), (32, 20), (100, 20))
+    ]
+    assert known == [True, False, True]
+
+
 def test_a_move_does_not_depend_on_the_others(discs: "type[Discs]") -> None:
     world = discs()
     scene, slots, std = random_state(world, seed=9)

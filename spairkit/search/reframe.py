@@ -30,7 +30,7 @@ def reframe(energy: Energy, scene: Scene, slots: Slots, share: float) -> Slots:
     tight = boxes.cpu()
     for b in range(len(tight)):
         masks = masks_of(owner[b].numpy(), heights[b], share)
-        tight[b, masks.slots] = torch.from_numpy(masks.boxes)
+        tight[b, masks.slots] = torch.from_numpy(masks.boxes).to(tight.dtype)
     boxes = torch.where((slots.present > 0)[..., None], tight.to(boxes.device), boxes)
     glimpses = extract_glimpses(scene.images, boxes, c.object_size)
     others = _others(owner.to(boxes.device), boxes, c.object_size)
