@@ -265,7 +265,7 @@ def test_objects_do_not_depend_on_the_batch(detector: Detector, images: Tensor, 
     together = detector.detect_batch(images)
     parts = [item for part in images.split(size) for item in detector.detect_batch(part)]
     for one, other in zip(together, parts, strict=True):
-        assert_same_objects(one, other, 0.3)  # measured: .089
+        assert_same_objects(one, other, 0.01)
         assert one.counts is not None
         assert other.counts is not None
         assert one.counts.interval() == other.counts.interval()

@@ -4,17 +4,28 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spairkit.backends import fused, runs_compiled
 from spairkit.kernels.constants import LOG_ROOT_TWO_PI, LOGIT_LIMIT
 
 _EPSILON = 1e-9
+_LANES = 64  # a multiple of the elements that torch computes at a time
 
 
 def squash(logits: Tensor) -> Tensor:
-    """sigmoid of logits clipped to +-10, in [4.5e-5, 1 - 4.5e-5]; any shape."""
-    return torch.sigmoid(logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT))
+    """sigmoid of logits clipped to +-10, in [4.5e-5, 1 - 4.5e-5]; any shape.
+
+    On a CPU, torch rounds the last few elements of a tensor by other code than the rest, so an image
+    would have other bits in another batch; padding avoids it.
+    """
+    clipped = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    rest = -clipped.numel() % _LANES
+    if clipped.device.type != "cpu" or rest == 0:
+        return torch.sigmoid(clipped)
+    padded = F.pad(clipped.reshape(-1), (0, rest))
+    return torch.sigmoid(padded)[: clipped.numel()].view(clipped.shape)
 
 
 def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -63,8 +63,9 @@ def refine(
         best = torch.where((value < here)[:, None, None], now, best)
         here, high = torch.minimum(value, here), torch.maximum(value, high)
         gradient = gradient * moves
-        mean = torch.lerp(gradient, mean, _MOMENTUM)
-        scale = torch.lerp(gradient.square(), scale, _SCALE_MEMORY)
+        # not torch.lerp, which rounds the last few elements by other code than the rest
+        mean = _MOMENTUM * mean + (1 - _MOMENTUM) * gradient
+        scale = _SCALE_MEMORY * scale + (1 - _SCALE_MEMORY) * gradient.square()
         rate = max(_RATE * _RATE_DECAY**step, _LEAST_RATE) / (1 - _MOMENTUM**step)
         now = now - rate * mean / ((scale / (1 - _SCALE_MEMORY**step)).sqrt() + _EPSILON)
         if step % CHECK_EVERY and step < most:
