@@ -17,8 +17,8 @@ _LANES = 64  # a multiple of the elements that torch computes at a time
 def squash(logits: Tensor) -> Tensor:
     """sigmoid of logits clipped to +-10, in [4.5e-5, 1 - 4.5e-5]; any shape.
 
-    On a CPU, torch rounds the last few elements of a tensor by other code than the rest, so an image
-    would have other bits in another batch; padding avoids it.
+    On a CPU, torch computes the last few elements of a tensor by other code than the rest, so an
+    image would have other bits in another batch; padding avoids it.
     """
     clipped = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
     rest = -clipped.numel() % _LANES
