@@ -15,7 +15,6 @@ from spairkit.cli.console import counted, say, several
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from spairkit.counts import CountPosterior
     from spairkit.detections import Detections
 
 _COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score")
@@ -59,6 +58,9 @@ def detect(
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: no such image or folder")
+    from spairkit.counts import CountPosterior
+    from spairkit.storage.durable import write_text
+
     if out is not None:
         options.check_output(out)
     files = _files(paths)  # a file that is no image shows before any work
@@ -81,13 +83,8 @@ def detect(
     if out is None:
         typer.echo(text, nl=False)
         return
-    from spairkit.storage.durable import write_text
-
     write_text(out, text)
-    expected = ""
-    if len(posteriors) == len(files):
-        total = sum(counts.mean for counts in posteriors)
-        expected = f" ({posteriors[0] if len(files) == 1 else f'{total:.1f} expected'})"
+    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(files) else ""
     found = several(objects, "object")
     say(f"wrote {out}: {found} in {several(len(files), 'image')}{expected}")
 

@@ -1,5 +1,6 @@
 """`CountPosterior`: the number of objects in an image, as a distribution."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ _OBJECTS_BETWEEN_CUTS = 64
 class CountPosterior:
     """p(C | image), the posterior of the number of objects C in one image.
 
-    Its text is the 90 % interval, as in `7 to 8 at 90 %`.
+    Its text is the mean and the 90 % interval, as in `7.2 expected, 7 to 8 at 90 %`.
 
     Raises:
         ValueError: `least` is negative, or `probabilities` is no distribution in float64.
@@ -25,7 +26,7 @@ class CountPosterior:
     Example:
         >>> counts = CountPosterior.independent(torch.tensor([1.0, 1.0, 0.5]))
         >>> counts.mean, counts.probability(3), str(counts)
-        (2.5, 0.5, '2 to 3 at 90 %')
+        (2.5, 0.5, '2.5 expected, 2 to 3 at 90 %')
     """
 
     least: int
@@ -43,16 +44,14 @@ class CountPosterior:
             raise ValueError(f"probabilities must be from 0 and sum to 1, got {float(p.sum())}")
 
     def __str__(self) -> str:
-        """The 90 % interval."""
+        """The mean and the 90 % interval."""
         low, high = self.interval()
-        return f"{low} to {high} at 90 %"
+        return f"{self.mean:.1f} expected, {low} to {high} at 90 %"
 
     @classmethod
     def independent(
         cls,
         probabilities: Tensor,  # [n] in [0, 1]
-        *,
-        more: Tensor | None = None,  # [k] in [0, 1]
     ) -> "CountPosterior":
         """The number of objects that exist, if each exists independently with its probability.
 
@@ -62,12 +61,11 @@ class CountPosterior:
 
         Args:
             probabilities: one for each object.
-            more: those of further objects, as of candidates that were not reported.
 
         Raises:
-            ValueError: a tensor has another shape, or values outside [0, 1].
+            ValueError: `probabilities` has another shape, or values outside [0, 1].
         """
-        values = np.concatenate([_checked(x) for x in (probabilities, more) if x is not None])
+        values = _checked(probabilities)
         certain = values > 1 - _TAIL
         least, masses = int(certain.sum()), np.ones(1)
         uncertain = values[~certain & (values >= _NEGLIGIBLE)]
@@ -78,6 +76,15 @@ class CountPosterior:
             above = int(np.searchsorted(np.cumsum(masses[::-1]), _TAIL))
             masses = masses[below : len(masses) - above]
             least += below
+        return cls(least, torch.from_numpy(masses / masses.sum()))
+
+    @classmethod
+    def total(cls, counts: Sequence["CountPosterior"]) -> "CountPosterior":
+        """The number of objects in several images, which are independent."""
+        least, masses = 0, np.ones(1)
+        for item in counts:
+            least += item.least
+            masses = np.convolve(masses, item.probabilities.numpy())
         return cls(least, torch.from_numpy(masses / masses.sum()))
 
     @property

@@ -117,10 +117,11 @@ def log_presence_prior(
     """log p(z_pres) in nats of any arrangement of `count` objects in `places` slots.
 
     The count is truncated geometric and all arrangements of a count are equally likely:
-    p(z_pres) = (1 - s)^c / sum_i (1 - s)^i / binomial(n, c), with c from 0 to n.
+    p(z_pres) = (1 - s)^c / sum_i (1 - s)^i / binomial(n, c), with c from 0 to n; minus infinity for
+    more than n objects.
 
     Args:
-        count: c, whole numbers from 0 to n; float.
+        count: c, whole numbers from 0.
         places: n, whole numbers from 0.
         success: s in (0, 1).
 
@@ -130,7 +131,8 @@ def log_presence_prior(
     failure = math.log1p(-success)
     total = torch.log(-torch.expm1((places + 1) * failure)) - math.log(success)
     ways = torch.lgamma(places + 1) - torch.lgamma(count + 1) - torch.lgamma(places - count + 1)
-    return (count * failure - total - ways).to(torch.float32)
+    value = count * failure - total - ways
+    return torch.where(count > places, -math.inf, value).to(torch.float32)
 
 
 def _chosen(

@@ -338,7 +338,7 @@ def searching(monkeypatch: pytest.MonkeyPatch) -> None:
         label_image = torch.zeros(image.shape[1:], dtype=torch.int32)
         label_image[:3, :4] = 1
         labels = torch.arange(1, len(found) + 1, dtype=torch.int32)
-        counts = CountPosterior.independent(torch.ones(len(found)), more=torch.tensor([0.5]))
+        counts = CountPosterior.independent(torch.tensor([*[1.0] * len(found), 0.5]))
         return replace(found, label_image=label_image, labels=labels, counts=counts)
 
     def detect(self: Detector, images: Tensor, *rest: Any) -> list[Detections]:
@@ -365,7 +365,10 @@ def test_detect_writes_masks_and_counts(run: Runner, tmp_path: Path) -> None:
     results = json.loads(Path("rich.json").read_text())
     num = len(results)
     assert num > 1
-    assert f"wrote rich.json: {num} objects in 1 image ({num} to {num + 1} at 90 %)" in ended.err
+    assert (
+        f"wrote rich.json: {num} objects in 1 image ({num}.5 expected, {num} to {num + 1} at 90 %)"
+        in ended.err
+    )
     assert [result["area"] for result in results] == [12] + [0] * (num - 1)
     assert results[0]["segmentation"]["size"] == [26, 27]
     ended = run("detect", tmp_path, *words[2:], "--out", "rich.json")
@@ -393,7 +396,10 @@ def test_viz_gives_the_interval_of_the_count(run: Runner, tmp_path: Path) -> Non
     answer = json.loads(run(*words, "--json").out)["pictures"][0]
     num = answer["count"]
     assert (answer["count_mean"], answer["count_interval"]) == (num + 0.5, [num, num + 1])
-    assert f"{num} objects found ({num} to {num + 1} at 90 %); picture: " in run(*words).out
+    assert (
+        f"{num} objects found ({num}.5 expected, {num} to {num + 1} at 90 %); picture: "
+        in run(*words).out
+    )
 
 
 @pytest.mark.usefixtures("searching")

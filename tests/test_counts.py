@@ -47,11 +47,11 @@ def test_independent_objects_equal_enumeration(probabilities: list[float]) -> No
 
 @PROPERTY
 @given(st.lists(PROBABILITY, max_size=5), st.lists(PROBABILITY, max_size=5))
-def test_further_objects_count_like_the_others(some: list[float], more: list[float]) -> None:
-    counts = CountPosterior.independent(of(some), more=of(more))
+def test_totals_of_images_are_those_of_all_objects(some: list[float], more: list[float]) -> None:
+    total = CountPosterior.total([CountPosterior.independent(of(part)) for part in (some, more)])
     joined = CountPosterior.independent(of(some + more))
-    assert counts.least == joined.least
-    torch.testing.assert_close(counts.probabilities, joined.probabilities)
+    for count in range(len(some + more) + 1):
+        assert total.probability(count) == pytest.approx(joined.probability(count), abs=1e-9)
 
 
 def test_many_equal_objects_are_binomial() -> None:
@@ -108,7 +108,7 @@ def test_no_shorter_interval_holds_the_share_and_none_as_short_holds_more(
 
 def test_text_and_json_give_the_interval() -> None:
     counts = posterior(7, 0.5, 0.5)
-    assert str(counts) == "7 to 8 at 90 %"
+    assert str(counts) == "7.5 expected, 7 to 8 at 90 %"
     assert counts.to_json() == {"count_mean": 7.5, "count_interval": [7, 8]}
 
 
@@ -132,7 +132,7 @@ def test_other_values_are_refused(least: int, probabilities: Tensor, message: st
 def test_other_probabilities_and_shares_are_refused() -> None:
     for wrong in ([-0.1], [1.1], [math.nan]):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-            CountPosterior.independent(of([0.5]), more=of(wrong))
+            CountPosterior.independent(of(wrong))
     with pytest.raises(ValueError, match=r"must be \[n\], got \[1, 2\]"):
         CountPosterior.independent(torch.zeros(1, 2))
     for share in (0.0, 1.0, math.nan):

@@ -265,15 +265,19 @@ def test_supervision_gets_masks(masked: Detections) -> None:
 
 
 def test_repr_gives_the_interval_of_the_count(masked: Detections) -> None:
-    assert repr(masked) == "Detections(2 objects, scores 0.50 to 0.75, 2 to 3 at 90 %)"
+    assert (
+        repr(masked) == "Detections(2 objects, scores 0.50 to 0.75, 2.5 expected, 2 to 3 at 90 %)"
+    )
     assert repr(masked[0]) == "Detections(1 object, scores 0.75 to 0.75)"
     counts = CountPosterior.independent(torch.tensor([0.5]))
-    assert repr(replace(NONE, counts=counts)) == "Detections(0 objects, 0 to 1 at 90 %)"
+    assert (
+        repr(replace(NONE, counts=counts)) == "Detections(0 objects, 0.5 expected, 0 to 1 at 90 %)"
+    )
 
 
 def test_plot_draws_rims_and_the_interval(masked: Detections) -> None:
     axes = masked.plot(ax=Figure().add_subplot())
-    assert axes.get_title() == "2 found, 2 to 3 at 90 %"
+    assert axes.get_title() == "2 found, 2.5 expected, 2 to 3 at 90 %"
     image, overlay = axes.images
     assert overlay.get_extent() == image.get_extent() == [0, 6, 9, 0]
     alpha = np.asarray(overlay.get_array())[..., 3]

@@ -362,7 +362,7 @@ def test_detect_many_takes_a_batch(detector: Detector, scenes: Tensor) -> None:
 
 def test_explained_detections_can_be_plotted(detector: Detector, scenes: Tensor) -> None:
     axes = detector.explain(scenes[0]).detections.plot(ax=Figure().add_subplot())
-    assert axes.get_title() == "2 found, 2 to 2 at 90 %"
+    assert axes.get_title() == "2 found, 2.0 expected, 2 to 2 at 90 %"
 
 
 def test_counts_of_a_batch_are_refused_if_the_model_infers_them(

@@ -240,7 +240,7 @@ def test_perfect_reconstruction_has_no_excess(discs: "type[Discs]") -> None:
 def test_selected_scenes_keep_all_parts() -> None:
     scene, slots = state()
     for index in (torch.tensor([1]), torch.tensor([False, True]), slice(1, 2)):
-        part, few = scene.select(index), slots.images(index)
+        part, few = scene.select(index), slots.select(index)
         for field in fields(Scene):
             assert torch.equal(getattr(part, field.name), getattr(scene, field.name)[1:])
         energy = Energy(network("normal"), BETA)

@@ -251,7 +251,7 @@ def test_detections_have_masks_and_boxes_round_them(discs: "type[Discs]") -> Non
     slots = replace(slots, present=present)
     images = world.draw(slots, (48, 48))
     scores = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.5, 0.0, 0.0, 0.0]])
-    found = world.network.detections(images, torch.zeros(2, 3, 1, 1), slots, scores)
+    found = world.network.detections(images, torch.zeros(2, 3, 1, 1), slots, scores, 0.0)
     assert [len(item) for item in found] == [3, 1]
     first = found[0]
     assert first.labels is not None
@@ -275,7 +275,7 @@ def test_box_contrast_0_keeps_the_boxes_of_z_where(discs: "type[Discs]") -> None
     slots = world.slots([(10.3, 12.2, 12.5, 0.0), (-30, 5, 10, 0.0)])
     images = world.draw(slots, (30, 30))
     scores, black = torch.ones(1, 2), torch.zeros(1, 3, 1, 1)
-    found = world.network.detections(images, black, slots, scores, 0.0)[0]
+    found = world.network.detections(images, black, slots, scores, 0.0, 0.0)[0]
     torch.testing.assert_close(found.boxes, world.energy.boxes(slots)[0])
     owner = owners(
         world.network.decode(slots.what),
@@ -289,8 +289,8 @@ def test_box_contrast_0_keeps_the_boxes_of_z_where(discs: "type[Discs]") -> None
     half = masks_of(owner[0].numpy(), images[0].amax(0).numpy(), 0.5)
     assert found.label_image is not None
     assert (found.label_image.numpy() == half.label_image).all()
-    given = world.network.detections(images, black, slots, scores, 0.3)[0]
-    default = world.network.detections(images, black, slots, scores)[0]
+    given = world.network.detections(images, black, slots, scores, 0.0, 0.3)[0]
+    default = world.network.detections(images, black, slots, scores, 0.0)[0]
     assert torch.equal(given.boxes, default.boxes)
     assert torch.equal(given.boxes, given.boxes.round())
 
@@ -300,7 +300,7 @@ def test_doubtful_objects_own_pixels_that_no_other_claims(discs: "type[Discs]") 
     slots = world.slots([(14, 14, 12, 0.0), (20, 14, 12, 0.0)])
     images, black = world.draw(slots, (28, 34)), torch.zeros(1, 3, 1, 1)
     for scores, owner in (([0.9, 0.3], 1), ([0.3, 0.9], 2)):
-        found = world.network.detections(images, black, slots, torch.tensor([scores]))[0]
+        found = world.network.detections(images, black, slots, torch.tensor([scores]), 0.0)[0]
         assert found.label_image is not None
         assert found.label_image[14, 9:12].tolist() == [1, 1, 1]
         assert found.label_image[14, 16:18].tolist() == [owner, owner]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spairkit.models.slots import Slots
 from spairkit.search.energy import Scene
-from spairkit.search.moves import Moves, Outcomes, judge, overlap, selected, support
+from spairkit.search.moves import Moves, Outcomes, judge, overlap, support
 
 if TYPE_CHECKING:
     from conftest import Discs
@@ -101,8 +101,8 @@ def every_move(world: "Discs", slots: Slots, seed: int) -> Moves:
 def made(slots: Slots, moves: Moves, outcomes: Outcomes, p: int) -> Slots:
     """The state [1, N + 2, ...] of the image of move p, with this move made."""
     b = int(moves.image[p])
-    state = slots.images(slice(b, b + 1))
-    after = outcomes.slots.images(slice(p, p + 1))
+    state = slots.select(slice(b, b + 1))
+    after = outcomes.slots.select(slice(p, p + 1))
     latents, present = state.latents.clone(), state.present.clone()
     for place, slot in enumerate(outcomes.index[p].tolist()):
         if slot >= 0:
@@ -244,7 +244,7 @@ def test_a_move_does_not_depend_on_the_others(discs: "type[Discs]") -> None:
         alone = judge(world.energy, scene, slots, std, moves.select(index), SIDE, iterations=5)
         change = float(together.change[p])
         assert float(alone.change) == pytest.approx(change, abs=0.05)
-        one = selected(together, index)
+        one = together.select(index)
         torch.testing.assert_close(alone.region, one.region, rtol=0, atol=0.1)
         kept = alone.index[0][alone.index[0] >= 0].tolist()
         assert one.index[0][one.index[0] >= 0].tolist() == kept
@@ -258,10 +258,10 @@ def test_only_objects_near_the_move_are_refined(discs: "type[Discs]") -> None:
     moves = Moves.deaths(torch.tensor([0]), torch.tensor([0]))
     outcomes = judge(world.energy, scene, slots, std, moves, 60, iterations=20)
     place = {slot: i for i, slot in enumerate(outcomes.index[0].tolist()) if slot >= 0}
-    assert sorted(place) == [1, 2]
+    assert sorted(place) == [1]
     after = outcomes.slots.latents[0]
     assert not torch.equal(after[place[1]], slots.latents[0, 1])
-    assert torch.equal(after[place[2]], slots.latents[0, 2])
+    assert any(torch.equal(latents, slots.latents[0, 2]) for latents in after)
     assert float(outcomes.change) < 0
 
 

@@ -295,3 +295,10 @@ def test_closed_form_is_finite_for_large_images(success: float) -> None:
     expected = log_count - logsumexp(log_count) - ways
     assert np.abs(found.numpy() - expected).max() < 1e-7 * np.abs(expected).max()
     assert logsumexp(found.double().numpy() + ways) == pytest.approx(0, abs=1e-2)
+
+
+def test_more_objects_than_slots_are_impossible() -> None:
+    count, places = torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0])
+    finite, impossible = log_presence_prior(count, places, 0.95).tolist()
+    assert math.isfinite(finite)
+    assert impossible == -math.inf

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from spairkit.models.slots import Slots
-from spairkit.search.proposals import propose, typical_side
+from spairkit.search.proposals import propose, typical_sizes
 
 if TYPE_CHECKING:
     from conftest import Disc, Discs
@@ -27,7 +27,10 @@ def proposed(
     images = world.draw(world.slots(true), SIZE).expand(len(slots.present), -1, -1, -1)
     latents = world.latents(world.slots(*[[]] * len(images)), SIZE, presence_logit)
     regions = None if near is None else [np.array(part).reshape(-1, 4) for part in near]
-    moves = propose(world.energy, world.scene(images.contiguous()), slots, latents, regions)
+    typical = typical_sizes(world.energy, slots, latents)
+    moves = propose(
+        world.energy, world.scene(images.contiguous()), slots, latents, typical, regions
+    )
     return [
         (
             int(moves.image[p]),
@@ -140,7 +143,11 @@ def test_empty_slots_are_never_moved(discs: "type[Discs]") -> None:
     assert any(new for b, _, new in changes if b == 1)
 
 
-def test_typical_side_is_the_median_of_all_sides(discs: "type[Discs]") -> None:
+def test_typical_sizes_are_medians_of_objects_or_else_of_cells(discs: "type[Discs]") -> None:
     world = discs()
     slots = world.slots([(9, 9, 8, 0.0), (30, 30, 12, 0.0), (30, 10, 20, 0.0)], [])
-    assert typical_side(world.energy, slots) == pytest.approx([12, 0], abs=1e-3)
+    latents = world.latents(slots, SIZE)
+    sizes = typical_sizes(world.energy, slots, latents)
+    assert sizes[0] == pytest.approx([12, 12], abs=1e-3)
+    sides = (latents.boxes[1, :, 2:] - latents.boxes[1, :, :2]).median(0).values
+    assert sizes[1] == pytest.approx(sides.tolist(), abs=1e-3)

@@ -100,7 +100,7 @@ def test_images_that_converge_early_do_not_change_the_others(discs: "type[Discs]
     found, lowest = refine(world.energy, scene, slots, tolerance=2 / 3, most=100)
     for b, (part, alone) in enumerate((easy, hard[0], empty, hard[1])):
         one, least = refine(world.energy, part, alone, tolerance=2 / 3, most=100)
-        here = found.images(slice(b, b + 1))
+        here = found.select(slice(b, b + 1))
         count = alone.present.shape[1]
         torch.testing.assert_close(here.latents[:, :count], one.latents, rtol=0, atol=2e-3)
         assert float(lowest[b]) == pytest.approx(float(least), abs=0.05)

@@ -17,8 +17,10 @@ from spairkit.detections import Detections
 from spairkit.detector import Detector
 from spairkit.models.latents import Latents
 from spairkit.models.slots import Slots
+from spairkit.search import search as search_module
 from spairkit.search.calibration import Calibration
 from spairkit.search.moves import Moves
+from spairkit.search.proposals import propose, typical_sizes
 from spairkit.search.search import Found, PosteriorSearch
 
 if TYPE_CHECKING:
@@ -156,7 +158,7 @@ def candidates(world: "Discs") -> Slots:
 def least_by_enumeration(world: "Discs", images: Tensor, slots: Slots) -> tuple[list[int], float]:
     """The presence vector of the least energy of all 2^n, and this energy."""
     vectors = torch.tensor(list(itertools.product((0.0, 1.0), repeat=slots.present.shape[1])))
-    every = slots.images(torch.zeros(len(vectors), dtype=torch.int64))
+    every = slots.select(torch.zeros(len(vectors), dtype=torch.int64))
     scene = world.scene(images.expand(len(vectors), -1, -1, -1))
     energies = world.energy(scene, replace(every, present=vectors))
     return vectors[energies.argmin()].int().tolist(), float(energies.min())
@@ -211,7 +213,7 @@ def test_moves_without_refinement_end_at_the_least_of_all_arrangements(
     start = (
         slots
         if on
-        else slots.images(slice(0, 1)).gather(
+        else slots.select(slice(0, 1)).gather(
             torch.zeros(1, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.int64)
         )
     )
@@ -390,3 +392,34 @@ def test_small_scenes_are_solved_on_a_gpu(discs: "type[Discs]", case: str) -> No
     assert len(found) == len(true)
     boxes = found.boxes[found.boxes[:, 0].argsort()]
     torch.testing.assert_close(boxes, world.boxes(true), rtol=0, atol=0.6)
+
+
+@torch.no_grad()
+def test_moves_made_together_change_the_energy_by_their_sum() -> None:
+    """Windows overlap although the regions that change do not."""
+    data = DataConfig(
+        image_height=144, image_width=144, min_objects=20, max_objects=20, max_overlap=0.6
+    )
+    images = open_dataset(data, "test").batch(torch.arange(2)).images
+    finder = spairkit.load(device="cpu", search="refine").finder
+    assert isinstance(finder, PosteriorSearch)
+    found = finder.find(images)
+    latents, _ = finder.network.infer(images)
+    scene, slots = found.scene, found.slots
+    typical = typical_sizes(finder.energy, slots, latents)
+    moves = propose(finder.energy, scene, slots, latents, typical)
+    sides = torch.full((len(moves),), 48.0)
+    outcomes = finder._judged(scene, slots, latents, moves, sides)
+    chosen, _ = search_module._best(moves, outcomes, 2)
+    assert len(chosen) > 3
+    after = search_module._applied(slots, moves, outcomes, chosen)
+    change = finder.energy(scene, after) - finder.energy(scene, slots)
+    for b in range(2):
+        here = [p for p in chosen if int(moves.image[p]) == b]
+        assert float(change[b]) == pytest.approx(float(outcomes.change[here].sum()), abs=0.5)
+
+
+def test_an_image_of_one_cell_holds_two_objects_at_most() -> None:
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    for found in spairkit.load(device="cpu", search="full").detect_batch(images):
+        assert len(found) <= 2

@@ -107,7 +107,7 @@ def test_gather_takes_the_named_slots() -> None:
 def test_images_selects_images(index: Tensor | slice) -> None:
     slots = some_slots(2, 3, 1)
     chosen = torch.arange(3)[index].tolist()
-    found = slots.images(index)
+    found = slots.select(index)
     assert [rows(found, p) for p in range(len(chosen))] == [rows(slots, b) for b in chosen]
 
 

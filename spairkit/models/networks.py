@@ -16,7 +16,7 @@ _LEAST_ROWS = 64  # of a product, for the kernel that is used for many
 
 
 class Linear(nn.Linear):
-    """A linear layer that, outside training, gives a row the same bits beside any other rows."""
+    """A linear layer that uses `row_product`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., outputs] from [..., inputs]."""
@@ -24,13 +24,13 @@ class Linear(nn.Linear):
 
 
 def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-    """`F.linear`; outside training, the bits of a row do not depend on the number of rows.
+    """`F.linear`; on a CPU, outside training, a row has the same bits beside any other rows.
 
     Libraries multiply few rows by another kernel, which rounds differently. Whether an image is
     searched alone or in a batch would then decide between states of nearly the same energy.
     """
     rows = math.prod(x.shape[:-1])
-    if training or rows >= _LEAST_ROWS:
+    if training or rows >= _LEAST_ROWS or x.device.type != "cpu":
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _LEAST_ROWS - rows))
     outputs: Tensor = F.linear(padded, weight, bias)[:rows].unflatten(0, x.shape[:-1])

@@ -62,7 +62,7 @@ class Slots:
         """The same objects with other latents."""
         return replace(self, latents=latents)
 
-    def images(self, index: Tensor | slice) -> "Slots":
+    def select(self, index: Tensor | slice) -> "Slots":
         """The slots of some images; `index` holds integers, is a mask [B] or a slice."""
         return Slots(*(part[index] for part in self._parts()))
 

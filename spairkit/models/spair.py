@@ -47,6 +47,7 @@ from spairkit.rendering import render
 _BACKGROUND_SCALE = 10.0  # of the learned colour's logits (docs/model.md 4.4)
 _BACKGROUND_POOL = 12  # the MLP sees the image pooled to this side, whatever its size
 _BACKGROUND_HIDDEN = (10, 10)
+_LEAST_SCORE = 0.05  # of a cell that owns pixels
 _HALF = 0.5  # of an object's height: where masks end if boxes are those of z_where
 _RIM = 1e-3  # from the least and greatest position and size, when boxes become z_where
 _NOISE_RATE = 0.01  # share of an update's residuals in the running mean (docs/model.md 5)
@@ -183,7 +184,7 @@ class SPAIR(nn.Module):
         latents, background = self.infer(images, sample)
         scores = latents.presence if sample else latents.presence_logit.sigmoid()
         slots = self._slots(latents, images, scores, threshold)
-        return self.detections(images, background, slots, scores, box_contrast)
+        return self.detections(images, background, slots, scores, threshold, box_contrast)
 
     @torch.no_grad()
     def explain(
@@ -197,7 +198,7 @@ class SPAIR(nn.Module):
         latents, background = self.infer(images)
         scores = latents.presence_logit.sigmoid()
         slots = self._slots(latents, images, scores, threshold)
-        found = self.detections(images, background, slots, scores, box_contrast)
+        found = self.detections(images, background, slots, scores, threshold, box_contrast)
         maps = self.decode(latents.what)
         drawn = self._render(latents, background, images, maps)
         return Explanation.of_batch(scores > threshold, found, images, drawn.clamp(0, 1), maps)
@@ -205,9 +206,12 @@ class SPAIR(nn.Module):
     def _slots(
         self, latents: Latents, images: Tensor, scores: Tensor, threshold: float
     ) -> Slots:  # [B, K, ...]
-        """The cells whose score is above `threshold`, as objects."""
+        """The cells whose score is above `threshold` or .05, as objects.
+
+        Pixels are owned by the same objects at any threshold from .05.
+        """
         _, columns = self.grid(images.shape[-2], images.shape[-1])
-        chosen = (scores > threshold).to(scores.dtype)
+        chosen = (scores > min(threshold, _LEAST_SCORE)).to(scores.dtype)
         return replace(Slots.of(latents, columns, self.config.cell), present=chosen)
 
     @torch.no_grad()
@@ -228,9 +232,12 @@ class SPAIR(nn.Module):
         background: Tensor,  # [B, 3, 1, 1]
         slots: Slots,
         scores: Tensor,  # [B, N]
+        threshold: float,
         box_contrast: float | None = None,
     ) -> list[Detections]:
-        """The present objects in order, with their masks; boxes are drawn round them.
+        """The present objects with a score above `threshold`, in order, with their masks.
+
+        All present objects own pixels. Boxes are drawn round masks.
 
         An object without a mask keeps the box of z_where, in whole pixels inside the image. With a
         box contrast of 0 all boxes are those of z_where, and masks end at half an object's height.
@@ -245,7 +252,8 @@ class SPAIR(nn.Module):
         heights = (images - background).abs().amax(1).float().cpu().numpy()
         drawn = whole_pixels(boxes, size) if contrast else boxes
         found = []
-        for b, present in enumerate(slots.present > 0):
+        chosen = (slots.present > 0) & (scores > threshold)
+        for b, present in enumerate(chosen):
             masks = masks_of(owner[b], heights[b], contrast or _HALF)
             corners = drawn[b].float().cpu()
             if contrast:

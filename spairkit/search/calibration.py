@@ -19,6 +19,7 @@ Array = npt.NDArray[np.float64]
 
 _LEAST_ENERGY = 0.1  # nats; less counts as this
 _TEMPERATURES = np.geomspace(0.5, 200.0, 60)
+_LEAST_SLOPE = 0.1
 _RIDGE = 1e-2  # keeps the slope finite where all objects are real
 
 
@@ -61,7 +62,8 @@ def fit_scores(saved: Array, real: npt.NDArray[np.bool_]) -> tuple[float, float]
     """Midpoint and slope by logistic regression on the log of the energy.
 
     Args:
-        saved: [n] nats. real: [n] whether the object has a true one.
+        saved: [n] nats, at least one.
+        real: [n] whether the object has a true one.
     """
     logs = np.log(np.clip(saved, _LEAST_ENERGY, 1e9))
 
@@ -71,13 +73,13 @@ def fit_scores(saved: Array, real: npt.NDArray[np.bool_]) -> tuple[float, float]
         return nats + _RIDGE / 2 * float(weights @ weights)
 
     start = np.array([1.0, -math.log(Calibration().midpoint)])
-    slope, intercept = minimize(loss, start, method="Nelder-Mead").x.tolist()
-    slope = max(slope, 0.1)
+    bounds = [(_LEAST_SLOPE, None), (None, None)]
+    slope, intercept = minimize(loss, start, method="L-BFGS-B", bounds=bounds).x.tolist()
     return math.exp(min(max(-intercept / slope, -2.0), 12.0)), slope
 
 
 def fit_temperature(
-    likelihood: "Sequence[tuple[Tensor, Tensor, int]]", calibration: Calibration
+    likelihood: Sequence[tuple[Tensor, Tensor, int]], calibration: Calibration
 ) -> float:
     """The temperature of the greatest likelihood of the true counts.
 

@@ -21,8 +21,6 @@ from spairkit.models.spair import SPAIR
 from spairkit.presence import log_presence_prior
 from spairkit.rendering import render
 
-_BLOCK = 4  # pixels; a third of the side of a typical object
-
 
 @dataclass(frozen=True, eq=False)
 class Scene:
@@ -97,17 +95,17 @@ class Energy:
 
     @torch.no_grad()
     def evidence(self, scene: Scene, slots: Slots) -> Tensor:  # [B] in (0, 1]
-        """The share of independent pixels, from the residuals of each image; 1 for digits.
+        """The share of independent pixels, from the residuals; 1 with the Bernoulli likelihood.
 
         The normal likelihood takes the residuals of pixels for independent, but blur, texture and a
         wrong background make neighbours differ from the model alike. The mean residual of a block
-        of k x k pixels would have a variance of sigma^2 / k^2; where it is larger, each pixel
-        counts for less by this factor. The Bernoulli likelihood is taken as it is.
+        of k x k pixels, a third of a cell, would have a variance of sigma^2 / k^2. Where it is
+        larger, each pixel counts for less by this factor.
         """
         if self.network.config.likelihood != "normal":
             return torch.ones_like(scene.evidence)
-        residual = (self.draw(scene, slots) - scene.images).mean(1, keepdim=True)
-        side = min(_BLOCK, *residual.shape[-2:])
+        residual = self.draw(scene, slots) - scene.images
+        side = min(max(self.network.config.cell // 3, 1), *residual.shape[-2:])
         blocks = F.avg_pool2d(residual, side)
         variance = side**2 * blocks.square().flatten(1).mean(1)
         share: Tensor = self.network.noise_std.square() / variance.clamp(min=1e-12)

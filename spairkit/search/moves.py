@@ -1,6 +1,7 @@
 """Moves of the search, each judged in its neighbourhood."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,21 @@ class Moves:
         added = torch.full((len(slot), 2, 4), torch.nan, device=slot.device)
         return cls(image, torch.stack([slot, none], dim=-1), added)
 
+    def extent(self, boxes: Tensor) -> Tensor:  # [B, N, 4] -> [P] px
+        """The greater side of the region that the objects that go and come take up."""
+        acted = self.acted(boxes)
+        return (acted[:, 2:] - acted[:, :2]).amax(1)
+
+    def acted(self, boxes: Tensor) -> Tensor:  # [B, N, 4] -> [P, 4] xyxy, px
+        """The least box round the objects that go and come, from the boxes of all slots."""
+        acting = torch.cat([self.removed >= 0, ~self.added[..., 0].isnan()], dim=1)
+        return _hull(torch.cat([self.removed_boxes(boxes), self.added], dim=1), acting)
+
+    def removed_boxes(self, boxes: Tensor) -> Tensor:  # [B, N, 4] -> [P, 2, 4]
+        """The boxes of the objects that go; any where none goes."""
+        boxes = torch.nn.functional.pad(boxes, (0, 0, 0, 1))  # there may be no slot
+        return boxes[self.image[:, None], self.removed.clamp(min=0)]
+
     @property
     def balance(self) -> Tensor:  # [P] int64
         """By how much each move changes the count."""
@@ -59,8 +75,17 @@ class Outcomes:
 
     change: Tensor  # [P] of the energy, nats; infinity if the window is too small to know
     region: Tensor  # [P, 4] xyxy, px: no pixel beyond it changes
-    index: Tensor  # [P, S] slot of the image in each slot of the window; -1 for none
+    index: Tensor  # [P, S] slot of the image whose object changes; -1 for none
     slots: Slots  # [P, S + 2, ...] after the move, new objects last; corners are in the image
+
+    def select(self, index: Tensor) -> "Outcomes":
+        """Some of the outcomes."""
+        return Outcomes(
+            self.change[index],
+            self.region[index],
+            self.index[index],
+            self.slots.select(index),
+        )
 
     @staticmethod
     def join(parts: "list[Outcomes]") -> "Outcomes":
@@ -76,7 +101,7 @@ class Outcomes:
 
 
 def _spread(slots: Slots, most: int) -> Slots:
-    """With `most` slots before the last two."""
+    """Pads the window's slots to `most`; the two new objects stay last."""
     have = slots.present.shape[1] - 2
     device = slots.present.device
     old = torch.arange(have, device=device)
@@ -87,7 +112,7 @@ def _spread(slots: Slots, most: int) -> Slots:
 
 
 def support(boxes: Tensor, texels: int) -> Tensor:  # [..., 4] -> [..., 4] xyxy, px
-    """The region whose pixels objects with these boxes can change: half a texel more, and a bit."""
+    """The region that objects with these boxes can change: half a texel and half a pixel wider."""
     rim = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0) / (2 * texels) + 0.5
     return torch.cat([boxes[..., :2] - rim, boxes[..., 2:] + rim], dim=-1)
 
@@ -119,6 +144,7 @@ def judge(
     moves: Moves,
     side: int,
     iterations: int = MOVE_ITERATIONS,
+    on_chunk: Callable[[float], None] = lambda share: None,
 ) -> Outcomes:
     """Makes each of at least one move by itself, and refines its neighbourhood in a window.
 
@@ -129,16 +155,17 @@ def judge(
         std: the encoder's standard deviations of each cell, which new objects take.
         side: of the windows, px; less where the image is smaller.
         iterations: of refinement, at most; 0 for none.
+        on_chunk: called with the share of the moves that are judged, now and then.
     """
     slots = slots.padded(max(1, slots.present.shape[1]))  # so that -1 names a slot
     area = min(side, scene.images.shape[-2]) * min(side, scene.images.shape[-1])
     chunk = max(1, _MOST_PIXELS // area)
-    return Outcomes.join(
-        [
-            _judge(energy, scene, slots, std, moves.select(slice(i, i + chunk)), side, iterations)
-            for i in range(0, len(moves), chunk)
-        ]
-    )
+    parts = []
+    for i in range(0, len(moves), chunk):
+        part = moves.select(slice(i, i + chunk))
+        parts.append(_judge(energy, scene, slots, std, part, side, iterations))
+        on_chunk(min(1.0, (i + chunk) / len(moves)))
+    return Outcomes.join(parts)
 
 
 def _judge(
@@ -153,16 +180,14 @@ def _judge(
     image, removed = moves.image, moves.removed
     texels = energy.network.config.object_size
     boxes = energy.boxes(slots)
-    gone_boxes = boxes[image[:, None], removed.clamp(min=0)]  # [P, 2, 4]
-    acting = torch.cat([removed >= 0, ~moves.added[..., 0].isnan()], dim=1)
-    acted = _hull(torch.cat([gone_boxes, moves.added], dim=1), acting)  # [P, 4]
+    acted = moves.acted(boxes)
     low, view, near, index = _windows(energy, scene, slots, image, acted, side)
     shift = torch.cat([low, low], dim=-1)[:, None]  # [P, 1, 4]
     held = _accounted(low, view.images.shape, scene.images.shape)[:, None]  # [P, 1, 4]
     with torch.no_grad():
         before = energy(view, near)
         goes = (index[:, None] == removed[..., None]).any(1)
-        rest = _without(near, goes)
+        rest = replace(near, present=torch.where(goes, 0, near.present))
         after = rest.join(_new_objects(energy, view, rest, std, moves, low, scene))
     start = support(energy.boxes(after) + shift, texels)
     contained = _within(start, held)
@@ -177,7 +202,7 @@ def _judge(
         target=before,
     )
     end = support(energy.boxes(after) + shift, texels)
-    gone = support(gone_boxes, texels)
+    gone = support(moves.removed_boxes(boxes), texels)
     fits = (_within(end, held) | ~touched).all(1) & (_within(gone, held) | (removed < 0)).all(1)
     fits &= (contained | (after.present == 0))[:, -2:].all(1)  # those that come
     region = _hull(
@@ -187,8 +212,8 @@ def _judge(
     return Outcomes(
         torch.where(fits, lowest - before, torch.inf),
         region,
-        torch.where((near.present > 0) & ~goes, index, -1),
-        Slots(after.latents, after.std, corner, after.present, after.saved),
+        torch.where(touched[:, :-2], index, -1),
+        replace(after, corner=corner),
     )
 
 
@@ -218,12 +243,10 @@ def _windows(
     number = int(inside.sum(1).amax())
     index = inside.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :number]
     near = slots.gather(image, index)
-    near = Slots(
-        near.latents,
-        near.std,
-        near.corner - low.flip(-1)[:, None],
-        near.present * inside.gather(1, index),
-        near.saved,
+    near = replace(
+        near,
+        corner=near.corner - low.flip(-1)[:, None],
+        present=near.present * inside.gather(1, index),
     )
     view = Scene(
         crop.permute(0, 3, 1, 2).contiguous(),
@@ -237,16 +260,11 @@ def _windows(
 
 
 def _accounted(low: Tensor, window: torch.Size, image: torch.Size) -> Tensor:  # [P, 4]
-    """The region for which a window accounts: also all beyond the image, where no pixel is."""
+    """The windows, extended to infinity where they end at the image's edge."""
     high = low + low.new_tensor([window[-1], window[-2]])
     end = low.new_tensor([image[-1], image[-2]])
     low = torch.where(low <= 0, -torch.inf, low)
     return torch.cat([low, torch.where(high >= end, torch.inf, high)], dim=-1)
-
-
-def _without(slots: Slots, goes: Tensor) -> Slots:  # [P, S] bool
-    present = torch.where(goes, 0, slots.present)
-    return Slots(slots.latents, slots.std, slots.corner, present, slots.saved)
 
 
 def _new_objects(
@@ -279,10 +297,3 @@ def _new_objects(
         comes.to(what.dtype),
         torch.full_like(comes, torch.inf, dtype=what.dtype),
     )
-
-
-def selected(outcomes: Outcomes, index: Tensor) -> Outcomes:
-    """Some of the outcomes."""
-    parts = {field.name: getattr(outcomes, field.name) for field in fields(Outcomes)}
-    slots = parts.pop("slots")
-    return Outcomes(slots=slots.images(index), **{k: v[index] for k, v in parts.items()})

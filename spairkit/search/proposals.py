@@ -32,6 +32,7 @@ def propose(
     scene: Scene,
     slots: Slots,
     latents: Latents,
+    typical: Array,  # [B, 2]
     near: list[Array] | None = None,
 ) -> Moves:
     """The moves worth trying.
@@ -44,6 +45,7 @@ def propose(
 
     Args:
         latents: the encoder's.
+        typical: width and height of a typical object of each image, px.
         near: regions [n, 4] of each image; only moves that overlap one are returned. None: all.
     """
     excess = energy.excess(scene, slots).double().cpu().numpy()
@@ -58,15 +60,13 @@ def propose(
         if near is not None and not len(near[b]):
             continue
         on = np.flatnonzero(present[b])
-        sides = boxes[b, on] if len(on) else cells[b]
-        sides = np.maximum(sides[:, 2:] - sides[:, :2], _LEAST_SIDE)
-        typical = np.median(sides, axis=0)  # w, h
+        side = float(typical[b].mean())
         mass = _Mass(excess[b])
         empty = cells[b][(doubt[b] > _LEAST_PRESENCE) & (doubt[b] <= 0.5)]
         for gone, new in (
-            *_births(excess[b], mass, empty, float(np.median(sides)), len(on)),
-            *_deaths_and_merges(boxes[b, on], on, float(np.median(sides))),
-            *_splits(boxes[b, on], on, mass, typical),
+            *_births(excess[b], mass, empty, side),
+            *_deaths_and_merges(boxes[b, on], on, side),
+            *_splits(boxes[b, on], on, mass, typical[b]),
         ):
             where = np.stack([*new, *boxes[b, gone]])
             if near is None or bool(overlaps(where[:, None], near[b]).any()):
@@ -81,12 +81,16 @@ def propose(
     )
 
 
-def typical_side(energy: Energy, slots: Slots) -> list[float]:  # px
-    """The median side of the objects of each image; 0 where there are none."""
+def typical_sizes(energy: Energy, slots: Slots, latents: Latents) -> Array:  # [B, 2] px
+    """Median width and height of the objects of each image, or of its cells where it has none."""
     boxes = energy.boxes(slots).double().cpu().numpy()
+    cells = latents.boxes.double().cpu().numpy()
     present = (slots.present > 0).cpu().numpy()
-    sides = [(box[on, 2:] - box[on, :2]) for box, on in zip(boxes, present, strict=True)]
-    return [float(np.median(item)) if len(item) else 0.0 for item in sides]
+    sizes = []
+    for box, cell, on in zip(boxes, cells, present, strict=True):
+        known = box[on] if on.any() else cell
+        sizes.append(np.median(np.maximum(known[:, 2:] - known[:, :2], _LEAST_SIDE), axis=0))
+    return np.stack(sizes)
 
 
 class _Mass:
@@ -105,14 +109,12 @@ class _Mass:
         return total
 
 
-def _births(excess: Array, mass: _Mass, empty: Array, side: float, objects: int) -> Iterator[_Move]:
+def _births(excess: Array, mass: _Mass, empty: Array, side: float) -> Iterator[_Move]:
     reach = round(side * _PEAK_SIDE) | 1
     total = uniform_filter(excess, reach, mode="constant") * reach**2
     peaks = (total == maximum_filter(total, reach, mode="constant")) & (total > LEAST_EXCESS)
-    y, x = np.nonzero(peaks)
-    order = np.argsort(-total[y, x], kind="stable")[: 4 + objects]
-    for i in order:
-        centre = np.array([x[i], y[i]]) + 0.5
+    for y, x in np.argwhere(peaks):
+        centre = np.array([x, y]) + 0.5
         yield [], [np.concatenate([centre - side / 2, centre + side / 2])]
     for box in empty[mass(empty) > LEAST_EXCESS]:
         yield [], [box]

@@ -83,5 +83,5 @@ def refine(
         rows, goal, enough, moves = (x[going] for x in (rows, goal, enough, moves))
         high, here = high[going], here[going]
         now, best, mean, scale = (x[going] for x in (now, best, mean, scale))
-        view, part = view.select(going), part.images(going)
+        view, part = view.select(going), part.select(going)
     return slots.changed(latents), lowest

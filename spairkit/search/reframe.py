@@ -27,11 +27,11 @@ def reframe(energy: Energy, scene: Scene, slots: Slots, share: float) -> Slots:
     maps, floor = net.decode(slots.what), c.importance_floor
     owner = owners(maps, boxes, slots.depth, slots.present, scene.background, size, floor)
     heights = (scene.images - scene.background).abs().amax(1).cpu().numpy()
-    tight = boxes.cpu()
+    tight = boxes.cpu().clone()
     for b in range(len(tight)):
         masks = masks_of(owner[b].numpy(), heights[b], share)
         tight[b, masks.slots] = torch.from_numpy(masks.boxes).to(tight.dtype)
-    boxes = torch.where((slots.present > 0)[..., None], tight.to(boxes.device), boxes)
+    boxes = tight.to(boxes.device)
     glimpses = extract_glimpses(scene.images, boxes, c.object_size)
     others = _others(owner.to(boxes.device), boxes, c.object_size)
     glimpses = torch.where(others[:, :, None], scene.background[:, None], glimpses)

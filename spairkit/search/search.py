@@ -29,10 +29,9 @@ from spairkit.search.moves import (
     Moves,
     Outcomes,
     judge,
-    selected,
     support,
 )
-from spairkit.search.proposals import Array, overlaps, propose, typical_side
+from spairkit.search.proposals import Array, overlaps, propose, typical_sizes
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
 
@@ -92,10 +91,14 @@ class PosteriorSearch:
     def explain(
         self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
     ) -> list[Explanation]:
-        """The objects, their appearances and the reconstruction, as `SPAIR.explain`."""
+        """The objects, their appearances and the reconstruction, as `SPAIR.explain`.
+
+        The reconstruction shows all objects of the state, whatever the threshold.
+        """
         found = self.find(images, box_contrast)
         detections = self.describe(found, threshold, box_contrast)
-        chosen = self._chosen(found, threshold)
+        scores = self.calibration.score(found.slots.saved)
+        chosen = (found.slots.present > 0) & (scores > threshold)
         maps = self.network.decode(found.slots.what)
         drawn = self.energy.draw(found.scene, found.slots).clamp(0, 1)
         return Explanation.of_batch(chosen, detections, images, drawn, maps)
@@ -123,14 +126,13 @@ class PosteriorSearch:
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
         slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
         slots = self._refined(scene, slots)
-        scene = replace(scene, evidence=self.energy.evidence(scene, slots))
+        if self.network.config.likelihood == "normal":
+            scene = replace(scene, evidence=self.energy.evidence(scene, slots))
+            slots = self._refined(scene, slots)
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents)
-        slots = self._measured(scene, slots, latents)
-        if self.mode == "full":  # moves do not try the death of objects that overlap no other one
-            slots = replace(slots, present=torch.where(slots.saved < 0, 0, slots.present))
-        return Found(scene, slots, costs)
+        return Found(scene, self._measured(scene, slots, latents), costs)
 
     def _refined(self, scene: Scene, slots: Slots) -> Slots:
         shown = partial(self.on_progress, "refining objects")
@@ -142,21 +144,31 @@ class PosteriorSearch:
         """Tries moves until none lowers the energy; also the costs of rejected objects."""
         rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
+        moved: set[int] = set()
         for number in range(_ROUNDS):
-            self.on_progress("trying moves", number / _ROUNDS)
-            moves = propose(self.energy, scene, slots, latents, near)
+            typical = typical_sizes(self.energy, slots, latents)
+            moves = propose(self.energy, scene, slots, latents, typical, near)
             if not len(moves):
                 break
-            typical = torch.tensor(typical_side(self.energy, slots), device=moves.image.device)
-            sides = _WINDOW * typical[moves.image]
-            outcomes = self._judged(scene, slots, latents, moves, sides)
+            side = slots.latents.new_tensor(typical.max(1))[moves.image]
+            sides = torch.maximum(_WINDOW * side, moves.extent(self.energy.boxes(slots)) + 2 * side)
+            shown = partial(self._show_moves, number)
+            outcomes = self._judged(scene, slots, latents, moves, sides, on_chunk=shown)
             chosen, near = _best(moves, outcomes, len(rejected))
             slots = _remember(slots, moves, outcomes, near, rejected)
             if not chosen:
                 break
             slots = _applied(slots, moves, outcomes, chosen)
+            moved |= set(moves.image[chosen].tolist())
         costs = [_apart(items) for items in rejected]
-        return self._refined(scene, slots), costs
+        if moved:
+            rows = torch.tensor(sorted(moved), device=slots.latents.device)
+            refined = self._refined(scene.select(rows), slots.select(rows))
+            slots = slots.changed(slots.latents.index_copy(0, rows, refined.latents))
+        return slots, costs
+
+    def _show_moves(self, number: int, share: float) -> None:
+        self.on_progress("trying moves", (number + share) / _ROUNDS)
 
     def _judged(
         self,
@@ -166,52 +178,57 @@ class PosteriorSearch:
         moves: Moves,
         sides: Tensor,  # [P] of the windows, px
         iterations: int = MOVE_ITERATIONS,
+        on_chunk: Callable[[float], None] = lambda share: None,
     ) -> Outcomes:
         """The outcome of each move, in windows of at least these sides."""
         extent = max(scene.images.shape[-2:])
         steps = (sides / _WINDOW_STEP).ceil().clamp(min=2)
         windows = (steps * _WINDOW_STEP).clamp(max=extent).long()
-        parts, places = [], []
+        parts, order = [], []
         for side in sorted(set(windows.tolist())):
             index = (windows == side).nonzero()[:, 0]
             part = moves.select(index)
-            parts.append(judge(self.energy, scene, slots, latents.std, part, side, iterations))
-            places.append(index)
-        return selected(Outcomes.join(parts), torch.cat(places).argsort())
+            judged = judge(self.energy, scene, slots, latents.std, part, side, iterations, on_chunk)
+            parts.append(judged)
+            order.append(index)
+        return Outcomes.join(parts).select(torch.cat(order).argsort())
 
     def _measured(self, scene: Scene, slots: Slots, latents: Latents) -> Slots:
-        """With the energy that each object saves: what its death would cost, at least.
+        """Sets `saved` to the least known cost of removing each object.
 
-        Where the death was tried with its neighbours in its place, `saved` has its cost already.
+        The full search also removes objects that cost energy, since its moves try no death of an
+        object that overlaps no other one.
         """
-        image, slot = (slots.present > 0).nonzero(as_tuple=True)
-        if not len(image):
-            return slots
-        boxes = support(self.energy.boxes(slots)[image, slot], self.network.config.object_size)
-        sides = (boxes[:, 2:] - boxes[:, :2]).amax(1) + 2  # windows lie at whole pixels
-        deaths = self._judged(scene, slots, latents, Moves.deaths(image, slot), sides, iterations=0)
+        while True:
+            image, slot = (slots.present > 0).nonzero(as_tuple=True)
+            if not len(image):
+                return slots
+            deaths = Moves.deaths(image, slot)
+            boxes = support(self.energy.boxes(slots)[image, slot], self.network.config.object_size)
+            sides = (boxes[:, 2:] - boxes[:, :2]).amax(1) + 2  # windows lie at whole pixels
+            outcomes = self._judged(scene, slots, latents, deaths, sides, iterations=0)
+            chosen, _ = _best(deaths, outcomes, len(slots.present))
+            if not chosen or self.mode == "refine":
+                break
+            slots = _applied(slots, deaths, outcomes, chosen)
         saved = slots.saved.clone()
-        saved[image, slot] = torch.minimum(saved[image, slot], deaths.change)
+        saved[image, slot] = torch.minimum(saved[image, slot], outcomes.change)
         return replace(slots, saved=saved)
-
-    def _chosen(self, found: Found, threshold: float) -> Tensor:  # [B, N] bool
-        return (found.slots.present > 0) & (self.calibration.score(found.slots.saved) > threshold)
 
     def describe(
         self, found: Found, threshold: float, box_contrast: float | None
     ) -> list[Detections]:
         """The objects of each image with a score above `threshold`, with masks and counts."""
         scores = self.calibration.score(found.slots.saved)
-        slots = replace(found.slots, present=self._chosen(found, threshold).to(scores.dtype))
         scene = found.scene
         described = self.network.detections(
-            scene.images, scene.background, slots, scores, box_contrast
+            scene.images, scene.background, found.slots, scores, threshold, box_contrast
         )
         counts = self.counts(found)
         return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
 
     def counts(self, found: Found) -> list[CountPosterior]:
-        """p(C | image) of each image, from the energies of all states that differ by one move.
+        """p(C | image) of each image, from the energies of the moves that were tried.
 
         Moves in different places change the energy independently, so each object is there with its
         score as probability, and each rejected one with a probability by its cost.
@@ -226,6 +243,21 @@ class PosteriorSearch:
         ]
 
 
+class _Regions:
+    """Regions that lie apart from each other."""
+
+    def __init__(self, most: int) -> None:
+        self._held, self._number = np.empty((most, 4)), 0
+
+    def add(self, region: Array) -> bool:
+        """Adds a region [4] unless it overlaps one that is held; whether it was added."""
+        if overlaps(region, self._held[: self._number]).any():
+            return False
+        self._held[self._number] = region
+        self._number += 1
+        return True
+
+
 def _best(moves: Moves, outcomes: Outcomes, batch: int) -> tuple[list[int], list[Array]]:
     """The moves to make: the best first, unless one that is made changes the same pixels.
 
@@ -235,15 +267,13 @@ def _best(moves: Moves, outcomes: Outcomes, batch: int) -> tuple[list[int], list
     image = moves.image.tolist()
     change, region = outcomes.change.cpu().numpy(), outcomes.region.double().cpu().numpy()
     chosen: list[int] = []
-    taken: list[list[Array]] = [[] for _ in range(batch)]
     near: list[list[Array]] = [[] for _ in range(batch)]
-    for p in np.argsort(change, kind="stable").tolist():
-        if not change[p] < 0:
-            break
+    good = [p for p in np.argsort(change, kind="stable").tolist() if change[p] < 0]
+    taken = [_Regions(len(good)) for _ in range(batch)]
+    for p in good:
         b = image[p]
         near[b].append(region[p])
-        if not taken[b] or not overlaps(region[p], np.stack(taken[b])).any():
-            taken[b].append(region[p])
+        if taken[b].add(region[p]):
             chosen.append(p)
     return chosen, [np.stack(part) if part else np.zeros((0, 4)) for part in near]
 
@@ -261,7 +291,10 @@ def _remember(
     removed, balance = moves.removed.cpu(), moves.balance.tolist()
     for b, stale in enumerate(near):
         rejected[b] = [item for item in rejected[b] if not overlaps(item[1], stale).any()]
-    for p, b in enumerate(moves.image.tolist()):
+    image = moves.image.tolist()
+    # deaths first, because a merge is charged to the object that saves less
+    for p in sorted(range(len(image)), key=lambda p: int((removed[p] >= 0).sum())):
+        b = image[p]
         if not 0 <= change[p] < math.inf or overlaps(region[p], near[b]).any():
             continue
         if balance[p] > 0:
@@ -301,8 +334,6 @@ def _applied(slots: Slots, moves: Moves, outcomes: Outcomes, chosen: list[int]) 
 
 def _apart(items: list[_Cost]) -> Tensor:  # [m]
     """The least costs of rejected objects that lie apart from each other."""
-    kept: list[_Cost] = []
-    for cost, region in sorted(items, key=lambda item: item[0]):
-        if not kept or not overlaps(region, np.stack([other for _, other in kept])).any():
-            kept.append((cost, region))
-    return torch.tensor([cost for cost, _ in kept])
+    taken = _Regions(len(items))
+    ordered = sorted(items, key=lambda item: item[0])
+    return torch.tensor([cost for cost, region in ordered if taken.add(region)])

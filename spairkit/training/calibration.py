@@ -66,6 +66,8 @@ def calibrate(
             progress(min(len(images), IMAGES))
         if len(images) >= IMAGES:
             break
+    if not sum(map(len, saved)):
+        return Calibration()  # nothing was found
     midpoint, slope = fit_scores(
         torch.cat(saved).double().numpy(), np.asarray(torch.cat(real).numpy(), dtype=bool)
     )
@@ -76,7 +78,7 @@ def calibrate(
 
 
 def matches(found: Detections, saved: Tensor, truth: Truth) -> Tensor:  # [n] bool
-    """Whether each object has a true one of enough IoU to itself; the surest chooses first."""
+    """Whether each object has a true one of its own; matched greedily, by falling energy."""
     hit = torch.zeros(len(found), dtype=torch.bool)
     iou = box_iou(found.boxes, truth.boxes.cpu())
     for i in saved.argsort(descending=True, stable=True).tolist():
