@@ -25,14 +25,15 @@ _QUICK_TRAIN = {
 def quick() -> dict[str, Any]:
     """SPAIR on 1 to 3 digits in 48 x 48 pixels, in a few minutes on a laptop's CPU.
 
-    `spairkit train` takes 1 min 44 s of CPU time on one thread of a small virtual machine, and
-    seeds 0, 1 and 2 have a test AP of .791, .794 and .800 (2026-11-26; see BENCHMARKS.md).
+    `spairkit train` takes about two minutes of CPU time on one thread of a small virtual machine;
+    BENCHMARKS.md has the test figures of three seeds, with the search (`search.mode`) and without.
 
     The settings were tuned by hand on the embedded digits. In order of importance: clipping the
     gradient to norm 1 at a learning rate of 1e-3 (training fails or is worse at 2e-3 or without
-    clipping); tight boxes (`box_contrast`); a weight of 2 on the KL terms, so that fewer digits are
+    clipping); boxes round masks (`box_contrast`); a weight of 2 on the KL terms, so that fewer digits are
     detected twice; images of 48 pixels, as cells at the right and bottom of 32 pixels see too
-    little to be used. Each was tried in single runs, so there are no figures.
+    little to be used. Each was tried in single runs, so there are no figures. The height at which
+    masks end (`box_contrast`) was chosen on 512 validation scenes.
     """
     return {
         "data": {"max_objects": 3, "validation_images": 256},

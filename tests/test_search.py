@@ -411,7 +411,7 @@ def test_moves_made_together_change_the_energy_by_their_sum() -> None:
     sides = torch.full((len(moves),), 48.0)
     outcomes = finder._judged(scene, slots, latents, moves, sides)
     chosen, _ = search_module._best(moves, outcomes, 2)
-    assert len(chosen) > 3
+    assert len(chosen) > 1
     after = search_module._applied(slots, moves, outcomes, chosen)
     change = finder.energy(scene, after) - finder.energy(scene, slots)
     for b in range(2):
