@@ -56,6 +56,7 @@ def evaluate(
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
+    options.say_if_uncalibrated(detector)
     settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
     report = measure(
         detector,

@@ -172,12 +172,23 @@ def open_detector(
     """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`."""
     from spairkit.detector import load
 
-    return load(
+    detector = load(
         choose_checkpoint(checkpoint),
         choose_device(device),
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
+    say_if_uncalibrated(detector)
+    return detector
+
+
+def say_if_uncalibrated(detector: "Detector") -> None:
+    """Says that confidences and intervals of a search are rough."""
+    if detector.search != "off" and not detector.is_calibrated:
+        say(
+            f"confidences and count intervals of --search {detector.search} are not calibrated "
+            "for this model"
+        )
 
 
 def layers(

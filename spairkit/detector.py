@@ -69,6 +69,8 @@ class Detector:
     ) -> None:
         self.network, self.config, self.name = network, config, name
         self.search: SearchMode = config.search.mode if search is None else search
+        self.is_calibrated = calibration is not None and self.search == config.search.mode
+        """Whether scores and counts were calibrated with this search."""
         self.calibration = calibration or Calibration()
         self.finder: Network | PosteriorSearch = network
         self.on_progress: Progress | None = None
@@ -95,9 +97,10 @@ class Detector:
             raise ValueError(f"box_contrast must lie in [0, 1), got {box_contrast}")
 
     def __repr__(self) -> str:
-        """The model, where it came from and its device, in one line."""
+        """The model, where it came from, its search and its device, in one line."""
         source = f" from {self.name}" if self.name else ""
-        return f"Detector({self.config.model.kind}{source}, on {self.device})"
+        search = "" if self.search == "off" else f", search {self.search}"
+        return f"Detector({self.config.model.kind}{source}{search}, on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -278,7 +281,7 @@ def load(
     Example:
         >>> import spairkit
         >>> spairkit.load(device="cpu")
-        Detector(spair from the packaged model, on cpu)
+        Detector(spair from the packaged model, search full, on cpu)
     """
     device = chosen_device(device)
     checkpoint = load_checkpoint(pretrained() if path is None else Path(path))
@@ -296,12 +299,13 @@ def detector_of(
     search: SearchMode | None = None,
 ) -> Detector:
     """The detector of a checkpoint, with its calibration; arguments and errors as in `load`."""
+    known = checkpoint.calibration
     return Detector(
         from_checkpoint(checkpoint, device),
         checkpoint.config,
         box_contrast=box_contrast,
         search=search,
-        calibration=calibration_of(checkpoint.calibration, str(checkpoint.path)),
+        calibration=calibration_of(known, str(checkpoint.path)) if known else None,
         name=str(checkpoint.path),
     )
 

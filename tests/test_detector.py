@@ -245,7 +245,7 @@ def test_threshold_out_of_range_is_refused(
 
 
 def test_repr_is_one_line(detector: Detector) -> None:
-    assert repr(detector) == "Detector(spair from the packaged model, on cpu)"
+    assert repr(detector) == "Detector(spair from the packaged model, search full, on cpu)"
     config = Config(model=ConnCompConfig())
     assert repr(Detector(build(config), config)) == "Detector(conncomp, on cpu)"
 

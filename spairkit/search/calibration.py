@@ -45,7 +45,7 @@ class Calibration:
 
 
 def calibration_of(values: Mapping[str, float], source: str) -> Calibration:
-    """The calibration of a checkpoint; the default where `values` is empty.
+    """The calibration in a checkpoint.
 
     Raises:
         InputError: a value is missing, unknown or out of range; `source` names the file.

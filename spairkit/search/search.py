@@ -146,6 +146,7 @@ class PosteriorSearch:
         near: list[Array] | None = None
         moved: set[int] = set()
         for number in range(_ROUNDS):
+            self._show_moves(number, 0.0)
             typical = typical_sizes(self.energy, slots, latents)
             moves = propose(self.energy, scene, slots, latents, typical, near)
             if not len(moves):
