@@ -300,11 +300,15 @@ class AIRConfig:
         return self.count == "given"
 
 
+SearchMode = Literal["off", "refine", "full"]
+"""Values of `search.mode`."""
+
+
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
 class SearchConfig:
     """The search for the objects of the highest posterior probability, by SPAIR only."""
 
-    mode: Literal["off", "refine", "full"] = "off"
+    mode: SearchMode = "off"
     """`off` keeps what the encoder finds, as in the paper; `refine` also fits its objects to the
     image by gradients; `full` also tries births, deaths, merges and splits."""
     beta: NonNegative = 0.5

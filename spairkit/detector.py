@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import computing_in
-from spairkit.config import Config, ConnCompConfig
+from spairkit.config import Config, ConnCompConfig, SearchMode
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image, list_images, prepare, same_sized
@@ -26,9 +26,6 @@ from spairkit.search.calibration import Calibration, calibration_of
 from spairkit.search.search import PosteriorSearch, Progress
 from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
-
-SearchMode = Literal["off", "refine", "full"]
-"""How objects are found after the encoder's guess; see `config.SearchConfig`."""
 
 _MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
 

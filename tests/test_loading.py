@@ -37,7 +37,7 @@ def test_seed_sets_the_weights_without_touching_torchs_seed() -> None:
 
 
 def test_saved_model_gives_the_same_detections(tmp_path: Path) -> None:
-    model = spair(SMALL)
+    model = spair(SMALL).eval()
     path = save_checkpoint(
         tmp_path,
         step=3,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from spairkit.benchmarks import timing
 from spairkit.benchmarks.timing import Figure
-from spairkit.config import Config, DataConfig
+from spairkit.config import Config, DataConfig, SearchMode
 from spairkit.data.datasets import open_dataset
-from spairkit.detector import Detector, SearchMode, load
+from spairkit.detector import Detector, load
 
 SCENE = 48
 """Side of a scene of one to three digits, px."""

@@ -19,6 +19,7 @@ from spairkit.images import commonest_colour, num_channels
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
 from spairkit.models.cell_loop import encode_cells, has_kernel
 from spairkit.models.densities import (
+    Group,
     bernoulli_cross_entropy,
     concrete_sample,
     normal_nll,
@@ -124,6 +125,22 @@ class SPAIR(nn.Module):
             self.register_buffer("background_colour", torch.zeros(3))
         if c.likelihood == "normal":
             self.register_buffer("noise_std", torch.ones(()))
+
+    @property
+    def priors(self) -> tuple[Group, ...]:
+        """Those of position, size, what and depth, in the order of the latents."""
+        c = self.config
+        return (
+            (2, 0.0, c.position_prior_std),
+            (2, c.size_prior_mean, c.size_prior_std),
+            (c.what, 0.0, 1.0),
+            (1, 0.0, 1.0),
+        )
+
+    @property
+    def final_success(self) -> float:
+        """s of the count prior at the end of its schedule."""
+        return 1 / (1 + self.config.odds_end)
 
     def forward(
         self,
@@ -529,17 +546,14 @@ class SPAIR(nn.Module):
         """Every term, summed over all but the images (docs/model.md 5)."""
         c = self.config
         if success is None:
-            success = 1 / (1 + c.odds_end)
+            success = self.final_success
         pres = presence_kl(latents.presence_logit, latents.presence.detach(), success)
         centre, size, what, depth = weighted_kls(
             latents.mean,
             latents.std,
             # the gradient through the weight is what switches useless cells off
             latents.presence,
-            (2, 0.0, c.position_prior_std),
-            (2, c.size_prior_mean, c.size_prior_std),
-            (c.what, 0.0, 1.0),
-            (1, 0.0, 1.0),
+            *self.priors,
         ).unbind(1)
         return Losses(
             reconstruction=self.reconstruction_loss(image, images, num_channels(images)),

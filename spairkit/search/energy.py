@@ -48,24 +48,17 @@ class Energy:
 
     def __init__(self, network: SPAIR, beta: float) -> None:
         self.network, self.beta = network, beta
-        c = network.config
-        self._groups = (
-            (2, 0.0, c.position_prior_std),
-            (2, c.size_prior_mean, c.size_prior_std),
-            (c.what, 0.0, 1.0),
-            (1, 0.0, 1.0),
-        )
-        self._success = 1 / (1 + c.odds_end)
 
     def __call__(self, scene: Scene, slots: Slots) -> Tensor:  # [B] nats
         """The energy of each image, with gradients to `slots.latents`."""
         nll = self.network.reconstruction_loss(
             self.draw(scene, slots), scene.images, scene.channels
         )
-        kl = weighted_kls(slots.latents, slots.std, slots.present, *self._groups).sum(1)
+        kl = weighted_kls(slots.latents, slots.std, slots.present, *self.network.priors).sum(1)
         count = scene.outside + slots.count
         nll = scene.evidence * nll
-        return nll + self.beta * kl - log_presence_prior(count, scene.places, self._success)
+        prior = log_presence_prior(count, scene.places, self.network.final_success)
+        return nll + self.beta * kl - prior
 
     def boxes(self, slots: Slots) -> Tensor:  # [B, N, 4] xyxy, px
         """The boxes of z_where."""
