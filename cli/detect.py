@@ -80,13 +80,15 @@ def detect(
             posteriors += [] if detections.counts is None else [detections.counts]
             show_done(done)
     text = _text(rows, format_, has_masks)
+    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(files) else ""
+    summary = f"{several(objects, 'object')} in {several(len(files), 'image')}{expected}"
     if out is None:
         typer.echo(text, nl=False)
+        if not quiet:
+            say(summary)
         return
     write_text(out, text)
-    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(files) else ""
-    found = several(objects, "object")
-    say(f"wrote {out}: {found} in {several(len(files), 'image')}{expected}")
+    say(f"wrote {out}: {summary}")
 
 
 def _files(paths: list[Path]) -> list[tuple[Path, int]]:

@@ -186,8 +186,8 @@ def say_if_uncalibrated(detector: "Detector") -> None:
     """Says that confidences and intervals of a search are rough."""
     if detector.search != "off" and not detector.is_calibrated:
         say(
-            f"confidences and count intervals of --search {detector.search} are not calibrated "
-            "for this model"
+            f"confidences and count intervals may be too sure: the search {detector.search!r} is "
+            "not calibrated for this model"
         )
 
 

@@ -53,7 +53,14 @@ def viz(
             )
             show_done(len(drawn))
     if as_json:
-        print_json({"checkpoint": detector.name, "pictures": drawn})
+        print_json(
+            {
+                "checkpoint": detector.name,
+                "search": detector.search,
+                "calibrated": detector.is_calibrated,
+                "pictures": drawn,
+            }
+        )
 
 
 def _outputs(images: list[Path], out: Path | None) -> list[Path]:

@@ -49,6 +49,9 @@ encoder_hidden = [8]
 decoder_hidden = [8]
 presence_bias = 1.0
 
+[search]
+mode = "refine"
+
 [train]
 batch_size = 4
 steps = 6
