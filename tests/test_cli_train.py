@@ -375,7 +375,8 @@ def test_detect_writes_masks_and_counts(run: Runner, tmp_path: Path) -> None:
     assert [result["area"] for result in results] == [12] + [0] * (num - 1)
     assert results[0]["segmentation"]["size"] == [26, 27]
     ended = run("detect", tmp_path, *words[2:], "--out", "rich.json")
-    assert f": {2 * num} objects in 2 images ({2 * num + 1}.0 expected)" in ended.err
+    interval = f"{2 * num} to {2 * num + 2} at 90 %"
+    assert f": {2 * num} objects in 2 images ({2 * num + 1}.0 expected, {interval})" in ended.err
 
     lines = run(*words, "--format", "csv").out.splitlines()
     assert lines[0] == "image,image_id,x1,y1,x2,y2,score,area,intensity"
