@@ -90,7 +90,7 @@ class Energy:
     def evidence(self, scene: Scene, slots: Slots) -> Tensor:  # [B] in (0, 1]
         """The share of independent pixels, from the residuals; 1 with the Bernoulli likelihood.
 
-        The normal likelihood takes the residuals of pixels for independent, but blur, texture and a
+        The normal likelihood treats the residuals of pixels as independent, but blur, texture and a
         wrong background make neighbours differ from the model alike. The mean residual of a block
         of k x k pixels, a third of a cell, would have a variance of sigma^2 / k^2. Where it is
         larger, each pixel counts for less by this factor.
