@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +66,14 @@ class World:
         if self.size == 1:
             return model
         return DistributedDataParallel(model, find_unused_parameters=partial)
+
+    def forward(self, replica: nn.Module, images: Tensor, **options: Any) -> Any:
+        """The result of a replica, which gets the buffers of rank 0 first."""
+        if self.size == 1:
+            return replica(images, **options)
+        results: list[Any] = []
+        self._together(lambda: results.append(replica(images, **options)))
+        return results[0]
 
     def backward(self, loss: Tensor) -> None:
         """Computes the gradients of `loss`; those of a replica are averaged over all processes."""

@@ -167,7 +167,8 @@ class Trainer:
         assert batch is not None
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            losses: Losses = self.replica(
+            losses: Losses = self.world.forward(
+                self.replica,
                 prepare(batch.images, self.config.prepare),
                 success=inputs.success,
                 training_wheels=self.wheels,
