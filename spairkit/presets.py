@@ -70,14 +70,14 @@ def laptop() -> dict[str, Any]:
     """SPAIR on 1 to 9 digits in 48 x 48 pixels, in less than half an hour on one core of a laptop.
 
     `spairkit train --preset laptop --data MNIST.npz`. BENCHMARKS.md has test figures of three seeds
-    for each number of digits, with the search and without. Without `--data` it trains on
-    the digits that ship with spairkit; that was not measured.
+    for each number of digits, with the search and without. Without `--data` it trains on the digits
+    that ship with spairkit; that was not measured.
 
     It differs from `quick` in 32 appearance dimensions instead of 16, a KL weight of 1.5 instead of
-    2, a learning rate 1.5 times as high and eleven times as many updates; masks end lower, as the
-    strokes of MNIST are fainter (`box_contrast`, chosen on 256 validation scenes). It was the best of ten
+    2, a learning rate 1.5 times as high and eleven times as many updates. It was the best of ten
     settings on 1,024 validation images after 5,000 updates of one run each: learning rate and KL
-    weight each improved AP and counts, the 32 dimensions improved counts.
+    weight each improved AP and counts, the 32 dimensions improved counts. Masks end lower, as the
+    strokes of MNIST are fainter (`box_contrast`, chosen on 256 validation scenes).
     """
     return merge(
         quick(),
