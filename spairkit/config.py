@@ -15,6 +15,7 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 Steps = Annotated[int, Field(ge=0, le=10**9)]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Weight = Annotated[float, Field(ge=-1.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 NonNegative = Annotated[float, Field(ge=0.0, le=1e9)]
 Real = Annotated[float, Field(ge=-1e3, le=1e3)]
@@ -81,6 +82,21 @@ class DataConfig:
 class PrepareConfig:
     """Preparation of every image, in training and wherever the model is used."""
 
+    scale: Annotated[float, Field(ge=0.005, le=16.0)] = 1.0
+    """Factor by which images are resized; objects should become about 12 px."""
+    contrast: Literal["none", "direction", "distance"] = "none"
+    """`none` keeps the colours. Otherwise images become grey, with bright objects: `direction` adds
+    the channels with the weights `direction`; `distance` is that to the background's colour."""
+    direction: tuple[Weight, Weight, Weight] = (1 / 3, 1 / 3, 1 / 3)
+    """Weights of red, green and blue; negative ones turn dark objects into bright ones."""
+    background: Literal["none", "image", "surface"] = "none"
+    """Background that a contrast is measured from: 0, one value for each image, or a smooth
+    surface, for uneven light."""
+    levels: Literal["fixed", "image"] = "fixed"
+    """`fixed`: `black` and `white` become 0 and 1. `image`: of each image, the background and 2.5
+    times the contrast of a typical object, but at least 8 times the noise and `least_white`."""
+    least_white: Unit = 0.0
+    """Least contrast that becomes 1 with the levels `image`; keeps images without objects dark."""
     black: Unit = 0.0
     """Intensity, as a share of the file's range, that becomes 0; all below it too."""
     white: Unit = 1.0
@@ -89,6 +105,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.black >= self.white:
             raise ValueError(f"black ({self.black:g}) must be less than white ({self.white:g})")
+        if self.contrast == "none" and (self.background, self.levels) != ("none", "fixed"):
+            raise ValueError("contrast 'none' goes with background 'none' and levels 'fixed'")
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -372,3 +390,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.search.mode != "off" and not isinstance(self.model, SPAIRConfig):
             raise ValueError(f"search.mode: {self.model.kind} has no search; use 'off'")
+        levels = PrepareConfig(black=self.prepare.black, white=self.prepare.white)
+        if self.data.name != "folder" and self.prepare != levels:
+            raise ValueError("prepare: generated scenes take black and white only")

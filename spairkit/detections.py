@@ -278,8 +278,8 @@ class Explanation:
     """One image as a model explains it, all on the CPU."""
 
     detections: Detections
-    image: Tensor  # [3, H, W] in [0, 1], as the model sees it: after its preparation
-    reconstruction: Tensor  # [3, H, W] in [0, 1]
+    image: Tensor  # [3, H, W] in [0, 1], as in the file
+    reconstruction: Tensor  # [3, H, W] in [0, 1], of the prepared image
     appearances: Tensor  # [n, P, P, 4] colour and alpha of each detection, in [0, 1]
 
     @classmethod

@@ -18,10 +18,11 @@ from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig, SearchMode
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
-from spairkit.images import ImageLike, as_image, list_images, prepare, same_sized
+from spairkit.images import ImageLike, as_image, list_images, same_sized
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
 from spairkit.models.spair import SPAIR
+from spairkit.preparation import in_file_pixels, prepare_images, resized
 from spairkit.search.calibration import Calibration, calibration_of
 from spairkit.search.search import PosteriorSearch, Progress
 from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
@@ -203,20 +204,34 @@ class Detector:
             InputError: as `detect`.
         """
         options = self._options(threshold, counts)
-        check_images(images)
+        seen = self._seen(images)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
-            images = prepare(images.to(self.device), self.config.prepare)
-            return self.finder.detect(images, **options)
+            found = self.finder.detect(seen, **options)
+        return [in_file_pixels(item, _size(seen), _size(images)) for item in found]
 
     def explain_batch(
         self, images: Tensor, threshold: float = 0.5, counts: Tensor | None = None
     ) -> list[Explanation]:
         """`explain` for a batch that is already read; arguments and errors as in `detect_batch`."""
         options = self._options(threshold, counts)
-        check_images(images)
+        seen = self._seen(images)
         with computing_in("float32", self.device):
-            images = prepare(images.to(self.device), self.config.prepare)
-            return self.finder.explain(images, **options)
+            explained = self.finder.explain(seen, **options)
+        size = _size(images)
+        return [
+            replace(
+                item,
+                detections=in_file_pixels(item.detections, _size(seen), size),
+                image=image.float().cpu(),
+                reconstruction=resized(item.reconstruction, size),
+            )
+            for item, image in zip(explained, images, strict=True)
+        ]
+
+    def _seen(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, h, w]
+        """The prepared images, on the device."""
+        check_images(images)
+        return prepare_images(images.to(self.device), self.config.prepare)
 
     def _progress(self, phase: str, share: float) -> None:
         if self.on_progress is not None:
@@ -324,6 +339,11 @@ def chosen_device(device: torch.device | str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device}: torch finds no such GPU; see `spairkit doctor`")
     return chosen
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return images.shape[-2], images.shape[-1]
 
 
 def _refuse_folder(image: Any) -> None:

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from spairkit.config import PrepareConfig
 from spairkit.errors import InputError
 from spairkit.storage.durable import write_bytes
 
@@ -198,16 +197,6 @@ def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 
     """RGB in [0, 1] of `read_pixels`; the channels of a grey image share memory."""
     scaled = pixels / 255 if pixels.dtype == torch.uint8 else pixels
     return scaled.expand(3, -1, -1)
-
-
-def prepare(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape, in [0, 1]
-    """Images as a model sees them: from `config.black` to `config.white` becomes 0 to 1.
-
-    Intensities beyond are cut off.
-    """
-    if (config.black, config.white) == (0, 1):
-        return images
-    return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]

@@ -24,9 +24,10 @@ from spairkit.config import Config, PrepareConfig
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.detector import Detector, load
-from spairkit.images import prepare, read_image, write_png
+from spairkit.images import read_image, write_png
 from spairkit.models import compiling
 from spairkit.models.compiling import Compiling
+from spairkit.preparation import fixed_levels
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
@@ -533,7 +534,7 @@ def test_levels_of_a_run_are_applied_to_all_images(run: Runner, tmp_path: Path) 
     assert "prepare.black" not in ended.err
     detector, path = load("levels"), tmp_path / "1.png"
     image = read_image(path)
-    prepared = prepare(image, PrepareConfig(black=black, white=white))
+    prepared = fixed_levels(image, PrepareConfig(black=black, white=white))
     by_hand = detector.finder.detect(prepared[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
     raw = detector.finder.detect(image[None], threshold=0.0)[0].scores  # type: ignore[call-arg]
     assert by_hand.tolist() != raw.tolist()

@@ -22,12 +22,12 @@ from spairkit.images import (
     image_size,
     list_images,
     num_channels,
-    prepare,
     printable,
     read_image,
     read_pixels,
     write_png,
 )
+from spairkit.preparation import fixed_levels
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
 GREY = RGB[:, :, 0]
@@ -226,10 +226,10 @@ def test_tiff_is_read_only_in_simple_compressions(tmp_path: Path) -> None:
 
 def test_stretching_maps_levels_to_0_and_1() -> None:
     image = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.6])[None, None].expand(2, 3, 4, 5)
-    found = prepare(image, PrepareConfig(black=0.2, white=0.4))
+    found = fixed_levels(image, PrepareConfig(black=0.2, white=0.4))
     assert torch.allclose(found[0, 0, 0], torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), atol=1e-6)
     assert found.shape == image.shape
-    assert torch.equal(prepare(image, PrepareConfig()), image)
+    assert torch.equal(fixed_levels(image, PrepareConfig()), image)
 
 
 def test_missing_special_and_oversized_files_are_refused(tmp_path: Path) -> None:

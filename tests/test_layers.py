@@ -14,7 +14,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
     ("storage",),
-    ("images", "counts", "label_images", "detections", "metrics"),
+    ("images", "counts", "label_images", "detections", "metrics", "preparation"),
     ("data",),
     ("models",),
     ("search",),

@@ -1,17 +1,19 @@
 """Opens the datasets that a config names."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig
+from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, PrepareConfig
 from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
 from spairkit.images import SUFFIXES, same_sized
+from spairkit.preparation import prepare_images
 
 Dataset = Scenes | ImageFolder
 
@@ -23,14 +25,23 @@ def dataset_names() -> tuple[str, ...]:
     return get_args(get_type_hints(DataConfig)["name"])
 
 
-def open_dataset(config: DataConfig, split: Split, device: torch.device | str = "cpu") -> Dataset:
+def open_dataset(
+    config: DataConfig,
+    split: Split,
+    device: torch.device | str = "cpu",
+    prepare: PrepareConfig | None = None,
+) -> Dataset:
     """The dataset that `config` names, giving batches on `device`.
+
+    Args:
+        prepare: of a folder's crops; None: none.
 
     Raises:
         InputError: its files are missing, damaged or unfit, or its options contradict each other.
     """
-    kind = ImageFolder if config.name == "folder" else Scenes
-    return kind(config, split, device)
+    if config.name == "folder":
+        return ImageFolder(config, split, device, prepare)
+    return Scenes(config, split, device)
 
 
 def data_settings(word: str) -> dict[str, Any]:
@@ -86,7 +97,10 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
         InputError: as `open_dataset`; ground truth that the run needs is missing; or images
             differ in size.
     """
-    train, validation = (open_dataset(config.data, s, device) for s in ("train", "validation"))
+    train, validation = (
+        open_dataset(config.data, split, device, config.prepare)
+        for split in ("train", "validation")
+    )
     model = config.model
     if isinstance(model, ConnCompConfig):
         if model.threshold == "fit" and not train.has_truth:
@@ -115,6 +129,14 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
                 "data.image_width to their size, or train SPAIR, which takes any size"
             )
     return train, validation
+
+
+def prepared(batch: Batch, config: PrepareConfig) -> Batch:
+    """A batch as a model sees it, of scenes or of whole images of a folder; boxes follow."""
+    images = prepare_images(batch.images, config)
+    (rows, columns), (height, width) = images.shape[-2:], batch.images.shape[-2:]
+    scale = batch.boxes.new_tensor([columns / width, rows / height] * 2)
+    return replace(batch, images=images, boxes=batch.boxes * scale)
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -3,13 +3,14 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spairkit.config import DataConfig
+from spairkit.config import DataConfig, PrepareConfig
 from spairkit.data.annotations import Annotated, read_annotations
 from spairkit.data.glyphs import Split
 from spairkit.data.hashing import below, draws, hashed, seeded
@@ -24,6 +25,7 @@ from spairkit.images import (
     read_pixels,
     to_colour,
 )
+from spairkit.preparation import fixed_levels, prepare_image, prepared_size, resized
 
 ANNOTATIONS = "annotations.json"
 
@@ -56,15 +58,23 @@ class ImageFolder:
     """
 
     def __init__(
-        self, config: DataConfig, split: Split, device: torch.device | str = "cpu"
+        self,
+        config: DataConfig,
+        split: Split,
+        device: torch.device | str = "cpu",
+        prepare: PrepareConfig | None = None,
     ) -> None:
         """Reads the header of every file.
+
+        Args:
+            prepare: of crops, which are cut from prepared images; None: none.
 
         Raises:
             InputError: there is no such folder or no image in it, a header is damaged or gives
                 more than 64 million pixels, or the annotations are wrong.
         """
         self.config = config
+        self.prepare = prepare or PrepareConfig()
         self.split: Split = split
         self.device = torch.device(device)
         self._folder = Path(config.path)
@@ -79,15 +89,16 @@ class ImageFolder:
         self.has_truth = not annotated.keys().isdisjoint(self._names)
         self._sizes = [image_size(self._folder / name) for name in self._names]
         self.sizes = set(self._sizes)  # height and width, of whole images
+        self._prepared_sizes = [prepared_size(*size, self.prepare.scale) for size in self._sizes]
         for name, size in zip(self._names, self._sizes, strict=True):
             if name in annotated:
                 _refuse_misfits(annotations, name, size, annotated[name])
-        largest = max(3 * height * width for height, width in self._sizes)
+        needed = [self._bytes(size) for size in self._prepared_sizes]
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cached_bytes = 0
         self._kept = len(self._names)
-        if sum(3 * height * width for height, width in self._sizes) > _CACHE_BYTES:
-            self._kept = max(min(_CACHE_BYTES // largest, self._kept), 1)
+        if sum(needed) > _CACHE_BYTES:
+            self._kept = max(min(_CACHE_BYTES // max(needed), self._kept), 1)
         self._key, self._window_key = (
             seeded(config.seed, _SPLITS[split], purpose) for purpose in (_CROPS, _WINDOWS)
         )
@@ -99,7 +110,7 @@ class ImageFolder:
         return len(self._names)
 
     def batch(self, indices: Tensor) -> Batch:
-        """The crops of `indices` ([B] int64), on the device of the dataset.
+        """The crops of prepared images for `indices` ([B] int64), on the device of the dataset.
 
         Raises:
             ValueError: the indices are not a row of int64.
@@ -120,12 +131,12 @@ class ImageFolder:
         for file, top_draw, left_draw in zip(
             files.tolist(), draws(keys, _TOP), draws(keys, _LEFT), strict=True
         ):
-            rows, columns = self._sizes[file]
+            rows, columns = self._prepared_sizes[file]
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
             crop = self._pixels(file)[:, top : top + height, left : left + width]
-            crops.append(_continued(to_colour(crop), height, width))
-            truth = self._truth(self._names[file])
+            crops.append(_continued(self._levelled(crop), height, width))
+            truth = self._prepared_truth(file)
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
                 truths.append(_clipped(truth, frame))
@@ -153,6 +164,11 @@ class ImageFolder:
                 truth = _clipped(truth, (0, 0, columns, rows))
             yield name, self._numbers[name], image.to(self.device), truth
 
+    def _levelled(self, crop: Tensor) -> Tensor:
+        """A cached crop in colour, with fixed levels where it has its own colours."""
+        colour = to_colour(crop)
+        return fixed_levels(colour, self.prepare) if self.prepare.contrast == "none" else colour
+
     def levels(self) -> tuple[float, float]:
         """The intensities below and above which 1 % of the pixels lie, in at most 16 files.
 
@@ -175,8 +191,23 @@ class ImageFolder:
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None
 
+    def _prepared_truth(self, file: int) -> Truth | None:
+        truth = self._truth(self._names[file])
+        if truth is None:
+            return None
+        (rows, columns), (height, width) = self._prepared_sizes[file], self._sizes[file]
+        return replace(
+            truth, boxes=truth.boxes * torch.tensor([columns / width, rows / height] * 2)
+        )
+
+    def _bytes(self, prepared_size: tuple[int, int]) -> int:
+        """Bytes of a prepared image in the cache, of at most 8 bits where it keeps its colours."""
+        height, width = prepared_size
+        plain = self.prepare.contrast == "none" and self.prepare.scale == 1
+        return (3 if plain else 4 if self.prepare.contrast != "none" else 12) * height * width
+
     def _pixels(self, file: int) -> Tensor:
-        """The decoded file, through a cache that evicts the least recently used."""
+        """The prepared file, through a cache that evicts the least recently used."""
         if file in self._cache:
             self._cache.move_to_end(file)
             return self._cache[file]
@@ -184,6 +215,10 @@ class ImageFolder:
         pixels = read_pixels(path)
         if tuple(pixels.shape[1:]) != self._sizes[file]:
             raise InputError(f"{printable(path)}: changed during use; start again")
+        if self.prepare.contrast != "none":
+            pixels = prepare_image(to_colour(pixels), self.prepare)[:1].clone()  # equal channels
+        elif self.prepare.scale != 1:
+            pixels = resized(to_colour(pixels), self._prepared_sizes[file])
         self._cache[file] = pixels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from spairkit.backends import computing_in
 from spairkit.boxes import box_iou
-from spairkit.data.datasets import evaluation_batches, open_dataset
+from spairkit.data.datasets import evaluation_batches, open_dataset, prepared
 from spairkit.detections import Detections, Truth
 from spairkit.detector import load
-from spairkit.images import prepare
 from spairkit.search.calibration import Calibration, fit_scores, fit_temperature
 from spairkit.search.search import PosteriorSearch
 from spairkit.storage.checkpoints import save_calibration
@@ -55,7 +54,7 @@ def calibrate(
     images: list[tuple[Tensor, Tensor, int]] = []
     for batch in evaluation_batches(dataset, _BATCH_SIZE):
         with computing_in("float32", device):
-            found = finder.find(prepare(batch.images, run.config.prepare))
+            found = finder.find(prepared(batch, run.config.prepare).images)
             described = finder.describe(found, 0.0, None)
         for b, (objects, truth) in enumerate(zip(described, batch.truth(), strict=True)):
             here = found.slots.saved[b].cpu()[(found.slots.present[b] > 0).cpu()]

@@ -9,12 +9,11 @@ import numpy.typing as npt
 import torch
 
 from spairkit.config import Config, ConnCompConfig
-from spairkit.data.datasets import Dataset, evaluation_batches, open_splits
+from spairkit.data.datasets import Dataset, evaluation_batches, open_splits, prepared
 from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
-from spairkit.images import prepare
 from spairkit.metrics import average_precision, count_accuracy, count_error
 from spairkit.models.conncomp import ConnComp, find_components, otsu
 from spairkit.storage.checkpoints import environment
@@ -54,11 +53,14 @@ def fit_threshold(
         raise ValueError(f"config.model must be a ConnCompConfig, got {type(settings).__name__}")
     train, validation = open_splits(config, device)
     started = time.perf_counter()
-    batches = _training_batches(train, settings.images, config.train.seed)
+    batches = [
+        prepared(batch, config.prepare)
+        for batch in _training_batches(train, settings.images, config.train.seed)
+    ]
     model = ConnComp(settings).to(device)
     pixels = torch.cat([batch.images.transpose(0, 1).flatten(1) for batch in batches], dim=1)
-    model.fit_background(prepare(pixels[None, :, None], config.prepare))
-    distances = [model.distance(prepare(batch.images, config.prepare)).cpu() for batch in batches]
+    model.fit_background(pixels[None, :, None])
+    distances = [model.distance(batch.images).cpu() for batch in batches]
     truth = [item for batch in batches for item in batch.truth()]
     grid = np.linspace(LOWEST, HIGHEST, config.train.steps)
     scores = _resumed(run, grid)

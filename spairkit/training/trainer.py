@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from spairkit.backends import computing_in
 from spairkit.config import Config, ConnCompConfig, TrainConfig
-from spairkit.data.datasets import Dataset, evaluation_batches
+from spairkit.data.datasets import Dataset, evaluation_batches, prepared
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detector import Detector
 from spairkit.errors import InputError
-from spairkit.images import prepare
 from spairkit.models.conncomp import ConnComp
 from spairkit.models.densities import count_success
 from spairkit.models.elbo import Losses
 from spairkit.models.loading import build, from_checkpoint
 from spairkit.models.noise import Part, Source, uniform
 from spairkit.models.spair import SPAIR
+from spairkit.preparation import fixed_levels
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
@@ -111,8 +111,7 @@ class Trainer:
         mode, normal = model.config.background == "mode", model.config.likelihood == "normal"
         if not (mode or normal):
             return
-        images = self.train.batch(torch.arange(_FITTED_IMAGES)).images
-        images = prepare(images, self.config.prepare)
+        images = self._seen(self.train.batch(torch.arange(_FITTED_IMAGES)))
         if mode:
             model.fit_background(images)
         if normal:
@@ -169,7 +168,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             losses: Losses = self.world.forward(
                 self.replica,
-                prepare(batch.images, self.config.prepare),
+                self._seen(batch),
                 success=inputs.success,
                 training_wheels=self.wheels,
                 generator=inputs.noise,
@@ -193,6 +192,12 @@ class Trainer:
         self.optimiser.found_inf = broken  # type: ignore[attr-defined]
         self.optimiser.step()
         return losses.detach()
+
+    def _seen(self, batch: Batch) -> Tensor:  # [B, 3, h, w]
+        """Training images as the model sees them: a folder prepares its crops itself."""
+        if isinstance(self.train, Scenes):
+            return fixed_levels(batch.images, self.config.prepare)
+        return batch.images
 
     def _share_noise(self) -> None:
         """Averages the variance that each process has measured, if the model has one."""
@@ -317,7 +322,7 @@ class Trainer:
         for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
             with torch.no_grad():
                 losses = self.model(
-                    prepare(batch.images, self.config.prepare),
+                    prepared(batch, self.config.prepare).images,
                     generator=self._generator(_VALIDATE, index),
                     **self._counts(batch),
                 )

@@ -1,0 +1,152 @@
+"""Preparation: the same objects look the same, whatever the file's light, polarity and size."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.config import PrepareConfig
+from spairkit.detections import Detections
+from spairkit.preparation import (
+    contrast_of,
+    in_file_pixels,
+    noise_of,
+    otsu,
+    prepare_image,
+    prepare_images,
+    prepared_size,
+)
+
+LIGHT = PrepareConfig(contrast="direction", background="surface", levels="image")
+DARK = PrepareConfig(
+    contrast="direction", direction=(-1 / 3, -1 / 3, -1 / 3), background="surface", levels="image"
+)
+
+
+def discs(
+    side: int = 144, radius: float = 6.0, every: int = 24, noise: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """A grey image [3, H, W] of discs of contrast .3 on .2, and the mask of the discs [H, W]."""
+    y, x = torch.meshgrid(torch.arange(side) + 0.5, torch.arange(side) + 0.5, indexing="ij")
+    mask = ((y % every - every / 2) ** 2 + (x % every - every / 2) ** 2) < radius**2
+    grain = noise * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    image = (0.2 + 0.3 * mask + grain).clamp(0, 1)
+    return image.expand(3, -1, -1), mask
+
+
+def test_default_changes_nothing() -> None:
+    image, _ = discs()
+    assert torch.equal(prepare_image(image, PrepareConfig()), image)
+    assert torch.equal(prepare_images(image[None], PrepareConfig()), image[None])
+
+
+def test_objects_become_bright_on_dark() -> None:
+    image, mask = discs()
+    seen = prepare_image(image, LIGHT)
+    assert seen.shape == image.shape
+    assert torch.equal(seen[0], seen[2])
+    assert float(seen[0][~mask].mean()) < 0.05
+    assert float(seen[0][mask].mean()) == pytest.approx(0.45, abs=0.07)  # one of 2.5 contrasts
+
+
+def test_dark_objects_are_turned_over() -> None:
+    image, _ = discs()
+    torch.testing.assert_close(
+        prepare_image(1 - image, DARK), prepare_image(image, LIGHT), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("gain", [0.1, 0.5])
+def test_levels_of_each_image_remove_gain_and_offset(gain: float) -> None:
+    image, _ = discs(noise=0.02)
+    seen = prepare_image(gain * image + 0.1, LIGHT)
+    torch.testing.assert_close(seen, prepare_image(image, LIGHT), atol=0.05, rtol=0)
+
+
+def test_surface_removes_uneven_light() -> None:
+    image, mask = discs(side=288)
+    ramp = 0.5 * torch.linspace(0, 1, 288)
+    seen = prepare_image((image + ramp).clamp(0, 1), LIGHT)[0]
+    left, right = seen[:, :96][~mask[:, :96]], seen[:, 192:][~mask[:, 192:]]
+    assert abs(float(left.mean()) - float(right.mean())) < 0.05
+    one = prepare_image(
+        (image + ramp).clamp(0, 1), PrepareConfig(contrast="direction", background="image")
+    )[0]
+    assert float(one[:, 192:][~mask[:, 192:]].mean()) > 0.25
+
+
+def test_distance_finds_objects_of_any_colour() -> None:
+    grey, mask = discs(noise=0.02)
+    y = torch.arange(144)
+    colours = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.2, 0.9], [0.1, 0.6, 0.1]])
+    colour = colours[(y // 24) % 3].T[:, :, None]  # each row of discs has one
+    image = torch.where(mask, colour, 0.45 + 0.1 * (grey - 0.2))
+    seen = prepare_image(
+        image, PrepareConfig(contrast="distance", background="image", levels="image")
+    )[0]
+    for row in range(3):
+        here = (y // 24) % 3 == row
+        assert float(seen[here][mask[here]].mean()) > 0.25
+    assert float(seen[~mask].mean()) < 0.05
+
+
+def test_noise_alone_stays_dark() -> None:
+    noise = 0.5 + 0.1 * torch.randn(3, 200, 200, generator=torch.Generator().manual_seed(1))
+    noise = noise[:1].clamp(0, 1).expand(3, -1, -1)
+    seen = prepare_image(noise, LIGHT)
+    assert float(seen.mean()) < 0.2
+    assert float((seen > 0.75).float().mean()) < 1e-3
+    flat = prepare_image(torch.full((3, 90, 90), 0.4), LIGHT)
+    assert float(flat.max()) < 0.01
+
+
+def test_least_white_keeps_an_empty_image_dark() -> None:
+    image, _ = discs(noise=0.001)
+    dim = 0.2 + 0.02 * (image - 0.2)
+    assert float(prepare_image(dim, LIGHT).max()) > 0.3
+    floor = PrepareConfig(
+        contrast="direction", background="surface", levels="image", least_white=0.3
+    )
+    assert float(prepare_image(dim, floor).max()) < 0.05
+
+
+def test_scale_resizes_and_boxes_return() -> None:
+    image, _ = discs(side=120, radius=5)
+    config = PrepareConfig(scale=0.51)
+    size = prepared_size(120, 120, 0.51)
+    assert prepare_image(image, config).shape == (3, *size) == (3, 61, 61)
+    found = Detections(
+        torch.tensor([[0.0, 6.1, 61.0, 61.0]]),
+        torch.ones(1),
+        torch.zeros(1, 2),
+        torch.zeros(1),
+        label_image=torch.ones(61, 61, dtype=torch.int32),
+        labels=torch.ones(1, dtype=torch.int32),
+    )
+    back = in_file_pixels(found, size, (120, 120))
+    torch.testing.assert_close(back.boxes, torch.tensor([[0.0, 12.0, 120.0, 120.0]]))
+    assert back.label_image is not None
+    assert back.label_image.shape == (120, 120)
+    assert in_file_pixels(found, size, size) is found
+
+
+def test_noise_is_that_of_independent_pixels() -> None:
+    y, x = np.mgrid[:300, :300]
+    smooth = 0.3 + 0.2 * np.sin(x / 30) * np.cos(y / 40)
+    grain = np.random.default_rng(0).normal(0, 0.03, (300, 300))
+    assert noise_of((smooth + grain).astype(np.float32)) == pytest.approx(0.03, rel=0.05)
+
+
+def test_otsu_separates_two_groups() -> None:
+    values = np.concatenate([np.full(90, 0.1), np.full(10, 0.7)])
+    assert 0.1 < otsu(values) < 0.7
+    assert otsu(np.full(5, 0.3)) == 0.3
+
+
+def test_contrast_of_direction_has_the_weights() -> None:
+    image = np.zeros((3, 8, 8), np.float32)
+    image[1, 2, 2] = 0.5
+    config = PrepareConfig(contrast="direction", direction=(0.0, -1.0, 0.0))
+    found = contrast_of(image, config)
+    assert found[2, 2] == pytest.approx(-0.5)
+    assert found[0, 0] == 0
