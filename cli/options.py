@@ -56,7 +56,9 @@ PresetOption = Annotated[
 ]
 ModelOption = Annotated[
     str | None,
-    model_option(help="The model: spair (default), or a baseline: air, dair or conncomp."),
+    model_option(
+        help="The model: spair (default), or a baseline: air, dair, conncomp or watershed."
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

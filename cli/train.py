@@ -263,6 +263,8 @@ def _announce(run: "Run", device: "torch.device", world: "World", *, resumed: bo
     say(f"training in {run.path} on {device.type}{processes}, {steps} steps")
     if run.config.model.kind == "conncomp":
         say("connected components have no weights: each step tries one threshold")
+    elif run.config.model.kind == "watershed":
+        say("a watershed has no weights and nothing to fit: the only step saves it")
     elif run.config.train.select == "ap":
         say(f"the best checkpoint has the highest validation AP paper: {AUTHORS_RULE}")
     if run.config.search.mode != "off":

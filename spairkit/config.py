@@ -238,6 +238,17 @@ class ConnCompConfig:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
+class WatershedConfig:
+    """A local threshold and a watershed, without weights (docs/model.md 9.1)."""
+
+    kind: Literal["watershed"] = "watershed"
+    count_is_given: ClassVar[bool] = False
+    """Whether the model is given the true number of objects."""
+    diameter: Annotated[float, Field(ge=1.0, le=4096.0)] = 12.0
+    """Diameter of a typical object in a prepared image, in pixels. Objects are bright on dark."""
+
+
+@dataclass(config=_STRICT, frozen=True, kw_only=True)
 class AIRConfig:
     """The baselines AIR and DAIR (docs/model.md 7 and 8). Widths are numbers of units.
 
@@ -371,7 +382,10 @@ class TrainConfig:
     """CPU threads; 0 is torch's choice. Results depend on it in the last bits."""
 
 
-ModelConfig = SPAIRConfig | AIRConfig | ConnCompConfig
+ClassicalConfig = ConnCompConfig | WatershedConfig
+"""The config of a model without weights."""
+
+ModelConfig = SPAIRConfig | AIRConfig | ClassicalConfig
 """The config of a model, by `kind`; "spair" if it is absent."""
 
 

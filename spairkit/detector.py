@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import computing_in
-from spairkit.config import Config, ConnCompConfig, SearchMode
+from spairkit.config import ClassicalConfig, Config, SearchMode
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image, list_images, same_sized
@@ -83,11 +83,11 @@ class Detector:
                 network, self.search, config.search.beta, self.calibration, self._progress
             )
         self.box_contrast = box_contrast
-        if isinstance(config.model, ConnCompConfig):
+        if isinstance(config.model, ClassicalConfig):
             if box_contrast is not None:
                 raise InputError(
-                    "conncomp draws boxes around whole components; remove the box contrast "
-                    "(--box-contrast)"
+                    f"{config.model.kind} draws boxes around whole objects; remove the box "
+                    "contrast (--box-contrast)"
                 )
         elif box_contrast is None:
             self.box_contrast = config.model.box_contrast
@@ -263,7 +263,7 @@ class Detector:
                 "(model.count = 'given'): give it with --count N, or train a model with --set "
                 "model.count=inferred"
             )
-        if isinstance(self.config.model, ConnCompConfig):
+        if isinstance(self.config.model, ClassicalConfig):
             return {}
         options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
         return options | ({"counts": counts} if self.count_is_given else {})
@@ -286,8 +286,8 @@ def load(
 
     Raises:
         InputError: there is nothing at `path`, or it is damaged, foreign or of another version; or
-            the device cannot be used; or ConnComp is given a `box_contrast`, or another model than
-            SPAIR a `search`.
+            the device cannot be used; or a model without weights is given a `box_contrast`, or
+            another model than SPAIR a `search`.
         ValueError: `box_contrast` is out of [0, 1), or `search` is unknown.
 
     Example:

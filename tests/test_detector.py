@@ -204,7 +204,7 @@ def test_box_contrast_comes_from_checkpoint_or_caller(scenes: Tensor) -> None:
     with pytest.raises(ValueError, match=r"box_contrast must lie in \[0, 1\), got 1"):
         spairkit.load(device="cpu", box_contrast=1.0)
     config = Config(model=ConnCompConfig())
-    with pytest.raises(InputError, match="conncomp draws boxes around whole components"):
+    with pytest.raises(InputError, match="conncomp draws boxes around whole objects"):
         Detector(build(config), config, box_contrast=0.5)
 
 

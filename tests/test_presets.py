@@ -14,7 +14,11 @@ KINDS = ("spair", "air", "dair", "conncomp")
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("laptop", "spair"), *((name, kind) for name in ("quick", "paper") for kind in KINDS)],
+    [
+        ("laptop", "spair"),
+        ("quick", "watershed"),
+        *((name, kind) for name in ("quick", "paper") for kind in KINDS),
+    ],
 )
 def test_presets_round_trip_and_use_one_thread(name: str, kind: str) -> None:
     config = resolve(name, {"model": {"kind": kind}})
@@ -98,7 +102,8 @@ def test_quick_expects_smaller_boxes_for_several_objects() -> None:
 
 def test_unknown_kind_is_reported_with_the_known_ones() -> None:
     with pytest.raises(
-        InputError, match=r"model\.kind: must be one of spair, air, dair, conncomp \(got 'yolo'\)"
+        InputError,
+        match=r"model\.kind: must be one of spair, air, dair, conncomp, watershed \(got 'yolo'\)",
     ):
         resolve("quick", {"model": {"kind": "yolo"}})
 

@@ -7,7 +7,14 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from spairkit.config import AIRConfig, Config, ConnCompConfig, DataConfig, PrepareConfig
+from spairkit.config import (
+    AIRConfig,
+    ClassicalConfig,
+    Config,
+    ConnCompConfig,
+    DataConfig,
+    PrepareConfig,
+)
 from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
@@ -108,7 +115,11 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
                 "fitting the threshold needs annotations.json in the folder; without it, add --set "
                 "model.threshold=otsu (automatic), or a number: --set model.threshold=0.3"
             )
-    elif config.train.select == "ap" and not validation.has_truth:
+    elif (
+        config.train.select == "ap"
+        and not isinstance(model, ClassicalConfig)
+        and not validation.has_truth
+    ):
         raise InputError(
             "train.select = 'ap' needs ground truth, but these images have no annotations.json; "
             "use 'elbo'"

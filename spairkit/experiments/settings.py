@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from spairkit.config import Config, ConnCompConfig
+from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import merge, to_dict
 from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.errors import InputError
@@ -177,7 +177,7 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
         over,
     ]
     config = resolve(settings.preset, *layers)
-    if steps is None or isinstance(config.model, ConnCompConfig):
+    if steps is None or isinstance(config.model, ClassicalConfig):
         return config
     share = min(steps / config.train.steps, 1.0)
     train = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import runs_compiled
-from spairkit.config import ConnCompConfig, ModelConfig, SPAIRConfig
+from spairkit.config import ClassicalConfig, ModelConfig, SPAIRConfig
 from spairkit.models.densities import (
     bernoulli_cross_entropy,
     normal_nll,
@@ -41,10 +41,10 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     """Compiles every Numba kernel that training needs, or loads it from the cache on disk.
 
     Each is announced before the work on it begins. Nothing is compiled for other devices, without
-    Numba, or for ConnComp. With a warm cache it takes a fraction of a second.
+    Numba, or for models without weights. With a warm cache it takes a fraction of a second.
     """
     on_cpu = runs_compiled(torch.empty(0, device=device, dtype=torch.float32))
-    if not on_cpu or isinstance(config, ConnCompConfig):
+    if not on_cpu or isinstance(config, ClassicalConfig):
         return
     names = [_BERNOULLI, "divergences"]
     if isinstance(config, SPAIRConfig):

@@ -84,21 +84,9 @@ class ConnComp(nn.Module):
         return [self._explained(found[b], pixels[b], foreground[b]) for b in range(len(foreground))]
 
     def _explained(self, found: Detections, image: Tensor, foreground: Array) -> Explanation:
-        labels, num = ndimage.label(foreground, _CROSS[1])
-        flat = torch.from_numpy(labels.astype(np.int64)).flatten()
-        colours = image.double().flatten(1).T  # [H W, 3]
-        sums = torch.zeros(num + 1, 3, dtype=torch.float64).index_add_(0, flat, colours)
-        means = sums / flat.bincount(minlength=num + 1).clamp(min=1)[:, None]
-        means[0] = self.background_colour.cpu()
-        drawn = means[flat].T.reshape(image.shape).clamp(0, 1).float().contiguous()
-        appearances = [torch.zeros(0, _OBJECT_SIDE, _OBJECT_SIDE, 4)]
-        for number, box in enumerate(ndimage.find_objects(labels), start=1):
-            alpha = torch.from_numpy(labels[box] == number).float()
-            cut = torch.cat([image[:, *box], alpha[None]])[None]
-            size = (_OBJECT_SIDE, _OBJECT_SIDE)
-            cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
-            appearances.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
-        return Explanation(found, image, drawn, torch.cat(appearances))
+        labels, _ = ndimage.label(foreground, _CROSS[1])
+        drawn = mean_colours(image, labels, self.background_colour.cpu())
+        return Explanation(found, image, drawn, pictures(image, labels))
 
     @torch.no_grad()
     def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
@@ -139,6 +127,34 @@ def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
         )
         for own in boxes.split(counts)
     ]
+
+
+def mean_colours(
+    image: Tensor,  # [3, H, W] in [0, 1]
+    labels: Array,  # [H, W] int
+    background: Tensor | None = None,  # [3]
+) -> Tensor:  # [3, H, W] in [0, 1]
+    """Each label's pixels in their mean colour; label 0 in `background`, if it is given."""
+    flat = torch.from_numpy(labels.astype(np.int64)).flatten()
+    size = int(flat.max()) + 1
+    colours = image.double().flatten(1).T  # [H W, 3]
+    sums = torch.zeros(size, 3, dtype=torch.float64).index_add_(0, flat, colours)
+    means = sums / flat.bincount(minlength=size).clamp(min=1)[:, None]
+    if background is not None:
+        means[0] = background
+    return means[flat].T.reshape(image.shape).clamp(0, 1).float().contiguous()
+
+
+def pictures(image: Tensor, labels: Array) -> Tensor:  # [n, 21, 21, 4] in [0, 1]
+    """The image inside the box of each label, resized, with alpha 1 on the label's own pixels."""
+    cuts = [torch.zeros(0, _OBJECT_SIDE, _OBJECT_SIDE, 4)]
+    for number, box in enumerate(ndimage.find_objects(labels), start=1):
+        alpha = torch.from_numpy(labels[box] == number).float()
+        cut = torch.cat([image[:, *box], alpha[None]])[None]
+        size = (_OBJECT_SIDE, _OBJECT_SIDE)
+        cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
+        cuts.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
+    return torch.cat(cuts)
 
 
 def otsu(distance: Tensor) -> float:  # any shape, in [0, 3]

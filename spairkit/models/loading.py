@@ -5,15 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spairkit.config import AIRConfig, Config, ConnCompConfig
+from spairkit.config import AIRConfig, Config, ConnCompConfig, WatershedConfig
 from spairkit.errors import InputError
 from spairkit.models.air import AIR
 from spairkit.models.conncomp import ConnComp
 from spairkit.models.spair import SPAIR
+from spairkit.models.watershed import Watershed
 from spairkit.storage.checkpoints import Checkpoint
 
-Network = SPAIR | AIR | ConnComp
-"""SPAIR and AIR are trained; the threshold of ConnComp is fitted."""
+Network = SPAIR | AIR | ConnComp | Watershed
+"""SPAIR and AIR are trained; ConnComp has a threshold to fit, and Watershed nothing."""
 
 
 def build(config: Config) -> Network:
@@ -24,6 +25,8 @@ def build(config: Config) -> Network:
             return AIR(config.model, (config.data.image_height, config.data.image_width))
         if isinstance(config.model, ConnCompConfig):
             return ConnComp(config.model)
+        if isinstance(config.model, WatershedConfig):
+            return Watershed(config.model)
         return SPAIR(config.model)
 
 

@@ -16,16 +16,16 @@ import torch
 
 from spairkit import presets
 from spairkit.backends import computing_in
-from spairkit.config import Config, ConnCompConfig
+from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import nested
 from spairkit.data.datasets import data_settings, open_splits
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.storage.runs import Run
 from spairkit.training.calibration import calibrate, calibrates
+from spairkit.training.classical import fit_classical
 from spairkit.training.distributed import World
 from spairkit.training.process import keep_freed_memory
-from spairkit.training.threshold import fit_threshold
 from spairkit.training.update_graph import make_trainer
 from spairkit.training.validation import Step as Step
 from spairkit.training.validation import Validation as Validation
@@ -111,8 +111,8 @@ def check(config: Config, device: torch.device, processes: int) -> None:
             "train.precision = 'tf32' needs an NVIDIA GPU, but the device is "
             f"{device.type}; use 'float32' or 'bf16'"
         )
-    if processes > 1 and isinstance(config.model, ConnCompConfig):
-        raise InputError("connected components are fitted by one process; run without torchrun")
+    if processes > 1 and isinstance(config.model, ClassicalConfig):
+        raise InputError(f"{config.model.kind} is fitted by one process; run without torchrun")
     if config.train.batch_size % processes:
         raise InputError(
             f"train.batch_size ({config.train.batch_size}) must be a multiple of the number of "
@@ -129,7 +129,7 @@ def fit(
 ) -> Iterator[Step | Validation]:
     """Trains in the folder of `run`, resuming from its last checkpoint if there is one.
 
-    ConnComp has no losses: `threshold.fit_threshold` fits it and yields the same events.
+    Models without weights have no losses: `classical.fit_classical` yields the same events.
 
     Args:
         config: of the run.
@@ -159,12 +159,12 @@ def fit(
     try:
         if device.type == "cpu":
             keep_freed_memory()
-        if not isinstance(config.model, ConnCompConfig):
+        if not isinstance(config.model, ClassicalConfig):
             yield from _fit(config, run, device, stop, world)
         elif run:
-            yield from fit_threshold(config, run, device, stop)
+            yield from fit_classical(config, run, device, stop)
         else:
-            raise ValueError("connected components are fitted in a run; run must not be None")
+            raise ValueError(f"{config.model.kind} is fitted in a run; run must not be None")
     finally:
         torch.set_num_threads(threads)
 

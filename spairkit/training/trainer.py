@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spairkit.backends import computing_in
-from spairkit.config import Config, ConnCompConfig, TrainConfig
+from spairkit.config import ClassicalConfig, Config, TrainConfig
 from spairkit.data.datasets import Dataset, evaluation_batches, prepared
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detector import Detector
@@ -21,6 +21,7 @@ from spairkit.models.elbo import Losses
 from spairkit.models.loading import build, from_checkpoint
 from spairkit.models.noise import Part, Source, uniform
 from spairkit.models.spair import SPAIR
+from spairkit.models.watershed import Watershed
 from spairkit.preparation import fixed_levels
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
@@ -55,7 +56,7 @@ class Trainer:
     """A model, its optimiser and the number of updates made.
 
     Args:
-        config: of the run; not ConnComp's.
+        config: of the run; of a model with weights.
         run: receives metrics and checkpoints and is resumed from its last one; None: no files.
         train: the images of updates.
         device: of the model and the images.
@@ -84,7 +85,7 @@ class Trainer:
         model = (
             build(config).to(device) if checkpoint is None else from_checkpoint(checkpoint, device)
         )
-        assert not isinstance(model, ConnComp)
+        assert not isinstance(model, ConnComp | Watershed)
         self.model = model.train()
         if checkpoint is None and isinstance(self.model, SPAIR):
             self._fit(self.model)
@@ -363,5 +364,5 @@ def learning_rate(settings: TrainConfig, step: int) -> float:
 def success_at(config: Config, step: int) -> float:
     """s of the count prior after `step` updates (docs/model.md 2.1)."""
     c = config.model
-    assert not isinstance(c, ConnCompConfig)
+    assert not isinstance(c, ClassicalConfig)
     return count_success(step, c.odds_start, c.odds_end, c.odds_decay, c.odds_schedule)

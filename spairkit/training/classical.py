@@ -1,4 +1,7 @@
-"""Fits ConnComp: tries thresholds in turn on the same training images (docs/model.md 9)."""
+"""Runs of models without weights: ConnComp tries thresholds in turn, Watershed has none to try.
+
+ConnComp's thresholds are all tried on the same training images (docs/model.md 9).
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spairkit.config import Config, ConnCompConfig
+from spairkit.config import Config, ConnCompConfig, WatershedConfig
 from spairkit.data.datasets import Dataset, evaluation_batches, open_splits, prepared
 from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
@@ -16,6 +19,7 @@ from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 from spairkit.metrics import average_precision, count_accuracy, count_error
 from spairkit.models.conncomp import ConnComp, find_components, otsu
+from spairkit.models.watershed import Watershed
 from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import Run
 from spairkit.training.validation import Step, Validation, box_figures, draw
@@ -27,18 +31,18 @@ _MAX_PIXELS = 1 << 24  # of the training images together
 _BATCH_SIZE = 32
 
 
-def fit_threshold(
+def fit_classical(
     config: Config,
     run: Run,
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step | Validation]:
-    """Fits ConnComp in the folder of `run`, resuming from its last checkpoint.
+    """Fits ConnComp, or saves a Watershed, in the folder of `run`, from its last checkpoint on.
 
-    Takes the first `model.images` training images, up to 16 million pixels: scenes, or whole files
-    with known boxes. They give the background, if it is fitted, and each of `train.steps`
-    thresholds is tried on them. The best one is kept, the lowest of equals. A given threshold, or
-    Otsu's, needs no trial.
+    For ConnComp it takes the first `model.images` training images, up to 16 million pixels: scenes,
+    or whole files with known boxes. They give the background, if it is fitted, and each of
+    `train.steps` thresholds is tried on them. The best one is kept, the lowest of equals. A given
+    threshold, or Otsu's, needs no trial.
 
     Arguments and events are those of `spairkit.training.loop.fit`; there is one validation, at the
     end, whose figures include the threshold.
@@ -46,11 +50,27 @@ def fit_threshold(
     Raises:
         InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be
             written.
-        ValueError: the model of `config` is not ConnComp.
+        ValueError: the model of `config` has weights.
     """
-    settings = config.model
-    if not isinstance(settings, ConnCompConfig):
-        raise ValueError(f"config.model must be a ConnCompConfig, got {type(settings).__name__}")
+    if isinstance(config.model, ConnCompConfig):
+        yield from _fit_threshold(config, config.model, run, device, stop)
+    elif not isinstance(config.model, WatershedConfig):
+        raise ValueError(f"config.model must have no weights, got {type(config.model).__name__}")
+    elif run.latest() is None:
+        _, validation = open_splits(config, device)
+        steps, started = config.train.steps, time.perf_counter()
+        model = Watershed(config.model).to(device)
+        yield Step(steps, steps, None, time.perf_counter() - started)
+        yield _concluded(config, run, model, validation, {}, {})
+
+
+def _fit_threshold(
+    config: Config,
+    settings: ConnCompConfig,
+    run: Run,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> Iterator[Step | Validation]:
     train, validation = open_splits(config, device)
     started = time.perf_counter()
     batches = [
@@ -69,16 +89,12 @@ def fit_threshold(
         return
     run.truncate_metrics(len(scores))
 
-    def save(figures: dict[str, float], step: int, *, is_best: bool) -> None:
-        state = {"thresholds": torch.from_numpy(grid[:step]), "scores": torch.tensor(scores)}
-        run.save(
-            step=step,
-            model=model.state_dict(),
-            optimiser={name: value.double() for name, value in state.items()},
-            metrics=figures,
-            environment=environment(),
-            is_best=is_best,
-        )
+    def state() -> dict[str, torch.Tensor]:
+        tried = {
+            "thresholds": torch.from_numpy(grid[: len(scores)]),
+            "scores": torch.tensor(scores),
+        }
+        return {name: value.double() for name, value in tried.items()}
 
     if settings.threshold == "fit":
         while len(scores) < steps:
@@ -95,21 +111,51 @@ def fit_threshold(
             run.log({"kind": "step", "step": step, **record})
             yield Step(step, steps, None, time.perf_counter() - started)
             if step < steps and stop():
-                save({}, step, is_best=False)
+                _save(run, step, model, {}, state(), is_best=False)
                 return
     elif settings.threshold == "otsu":
         model.set_threshold(otsu(torch.cat([distance.flatten() for distance in distances])))
     if settings.threshold != "fit":
         scores = [0.0] * steps
         yield Step(steps, steps, None, time.perf_counter() - started)
-    detector = Detector(model, config)
-    figures = {"threshold": float(model.threshold)}
+    yield _concluded(config, run, model, validation, {"threshold": float(model.threshold)}, state())
+
+
+def _concluded(
+    config: Config,
+    run: Run,
+    model: ConnComp | Watershed,
+    validation: Dataset,
+    figures: dict[str, float],
+    state: dict[str, torch.Tensor],
+) -> Validation:
+    """Validates and saves the model at the last step."""
+    detector, steps = Detector(model, config), config.train.steps
     if validation.has_truth:
-        figures |= box_figures(detector, validation, _BATCH_SIZE)
+        figures = figures | box_figures(detector, validation, _BATCH_SIZE)
     picture = draw(detector, validation, run, steps)
     run.log({"kind": "validation", "step": steps, **figures, "is_best": True})
-    save(figures, steps, is_best=True)
-    yield Validation(steps, figures, picture, is_best=True)
+    _save(run, steps, model, figures, state, is_best=True)
+    return Validation(steps, figures, picture, is_best=True)
+
+
+def _save(
+    run: Run,
+    step: int,
+    model: ConnComp | Watershed,
+    figures: dict[str, float],
+    state: dict[str, torch.Tensor],
+    *,
+    is_best: bool,
+) -> None:
+    run.save(
+        step=step,
+        model=model.state_dict(),
+        optimiser=state,
+        metrics=figures,
+        environment=environment(),
+        is_best=is_best,
+    )
 
 
 def _training_batches(dataset: Dataset, images: int, seed: int) -> list[Batch]:
