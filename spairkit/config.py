@@ -192,6 +192,9 @@ class SPAIRConfig:
     likelihood: Literal["bernoulli", "normal"] = "bernoulli"
     """Likelihood of a pixel. `normal` has a standard deviation that training measures, and counts
     the three equal channels of a grey image once."""
+    least_noise: Annotated[float, Field(ge=1e-3, le=1.0)] = 1 / 255
+    """Least standard deviation of a pixel with the likelihood `normal`: objects have texture and
+    odd shapes that the model cannot draw, and should not explain by more objects."""
     likelihood_floor: Annotated[float, Field(gt=0.0, le=0.1)] = 1e-9
     """Number added inside the logarithms of the Bernoulli likelihood."""
     beta: Positive = 1.0

@@ -17,7 +17,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("images", "counts", "label_images", "detections", "metrics", "preparation"),
     ("data",),
     ("models",),
-    ("search",),
+    ("search", "survey"),
     ("detector", "evaluation"),
     ("report",),
     ("training",),

@@ -52,7 +52,6 @@ _LEAST_SCORE = 0.05  # of a cell that owns pixels
 _HALF = 0.5  # of an object's height: where masks end if boxes are those of z_where
 _RIM = 1e-3  # from the least and greatest position and size, when boxes become z_where
 _NOISE_RATE = 0.01  # share of an update's residuals in the running mean (docs/model.md 5)
-_LEAST_NOISE = 1 / 255  # one level of an 8-bit image
 
 
 @cache  # without limit: a recorded CUDA graph reads from their addresses
@@ -330,7 +329,7 @@ class SPAIR(nn.Module):
         """
         if self.config.likelihood != "normal":
             raise ValueError(f"likelihood {self.config.likelihood!r} has no noise to fit")
-        self.noise_std.copy_(images.std(correction=0).clamp(min=_LEAST_NOISE))
+        self.noise_std.copy_(images.std(correction=0).clamp(min=self.config.least_noise))
 
     def reconstruction_loss(
         self,
@@ -365,7 +364,8 @@ class SPAIR(nn.Module):
     def _measure_noise(self, drawn: Tensor, images: Tensor) -> None:
         """Moves the running mean `noise_std` towards the residuals, unless they are not finite."""
         square = (drawn - images).square().mean()
-        std = self.noise_std.square().lerp(square, _NOISE_RATE).sqrt().clamp(min=_LEAST_NOISE)
+        std = self.noise_std.square().lerp(square, _NOISE_RATE).sqrt()
+        std = std.clamp(min=self.config.least_noise)
         self.noise_std.copy_(torch.where(square.isfinite(), std, self.noise_std))
 
     def _sample(

@@ -1,0 +1,357 @@
+"""A look at a folder of images before training: what the objects are like, and the settings.
+
+    survey = look(list_images("cells"))
+    survey.settings()  # a layer of settings for `presets.resolve`
+    survey.lines()     # what was found, why, and the setting that changes it
+
+Everything is measured without labels, on some of the images, in seconds.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+from torch import Tensor
+
+from spairkit.config import PrepareConfig
+from spairkit.errors import InputError
+from spairkit.images import read_pixels, to_colour
+from spairkit.models.watershed import find_parts
+from spairkit.preparation import (
+    OBJECT_PX,
+    background_of,
+    contrast_of,
+    noise_of,
+    otsu,
+    prepare_image,
+    prepared_size,
+    resized,
+    typical_contrast,
+    white_level,
+)
+
+Array = npt.NDArray[np.float32]
+
+_IMAGES = 6  # that are measured
+_SIDE = 480  # of the part of an image that is measured at one scale, px after resizing
+_STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
+_NEAR = 1.6  # ratio of two diameters that nearly agree
+_ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
+_CLOSE = 1.04  # ratio of two diameters that agree
+_COMPACT = 0.6  # share of its box that a single object fills at least
+_FEWEST = 5  # objects that a diameter is measured on
+_SHARE = 0.1  # of the contrast of an image that lies in compact objects, at least
+_ALIGNED = 0.75  # agreement of the colours of objects that calls for one direction
+_GREY = 2e-3  # largest difference between the channels of a grey image
+_UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for a surface
+_LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
+_SPREAD = (10, 90)  # percentiles of the sides of objects
+_ANCHOR = 48.0  # largest side of a box, px
+_WIDE = 3.0  # ratio of large to small objects that calls for several scales
+_FAINT = 2.0  # contrasts in noises that can hardly be seen
+_LEAST_STD, _MOST_STD = 0.35, 0.8  # of the prior of sizes, in logits
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at a folder found."""
+
+    images: int
+    """Number of images that were looked at."""
+    prepare: PrepareConfig
+    """The preparation that makes objects bright on dark, and 12 px across."""
+    diameter: float
+    """Median side of the objects, px in the files."""
+    smallest: float
+    """Tenth percentile of the sides, px in the files."""
+    largest: float
+    """Ninetieth percentile of the sides, px in the files."""
+    objects: float
+    """Objects in an image, on average: a rough estimate."""
+    noise: float
+    """Standard deviation of the noise, as a share of the file's range."""
+    contrast: float
+    """Contrast of a typical object to the background, likewise."""
+    agreement: float
+    """How far the colours of the objects differ from the background alike, in [0, 1]."""
+    is_grey: bool
+    """Whether the three channels are equal."""
+    share: float
+    """Share of all contrast that lies in compact objects."""
+
+    @property
+    def polarity(self) -> Literal["bright", "dark", "either"]:
+        """Whether objects are brighter or darker than the background."""
+        if self.prepare.contrast == "distance":
+            return "either"
+        return "bright" if sum(self.prepare.direction) > 0 else "dark"
+
+    def settings(self) -> dict[str, Any]:
+        """A layer of settings between a preset and the user's."""
+        side = math.log(OBJECT_PX / (_ANCHOR - OBJECT_PX))
+        logits = [
+            math.log(x / (_ANCHOR - x))
+            for x in (
+                min(max(size * self.prepare.scale, 2.0), 0.9 * _ANCHOR)
+                for size in (self.smallest, self.largest)
+            )
+        ]
+        std = min(max((logits[1] - logits[0]) / 2.56, _LEAST_STD), _MOST_STD)
+        prepare = {
+            "scale": self.prepare.scale,
+            "contrast": self.prepare.contrast,
+            "direction": self.prepare.direction,
+            "background": self.prepare.background,
+            "levels": self.prepare.levels,
+            "least_white": self.prepare.least_white,
+        }
+        model = {
+            "background": "black",
+            "likelihood": "normal",
+            "box_contrast": 0.5,
+            "size_prior_mean": round(side, 3),
+            "size_prior_std": round(std, 3),
+        }
+        return {"prepare": prepare, "model": model}
+
+    def lines(self) -> list[str]:
+        """What was found, and the settings that override it; a line each."""
+        p = self.prepare
+        weights = ", ".join(f"{weight:.2f}" for weight in p.direction)
+        if p.contrast == "distance":
+            look, why = "unlike the background", "their colours differ"
+        else:
+            look = "brighter" if self.polarity == "bright" else "darker"
+            look += " than the background"
+            why = "grey images" if self.is_grey else f"red, green, blue by {weights}"
+        ground = "uneven: a smooth surface" if p.background == "surface" else "even: one value"
+        lines = [
+            f"size: {self.diameter:.0f} px ({self.smallest:.0f} to {self.largest:.0f}); images "
+            f"are resized by {p.scale:.3g}, to {OBJECT_PX:.0f} px an object (--set prepare.scale)",
+            f"contrast: objects are {look}, {why} (--set prepare.contrast, prepare.direction)",
+            f"background: {ground} (--set prepare.background)",
+            f"levels: of each image; contrast {self.contrast:.2g} and noise {self.noise:.2g} of "
+            "the file's range (--set prepare.levels, prepare.black, prepare.white)",
+        ]
+        if self.largest > _WIDE * self.smallest:
+            lines.append("sizes differ much: the search also looks at other scales")
+        return lines
+
+    def doubts(self) -> list[str]:
+        """Reasons to expect a failure; none if the images look fit."""
+        if not self.objects:
+            return ["no compact objects were found: are there any in these images?"]
+        found = []
+        if self.share < _SHARE:
+            found.append(
+                f"compact objects hold only {self.share:.0%} of the contrast: clutter or texture "
+                "may be taken for objects"
+            )
+        if self.contrast < _FAINT * self.noise:
+            found.append("objects hardly stand out from the noise")
+        return found
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Compact objects at one scale."""
+
+    sides: npt.NDArray[np.float64]  # [n] px in the files
+    share: float  # of the contrast
+    images: int
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.sides))
+
+
+def look(
+    paths: Sequence[Path],
+    given: PrepareConfig | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Survey:
+    """Measures some images of a folder.
+
+    Args:
+        paths: of the images; those that cannot be read are passed over.
+        given: settings that hold already; None measures all.
+        on_progress: called with the share that is done.
+
+    Raises:
+        InputError: no image can be read.
+    """
+    images, files = _read(paths), len(paths)
+    reduced = [resized(image, _within(image.shape[-2:], _SIDE)) for image in images]
+    is_grey = all(float((im - im[:1]).abs().max()) < _GREY for im in reduced)
+    contrast, direction, agreement = _colours(reduced, is_grey)
+    config = PrepareConfig(
+        contrast=contrast, direction=direction, background="surface", levels="image"
+    )
+    diameter, measured = _diameter(images, config, on_progress)
+    scale = OBJECT_PX / diameter
+    seen = [
+        resized(image, prepared_size(image.shape[-2], image.shape[-1], scale)).numpy()
+        for image in images
+    ]
+    contrasts = [contrast_of(image, config) for image in seen]
+    typical = float(np.median([typical_contrast(image) for image in contrasts]))
+    whites = [white_level(image, 0.0) for image in contrasts]
+    background = _background(seen, config, typical)
+    sides = measured.sides if len(measured.sides) else np.array([diameter])
+    return Survey(
+        images=files,
+        prepare=PrepareConfig(
+            scale=_rounded(scale),
+            contrast=contrast,
+            direction=direction,
+            background=background,
+            levels="image",
+            least_white=_rounded(min(_LEAST_WHITE * float(np.median(whites)), 1.0)),
+        ),
+        diameter=diameter,
+        smallest=float(np.percentile(sides, _SPREAD[0])),
+        largest=float(np.percentile(sides, _SPREAD[1])),
+        objects=len(measured.sides) / max(measured.images, 1),
+        noise=float(np.median([noise_of(image) for image in contrasts])),
+        contrast=typical,
+        agreement=agreement,
+        is_grey=is_grey,
+        share=measured.share,
+    )
+
+
+def _read(paths: Sequence[Path]) -> list[Tensor]:
+    """Some of the images, evenly chosen; [3, H, W] in [0, 1]."""
+    every = max(len(paths) / _IMAGES, 1)
+    chosen = [paths[int(i * every)] for i in range(min(len(paths), _IMAGES))]
+    images, reasons = [], []
+    for path in [*chosen, *(path for path in paths if path not in chosen)]:
+        if len(images) == len(chosen):
+            break
+        try:
+            images.append(to_colour(read_pixels(path)))
+        except InputError as error:
+            reasons.append(error)
+    if not images:
+        raise reasons[0] if reasons else InputError("there are no images to look at")
+    return images
+
+
+def _within(size: Sequence[int], most: int) -> tuple[int, int]:
+    """The size reduced so that the area is at most most^2, with the same proportions."""
+    scale = min(most / math.sqrt(size[0] * size[1]), 1.0)
+    return prepared_size(size[0], size[1], scale)
+
+
+def _colours(
+    images: Sequence[Tensor], is_grey: bool
+) -> tuple[Literal["direction", "distance"], tuple[float, float, float], float]:
+    """How objects differ from the background: the kind of contrast, its direction, agreement.
+
+    If the colours that lie far from the commonest all lie on one side of it, objects have one
+    direction: the first principal component of the colours. Its sign makes the distribution of
+    the contrast skewed to the right, as objects cover less than half of most images.
+    """
+    smooth = [np.stack([ndimage.gaussian_filter(c, 1) for c in im.numpy()]) for im in images]
+    if is_grey:
+        direction = np.full(3, 1 / 3)
+    else:
+        flat = [image - np.median(image, axis=(1, 2), keepdims=True) for image in smooth]
+        colours = np.concatenate([image.reshape(3, -1)[:, ::7] for image in flat], axis=1)
+        direction = np.linalg.eigh(np.cov(colours))[1][:, -1]
+        direction = direction / np.abs(direction).sum()
+    greys = [np.tensordot(direction, image, 1) for image in smooth]
+    skews = []
+    for grey in greys:
+        even = grey - ndimage.gaussian_filter(grey, max(grey.shape) / 4)
+        spread = float(even.std())
+        skews.append(float((even**3).mean()) / spread**3 if spread > 1e-6 else 0.0)
+    sign = -1 if np.median(skews) < 0 else 1
+    agreements = []
+    for image, grey in zip(smooth, greys, strict=True):
+        ground = sign * grey <= otsu(sign * grey)
+        apart = image - np.median(image[:, ground], axis=1)[:, None, None]
+        distance = np.sqrt(np.square(apart).sum(0))
+        far = distance > max(otsu(distance), 1e-6)
+        units = apart[:, far] / distance[far]
+        agreements.append(float(np.linalg.norm(units.mean(1))) if far.any() else 1.0)
+    agreement = float(np.median(agreements))
+    r, g, b = (round(sign * float(weight), 4) for weight in direction)
+    return ("direction" if agreement >= _ALIGNED else "distance"), (r, g, b), agreement
+
+
+def _diameter(
+    images: Sequence[Tensor], config: PrepareConfig, on_progress: Callable[[float], None]
+) -> tuple[float, _Measured]:
+    """The median side of compact objects, and these objects.
+
+    Objects are found with a diameter that is assumed, and their median side is the next one, until
+    both agree. It starts at the diameter whose objects hold most of the contrast, of those that
+    nearly agree.
+    """
+    largest = max(max(image.shape[1:]) for image in images)
+    diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, len(images))
+    starts = [start for start in _STARTS if start < largest / 2] or [largest / 4]
+    for number, assumed in enumerate(starts):
+        measured = _compact(images, config, assumed)
+        on_progress((number + 1) / (len(starts) + 1))
+        if len(measured.sides) < _FEWEST:
+            continue
+        agrees = 1 / _NEAR < measured.median / assumed < _NEAR
+        if agrees and measured.share > best.share:
+            diameter, best = assumed, measured
+    for _ in range(_ROUNDS):
+        if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
+            break
+        diameter = best.median
+        best = _compact(images, config, diameter)
+    return (best.median if len(best.sides) else diameter), best
+
+
+def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -> _Measured:
+    """The compact objects of an assumed diameter in the middles of images."""
+    scale = OBJECT_PX / diameter
+    sides: list[npt.NDArray[np.float64]] = []
+    held = total = 0.0
+    for image in images:
+        middle = _middle(image, math.ceil(_SIDE / scale))
+        seen = prepare_image(middle, replace(config, scale=scale))[0].numpy()
+        parts = find_parts(seen, OBJECT_PX)
+        extent = parts.boxes[:, 2:] - parts.boxes[:, :2]
+        labels = parts.label_image.ravel()
+        area = np.bincount(labels, minlength=len(extent) + 1)[1:]
+        mass = np.bincount(labels, seen.ravel(), len(extent) + 1)[1:]
+        end = np.array(seen.shape[::-1])
+        inside = (parts.boxes[:, :2] > 0).all(1) & (parts.boxes[:, 2:] < end).all(1)
+        kept = inside & (area >= _COMPACT * extent.prod(1))
+        sides.append(np.sqrt(extent[kept].prod(1, dtype=np.float64)) / scale)
+        held, total = held + float(mass[kept].sum()), total + float(seen.sum())
+    return _Measured(np.concatenate(sides), held / total if total else 0.0, len(images))
+
+
+def _middle(image: Tensor, side: int) -> Tensor:
+    """The middle of an image, at most side x side."""
+    top, left = (max(length - side, 0) // 2 for length in image.shape[1:])
+    return image[:, top : top + side, left : left + side]
+
+
+def _background(
+    images: Sequence[Array], config: PrepareConfig, typical: float
+) -> Literal["image", "surface"]:
+    """A surface if the background of most images is uneven."""
+    spreads = []
+    for image in images:
+        weights = np.asarray(config.direction, np.float32)[:, None, None]
+        surface = background_of((image * weights).sum(0), "surface", 20.0)
+        spreads.append(float(surface.std()))
+    return "surface" if np.median(spreads) > _UNEVEN * typical else "image"
+
+
+def _rounded(value: float) -> float:
+    """With four significant digits."""
+    return float(f"{value:.4g}")
