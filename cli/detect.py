@@ -12,6 +12,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, say, several
+from spairkit.cli.files import image_files
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,35 +54,39 @@ def detect(
     """Find objects in images of any size. Boxes are in pixels from the upper left corner.
 
     Images are numbered from 1 in the order given, those of a folder in the order of their names. A
-    single folder with annotations.json keeps its image ids, as COCO's tools expect.
+    single folder with annotations.json keeps its image ids, as COCO's tools expect. Files of a
+    folder that cannot be read are skipped.
     """
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: no such image or folder")
     from spairkit.counts import CountPosterior
     from spairkit.storage.durable import write_text
 
     if out is not None:
         options.check_output(out)
-    files = _files(paths)  # a file that is no image shows before any work
-    if out is not None and out.exists() and any(out.samefile(path) for path, _ in files):
+    files = image_files(paths)  # a file that is no image shows before any work
+    if out is not None and out.exists() and any(out.samefile(path) for path in files.paths):
         raise InputError(f"--out {out}: is one of the images; name another file")
     detector = options.open_detector(checkpoint, device, box_contrast, search)
-    many = detector.detect_many((path for path, _ in files), threshold=threshold, count=count)
+    many = detector.detect_many(
+        files.paths, threshold=threshold, count=count, on_unreadable=files.skip
+    )
     rows: list[str] = []
-    has_masks, objects = False, 0
+    has_masks, objects, images = False, 0, 0
     posteriors: list[CountPosterior] = []
-    with counted("images", len(files), quiet=quiet) as show_done:
+    numbered = zip(files.paths, files.numbers, strict=True)
+    with counted("images", len(files.paths), quiet=quiet) as show_done:
         detector.on_progress = show_done.search
-        for done, ((path, number), detections) in enumerate(zip(files, many, strict=True), start=1):
+        for detections in many:
+            path, number = next(pair for pair in numbered if pair[0] is detections.image)
             rows += _rows(str(path), number, detections, format_)  # masks are not kept
             has_masks |= detections.label_image is not None
             objects += len(detections)
+            images += 1
             posteriors += [] if detections.counts is None else [detections.counts]
-            show_done(done)
+            show_done(images)
+    files.say_skipped()
     text = _text(rows, format_, has_masks)
-    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(files) else ""
-    summary = f"{several(objects, 'object')} in {several(len(files), 'image')}{expected}"
+    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == images else ""
+    summary = f"{several(objects, 'object')} in {several(images, 'image')}{expected}"
     if out is None:
         typer.echo(text, nl=False)
         if not quiet:
@@ -89,20 +94,6 @@ def detect(
         return
     write_text(out, text)
     say(f"wrote {out}: {summary}")
-
-
-def _files(paths: list[Path]) -> list[tuple[Path, int]]:
-    """The image files, checked, and their ids; a folder's annotations give ids to its files."""
-    from spairkit.config import DataConfig
-    from spairkit.data.folder import ANNOTATIONS, ImageFolder
-    from spairkit.images import image_size, list_images
-
-    if len(paths) == 1 and (paths[0] / ANNOTATIONS).exists():
-        return ImageFolder(DataConfig(name="folder", path=str(paths[0])), "test").files()
-    files = [file for path in paths for file in (list_images(path) if path.is_dir() else [path])]
-    for file in files:
-        image_size(file)
-    return [(file, number) for number, file in enumerate(files, start=1)]
 
 
 def _rows(name: str, number: int, detections: "Detections", format_: Format) -> list[str]:

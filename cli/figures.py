@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from spairkit.cli.console import counted, results, table_of
+from spairkit.cli.console import counted, results, say, table_of
 
 if TYPE_CHECKING:
     from spairkit.config import DataConfig
+    from spairkit.data.datasets import Dataset
     from spairkit.data.glyphs import Split
     from spairkit.detector import Detector
     from spairkit.evaluation import Figures, Report
@@ -56,7 +57,18 @@ def measure(
     with counted(f"{split} images", total, quiet=quiet) as show_done:
         detector.on_progress = show_done.search
         words = described(data, split, trained_on=trained_on)
-        return evaluate(detector, batches, threshold, show_done, measured_on=words)
+        report = evaluate(detector, batches, threshold, show_done, measured_on=words)
+    say_skipped(dataset, "; the figures leave such files out")
+    return report
+
+
+def say_skipped(dataset: "Dataset", consequence: str = "") -> None:
+    """Names the image files that could not be read so far, if there are any."""
+    from spairkit.data.folder import ImageFolder
+    from spairkit.images import skipped_files
+
+    if isinstance(dataset, ImageFolder) and dataset.skipped:
+        say(f"{skipped_files(dataset.skipped, dataset.num_files)}{consequence}")
 
 
 def print_report(report: "Report") -> None:

@@ -15,7 +15,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, json_text, print_json, progress_bar, results, say
-from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report
+from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report, say_skipped
 from spairkit.cli.interrupts import Interrupts
 from spairkit.errors import InputError
 
@@ -148,6 +148,7 @@ def _opened(
 
     check(settings, device, world.size)
     images, _ = open_splits(settings)  # mistakes show before a run is made
+    say_skipped(images)
     if hints:
         _say_if_dim(images, settings)
     run = Run.open(resume) if resume else Run.create(out, settings)

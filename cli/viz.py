@@ -1,5 +1,7 @@
-"""`spairkit viz`: a picture of an image, its boxes, its reconstruction and its objects."""
+"""`spairkit viz`: a picture of each image, its boxes, its reconstruction and its objects."""
 
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -7,16 +9,22 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, print_json, several
-from spairkit.errors import InputError
+from spairkit.cli.files import image_files
+from spairkit.errors import ImageFileError, InputError
+
+_FOLDER = Path("viz")
 
 
 def viz(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="PNG, JPEG, ...")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images or folders.")
+    ],
     checkpoint: options.CheckpointOption = None,
     out: Annotated[
         Path | None,
         options.output_option(
-            help="The picture to write. Default: IMAGE-spairkit.png in the current folder."
+            help="The picture to write or, for several images, the folder. Default: "
+            "IMAGE-spairkit.png in the current folder, or ./viz."
         ),
     ] = None,
     threshold: options.ThresholdOption = 0.5,
@@ -26,22 +34,34 @@ def viz(
     device: options.DeviceOption = options.Device.AUTO,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Draw boxes on an image, beside its reconstruction and the objects found."""
-    outputs = _outputs(images, out)
-    for output in outputs:
-        options.check_output(output)
-    from spairkit.images import image_size, write_png
+    """Draw boxes on images, beside their reconstructions and the objects found.
+
+    Pictures of a folder, or of several images, go to the folder viz, which mirrors its subfolders.
+    Files of a folder that cannot be read are skipped. No file is overwritten, except an earlier
+    picture of the same image.
+    """
+    one = len(images) == 1 and not images[0].is_dir()
+    _check_out(out, images, one=one)
+    files = image_files(images)  # a file that is no image shows before any work
+    if not one:
+        outputs = _outputs(images, files.paths, out or _FOLDER)
+    else:
+        outputs = [out] if out else _free(files.paths, [Path(f"{images[0].stem}-spairkit.png")])
+    from spairkit.images import write_picture
     from spairkit.report.drawing import panel
 
-    for path in images:
-        image_size(path)  # a file that is no image shows before any work
     detector = options.open_detector(checkpoint, device, box_contrast, search)
     drawn = []
-    with counted("images", len(images), quiet=as_json) as show_done:
+    with counted("images", len(files.paths), quiet=as_json) as show_done:
         detector.on_progress = show_done.search
-        for path, output in zip(images, outputs, strict=True):
-            explanation = detector.explain(path, threshold=threshold, count=count)
-            write_png(output, panel(explanation))
+        for path, output in zip(files.paths, outputs, strict=True):
+            try:
+                explanation = detector.explain(path, threshold=threshold, count=count)
+            except ImageFileError as error:
+                files.skip(path, error)
+                continue
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(output, panel(explanation), path)
             found, counts = explanation.detections, explanation.detections.counts
             if not as_json:
                 interval = "" if counts is None else f" ({counts})"
@@ -52,6 +72,7 @@ def viz(
                 {"image": str(path), "picture": str(output), "count": len(found), **values}
             )
             show_done(len(drawn))
+    files.say_skipped()
     if as_json:
         print_json(
             {
@@ -63,24 +84,54 @@ def viz(
         )
 
 
-def _outputs(images: list[Path], out: Path | None) -> list[Path]:
-    """The file of each picture. Raises InputError if two share one, or if it is an image."""
-    if out is not None and len(images) > 1:
-        raise InputError(
-            "--out names one picture and there are several images; remove it, or give one image"
-        )
-    if out is not None and out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
-    for image in images:
-        if image.is_dir():
-            raise InputError(f"{image}: is a folder; name image files, such as {image}/*.png")
-    outputs = [out or Path(f"{image.stem}-spairkit.png") for image in images]
-    for index, output in enumerate(outputs):
-        if output in outputs[:index]:
-            raise InputError(
-                f"{images[outputs.index(output)]} and {images[index]} would both write {output}; "
-                "draw them one at a time with --out"
+def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
+    """Refuses an `--out` that cannot be written, before any work is done."""
+    from spairkit.images import is_picture
+
+    if one:
+        if out is not None and out.suffix.lower() != ".png":
+            raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
+        options.check_output(out or Path("x.png"))
+        if out is not None and out.exists() and not is_picture(out):
+            what = (
+                "is one of the images" if out.samefile(images[0]) else "is no picture by spairkit"
             )
-        if output.exists() and any(image.exists() and output.samefile(image) for image in images):
-            raise InputError(f"{output} is one of the images; name another file with --out")
-    return outputs
+            raise InputError(f"{out} {what}; name another file with --out")
+        return
+    if out is not None and out.suffix.lower() == ".png":
+        raise InputError(
+            "--out names one picture and there are several images; name a folder, or give one image"
+        )
+    folder = out or _FOLDER
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; name a folder with --out")
+    if not folder.exists():
+        options.check_output(folder)
+
+
+def _outputs(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
+    """The file of each picture in a folder that mirrors what all images lie in."""
+    places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
+    root = Path(os.path.commonpath(places))
+    inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
+    sharing = Counter(path.with_suffix("") for path in inside)
+    names = [path.stem if sharing[path.with_suffix("")] == 1 else path.name for path in inside]
+    wanted = [
+        folder / path.parent / f"{name}-spairkit.png"
+        for path, name in zip(inside, names, strict=True)
+    ]
+    return _free(paths, wanted)
+
+
+def _free(paths: list[Path], wanted: list[Path]) -> list[Path]:
+    """The file of each picture: the wanted one, or numbered where that is another file."""
+    from spairkit.images import shows
+
+    taken: list[Path] = []
+    for path, output in zip(paths, wanted, strict=True):
+        number, free = 1, output
+        while free in taken or (free.exists() and not shows(free, path)):
+            number += 1
+            free = output.with_stem(f"{output.stem}-{number}")
+        taken.append(free)
+    return taken

@@ -32,7 +32,7 @@ class DataConfig:
     name: Literal["digits", "mnist", "emnist", "folder"] = "digits"
     """Dataset. `digits` ships with the package; the others read `path`."""
     path: str = ""
-    """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images."""
+    """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images, or one image."""
     image_height: Pixels = 48
     """Height of a scene or, for `folder`, of a training crop, in pixels."""
     image_width: Pixels = 48
@@ -52,7 +52,7 @@ class DataConfig:
     background: Literal["black", "random"] = "black"
     """Background of scenes; `random` draws a dark colour for each image."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    """Number of validation scenes; a folder uses some of its files instead."""
+    """Number of validation scenes; of a folder, of crops of its validation files, at most."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Number of test scenes; a folder uses all of its files instead."""
     seed: Seed = 0

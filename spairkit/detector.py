@@ -5,7 +5,8 @@ found = detector.detect("cells.tif")
 """
 
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -17,8 +18,8 @@ from torch import Tensor
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, SearchMode
 from spairkit.detections import Detections, Explanation
-from spairkit.errors import InputError
-from spairkit.images import ImageLike, as_image, list_images, same_sized
+from spairkit.errors import ImageFileError, InputError
+from spairkit.images import ImageLike, as_image, list_images, same_sized, skipped_files
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
 from spairkit.models.spair import SPAIR
@@ -143,10 +144,12 @@ class Detector:
         threshold: float = 0.5,
         count: int | None = None,
         batch_size: int = 32,
+        on_unreadable: Callable[[ImageLike, ImageFileError], None] | None = None,
     ) -> Iterator[Detections]:
         """The objects in each of many images, in order; neighbours of one size share a batch.
 
-        Images are read when their turn comes; one batch and one image are held at most.
+        Images are read when their turn comes; one batch and one image are held at most. Files of a
+        folder that cannot be read are skipped, with a warning.
 
         Args:
             images: a folder, whose image files are taken in the order of their paths, or images as
@@ -154,6 +157,8 @@ class Detector:
             threshold: as in `detect`.
             count: the true number of objects in every image, as in `detect`.
             batch_size: images in a batch, at most; large images make smaller batches.
+            on_unreadable: called in place of the warning or, for images of an iterable, of raising
+                the error; the image is left out.
 
         Raises:
             TypeError, ValueError, InputError: as `detect`; for an image, after the results of the
@@ -163,7 +168,8 @@ class Detector:
         if isinstance(images, (str, os.PathLike)):
             if os.path.isfile(images):
                 raise InputError(f"{os.fspath(images)}: is a file; use detect")
-            sources = list_images(Path(images))
+            sources = files = list_images(Path(images))
+            on_unreadable = on_unreadable or _warned_of(len(files))
         elif isinstance(images, Iterable) and getattr(images, "ndim", 4) == 4:
             sources = images
         else:  # an array, a tensor or a PIL image
@@ -171,8 +177,7 @@ class Detector:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._options(threshold, self._counts(count, 1))  # raises here, not at the first image
-        read = ((source, as_image(source)) for source in sources)
-        groups = same_sized(read, batch_size, _MAX_BATCH_PIXELS)
+        groups = same_sized(_read(sources, on_unreadable), batch_size, _MAX_BATCH_PIXELS)
         return (found for group in groups for found in self._detect(group, threshold, count))
 
     def explain(
@@ -344,6 +349,31 @@ def chosen_device(device: torch.device | str) -> torch.device:
 def _size(images: Tensor) -> tuple[int, int]:
     """Height and width."""
     return images.shape[-2], images.shape[-1]
+
+
+def _read(
+    sources: Iterable[ImageLike], skip: Callable[[ImageLike, ImageFileError], None] | None
+) -> Iterator[tuple[ImageLike, Tensor]]:
+    for source in sources:
+        try:
+            yield source, as_image(source)
+        except ImageFileError as error:
+            if skip is None:
+                raise
+            skip(source, error)
+
+
+def _warned_of(total: int) -> Callable[[ImageLike, ImageFileError], None]:
+    """Warns of each file that is skipped, and raises InputError if all of them are."""
+    reasons: list[str] = []
+
+    def skip(source: ImageLike, error: ImageFileError) -> None:
+        reasons.append(str(error))
+        if len(reasons) == total:
+            raise InputError(f"no image can be read: {skipped_files(reasons, total)}")
+        warnings.warn(skipped_files([str(error)], total), stacklevel=2)
+
+    return skip
 
 
 def _refuse_folder(image: Any) -> None:

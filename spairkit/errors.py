@@ -9,5 +9,9 @@ class InputError(ValueError):
     """
 
 
+class ImageFileError(InputError):
+    """An image file cannot be read: it is damaged, or not an image. The message begins with it."""
+
+
 class DivergedError(InputError):
     """Training has diverged: its losses are no longer finite."""

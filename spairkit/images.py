@@ -1,16 +1,18 @@
 """Reads untrusted images; takes arrays and tensors for images; writes PNG.
 
 PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF (plain, packbits, LZW or deflate) are read, nothing
-else, and no file is decoded before its header has given its size.
+else, and no file is decoded before its header has given its size. Pictures that spairkit has drawn
+are marked, and are no images of a folder.
 """
 
+import hashlib
 import io
 import logging
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,18 +21,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from spairkit.errors import InputError
+from spairkit.errors import ImageFileError, InputError
 from spairkit.storage.durable import write_bytes
+from spairkit.storage.runs import is_run
 
-MAX_PIXELS = 64_000_000
-"""Largest image that is read, in pixels."""
+MAX_PIXELS = 178_000_000
+"""Largest image that is read, in pixels: Pillow's own limit, and 1.3 GB while it is decoded."""
 
 # Pillow logs what is wrong with a TIFF before it raises; without a handler that goes to stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-_MAX_BYTES = 1 << 29
+_MAX_BYTES = 1 << 30
+_STRIP_PIXELS = 1 << 22  # of a large image that are converted together
+_NAMED = 3  # files that a message about skipped ones names
+# PNG's place for the name of the program that wrote it
+_SOFTWARE, _SOURCE = "Software", "Source"
+_MARK = b"tEXtSoftware\0spairkit"
+_HEAD_BYTES = 1024  # of a PNG, in which our marks stand
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF")
 # of TIFF's many, those that hold measurements; the other decoders are only an attack surface
 _COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
@@ -118,16 +128,17 @@ def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
     stretched from their least value to their greatest (a constant image is black).
 
     Raises:
-        InputError: it is not there, not a regular file, not an image of a known format, damaged,
-            larger than 64 million pixels or 512 MiB, or holds values that are not finite.
+        ImageFileError: it is not there, not a regular file, not an image of a known format,
+            damaged, larger than 178 million pixels or 1 GiB, or holds values that are not finite.
     """
     return to_colour(read_pixels(path)).contiguous()
 
 
-def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, W] float32
-    """The pixels of `read_image` as compactly as possible: bytes, one channel for grey.
+def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, [1, H, W] uint16 or float32
+    """The pixels of `read_image` as compactly as possible: one channel for grey.
 
-    More than 8 bits become float32 in [0, 1]. Raises InputError as `read_image`.
+    They are bytes, uint16 of 16-bit grey, and float32 in [0, 1] of 32-bit grey; `to_colour` makes
+    `read_image`'s of all or of a part of them. Raises ImageFileError as `read_image`.
     """
     with _opened(path) as image:
         orientation = _orientation(image)
@@ -138,16 +149,46 @@ def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, or [1, H, 
 def _pixels(image: Image.Image, name: str) -> Tensor:  # as `read_pixels`
     mode = image.mode
     if mode.startswith("I;16"):
-        return _tensor(np.asarray(image).astype(np.float32)[None] / np.float32(65535))
+        return _converted(image, 1, np.uint16, np.asarray)
     if mode in ("I", "F"):
-        return _tensor(_ranged(name, np.asarray(image).astype(np.float64))[None])
+        low, high = _range(image, name)
+        return _converted(image, 1, np.float32, lambda strip: _ranged(strip, low, high))
     if mode in _TRANSPARENT or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, layer)
-    elif mode in ("1", "L"):
-        return _tensor(np.asarray(image.convert("L"))[None])
-    return _tensor(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        return _converted(image, 3, np.uint8, _on_black)
+    if mode in ("1", "L"):
+        return _converted(image, 1, np.uint8, lambda strip: np.asarray(strip.convert("L")))
+    return _converted(image, 3, np.uint8, lambda strip: np.asarray(strip.convert("RGB")))
+
+
+def _converted(
+    image: Image.Image,
+    channels: int,
+    dtype: type[np.generic],
+    convert: Callable[[Image.Image], NDArray[Any]],  # to [rows, W] or [rows, W, channels]
+) -> Tensor:  # [channels, H, W]
+    """The pixels, converted strip by strip, so that no second copy of a large image is made."""
+    width, height = image.size
+    pixels = np.empty((channels, height, width), dtype)
+    for rows, strip in _strips(image):
+        pixels[:, rows] = convert(strip).reshape(-1, width, channels).transpose(2, 0, 1)
+    return torch.from_numpy(pixels)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    width, height = image.size
+    step = max(_STRIP_PIXELS // width, 1)
+    if step >= height:
+        yield slice(0, height), image
+        return
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        yield slice(top, bottom), image.crop((0, top, width, bottom))
+
+
+def _on_black(strip: Image.Image) -> NDArray[np.uint8]:
+    layer = strip.convert("RGBA")
+    black = Image.new("RGBA", layer.size, (0, 0, 0, 255))
+    return np.asarray(Image.alpha_composite(black, layer).convert("RGB"))
 
 
 def _from_array(array: NDArray[Any]) -> Tensor:
@@ -195,7 +236,8 @@ def _in_range(image: Tensor) -> Tensor:
 
 def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 in [0, 1]
     """RGB in [0, 1] of `read_pixels`; the channels of a grey image share memory."""
-    scaled = pixels / 255 if pixels.dtype == torch.uint8 else pixels
+    full = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype)
+    scaled = pixels.float() / full if full else pixels
     return scaled.expand(3, -1, -1)
 
 
@@ -247,7 +289,7 @@ def same_sized(
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """Height and width of the upright image, from its header. Raises InputError."""
+    """Height and width of the upright image, from its header. Raises ImageFileError."""
     with _opened(path) as image:
         width, height = image.size
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
@@ -260,6 +302,49 @@ def write_png(path: Path | str, image: Tensor) -> None:
         ValueError: `image` has another shape or dtype, or holds NaN.
         InputError: the file cannot be written.
     """
+    write_bytes(Path(path), _png(image, PngInfo()))
+
+
+def write_picture(path: Path | str, picture: Tensor, source: Path | str | None = None) -> None:
+    """As `write_png`, marked as a picture by spairkit, which `list_images` leaves out.
+
+    Args:
+        picture: [3, H, W], as in `write_png`.
+        source: the file of the image that it shows; see `shows`.
+    """
+    marks = PngInfo()
+    marks.add_text(_SOFTWARE, "spairkit")
+    if source is not None:
+        marks.add_text(_SOURCE, _fingerprint(source))
+    write_bytes(Path(path), _png(picture, marks))
+
+
+def is_picture(path: Path | str) -> bool:
+    """Whether the file is a PNG that spairkit has drawn; false if it cannot be read."""
+    return _MARK in _head(path)
+
+
+def shows(path: Path | str, source: Path | str) -> bool:
+    """Whether the file is a picture that `write_picture` has drawn of the image file `source`."""
+    return is_picture(path) and f"tEXt{_SOURCE}\0{_fingerprint(source)}".encode() in _head(path)
+
+
+def _head(path: Path | str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError:
+        return b""
+    return head if head.startswith(b"\x89PNG") else b""
+
+
+def _fingerprint(source: Path | str) -> str:
+    """Stands for the place of a file, which a picture that is passed on should not tell."""
+    place = os.fsencode(Path(source).resolve())
+    return hashlib.sha256(place).hexdigest()[:32]
+
+
+def _png(image: Tensor, marks: PngInfo) -> bytes:
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
     if image.is_floating_point():
@@ -269,80 +354,100 @@ def write_png(path: Path | str, image: Tensor) -> None:
     elif image.dtype != torch.uint8:
         raise ValueError(f"image must be uint8 or floating point, got {image.dtype}")
     data = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(data, format="PNG")
-    write_bytes(Path(path), data.getvalue())
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    picture.save(data, format="PNG", pnginfo=marks)
+    return data.getvalue()
 
 
 def list_images(folder: Path | str) -> list[Path]:
     """The image files in a folder and its subfolders, by suffix, sorted by path.
 
-    Names that start with a dot are skipped; links to folders are not followed.
+    Names that start with a dot are skipped; links to folders are not followed. So is what spairkit
+    has written: its pictures, and the folders of its runs. An image file is a folder of one.
 
     Raises:
         InputError: it is no folder, cannot be read, or holds no image.
     """
+    if Path(folder).suffix.lower() in SUFFIXES and Path(folder).is_file():
+        return [Path(folder)]
     refusals: list[OSError] = []
-    found = []
+    found, drawn = [], 0
     for root, folders, files in os.walk(folder, onerror=refusals.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            path
-            for path in (Path(root, name) for name in files if not name.startswith("."))
-            if path.suffix.lower() in SUFFIXES and path.is_file()
+        folders[:] = [
+            name for name in folders if not (name.startswith(".") or is_run(Path(root, name)))
         ]
+        for name in files:
+            path = Path(root, name)
+            if name.startswith(".") or path.suffix.lower() not in SUFFIXES or not path.is_file():
+                continue
+            if path.suffix.lower() == ".png" and is_picture(path):
+                drawn += 1
+            else:
+                found.append(path)
     if refusals:
         refused = refusals[0]
         where = refused.filename or folder
         raise InputError(f"{printable(where)}: cannot be read as a folder: {refused.strerror}")
     if not found:
-        raise InputError(
-            f"{printable(folder)}: no images in this folder (PNG, JPEG, BMP, PPM or TIFF)"
-        )
+        kinds = "PNG, JPEG, BMP, PPM or TIFF"
+        besides = f" besides {drawn} that spairkit drew" if drawn else ""
+        raise InputError(f"{printable(folder)}: no images in this folder{besides} ({kinds})")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def skipped_files(reasons: Sequence[str], total: int) -> str:
+    """Says which of `total` image files were skipped, in one line.
+
+    Args:
+        reasons: one for each skipped file; each begins with the name of the file.
+    """
+    more = len(reasons) - _NAMED
+    listed = [*reasons[:_NAMED], *([f"and {more} more"] if more > 0 else [])]
+    return f"skipped {len(reasons)} of {total}: {'; '.join(listed)}"
 
 
 @contextmanager
 def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image, after its header was checked; Pillow's exceptions become InputError."""
+    """The image, after its header was checked; Pillow's exceptions become ImageFileError."""
     path, name = Path(path), printable(path)
     try:
         # a pipe or a device would block or never end
         if not path.is_file():
             missing = "not a regular file" if path.exists() else "no such file"
-            raise InputError(f"{name}: {missing}; name an image file")
+            raise ImageFileError(f"{name}: {missing}; name an image file")
         if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{name}: larger than 512 MiB; cut it into smaller images")
+            raise ImageFileError(f"{name}: larger than 1 GiB; cut it into smaller images")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise InputError(
-                        f"{name}: {width}x{height} pixels are more than 64 million; "
+                    raise ImageFileError(
+                        f"{name}: {width}x{height} pixels are more than 178 million; "
                         "cut it into smaller images"
                     )
                 if width * height == 0:
-                    raise InputError(f"{name}: the image is empty ({width}x{height} pixels)")
+                    raise ImageFileError(f"{name}: the image is empty ({width}x{height} pixels)")
                 compression = image.info.get("compression")
                 if image.format == "TIFF" and compression not in _COMPRESSIONS:
-                    raise InputError(
+                    raise ImageFileError(
                         f"{name}: a TIFF compressed by {compression}; save it with LZW, deflate "
                         "or no compression, or as PNG"
                     )
                 yield image
-    except InputError:
+    except ImageFileError:
         raise
     except Image.DecompressionBombError:
-        raise InputError(
-            f"{name}: more than 64 million pixels; cut it into smaller images"
+        raise ImageFileError(
+            f"{name}: more than 178 million pixels; cut it into smaller images"
         ) from None
     except UnidentifiedImageError:
-        raise InputError(
+        raise ImageFileError(
             f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM or TIFF)"
         ) from None
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name}: a damaged image: {printable(reason[:200])}") from None
+        raise ImageFileError(f"{name}: a damaged image: {printable(reason[:200])}") from None
 
 
 def _orientation(image: Image.Image) -> int:
@@ -354,14 +459,23 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _ranged(name: str, values: NDArray[np.float64]) -> NDArray[np.float32]:
-    if not np.isfinite(values).all():
-        raise InputError(f"{name}: contains NaN or infinity; replace them")
-    low, high = values.min(), values.max()
+def _range(image: Image.Image, name: str) -> tuple[float, float]:
+    """The least and the greatest value."""
+    low, high = np.inf, -np.inf
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        if not np.isfinite(values).all():
+            raise ImageFileError(f"{name}: contains NaN or infinity; replace them")
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
+    return low, high
+
+
+def _ranged(strip: Image.Image, low: float, high: float) -> NDArray[np.float64]:
     # halves, because the difference of two numbers may be too large for one
     half = high / 2 - low / 2
+    values = np.asarray(strip).astype(np.float64)
     ranged: NDArray[np.float64] = (values / 2 - low / 2) / (half if half > 0 else 1)
-    return ranged.astype(np.float32)
+    return ranged
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from spairkit.cli import train as train_command
@@ -561,6 +562,160 @@ def test_viz_draws_all_images_or_none(run: Runner, tmp_path: Path) -> None:
     assert ended.status == 2
     assert "bad.png: not an image that can be read" in ended.err
     assert not Path("good-spairkit.png").exists()
+
+
+def images_in(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_png(folder / name, torch.rand(3, 30, 31))
+    return folder
+
+
+def truncate(path: Path) -> Path:
+    """Leaves the header and a part of the pixels."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+ANNOTATED = {
+    "images": [{"id": 1, "file_name": "0.png"}],
+    "categories": [{"id": 1}],
+    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [3, 3, 9, 9]}],
+}
+
+
+def test_damaged_files_of_a_folder_are_named_and_skipped(run: Runner, tmp_path: Path) -> None:
+    folder = images_in(tmp_path / "cells", *(f"{n}.png" for n in range(12)))
+    (folder / "annotations.json").write_text(json.dumps(ANNOTATED))
+    (folder / "notes.txt").write_text("no image")
+    truncate(folder / "3.png")
+    (folder / "7.png").write_text("no image")
+    said = rf"skipped 2 of 12: {folder}/7\.png: not an image.*; {folder}/3\.png: a damaged image"
+    words = ["--config", "tiny.toml", "--data", folder, "--out", "skips", "--steps", "2"]
+    ended = run("train", *words)
+    assert ended.status == 0
+    assert len(re.findall(said, ended.err)) == 2
+    assert len(re.findall(f"{said}.*; the figures leave such files out", ended.err)) == 1
+    ended = run("eval", "--checkpoint", "skips")
+    assert ended.status == 0
+    (line,) = [line for line in ended.err.splitlines() if "skipped" in line]
+    assert re.fullmatch(f"{said}.*; the figures leave such files out", line)
+    (folder / "annotations.json").unlink()
+    said = rf"skipped 2 of 12: {folder}/7\.png: not an image.*; {folder}/3\.png: a damaged image"
+    ended = run("detect", folder, "--checkpoint", "skips", "--format", "jsonl")
+    assert ended.status == 0
+    assert re.search(said, ended.err)
+    records = [json.loads(line) for line in ended.out.splitlines()]
+    order = [0, 1, 10, 11, 2, 4, 5, 6, 8, 9]
+    assert [Path(record["image"]).stem for record in records] == [str(n) for n in order]
+    assert [record["image_id"] for record in records] == [1, 2, 3, 4, 5, 7, 8, 9, 11, 12]
+    assert "in 10 images" in ended.err
+    ended = run("viz", folder, "--checkpoint", "skips", "--out", tmp_path / "drawn")
+    assert ended.status == 0
+    assert re.search(said, ended.err)
+    drawn = {path.name for path in (tmp_path / "drawn").iterdir()}
+    assert drawn == {f"{n}-spairkit.png" for n in order}
+
+
+def test_damaged_files_that_are_named_are_errors(run: Runner, tmp_path: Path) -> None:
+    good = images_in(tmp_path, "good.png") / "good.png"
+    bad = truncate(images_in(tmp_path, "bad.png") / "bad.png")
+    for words in (["detect", good, bad], ["viz", bad], ["detect", tmp_path, bad]):
+        ended = run(*words, "--out", tmp_path / "found.png")
+        assert ended.status == 2
+        assert "bad.png: a damaged image" in ended.err
+        assert not (tmp_path / "found.png").exists()
+
+
+def test_folder_of_damaged_files_is_an_error(run: Runner, tmp_path: Path) -> None:
+    folder = images_in(tmp_path / "cells", *(f"{n}.png" for n in range(5)))
+    for path in folder.iterdir():
+        truncate(path)
+    for command in ("detect", "viz"):
+        ended = run(command, folder, "--out", tmp_path / "found")
+        assert ended.status == 2
+        assert ended.err.splitlines()[-1].startswith(
+            f"spairkit: no image can be read: skipped 5 of 5: {folder}/0.png: a damaged image"
+        )
+        assert ended.err.splitlines()[-1].endswith("; and 2 more")
+    assert not (tmp_path / "found").exists()
+    ended = run("train", "--data", folder, "--out", "none")
+    assert ended.status == 2
+    assert "no image can be read: skipped 5 of 5" in ended.err
+    assert not Path("none").exists()
+
+
+def test_one_image_is_a_folder(run: Runner, tmp_path: Path) -> None:
+    slide = images_in(tmp_path, "0.png", "1.png") / "0.png"
+    (tmp_path / "annotations.json").write_text(json.dumps(ANNOTATED))
+    words = ["--config", "tiny.toml", "--data", slide, "--out", tmp_path / "run", "--steps", "2"]
+    ended = run("train", *words)
+    assert ended.status == 0
+    assert f"spairkit viz {slide} --checkpoint" in ended.out
+    figures = json.loads(run("eval", "--checkpoint", tmp_path / "run", "--json").out)
+    assert figures["overall"]["images"] == 1
+    assert figures["overall"]["objects"] == 1
+    assert figures["data"]["path"] == str(slide)
+
+
+def test_viz_mirrors_a_folder(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = images_in(tmp_path / "cells", "a/1.png", "b/1.png", "1.png", "2.png")
+    Image.new("RGB", (30, 30)).save(folder / "2.bmp")
+    checkpoint = Path("runs/digits-quick-1").resolve()
+    monkeypatch.chdir(tmp_path)
+    words = ["viz", folder, "--checkpoint", checkpoint, "--search", "off"]
+    ended = run(*words)
+    assert ended.status == 0
+    drawn = sorted(path.relative_to("viz").as_posix() for path in Path("viz").rglob("*.png"))
+    assert drawn == [
+        "1-spairkit.png",
+        "2.bmp-spairkit.png",
+        "2.png-spairkit.png",
+        "a/1-spairkit.png",
+        "b/1-spairkit.png",
+    ]
+    assert "picture: viz/a/1-spairkit.png" in ended.out
+    assert run(*words).status == 0, "pictures of the same images are drawn again"
+    other = images_in(tmp_path / "others", "1.png")
+    before = Path("viz/1-spairkit.png").read_bytes()
+    ended = run("viz", other, *words[2:])
+    assert "picture: viz/1-spairkit-2.png" in ended.out
+    assert Path("viz/1-spairkit.png").read_bytes() == before
+    several = ["viz", folder / "a", other / "1.png", "--out", "mixed", *words[2:]]
+    assert run(*several).status == 0
+    drawn = sorted(path.relative_to("mixed").as_posix() for path in Path("mixed").rglob("*.png"))
+    assert drawn == ["cells/a/1-spairkit.png", "others/1-spairkit.png"]
+    monkeypatch.chdir(folder)
+    assert run("viz", ".", *words[2:]).status == 0
+    found = run("detect", ".", *words[2:], "--format", "jsonl").out.splitlines()
+    assert len(found) == 5, "pictures are no images"
+    assert sorted(path.name for path in Path("viz/a").iterdir()) == ["1-spairkit.png"]
+
+
+def test_viz_overwrites_only_pictures(run: Runner, tmp_path: Path) -> None:
+    image = images_in(tmp_path, "scene.png", "photo.png") / "scene.png"
+    photo = (tmp_path / "photo.png").read_bytes()
+    ended = run("viz", image, "--out", tmp_path / "photo.png")
+    assert ended.status == 2
+    assert "photo.png is no picture by spairkit" in ended.err
+    assert (tmp_path / "photo.png").read_bytes() == photo
+    Path("scene-spairkit.png").write_bytes(b"a file of the user")
+    assert "picture: scene-spairkit-2.png" in run("viz", image, "--search", "off").out
+    assert Path("scene-spairkit.png").read_bytes() == b"a file of the user"
+    Path("scene-spairkit.png").unlink()
+    named = [tmp_path / "picture.png", "--search", "off"]
+    assert run("viz", image, "--out", *named).status == 0
+    assert run("viz", tmp_path / "photo.png", "--out", *named).status == 0
+    ended = run("viz", image, tmp_path / "photo.png", "--out", tmp_path / "c.png")
+    assert ended.status == 2
+    assert "--out names one picture and there are several images; name a folder" in ended.err
+    ended = run("viz", tmp_path, "--out", tmp_path / "absent" / "pictures")
+    assert ended.status == 2
+    assert "there is no folder" in ended.err
+    ended = run("viz", tmp_path, "--out", "tiny.toml")
+    assert ended.status == 2
+    assert "tiny.toml: is a file" in ended.err
 
 
 def test_selection_by_ap_is_announced(run: Runner) -> None:

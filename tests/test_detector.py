@@ -149,14 +149,37 @@ def test_detect_many_reads_at_most_one_batch_ahead(detector: Detector, scenes: T
     assert read == 4  # the fourth image does not fit, which ends the batch of three
 
 
-def test_damaged_image_is_named_when_it_is_reached(
+def test_damaged_files_of_a_folder_are_skipped_with_a_warning(
     detector: Detector, scenes: Tensor, tmp_path: Path
 ) -> None:
-    write_png(tmp_path / "a.png", scenes[0])
+    for index, scene in enumerate(scenes[:3]):
+        write_png(tmp_path / f"{index}.png", scene)
+    data = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match=r"skipped 1 of 3: .*1\.png: a damaged image"):
+        found = list(detector.detect_many(tmp_path))
+    assert [item.image for item in found] == [tmp_path / "0.png", tmp_path / "2.png"]
+    assert_same(found[1], detector.detect(scenes[2]))
+    for name in ("0.png", "2.png"):
+        (tmp_path / name).write_text("no image")
+    with (
+        pytest.warns(UserWarning, match="skipped 1 of 3"),
+        pytest.raises(InputError, match=r"no image can be read: skipped 3 of 3: .*0\.png: not an"),
+    ):
+        list(detector.detect_many(tmp_path))
+
+
+def test_damaged_image_of_an_iterable_is_named_when_it_is_reached(
+    detector: Detector, scenes: Tensor, tmp_path: Path
+) -> None:
     (tmp_path / "b.png").write_text("no image")
-    found = detector.detect_many(tmp_path, batch_size=1)
+    sources: list[ImageLike] = [scenes[0], tmp_path / "b.png", scenes[1]]
     with pytest.raises(InputError, match=r"b\.png: not an image"):
-        list(found)
+        list(detector.detect_many(sources, batch_size=1))
+    seen: list[Any] = []
+    found = detector.detect_many(sources, on_unreadable=lambda source, _: seen.append(source))
+    assert [len(item) for item in found] == [len(detector.detect(scenes[i])) for i in (0, 1)]
+    assert seen == [tmp_path / "b.png"]
 
 
 def test_explain_agrees_with_detect(detector: Detector, scenes: Tensor) -> None:

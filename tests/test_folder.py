@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from spairkit.config import DataConfig
+from spairkit.config import Config, DataConfig
 from spairkit.data import folder as folder_module
 from spairkit.data.annotations import read_annotations
 from spairkit.data.folder import ImageFolder
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
-from spairkit.images import read_image, read_pixels
+from spairkit.images import read_image, read_pixels, write_picture, write_png
+from spairkit.storage.runs import Run
 
 
 def fill(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
@@ -372,11 +373,170 @@ def test_damaged_annotations_load_or_are_refused(tmp_path: Path) -> None:
     assert all(reason.isprintable() for reason in reasons)
 
 
-def test_damaged_images_are_named_on_opening(tmp_path: Path) -> None:
-    fill(tmp_path, {"a.png": (10, 10)})
-    (tmp_path / "b.png").write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"b\.png: not an image"):
+def truncate(path: Path) -> None:
+    """Leaves the header and a part of the pixels."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def without(folder: Path, name: str, copy: Path) -> None:
+    """A copy of the folder that lacks one file."""
+    for path in folder.iterdir():
+        if path.name != name:
+            (copy / path.name).write_bytes(path.read_bytes())
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("header", [False, True])
+def test_damaged_files_are_skipped_and_named(tmp_path: Path, header: bool, split: Split) -> None:
+    """The folder is as if the file were not there, whether its header or its pixels are damaged."""
+    folder, copy = tmp_path / "whole", tmp_path / "copy"
+    folder.mkdir()
+    copy.mkdir()
+    fill(folder, {f"{n}.png": (12, 12) for n in range(12)})
+    damaged = opened(folder, "validation").files()[0][0]  # else it might be left without any
+    without(folder, damaged.name, copy)
+    if header:
+        damaged.write_bytes(b"nothing")
+    else:
+        truncate(damaged)
+    found, expected = opened(folder, split), opened(copy, split)
+    (reason,) = found.skipped
+    assert reason.startswith(f"{damaged}: ")
+    assert found.num_files == 12
+    assert expected.skipped == []
+    assert_equal(found.batch(torch.arange(40)), expected.batch(torch.arange(40)))
+    assert [name for name, *_ in found.images()] == [name for name, *_ in expected.images()]
+
+
+def test_annotated_ids_stay_when_a_file_is_damaged(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{name}.png": (12, 12) for name in "abc"})
+    annotate(tmp_path, coco([IMAGE, {"id": 4, "file_name": "c.png"}], [one([1, 1, 4, 4])]))
+    truncate(tmp_path / "a.png")
+    folder = opened(tmp_path, "test")
+    assert [(name, number) for name, number, *_ in folder.images()] == [("b.png", 5), ("c.png", 4)]
+    assert folder.has_truth
+
+
+def test_damage_found_late_gives_other_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a large folder; the crops do not depend on when the damage was found."""
+    fill(tmp_path, {f"{n}.png": (12, 12) for n in range(5)})
+    whole = opened(tmp_path).batch(torch.arange(60)).images
+    images = [read_image(tmp_path / f"{n}.png") for n in range(5)]
+    truncate(tmp_path / "2.png")
+    monkeypatch.setattr(folder_module, "_DECODED_PIXELS", 100)
+    folder = opened(tmp_path)
+    assert folder.skipped == []
+    with pytest.warns(UserWarning, match=r"skipped 1 of 5: .*2\.png: a damaged image"):
+        first = folder.batch(torch.arange(60))
+    assert len(folder.skipped) == 1
+    again = opened(tmp_path)
+    with pytest.warns(UserWarning, match="skipped 1 of 5"):
+        parts = [again.batch(torch.arange(start, start + 20)) for start in (40, 20, 0)]
+    assert torch.equal(torch.cat([part.images for part in reversed(parts)]), first.images)
+    for crop, before in zip(first.images, whole, strict=True):
+        if place(before, images[2]):
+            assert place(crop, images[3])
+        else:
+            assert torch.equal(crop, before)
+    with pytest.warns(UserWarning, match="skipped 1 of 5"):
+        names = [name for name, *_ in opened(tmp_path, "test").images()]
+    assert names == ["0.png", "1.png", "3.png", "4.png"]
+
+
+@pytest.mark.parametrize("limit", [100, 1 << 26])
+def test_folder_of_damaged_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(folder_module, "_DECODED_PIXELS", limit)
+    fill(tmp_path, {f"{n}.png": (12, 12) for n in range(5)})
+    for path in tmp_path.iterdir():
+        truncate(path)
+    with pytest.raises(InputError, match=r"image can be read: skipped 5 of 5: .*; and 2 more"):
         opened(tmp_path)
+
+
+def test_image_file_is_a_folder_of_one(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (12, 14), "b.png": (12, 14)})
+    annotate(tmp_path, coco([IMAGE], [one([1, 2, 3, 4])]))
+    for split in ("train", "validation", "test"):
+        folder = opened(tmp_path / "a.png", split)
+        assert [path for path, _ in folder.files()] == [tmp_path / "a.png"]
+        assert folder.has_truth
+    ((name, number, image, truth),) = folder.images()
+    assert (name, number) == ("a.png", 1)
+    assert torch.equal(image, read_image(tmp_path / "a.png"))
+    assert truth is not None
+    assert truth.boxes.tolist() == [[1, 2, 4, 6]]
+    other = opened(tmp_path / "b.png", "test")
+    assert not other.has_truth
+    assert [name for name, *_ in other.images()] == ["b.png"]
+
+
+def test_images_of_any_size_and_mode_share_a_folder(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (20, 30, 4)).astype(np.uint8)).save(tmp_path / "a.png")
+    Image.fromarray(rng.integers(0, 65536, (9, 9)).astype(np.uint16)).save(tmp_path / "b.tif")
+    Image.fromarray(rng.integers(0, 256, (5, 40)).astype(np.uint8)).save(tmp_path / "c.jpg")
+    Image.fromarray(rng.normal(size=(16, 16)).astype(np.float32)).save(tmp_path / "d.tif")
+    (tmp_path / "notes.txt").write_text("about the images")
+    batch = opened(tmp_path).batch(torch.arange(40))
+    assert batch.images.shape == (40, 3, 8, 9)
+    assert batch.images.isfinite().all()
+    shapes = [tuple(image.shape[1:]) for _, _, image, _ in opened(tmp_path, "test").images()]
+    assert shapes == [(20, 30), (9, 9), (5, 40), (16, 16)]
+
+
+def test_what_spairkit_wrote_is_no_image_of_a_folder(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (12, 12), "mine/b.png": (12, 12), "mine/c.png": (12, 12)})
+    write_picture(tmp_path / "a-spairkit.png", torch.zeros(3, 12, 12))
+    write_picture(tmp_path / "mine" / "anything.png", torch.zeros(3, 12, 12))
+    config = Config(data=DataConfig(name="folder", path=str(tmp_path)))
+    run = Run.create(tmp_path / "mine" / "attempt", config)
+    run.truncate_metrics(0)
+    write_png(run.path / "example.png", torch.zeros(3, 12, 12))
+    names = [name for name, *_ in opened(tmp_path, "test").images()]
+    assert names == ["a.png", "mine/b.png", "mine/c.png"]
+
+
+def test_validation_takes_the_same_crops_of_every_file(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{n}.png": (30, 40) for n in range(4)})
+    images = [read_image(tmp_path / f"{n}.png") for n in range(4)]
+    folder = opened(tmp_path, "validation", validation_images=10)
+    crops = folder.crops()
+    assert crops.images.shape == (10, 3, 8, 9)
+    assert crops is folder.crops()
+    assert_equal(crops, opened(tmp_path, "validation", validation_images=10).crops())
+    for index, crop in enumerate(crops.images):
+        assert place(crop, images[index % 4])
+    assert_equal(crops, folder.batch(torch.arange(10)))
+
+
+def test_validation_takes_small_images_once(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{n}.png": (8, 9) for n in range(4)})
+    crops = opened(tmp_path, "validation").crops()
+    assert len(crops.images) == 4
+    for n, crop in enumerate(crops.images):
+        assert torch.equal(crop, read_image(tmp_path / f"{n}.png"))
+
+
+def test_crops_of_a_validation_are_few_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "_CROPPED_PIXELS", 8 * 9 * 3)
+    fill(tmp_path, {"0.png": (30, 40)})
+    assert len(opened(tmp_path, "validation").crops().images) == 3
+
+
+def test_validation_crops_are_of_annotated_files(tmp_path: Path) -> None:
+    fill(tmp_path, {f"{name}.png": (12, 12) for name in "abc"})
+    annotate(tmp_path, coco([IMAGE], [one([0, 0, 12, 12])]))
+    image = read_image(tmp_path / "a.png")
+    crops = opened(tmp_path, "validation", validation_images=6).crops()
+    assert all(place(crop, image) for crop in crops.images)
+    assert crops.counts.tolist() == [1] * 6
 
 
 def test_image_changed_during_use_is_reported(tmp_path: Path) -> None:

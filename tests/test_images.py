@@ -14,17 +14,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from spairkit import images as images_module
 from spairkit.config import PrepareConfig
 from spairkit.errors import InputError
 from spairkit.images import (
     MAX_PIXELS,
     commonest_colour,
     image_size,
+    is_picture,
     list_images,
     num_channels,
     printable,
     read_image,
     read_pixels,
+    shows,
+    skipped_files,
+    write_picture,
     write_png,
 )
 from spairkit.preparation import fixed_levels
@@ -185,11 +190,11 @@ def encoded(form: str, array: NDArray[Any] = RGB) -> bytes:
     [
         (b"", "not an image"),
         (b"hello", "not an image"),
-        (png_header(60000, 60000), "64 million"),
-        (png_header(9000, 9000), "64 million"),
+        (png_header(60000, 60000), "178 million"),
+        (png_header(14000, 14000), "178 million"),
         (png_header(1 << 31, 2), "cut it into smaller images"),
         (png_header(30, 30), "damaged"),
-        (b"P6 20000 20000 255\n", "64 million"),
+        (b"P6 20000 20000 255\n", "178 million"),
         (encoded("PNG")[:60], "damaged"),
         (encoded("GIF"), "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
@@ -209,7 +214,7 @@ def test_size_limit_applies_to_pixels_not_sides(tmp_path: Path) -> None:
     path.write_bytes(png_header(MAX_PIXELS, 1))
     assert image_size(path) == (1, MAX_PIXELS)
     path.write_bytes(png_header(MAX_PIXELS + 1, 1))
-    with pytest.raises(InputError, match="64 million"):
+    with pytest.raises(InputError, match="178 million"):
         image_size(path)
 
 
@@ -244,7 +249,7 @@ def test_missing_special_and_oversized_files_are_refused(tmp_path: Path) -> None
         read_image(tmp_path / "pipe.png")
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 34)
-    with pytest.raises(InputError, match="larger than 512 MiB"):
+    with pytest.raises(InputError, match="larger than 1 GiB"):
         read_image(tmp_path / "huge.png")
     with pytest.raises(InputError):
         read_image(tmp_path / ("x" * 5000))
@@ -297,6 +302,53 @@ def test_written_png_reads_back_identically(tmp_path: Path) -> None:
     write_png(path, torch.tensor([-1.0, 0.5, 2.0])[:, None, None])
     assert read_pixels(path).flatten().tolist() == [0, 128, 255]
     assert [file.name for file in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_pictures_are_marked_and_know_their_image(tmp_path: Path) -> None:
+    pixels = torch.from_numpy(RGB).permute(2, 0, 1)
+    write_png(tmp_path / "a.png", pixels)
+    write_picture(tmp_path / "b.png", pixels)
+    write_picture(tmp_path / "c.png", pixels, tmp_path / "a.png")
+    assert torch.equal(read_pixels(tmp_path / "c.png"), pixels)
+    assert [is_picture(tmp_path / f"{name}.png") for name in "abcd"] == [False, True, True, False]
+    assert shows(tmp_path / "c.png", tmp_path / "sub" / ".." / "a.png")
+    for picture, image in (("c", "b"), ("b", "a"), ("a", "a"), ("d", "a")):
+        assert not shows(tmp_path / f"{picture}.png", tmp_path / f"{image}.png")
+    assert str(tmp_path).encode() not in (tmp_path / "c.png").read_bytes()
+    assert list_images(tmp_path) == [tmp_path / "a.png"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(InputError, match="no images in this folder besides 2 that spairkit drew"):
+        list_images(tmp_path)
+    assert list_images(tmp_path / "b.png") == [tmp_path / "b.png"], "a file that is named is taken"
+
+
+def test_skipped_files_are_named_in_one_line() -> None:
+    reasons = [f"{name}.png: not an image" for name in "abcde"]
+    assert skipped_files(reasons[:1], 13) == "skipped 1 of 13: a.png: not an image"
+    assert skipped_files(reasons, 13).startswith("skipped 5 of 13: a.png: not an image; b.png: ")
+    assert skipped_files(reasons, 13).endswith("c.png: not an image; and 2 more")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16", "I", "F"])
+def test_large_images_are_converted_in_strips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """In strips of two rows the pixels are those of the whole."""
+    form = "tif" if mode in ("CMYK", "I", "F") else "png"
+    if mode in ("I;16", "I", "F"):
+        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+        picture = Image.fromarray(np.arange(35).reshape(5, 7).astype(dtype) ** 2 * 3)
+    else:
+        picture = Image.fromarray(np.dstack([RGB, GREY])).convert("RGB" if mode == "P" else "RGBA")
+        picture = picture.quantize(16) if mode == "P" else picture.convert(mode)
+    assert picture.mode == mode
+    path = tmp_path / f"x.{form}"
+    options: dict[str, Any] = {"transparency": 3} if mode == "P" else {}
+    picture.save(path, **options)
+    whole = read_pixels(path)
+    monkeypatch.setattr(images_module, "_STRIP_PIXELS", 15)
+    assert torch.equal(read_pixels(path), whole)
+    assert whole.shape[1:] == (5, 7)
 
 
 def test_invalid_tensors_are_not_written(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def data_settings(word: str) -> dict[str, Any]:
     """The config values that `--data word` stands for.
 
     Args:
-        word: the name of a dataset, a folder of images, or an MNIST file (EMNIST, if its name says
-            emnist).
+        word: the name of a dataset, a folder of images, one image file, or an MNIST file (EMNIST,
+            if its name says emnist).
 
     Raises:
         InputError: it is none of these.
@@ -67,8 +67,8 @@ def data_settings(word: str) -> dict[str, Any]:
         return {"data": {"name": word}}
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
-    if path.suffix.lower() in SUFFIXES:
-        raise InputError(f"{word}: is a single image; name the folder that holds your images")
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.is_file():
         name = "emnist" if "emnist" in path.name.lower() else "mnist"
         return {"data": {"name": name, "path": str(path.resolve())}}
@@ -172,3 +172,20 @@ def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:
         return
     for start in range(0, len(dataset), batch_size):
         yield dataset.batch(torch.arange(start, min(start + batch_size, len(dataset))))
+
+
+def validation_batches(
+    dataset: Dataset, batch_size: int, prepare: PrepareConfig
+) -> Iterator[Batch]:
+    """The images of a validation during training as a model sees them, the same every time.
+
+    They are the scenes of the split, or crops of a folder, so that memory is bounded by the size of
+    a crop. Errors as in `evaluation_batches`.
+    """
+    if not isinstance(dataset, ImageFolder):
+        for batch in evaluation_batches(dataset, batch_size):
+            yield prepared(batch, prepare)
+        return
+    crops = dataset.crops()
+    for start in range(0, len(crops.images), batch_size):
+        yield crops.part(slice(start, start + batch_size))

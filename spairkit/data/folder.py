@@ -1,9 +1,11 @@
 """A folder of images: crops for training, whole images otherwise, ground truth if there is any."""
 
 import hashlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,13 +18,13 @@ from spairkit.data.glyphs import Split
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scenes import Batch
 from spairkit.detections import Truth
-from spairkit.errors import InputError
+from spairkit.errors import ImageFileError, InputError
 from spairkit.images import (
     image_size,
     list_images,
     printable,
-    read_image,
     read_pixels,
+    skipped_files,
     to_colour,
 )
 from spairkit.preparation import fixed_levels, prepare_image, prepared_size, resized
@@ -30,6 +32,11 @@ from spairkit.preparation import fixed_levels, prepare_image, prepared_size, res
 ANNOTATIONS = "annotations.json"
 
 _CACHE_BYTES = 1 << 29
+# files of a folder of fewer pixels are all decoded when it is opened
+_DECODED_PIXELS = 1 << 26
+# of the crops of a validation together
+_CROPPED_PIXELS = 1 << 22
+_ANNOUNCED = 3  # damaged files that are found late
 # crops drawn from one choice of images, if not all fit into memory
 _WINDOW = 4096
 # files, and pixels of each, that `levels` samples
@@ -44,14 +51,20 @@ _THIN_PX = 1e-6
 class ImageFolder:
     """The images of a folder and its subfolders, in the order of their paths.
 
+    An image file is a folder of one. Files that cannot be read are skipped: `skipped` has the
+    reasons. Files whose headers are whole but whose pixels are damaged are found when the folder is
+    opened if it has at most 67 million pixels, and else when they are first decoded, with a
+    warning; in place of their crops those of the next file are taken.
+
     Of ten files or more, about a tenth is for validation, those of lowest hash of the name, so that
     a file stays in its split when others are added. Of fewer, all are for both. The test split
     holds every file.
 
     Crops are `image_height` x `image_width`; a smaller image is padded to the right and below by
-    repeating its last pixels. File and place of a crop are a pure function of the names,
-    `config.seed`, the split and the index. Decoded images are cached, as bytes, up to 512 MiB; if
-    the split needs more, each 4,096 consecutive indices share as many files as fit.
+    repeating its last pixels. File and place of a crop are a pure function of the files,
+    `config.seed`, the split and the index; the validation split takes its files in turn, and if
+    some of them are annotated only these. Decoded images are cached, as compact as in the file, up
+    to 512 MiB; if the split needs more, each 4,096 consecutive indices share as many files as fit.
 
     Ground truth is read from `annotations.json` (COCO) in the folder. Boxes are clipped to the
     image or the crop.
@@ -70,24 +83,33 @@ class ImageFolder:
             prepare: of crops, which are cut from prepared images; None: none.
 
         Raises:
-            InputError: there is no such folder or no image in it, a header is damaged or gives
-                more than 64 million pixels, or the annotations are wrong.
+            InputError: there is no such folder or no image in it, none of the split can be read, or
+                the annotations are wrong.
         """
         self.config = config
         self.prepare = prepare or PrepareConfig()
         self.split: Split = split
         self.device = torch.device(device)
-        self._folder = Path(config.path)
-        names = [path.relative_to(self._folder).as_posix() for path in list_images(self._folder)]
+        files = list_images(Path(config.path))
+        alone = files == [Path(config.path)]
+        self._folder = Path(config.path).parent if alone else Path(config.path)
+        names = [path.relative_to(self._folder).as_posix() for path in files]
         annotations = self._folder / ANNOTATIONS
         annotated = read_annotations(annotations) if annotations.exists() else {}
+        if alone:
+            annotated = {name: annotated[name] for name in names if name in annotated}
         self._annotated = annotated
         self._numbers = _numbers(names, annotated)
         for name in annotated.keys() - self._numbers.keys():
             raise InputError(f"{printable(annotations)}: {name!r} is not an image that can be read")
+        self.num_files = len(names)
+        """Number of image files in the folder, skipped ones included."""
+        self._broken: dict[str, str] = {}  # name, and reason
+        sizes = self._measured(names)
+        names = list(sizes)
         self._names = _of_split(names, split)
         self.has_truth = not annotated.keys().isdisjoint(self._names)
-        self._sizes = [image_size(self._folder / name) for name in self._names]
+        self._sizes = [sizes[name] for name in self._names]
         self.sizes = set(self._sizes)  # height and width, of whole images
         self._prepared_sizes = [prepared_size(*size, self.prepare.scale) for size in self._sizes]
         for name, size in zip(self._names, self._sizes, strict=True):
@@ -102,6 +124,22 @@ class ImageFolder:
         self._key, self._window_key = (
             seeded(config.seed, _SPLITS[split], purpose) for purpose in (_CROPS, _WINDOWS)
         )
+        self._validated = [
+            file for file, name in enumerate(self._names) if name in annotated or not self.has_truth
+        ]
+        self._crops: Batch | None = None
+        damage = [_damage(self._folder / self._names[0])]
+        while all(damage):  # ends at the first file that can be read
+            if len(damage) == len(self._names):
+                raise InputError(
+                    f"no {split} image can be read: {skipped_files(damage, len(names))}"
+                )
+            damage.append(_damage(self._folder / self._names[len(damage)]))
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why files were skipped so far: a line for each, which begins with its name."""
+        return list(self._broken.values())
 
     def __len__(self) -> int:
         """Number of files of the validation or test split; TypeError for train."""
@@ -114,7 +152,7 @@ class ImageFolder:
 
         Raises:
             ValueError: the indices are not a row of int64.
-            InputError: a file is damaged.
+            InputError: a file has changed, or every file of the split is damaged.
         """
         if indices.dtype != torch.int64 or indices.dim() != 1:
             raise ValueError(
@@ -122,19 +160,16 @@ class ImageFolder:
             )
         indices = indices.cpu()
         keys = hashed(self._key, indices)
-        files = below(draws(keys, _FILE), self._kept)
-        if self._kept < len(self._names):
-            windows = hashed(self._window_key, indices // _WINDOW)
-            files = below(draws(windows, files), len(self._names))
         height, width = self.config.image_height, self.config.image_width
         crops, truths = [], []
-        for file, top_draw, left_draw in zip(
-            files.tolist(), draws(keys, _TOP), draws(keys, _LEFT), strict=True
+        for drawn, top_draw, left_draw in zip(
+            self._drawn(indices, keys), draws(keys, _TOP), draws(keys, _LEFT), strict=True
         ):
+            file, pixels = self._readable(drawn)
             rows, columns = self._prepared_sizes[file]
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
-            crop = self._pixels(file)[:, top : top + height, left : left + width]
+            crop = pixels[:, top : top + height, left : left + width]
             crops.append(_continued(self._levelled(crop), height, width))
             truth = self._prepared_truth(file)
             if truth is not None:
@@ -144,6 +179,26 @@ class ImageFolder:
                 truths.append(NOTHING)
         return batch_of(crops, truths, (height, width)).to(self.device)
 
+    def crops(self) -> Batch:
+        """The same crops at every call, for a validation: the first `config.validation_images`.
+
+        They have at most 4 million pixels together. If no image is larger than a crop, each is
+        taken once. Errors as in `batch`.
+        """
+        if self._crops is None:
+            height, width = self.config.image_height, self.config.image_width
+            number = min(self.config.validation_images, max(_CROPPED_PIXELS // height // width, 1))
+            if all(rows <= height and columns <= width for rows, columns in self._prepared_sizes):
+                number = min(number, len(self._validated))
+            # file by file, so that each is decoded once
+            order = (torch.arange(number) % len(self._validated)).argsort(stable=True)
+            made = self.batch(order)
+            back = order.argsort()
+            self._crops = made.part(back)
+            self._cache.clear()
+            self._cached_bytes = 0
+        return self._crops
+
     def files(self) -> list[tuple[Path, int]]:
         """Path and id of each file of the split, in the order of `images`."""
         return [(self._folder / name, self._numbers[name]) for name in self._names]
@@ -152,16 +207,20 @@ class ImageFolder:
         """Path in the folder, id, whole image [3, H, W] and ground truth of each file of the split.
 
         Ids are those of the annotations; without annotations they count from 1. The ground truth of
-        a file that is not annotated is None, and its id follows those of the annotations.
+        a file that is not annotated is None, and its id follows those of the annotations. Damaged
+        files are left out.
 
         Raises:
-            InputError: a file is damaged.
+            InputError: a file has changed, or every file of the split is damaged.
         """
-        for name, (rows, columns) in zip(self._names, self._sizes, strict=True):
-            image = read_image(self._folder / name)
+        for file, (name, (rows, columns)) in enumerate(zip(self._names, self._sizes, strict=True)):
+            pixels = self._decoded(file)
+            if pixels is None:
+                continue
             truth = self._truth(name)
             if truth is not None:
                 truth = _clipped(truth, (0, 0, columns, rows))
+            image = to_colour(pixels).contiguous()
             yield name, self._numbers[name], image.to(self.device), truth
 
     def _levelled(self, crop: Tensor) -> Tensor:
@@ -180,10 +239,11 @@ class ImageFolder:
         """
         darkest, lightest = [], []
         for file in range(0, len(self._names), -(-len(self._names) // _LOOKED_AT)):
-            image = to_colour(self._pixels(file))
-            every = -(-image[0].numel() // _PIXELS_LOOKED_AT)
-            darkest.append(image.amin(0).flatten()[::every])
-            lightest.append(image.amax(0).flatten()[::every])
+            _, pixels = self._readable(file)
+            every = -(-pixels[0].numel() // _PIXELS_LOOKED_AT)
+            image = to_colour(pixels.flatten(1)[:, ::every, None])
+            darkest.append(image.amin(0).flatten())
+            lightest.append(image.amax(0).flatten())
         dark, light = torch.cat(darkest), torch.cat(lightest)
         low, high = float(dark.quantile(0.01)), float(light.quantile(0.99))
         return (low, high) if low < high else (float(dark.min()), float(light.max()))
@@ -201,30 +261,108 @@ class ImageFolder:
         )
 
     def _bytes(self, prepared_size: tuple[int, int]) -> int:
-        """Bytes of a prepared image in the cache, of at most 8 bits where it keeps its colours."""
+        """Bytes of a prepared image in the cache, of 8 bits where it keeps pixels and colours."""
         height, width = prepared_size
         plain = self.prepare.contrast == "none" and self.prepare.scale == 1
-        return (3 if plain else 4 if self.prepare.contrast != "none" else 12) * height * width
+        return (3 if plain else 2 if self.prepare.contrast != "none" else 6) * height * width
 
-    def _pixels(self, file: int) -> Tensor:
+    def _measured(self, names: list[str]) -> dict[str, tuple[int, int]]:
+        """Height and width of the files that can be read; the others are skipped."""
+        sizes = {}
+        for name in names:
+            try:
+                sizes[name] = image_size(self._folder / name)
+            except ImageFileError as error:
+                self._broken[name] = str(error)
+        if sum(height * width for height, width in sizes.values()) <= _DECODED_PIXELS:
+            for name in list(sizes):
+                if reason := _damage(self._folder / name):
+                    self._broken[name] = reason
+                    del sizes[name]
+        if not sizes:
+            raise InputError(f"no image can be read: {skipped_files(self.skipped, len(names))}")
+        return sizes
+
+    def _drawn(self, indices: Tensor, keys: Tensor) -> list[int]:
+        """The file of each crop."""
+        if self.split == "validation":
+            return [self._validated[i] for i in (indices % len(self._validated)).tolist()]
+        files = below(draws(keys, _FILE), self._kept)
+        if self._kept < len(self._names):
+            windows = hashed(self._window_key, indices // _WINDOW)
+            files = below(draws(windows, files), len(self._names))
+        drawn: list[int] = files.tolist()
+        return drawn
+
+    def _readable(self, file: int) -> tuple[int, Tensor]:
+        """The file, or the next one that is not damaged, and its pixels."""
+        for step in range(len(self._names)):
+            following = (file + step) % len(self._names)
+            pixels = self._pixels(following)
+            if pixels is not None:
+                return following, pixels
+        raise InputError(
+            f"no {self.split} image can be read: {skipped_files(self.skipped, self.num_files)}"
+        )
+
+    def _pixels(self, file: int) -> Tensor | None:
         """The prepared file, through a cache that evicts the least recently used."""
         if file in self._cache:
             self._cache.move_to_end(file)
             return self._cache[file]
-        path = self._folder / self._names[file]
-        pixels = read_pixels(path)
-        if tuple(pixels.shape[1:]) != self._sizes[file]:
-            raise InputError(f"{printable(path)}: changed during use; start again")
+        pixels = self._decoded(file)
+        if pixels is None:
+            return None
         if self.prepare.contrast != "none":
-            pixels = prepare_image(to_colour(pixels), self.prepare)[:1].clone()  # equal channels
+            # the channels are equal
+            pixels = _in_16_bits(prepare_image(to_colour(pixels), self.prepare)[:1])
         elif self.prepare.scale != 1:
-            pixels = resized(to_colour(pixels), self._prepared_sizes[file])
+            pixels = _in_16_bits(resized(to_colour(pixels), self._prepared_sizes[file]))
         self._cache[file] = pixels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._cached_bytes -= oldest.nbytes
         return pixels
+
+    def _decoded(self, file: int) -> Tensor | None:
+        """The pixels of a file; None if it is damaged, with a warning at the first time."""
+        name, path = self._names[file], self._folder / self._names[file]
+        if name in self._broken:
+            return None
+        try:
+            pixels = read_pixels(path)
+        except ImageFileError as error:
+            self._broken[name] = str(error)
+            if len(self._broken) <= _ANNOUNCED:
+                warnings.warn(skipped_files([str(error)], self.num_files), stacklevel=2)
+            return None
+        if tuple(pixels.shape[1:]) != self._sizes[file]:
+            raise InputError(f"{printable(path)}: changed during use; start again")
+        return pixels
+
+
+def _in_16_bits(image: Tensor) -> Tensor:  # in [0, 1] -> uint16
+    return (image * 65535).round().to(torch.uint16)
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with the pixels of an image file; empty if nothing is."""
+    try:
+        state = path.stat()
+    except OSError as error:
+        return f"{printable(path)}: {error.strerror}"
+    return _damage_at(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=1 << 16)
+def _damage_at(path: Path, changed: int, size: int) -> str:
+    """Decodes a file that has not changed only once, though its folder is opened for each split."""
+    try:
+        read_pixels(path)
+    except ImageFileError as error:
+        return str(error)
+    return ""
 
 
 def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int, int]) -> Batch:

@@ -52,6 +52,10 @@ class Batch:
         """The batch with every tensor changed by a function."""
         return Batch(*map(change, (self.images, self.boxes, self.labels, self.counts)))
 
+    def part(self, which: slice | Tensor) -> "Batch":
+        """Some of its images, in the order of `which`."""
+        return self.each(lambda tensor: tensor[which])
+
     def truth(self) -> list[Truth]:
         """The objects of each image, on the CPU."""
         boxes, labels = self.boxes.cpu(), self.labels.cpu()

@@ -54,5 +54,5 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
         figure.legend(loc="outside right upper", frameon=False)
         figure.supxlabel(note, fontsize=7, color="#596070")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
     return buffer.getvalue()

@@ -49,7 +49,7 @@ def trials_chart(
             if index % columns == 0:
                 axes.set_ylabel(name)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
     return buffer.getvalue()
 
 

@@ -220,6 +220,16 @@ def newest_run(root: Path = ROOT) -> Path | None:
     return newest.parent if newest else None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run that has begun, whatever its name."""
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.toml").is_file():
+        return False
+    try:
+        return {"data", "model", "train"} <= load_toml(folder / "config.toml").keys()
+    except InputError:
+        return False
+
+
 def pretrained() -> Path:
     """The packaged checkpoint: the preset `quick`, trained on digits."""
     return Path(spairkit.__file__).parent / "pretrained" / "quick"

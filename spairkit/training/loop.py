@@ -8,6 +8,7 @@ bit-identical to an uninterrupted one.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import nested
 from spairkit.data.datasets import data_settings, open_splits
+from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
+from spairkit.images import skipped_files
 from spairkit.storage.runs import Run
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
@@ -72,7 +75,9 @@ def train(
     layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
     config = presets.resolve(preset, *layers)
     check(config, device, 1)
-    open_splits(config)  # mistakes show before a run is made
+    images, _ = open_splits(config)  # mistakes show before a run is made
+    if isinstance(images, ImageFolder) and images.skipped:
+        warnings.warn(skipped_files(images.skipped, images.num_files), stacklevel=2)
     run = Run.create(None if out is None else Path(out), config)
     began = said = time.monotonic()
 

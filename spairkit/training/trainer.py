@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, TrainConfig
-from spairkit.data.datasets import Dataset, evaluation_batches, prepared
+from spairkit.data.datasets import Dataset, validation_batches
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detector import Detector
 from spairkit.errors import InputError
@@ -320,10 +320,11 @@ class Trainer:
     def _elbo(self, dataset: Dataset) -> float:
         """Mean ELBO in nats under the final count prior, with the same noise every time."""
         total, images = 0.0, 0
-        for index, batch in enumerate(evaluation_batches(dataset, self.config.train.batch_size)):
+        batches = validation_batches(dataset, self.config.train.batch_size, self.config.prepare)
+        for index, batch in enumerate(batches):
             with torch.no_grad():
                 losses = self.model(
-                    prepared(batch, self.config.prepare).images,
+                    batch.images,
                     generator=self._generator(_VALIDATE, index),
                     **self._counts(batch),
                 )

@@ -1,12 +1,13 @@
 """The events of a fit, and the figures and picture of a validation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spairkit.data.datasets import Dataset, evaluation_batches
+from spairkit.config import PrepareConfig
+from spairkit.data.datasets import Dataset, validation_batches
 from spairkit.detector import Detector
 from spairkit.evaluation import evaluate
-from spairkit.images import write_png
+from spairkit.images import write_picture
 from spairkit.report.drawing import reconstruction_sheet
 from spairkit.storage.durable import make_folder
 from spairkit.storage.runs import Run
@@ -41,22 +42,31 @@ class Validation:
 
 
 def box_figures(detector: Detector, dataset: Dataset, batch_size: int) -> dict[str, float]:
-    """`ap`, `ap_spair`, `count_accuracy` and `count_error` on a split whose boxes are known."""
-    overall = evaluate(detector, evaluation_batches(dataset, batch_size)).overall
+    """`ap`, `ap_spair`, `count_accuracy` and `count_error` on validation images of known boxes."""
+    batches = validation_batches(dataset, batch_size, detector.config.prepare)
+    overall = evaluate(_of_prepared(detector), batches).overall
     names = ("ap", "ap_spair", "count_accuracy", "count_error")
     return {name: getattr(overall, name) for name in names}
 
 
 def draw(detector: Detector, dataset: Dataset, run: Run, step: int) -> Path:
     """Writes the picture of a validation into the run's folder."""
-    batch = next(iter(evaluation_batches(dataset, _PICTURED)))
+    batch = next(iter(validation_batches(dataset, _PICTURED, detector.config.prepare)))
     sheet = reconstruction_sheet(
-        detector.explain_batch(
+        _of_prepared(detector).explain_batch(
             batch.images, counts=batch.counts if detector.count_is_given else None
         ),
         batch.truth() if dataset.has_truth else None,
     )
     path = run.path / "pictures" / f"step-{step}.png"
     make_folder(path.parent)
-    write_png(path, sheet)
+    write_picture(path, sheet)
     return path
+
+
+def _of_prepared(detector: Detector) -> Detector:
+    """The detector for images that are prepared already."""
+    config = replace(detector.config, prepare=PrepareConfig())
+    return Detector(
+        detector.network, config, box_contrast=detector.box_contrast, search=detector.search
+    )
