@@ -150,6 +150,9 @@ def _opened(
     images, _ = open_splits(settings)  # mistakes show before a run is made
     if hints:
         _say_if_dim(images, settings)
+    model = settings.model
+    if model.kind == "conncomp" and model.threshold == "fit" and not images.has_truth:
+        say("these images have no annotations.json: the threshold is Otsu's")
     run = Run.open(resume) if resume else Run.create(out, settings)
     with run.lock():
         with warnings.catch_warnings():
