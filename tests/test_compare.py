@@ -60,7 +60,7 @@ def begin(folder: Path, **changes: Any) -> Settings:
 
 
 def is_finished(chosen: Settings, folder: Path) -> bool:
-    return all(is_evaluated(folder / "runs" / task.name) for task in chosen.tasks())
+    return all(is_evaluated(chosen, folder / "runs" / task.name) for task in chosen.tasks())
 
 
 @pytest.fixture(scope="module")
