@@ -22,6 +22,7 @@ _TITLES = {
     "count_accuracy": "count right (share of images)",
     "seconds": "seconds of training (updates; for ConnComp, thresholds)",
 }
+_FOLDER_WIDTH = 120
 _FOLDER_NAMES = {"ap": "AP", "ap50": "AP50", "f1": "F1", "count_error": "count error"}
 
 
@@ -207,7 +208,7 @@ def _folder_table(result: "Comparison", heading: str) -> str:
     from spairkit.experiments.found import FIGURES
     from spairkit.experiments.settings import MODELS
 
-    console = results()
+    console = results(_FOLDER_WIDTH)
     figures = FIGURES if result.annotated else ()
     names = [_FOLDER_NAMES[name] for name in figures]
     with console.capture() as captured:

@@ -144,8 +144,8 @@ def recommended(result: Comparison) -> tuple[str, str]:
     counts = f"{_count(methods['spair'])} objects against {_count(methods[rest])}"
     if floor < DISAGREES:
         return rest, (
-            f"SPAIR disagrees with it (F1 {floor:.2f}; {counts}), so one of them has failed, and "
-            "training is more likely to"
+            f"SPAIR disagrees with it (F1 {floor:.2f}; {counts}), so one of them fails on these "
+            "images, and a watershed fails less often"
         )
     if seeds < UNSURE:
         return rest, f"the seeds of SPAIR disagree with each other (F1 {seeds:.2f})"
