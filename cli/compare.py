@@ -1,7 +1,7 @@
-"""`spairkit compare`: train and evaluate SPAIR, AIR, DAIR and ConnComp under one protocol."""
+"""`spairkit compare`: train and evaluate several models on the same images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,9 @@ from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_s
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    from spairkit.experiments.folder import Comparison
     from spairkit.experiments.settings import Settings
-    from spairkit.experiments.table import Cell, Row
+    from spairkit.experiments.table import Cell, Interval, Row
 
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
@@ -21,11 +22,17 @@ _TITLES = {
     "count_accuracy": "count right (share of images)",
     "seconds": "seconds of training (updates; for ConnComp, thresholds)",
 }
+_FOLDER_WIDTH = 120
+_FOLDER_NAMES = {"ap": "AP", "ap50": "AP50", "f1": "F1", "count_error": "count error"}
 
 
 def compare(
     models: Annotated[
-        str | None, options.runs_option(help="Some of spair,air,dair,conncomp. Default: all.")
+        str | None,
+        options.runs_option(
+            help="Some of spair,air,dair,conncomp,watershed. Default: the first four; for a folder "
+            "spair,watershed,conncomp."
+        ),
     ] = None,
     objects: Annotated[
         str | None, options.runs_option(help="Numbers of objects per image. Default: 1,3,5,7,9.")
@@ -37,7 +44,7 @@ def compare(
         str | None,
         options.runs_option(
             help="Updates (2000) or training time (90s, 3m, 1.5h) for each of the runs (60 by "
-            "default, 6 for a folder). Time is converted to updates after timing a few. "
+            "default, 5 for a folder). Time is converted to updates after timing a few. "
             "Default: the preset's updates."
         ),
     ] = None,
@@ -56,9 +63,10 @@ def compare(
     as_json: options.JsonOption = False,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Train and evaluate SPAIR, AIR, DAIR and ConnComp under one protocol; recommend one.
+    """Train several models on digits or on your images, compare them, and recommend one.
 
-    Writes a table, results.json, and a chart that shows the paper's results as well. Each run is
+    Writes a table, results.json and a picture: on digits a chart with the paper's results, on a
+    folder a few images with the boxes of each model. A folder needs no annotations. Each run is
     a folder like those of `spairkit train`. Ctrl-C saves. Run the same command with --out to
     resume, or to add a process from another terminal. --set MODEL.KEY=VALUE applies to one model
     only, such as spair.model.what=24.
@@ -68,6 +76,7 @@ def compare(
     from spairkit.experiments.compare import compare as run_all
     from spairkit.experiments.compare import is_evaluated
     from spairkit.experiments.settings import open_comparison
+    from spairkit.storage.durable import write_bytes, write_text
 
     try:
         numbers = [int(word) for word in objects.split(",")] if objects else None
@@ -90,8 +99,6 @@ def compare(
     folder, settings = open_comparison(out, asked)
     tasks = settings.tasks()
     if not is_worker():
-        if not settings.objects and models is None and "air" not in settings.models:
-            say("AIR and DAIR need images of one size and are left out; --models can add them")
         say(
             f"comparing in {folder} on {chosen.type}: {several(len(tasks), 'run')}, "
             f"{settings.described_budget()}"
@@ -110,36 +117,56 @@ def compare(
     if signal is not None:
         say(f"stopped and saved; to resume: {resume_command(*words)}")
         raise typer.Exit(128 + signal)
-    if not all(is_evaluated(folder / "runs" / task.name) for task in tasks):
+    if not all(is_evaluated(settings, folder / "runs" / task.name) for task in tasks):
         say(f"other processes are running the rest; for the table: {resume_command(*words)}")
         return
-    _conclude(settings, folder, as_json=as_json)
-
-
-def _conclude(settings: "Settings", folder: Path, *, as_json: bool) -> None:
-    """Writes table.txt, results.json and figure.png, and prints the table or the JSON."""
-    from spairkit.experiments.picture import draw_comparison
-    from spairkit.experiments.table import summary, tabulate
-    from spairkit.storage.durable import write_bytes, write_text
-
-    rows = tabulate(settings, folder)
-    more = ", ".join(str(row.objects) for row in rows[1:])
-    seeds = f"{settings.seeds} seeds, means and 95 % t-intervals"
-    spair = rows[0].models.get("spair")
-    search = f"; SPAIR's search: {spair.search}" if spair else ""
-    heading = (
-        f"{rows[0].measured_on}{f'; also {more} glyphs' if more else ''}\n"
-        f"{seeds if settings.seeds > 1 else 'one seed'}; {settings.described_budget()}{search}"
-    )
-    values = {"comparison": str(folder), **summary(settings, rows)}
-    text = _table(settings, rows, heading)
-    write_bytes(folder / "figure.png", draw_comparison(rows, heading))
+    conclude = _on_folder if settings.is_folder else _on_digits
+    values, text, picture = conclude(settings, folder)
+    values = {"comparison": str(folder), **values}
+    write_bytes(folder / "figure.png", picture)
     write_text(folder / "results.json", f"{json_text(values)}\n")
     write_text(folder / "table.txt", text)
     if as_json:
         print_json(values)
     else:
         typer.echo(f"{text}\nwritten to {folder}: table.txt, figure.png, results.json, runs/")
+
+
+def _on_digits(settings: "Settings", folder: Path) -> tuple[dict[str, Any], str, bytes]:
+    """The content of results.json, of table.txt and of figure.png."""
+    from spairkit.experiments.picture import draw_comparison
+    from spairkit.experiments.table import summary, tabulate
+
+    rows = tabulate(settings, folder)
+    more = ", ".join(str(row.objects) for row in rows[1:])
+    spair = rows[0].models.get("spair")
+    search = f"; SPAIR's search: {spair.search}" if spair else ""
+    heading = (
+        f"{rows[0].measured_on}{f'; also {more} glyphs' if more else ''}\n"
+        f"{_seeds(settings)}; {settings.described_budget()}{search}"
+    )
+    return (
+        summary(settings, rows),
+        _table(settings, rows, heading),
+        draw_comparison(rows, heading),
+    )
+
+
+def _on_folder(settings: "Settings", folder: Path) -> tuple[dict[str, Any], str, bytes]:
+    """The same for a folder of images."""
+    from spairkit.experiments.folder import folder_summary, runs_of, tabulate_folder
+    from spairkit.experiments.side_by_side import draw_folder
+
+    runs = runs_of(settings, folder)
+    result = tabulate_folder(settings, runs)
+    heading = f"{result.measured_on}\n{_seeds(settings)}; {settings.described_budget()}"
+    if "spair" in result.methods:
+        heading += f"; SPAIR's search: {result.methods['spair'].search}"
+    return (
+        folder_summary(settings, result),
+        _folder_table(result, heading),
+        draw_folder(settings, runs, heading),
+    )
 
 
 def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
@@ -159,13 +186,60 @@ def _table(settings: "Settings", rows: "list[Row]", heading: str) -> str:
         for name, title in _TITLES.items():
             table = table_of((MODELS[model] for model in settings.models), first="objects")
             for row in rows:
-                label = "all" if row.objects is None else str(row.objects)
-                table.add_row(label, *(_cell(row.models[model], name) for model in settings.models))
+                table.add_row(
+                    str(row.objects), *(_cell(row.models[model], name) for model in settings.models)
+                )
             console.print(f"\n{title}{notes.get(name, '')}", soft_wrap=True)
             console.print(table)
         for line in advice(rows):
             console.print(f"- {line}", soft_wrap=True)
     return captured.get()
+
+
+def _seeds(settings: "Settings") -> str:
+    if settings.seeds == 1:
+        return "one seed"
+    return f"{settings.seeds} seeds, means and 95 % t-intervals"
+
+
+def _folder_table(result: "Comparison", heading: str) -> str:
+    """A line for each model, the agreement between them, and the advice."""
+    from spairkit.experiments.folder import folder_advice
+    from spairkit.experiments.found import FIGURES
+    from spairkit.experiments.settings import MODELS
+
+    console = results(_FOLDER_WIDTH)
+    figures = FIGURES if result.annotated else ()
+    names = [_FOLDER_NAMES[name] for name in figures]
+    with console.capture() as captured:
+        console.print(heading, soft_wrap=True)
+        known = f"; {result.objects} in {result.annotated} annotated" if result.annotated else ""
+        console.print(f"\nobjects in {several(result.images, 'image')}{known}", soft_wrap=True)
+        table = table_of(("found", "per image", *names, "seconds"), first="model")
+        for model, method in result.methods.items():
+            seconds = "-" if method.seconds is None else f"{method.seconds:.0f}"
+            table.add_row(
+                MODELS[model],
+                _number(method.found),
+                f"{method.found.mean / result.images:.1f}",
+                *(str(method.figures[name]) for name in figures),
+                seconds,
+            )
+        console.print(table)
+        console.print("agreement (F1 at IoU .5 of one model's boxes against another's)")
+        table = table_of((MODELS[model] for model in result.methods), first="model")
+        for one, row in result.agreement.items():
+            cells = (f"{row[two]:.2f}" if two in row else "-" for two in result.methods)
+            table.add_row(MODELS[one], *cells)
+        console.print(table)
+        for line in folder_advice(result):
+            console.print(f"- {line}", soft_wrap=True)
+    return captured.get()
+
+
+def _number(found: "Interval") -> str:
+    half_width = f" ± {found.high - found.mean:.0f}" if len(found.values) > 1 else ""
+    return f"{found.mean:.0f}{half_width}"
 
 
 def _cell(cell: "Cell", name: str) -> str:

@@ -151,6 +151,9 @@ def _opened(
     say_skipped(images)
     if hints:
         _say_if_dim(images, settings)
+    model = settings.model
+    if model.kind == "conncomp" and model.threshold == "fit" and not images.has_truth:
+        say("these images have no annotations.json: the threshold is Otsu's")
     run = Run.open(resume) if resume else Run.create(out, settings)
     with run.lock():
         with warnings.catch_warnings():

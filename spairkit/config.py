@@ -229,7 +229,10 @@ class ConnCompConfig:
     """Whether the model is given the true number of objects."""
     threshold: Literal["fit", "otsu"] | Annotated[float, Field(ge=0.0, le=3.0)] = "fit"
     """Least distance of an object's pixel to the background, summed over channels: fitted to known
-    boxes as in the paper, by Otsu's rule (needs no boxes), or a number."""
+    boxes as in the paper, by Otsu's rule (needs no boxes), or a number. Without boxes, `fit` is
+    Otsu's rule too."""
+    min_area: Annotated[int, Field(ge=1, le=10**6)] = 1
+    """Least number of pixels of an object; presets take 12 for a folder, to pass over specks."""
     criterion: Literal["ap", "count_accuracy", "count_error"] = "ap"
     """The figure that the fitted threshold is best at, on training images."""
     images: Annotated[int, Field(ge=1, le=10**5)] = 1000

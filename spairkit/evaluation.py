@@ -113,6 +113,37 @@ def evaluate(
         truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
         if progress is not None:
             progress(len(truth))
+    return report_on(
+        candidates,
+        truth,
+        threshold,
+        whole_pixels=detector.whole_pixels,
+        measured_on=measured_on,
+        search=detector.search,
+    )
+
+
+def report_on(
+    candidates: list[Detections],
+    truth: list[Truth],
+    threshold: float = 0.5,
+    *,
+    whole_pixels: bool,
+    measured_on: str = "",
+    search: str = "off",
+) -> Report:
+    """The figures of candidates that a detector found, one `Detections` and `Truth` per image.
+
+    Args:
+        candidates: of every score above `min(CANDIDATE_THRESHOLD, threshold)`.
+        truth: of the same images, in this order.
+        threshold: candidates with a score above it are found.
+        whole_pixels, search: of the detector.
+        measured_on: description of the images, for the report.
+
+    Raises:
+        ValueError: there is no image.
+    """
     if not truth:
         raise ValueError("batches must hold at least one image, got none")
     numbers = [len(item) for item in truth]
@@ -121,12 +152,12 @@ def evaluate(
             [item for item, count in zip(candidates, numbers, strict=True) if count == n],
             [item for item in truth if len(item) == n],
             threshold,
-            detector.whole_pixels,
+            whole_pixels,
         )
         for n in sorted(set(numbers))
     }
-    overall = _figures(candidates, truth, threshold, detector.whole_pixels)
-    return Report(measured_on, threshold, overall, by_objects, detector.search)
+    overall = _figures(candidates, truth, threshold, whole_pixels)
+    return Report(measured_on, threshold, overall, by_objects, search)
 
 
 def _figures(

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from spairkit.detections import Detections, Truth
 
@@ -74,6 +76,7 @@ NAMES = {
 """What each figure is called in tables, charts and messages; its key is for JSON and code."""
 
 _LAST_PIXEL = np.array([0.0, 0.0, 1.0, 1.0])  # from half-open boxes to the authors'
+_CHUNK_ROWS = 256  # boxes whose IoU with all others is computed at a time
 _CHUNK_TRUTH = 1 << 16
 """True boxes, padding counted, that are matched at a time; 5 MB for each array of theirs."""
 
@@ -182,6 +185,66 @@ def ap_spair(
         if num_true:
             total += len(found_here) * float(_interpolated(hits, counted, needed).mean())
     return total / max(len(found), 1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sets of boxes agree on some images."""
+
+    found: int
+    """Boxes of the one."""
+    other: int
+    """Boxes of the other."""
+    matched: int
+    """Pairs of boxes, one of each, with an IoU of .5 or more."""
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of precision and recall, the same both ways; 1 if there is no box."""
+        total = self.found + self.other
+        return 2 * self.matched / total if total else 1.0
+
+
+def agreement(found: Sequence[Detections], other: Sequence[Detections | Truth]) -> Agreement:
+    """How many boxes of each image have a partner in the other set, scores ignored.
+
+    The partners are as many as possible: an optimal, not a greedy matching. Against a `Truth` it
+    gives F1, and between two detectors it tells without labels how far they agree.
+
+    Args:
+        found: one `Detections` per image.
+        other: one `Detections` or `Truth` per image.
+
+    Raises:
+        ValueError: the two differ in length, or boxes are not finite.
+    """
+    _check_lengths(found, other)
+    pairs = zip(
+        (_boxes(item, "found") for item in found),
+        (_boxes(item, "other") for item in other),
+        strict=True,
+    )
+    matched = sum(_most_pairs(ours, theirs) for ours, theirs in pairs)
+    return Agreement(sum(map(len, found)), sum(map(len, other)), matched)
+
+
+def _most_pairs(ours: Array, theirs: Array) -> int:
+    """The greatest number of disjoint pairs with an IoU of .5 or more; boxes [n, 4] and [m, 4]."""
+    rows, columns = [], []
+    area = (theirs[:, 2:] - theirs[:, :2]).clip(min=0).prod(1)
+    for start in range(0, len(ours), _CHUNK_ROWS):
+        some = ours[start : start + _CHUNK_ROWS, None]
+        low = np.maximum(some[..., :2], theirs[:, :2])
+        both = (np.minimum(some[..., 2:], theirs[:, 2:]) - low).clip(min=0).prod(-1)
+        either = (some[..., 2:] - some[..., :2]).clip(min=0).prod(-1) + area - both
+        row, column = np.nonzero((2 * both >= either) & (both > 0))
+        rows.append(row + start)
+        columns.append(column)
+    if not rows:
+        return 0
+    pair = np.concatenate(rows), np.concatenate(columns)
+    graph = csr_array((np.ones(len(pair[0]), bool), pair), shape=(len(ours), len(theirs)))
+    return int((maximum_bipartite_matching(graph) >= 0).sum())
 
 
 def count_accuracy(found_counts: Sequence[int], true_counts: Sequence[int]) -> float:

@@ -7,10 +7,11 @@ waits in a busy loop and made updates ten times slower.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spairkit.config import AIRConfig, Config
+from spairkit.config import AIRConfig, Config, ConnCompConfig
 from spairkit.config_values import from_dict, merge, model_kind
 from spairkit.errors import InputError
 
+_LEAST_AREA = 12  # px of a component in a folder: a tenth of a disc of 12 px
 _QUICK_TRAIN = {
     "steps": 2500,
     "learning_rate": 1e-3,
@@ -219,7 +220,13 @@ _PRESETS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
         "watershed": watershed,
     },
     "laptop": {"spair": laptop},
-    "paper": {"spair": paper, "air": paper_air, "dair": paper_air, "conncomp": paper_conncomp},
+    "paper": {
+        "spair": paper,
+        "air": paper_air,
+        "dair": paper_air,
+        "conncomp": paper_conncomp,
+        "watershed": watershed,
+    },
 }
 DEFAULT = "quick"
 
@@ -252,7 +259,9 @@ def resolve(preset: str, *layers: Mapping[str, Any]) -> Config:
 
 
 def _fitted_to_data(config: Config) -> dict[str, Any]:
-    """Settings of AIR and DAIR that depend on the numbers of objects in the images."""
+    """Settings of ConnComp, AIR and DAIR that depend on the images."""
+    if isinstance(config.model, ConnCompConfig) and config.data.name == "folder":
+        return {"model": {"kind": config.model.kind, "min_area": _LEAST_AREA}}
     if not isinstance(config.model, AIRConfig):
         return {}
     least, most = config.data.min_objects, config.data.max_objects

@@ -229,7 +229,8 @@ def _read(paths: Sequence[Path]) -> list[Tensor]:
     """Some of the images, evenly chosen; [3, H, W] in [0, 1]."""
     every = max(len(paths) / _IMAGES, 1)
     chosen = [paths[int(i * every)] for i in range(min(len(paths), _IMAGES))]
-    images, reasons = [], []
+    images: list[Tensor] = []
+    reasons: list[InputError] = []
     for path in [*chosen, *(path for path in paths if path not in chosen)]:
         if len(images) == len(chosen):
             break

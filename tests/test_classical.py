@@ -14,7 +14,6 @@ from spairkit.config import Config, PrepareConfig
 from spairkit.config_values import from_dict
 from spairkit.data.datasets import open_dataset
 from spairkit.detector import load
-from spairkit.errors import InputError
 from spairkit.images import write_png
 from spairkit.metrics import average_precision, count_error
 from spairkit.models.conncomp import ConnComp
@@ -70,6 +69,7 @@ def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str, white: float)
         "ap_spair",
         "count_accuracy",
         "count_error",
+        "found",
     }
     assert last.figures["threshold"] == pytest.approx(float(loaded.threshold))
     assert last.picture.is_file()
@@ -126,21 +126,58 @@ def folder_config(folder: Path, **model: Any) -> Config:
     return from_dict({"data": data, "model": model, "train": {"steps": 5}})
 
 
-def test_search_needs_ground_truth_but_otsu_does_not(tmp_path: Path, unlabelled: Path) -> None:
-    run = Run.create(tmp_path / "run", folder_config(unlabelled))
-    with run.lock(), pytest.raises(InputError, match=r"model\.threshold=otsu"):
-        list(fit(run.config, run, CPU))
-    for name, background in (("a", "mode"), ("b", "median")):
-        settings = folder_config(unlabelled, threshold="otsu", background=background)
+def test_threshold_is_otsus_without_ground_truth(tmp_path: Path, unlabelled: Path) -> None:
+    for name, background, threshold in (("a", "mode", "otsu"), ("b", "median", "fit")):
+        settings = folder_config(unlabelled, threshold=threshold, background=background)
         run, events = fitted(tmp_path / name, settings)
+        assert [event.step for event in events] == [5, 5]
         assert isinstance(events[-1], Validation)
-        assert events[-1].figures.keys() == {"threshold"}
+        assert events[-1].figures.keys() == {"threshold", "found"}
+        assert events[-1].figures["found"] == 2
         model = load(run.path).network
         assert isinstance(model, ConnComp)
         torch.testing.assert_close(model.background_colour, torch.tensor([0.0, 0.2, 0.4]))
         image = torch.zeros(1, 3, 9, 9) + model.background_colour[:, None, None]
         image[..., 2:4, 5] = 0.7
         assert model.detect(image)[0].boxes.tolist() == [[5, 2, 6, 4]]
+
+
+def test_watershed_is_saved_once_and_needs_no_annotations(
+    tmp_path: Path,
+    unlabelled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = folder_config(unlabelled, kind="watershed", diameter=8.0)
+    run, events = fitted(tmp_path / "run", settings)
+    assert [event.step for event in events] == [5, 5]
+    assert isinstance(events[-1], Validation)
+    assert events[-1].figures == {"found": 2.0}
+    assert events[-1].picture.is_file()
+    found = load(run.path).detect(unlabelled / "0.png")
+    assert found.boxes.tolist() == [[4, 3, 9, 9], [20, 12, 28, 17]]
+    assert found.area.tolist() == [26, 36]  # opened by a cross
+    with run.lock():
+        assert list(fit(settings, run, CPU)) == []
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["train", "--model", "watershed", "--data", str(unlabelled), "--json"],
+        ["train", "--model", "conncomp", "--data", str(unlabelled), "--json"],
+        ["eval"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        printed = capsys.readouterr()
+        if words == ["eval"]:
+            assert ended.value.code == 2
+            assert "annotations.json" in printed.err
+            continue
+        assert ended.value.code == 0, printed.err
+        assert json.loads(printed.out)["test"] is None
+        assert ("the threshold is Otsu's" in printed.err) == ("conncomp" in words)
+    with pytest.raises(SystemExit):
+        main(["detect", str(unlabelled / "0.png"), "--checkpoint", "runs/folder-quick-watershed-1"])
+    assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_search_leaves_out_files_without_annotations(tmp_path: Path, unlabelled: Path) -> None:

@@ -1,5 +1,6 @@
 """`spairkit compare` end to end with tiny runs: results, resumption and error messages."""
 
+import io
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,17 @@ from PIL import Image
 from scipy import stats
 
 from spairkit.cli.main import main
+from spairkit.config import SPAIRConfig
+from spairkit.data.datasets import evaluation_batches, open_dataset
+from spairkit.detector import load
+from spairkit.evaluation import evaluate
 from spairkit.experiments.compare import compare, is_evaluated
+from spairkit.experiments.folder import Comparison, Method, folder_advice, recommended
 from spairkit.experiments.picture import draw_comparison
 from spairkit.experiments.published import FIGURE_2
-from spairkit.experiments.settings import Settings, config_of, open_comparison
+from spairkit.experiments.settings import MODELS, Settings, config_of, open_comparison
 from spairkit.experiments.shared_runs import Ended, Started, claimed
+from spairkit.experiments.side_by_side import Panel, _window, draw_side_by_side
 from spairkit.experiments.table import Cell, Interval, Row, advice, summary, t_interval, tabulate
 from spairkit.images import write_png
 from spairkit.presets import resolve
@@ -41,6 +49,7 @@ TINY: dict[str, Any] = {
     "dair": {"model": {"units": 8, "difference_hidden": [8], "output_hidden": 8, **NETWORK}},
     "conncomp": {"model": {"images": 8}, "train": {"steps": 4}},
 }
+BOXES = [[2, 3, 6, 5], [14, 10, 5, 8]]  # x, y, width, height
 WORDS = [
     word
     for table, keys in TINY.items()
@@ -53,6 +62,33 @@ WORDS = [
 ]
 
 
+@pytest.fixture
+def squares(tmp_path: Path) -> Path:
+    """Three images of two rectangles on black."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        image = torch.zeros(3, 24, 30)
+        for x, y, width, height in BOXES:
+            image[:, y : y + height, x : x + width] = 0.75
+        write_png(folder / f"{number}.png", image)
+    return folder
+
+
+def annotate(folder: Path) -> None:
+    """Gives the first two images their boxes."""
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(2)],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": 2 * n + i, "image_id": n, "category_id": 1, "bbox": box}
+            for n in range(2)
+            for i, box in enumerate(BOXES)
+        ],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+
+
 def begin(folder: Path, **changes: Any) -> Settings:
     """A comparison in the folder, new or to resume."""
     asked = {"objects": [1], "seeds": 2, "budget": "3", "over": TINY, **changes}
@@ -60,7 +96,7 @@ def begin(folder: Path, **changes: Any) -> Settings:
 
 
 def is_finished(chosen: Settings, folder: Path) -> bool:
-    return all(is_evaluated(folder / "runs" / task.name) for task in chosen.tasks())
+    return all(is_evaluated(chosen, folder / "runs" / task.name) for task in chosen.tasks())
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +323,7 @@ def test_other_settings_are_refused(whole: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--models", "spair,yolo"], "models.1: Input should be 'spair', 'air', 'dair' or"),
+        (["--models", "spair,yolo"], "models.1: Input should be 'spair', 'air', 'dair', 'conn"),
         (["--objects", "1,x"], "--objects 1,x: write numbers, as 1,3,5"),
         (["--objects", "3,3"], "objects must differ from each other, got [3, 3]"),
         (["--seeds", "0"], "seeds: Input should be greater than or equal to 1 (got 0)"),
@@ -316,41 +352,182 @@ def test_user_errors_leave_no_folder(
     assert not (tmp_path / "new").exists()
 
 
-def test_folder_of_images_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    boxes = [[2, 3, 6, 5], [14, 10, 5, 8]]
-    names = [f"{n}.png" for n in range(3)]
-    for name in names:
-        image = torch.zeros(3, 24, 30)
-        for x, y, width, height in boxes:
-            image[:, y : y + height, x : x + width] = 0.75
-        write_png(folder / name, image)
-    words = ["--data", folder, "--out", tmp_path / "own", "--seeds", "1", "--budget", "2", *WORDS]
-    status, _, err = command(capsys, *words)
-    assert status == 2
-    assert "no ground truth to compare with: annotations.json (COCO) is missing" in err
-    content = {
-        "images": [{"id": n, "file_name": name} for n, name in enumerate(names)],
-        "categories": [{"id": 1}],
-        "annotations": [
-            {"id": 2 * n + i, "image_id": n, "category_id": 1, "bbox": box}
-            for n in range(3)
-            for i, box in enumerate(boxes)
-        ],
-    }
-    (folder / "annotations.json").write_text(json.dumps(content))
+def test_folder_is_compared_without_annotations(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own"
+    words = ["--data", squares, "--out", out, "--seeds", "2", "--budget", "2", *WORDS]
+    status, table, err = command(capsys, *words)
+    assert status == 0, err
+    assert f"comparing in {out} on cpu: 4 runs, 2 updates per neural model" in err
+    assert "watershed-seed-0: objects 6.000" in err
+    for text in (
+        "objects in 3 images\n",
+        "agreement (F1 at IoU .5",
+        "no annotations: agreement is",
+    ):
+        assert text in table
+    assert "AP" not in table
+    assert (out / "table.txt").read_text() in table
+    with Image.open(out / "figure.png") as picture:
+        assert min(picture.size) > 400
+    names = {path.name for path in (out / "runs").iterdir() if not path.name.startswith(".")}
+    assert names == {"spair-seed-0", "spair-seed-1", "watershed-seed-0", "conncomp-seed-0"}
+    status, printed, _ = command(capsys, "--out", out, "--json")
+    assert status == 0
+    values = json.loads(printed)
+    assert json.loads((out / "results.json").read_text()) == values
+    assert (values["images"], values["annotated"], values["recommended"]) == (3, 0, "watershed")
+    assert values["methods"]["watershed"]["found"]["mean"] == 6
+    assert values["methods"]["watershed"]["figures"] == {}
+    assert values["agreement"]["watershed"]["conncomp"] == 1
+    assert "watershed" not in values["agreement"]["watershed"]
+    assert 0 <= values["agreement"]["spair"]["spair"] <= 1
+    for run in ("spair-seed-1", "watershed-seed-0", "conncomp-seed-0"):
+        assert not (out / "runs" / run / "test.json").exists()
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(out / "runs" / run)])
+        assert ended.value.code == 0
+        assert (out / "runs" / run / "report.html").is_file()
+
+
+def test_folder_is_compared_by_its_annotations(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own"
+    annotate(squares)
+    words = ["--data", squares, "--out", out, "--seeds", "1", "--budget", "2", *WORDS]
     status, _, err = command(capsys, *words, "--models", "air")
     assert status == 2
     assert "AIR takes images of one size, here 24x24 px" in err
-    status, out, err = command(capsys, *words)
+    status, table, err = command(capsys, *words, "--set", "model.background=mode")
     assert status == 0, err
-    assert "AIR and DAIR need images of one size and are left out" in err
-    assert "these images (0 % of the boxes overlap another): ConnComp, AP 1.000\n" in out
-    assert "one seed gives no intervals" in out
-    assert "the test images include the training images" in out
-    assert "(0." not in out
-    assert (tmp_path / "own" / "figure.png").is_file()
+    assert "objects in 3 images; 4 in 2 annotated\n" in table
+    assert "use Watershed: AP 1.000\n" in table
+    assert "one seed gives no intervals" in table
+    assert "the test images include the training images" in table
+    values = json.loads((out / "results.json").read_text())
+    assert (values["images"], values["annotated"], values["objects"]) == (3, 2, 4)
+    figures = {
+        name: figure["mean"] for name, figure in values["methods"]["watershed"]["figures"].items()
+    }
+    assert figures == {"ap": 1, "ap50": 1, "f1": 1, "count_error": 0}
+    for model in ("spair", "watershed", "conncomp"):
+        run = out / "runs" / f"{model}-seed-0"
+        test = json.loads((run / "test.json").read_text())
+        figures = values["methods"][model]["figures"]
+        for name in ("ap", "ap50", "count_error"):
+            assert figures[name]["values"] == [test["overall"][name]]
+        found = json.loads((run / "found.json").read_text())["images"]
+        assert [item["file"] for item in found] == ["0.png", "1.png", "2.png"]
+        assert [item["true"] for item in found] == [2, 2, None]
+        report = evaluate(
+            load(run, "cpu"),
+            evaluation_batches(open_dataset(Run.open(run).config.data, "test"), 1),
+            measured_on=test["measured_on"],
+        )
+        assert report.to_json()["overall"] == test["overall"]
+    background = Run.open(out / "runs" / "spair-seed-0").config.model
+    assert isinstance(background, SPAIRConfig)
+    assert background.background == "mode"
+
+
+def test_changed_images_are_refused(
+    squares: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", squares, "--out", tmp_path / "own", "--models", "watershed,conncomp"]
+    assert command(capsys, *words)[0] == 0
+    path = tmp_path / "own/runs/watershed-seed-0/found.json"
+    whole = path.read_text()
+    for text, message in (
+        (whole.replace("1.png", "4.png"), "the images have changed between the runs"),
+        (whole.replace("[", "[[", 1), "not JSON; delete it to measure again"),
+        ('{"images": [{"file": "0.png"}]}', "not the objects of a run; delete it"),
+        (whole.replace('"boxes": [[', '"boxes": [[1, 2], ['), "not the objects of a run"),
+        (whole.replace('"figures": {}', '"figures": {"x": 1}'), "not the objects of a run"),
+        ("[]", "not the objects of a run"),
+    ):
+        path.write_text(text)
+        status, out, err = command(capsys, *words)
+        assert (status, out) == (2, ""), text
+        assert message in err
+        assert "Traceback" not in err
+
+
+def comparison(
+    counts: dict[str, float],
+    agreement: dict[tuple[str, str], float],
+    aps: dict[str, tuple[float, float]] | None = None,
+) -> Comparison:
+    """Numbers of objects, agreements, and mean AP with the half width of its interval."""
+    methods = {}
+    for model, number in counts.items():
+        figures = {}
+        if aps:
+            mean, half = aps[model]
+            figures = {"ap": Interval(mean, mean - half, mean + half, (mean,))}
+        found = Interval(number, number, number, (number,))
+        methods[model] = Method(found, figures, 5, 9.0, "off")
+    both = agreement | {(two, one): value for (one, two), value in agreement.items()}
+    table = {one: {two: both[one, two] for two in counts if (one, two) in both} for one in counts}
+    return Comparison("", 1, 1 if aps else 0, 0, methods, table)
+
+
+@pytest.mark.parametrize(
+    ("between", "choice", "reason"),
+    [
+        # of SPAIR and the watershed, SPAIR and ConnComp, the watershed and ConnComp, and seeds
+        ((0.12, 0.1, 0.8, 0.9), "watershed", "SPAIR disagrees with it (F1 0.12; 8,659 objects"),
+        ((0.8, 0.6, 0.6, 0.5), "watershed", "the seeds of SPAIR disagree with each other"),
+        ((0.95, 0.92, 0.97, 0.9), "watershed", "all models find the same objects (F1 0.92"),
+        ((0.8, 0.5, 0.6, 0.9), "spair", "it agrees with Watershed on most objects (F1 0.80"),
+    ],
+)
+def test_advice_without_annotations_follows_the_agreement(
+    between: tuple[float, float, float, float], choice: str, reason: str
+) -> None:
+    names = [("spair", "watershed"), ("spair", "conncomp"), ("watershed", "conncomp")]
+    pairs = dict(zip([*names, ("spair", "spair")], between, strict=True))
+    result = comparison({"spair": 8659, "watershed": 286, "conncomp": 200}, pairs)
+    assert recommended(result)[0] == choice
+    lines = folder_advice(result)
+    assert lines[0].startswith(f"use {MODELS[choice]}: {reason}")
+    assert "annotations.json" in lines[1]
+
+
+def test_advice_on_a_single_model() -> None:
+    assert recommended(comparison({"conncomp": 3}, {}))[0] == "conncomp"
+    assert recommended(comparison({"air": 3}, {}))[0] == "air"
+    assert recommended(comparison({"spair": 3}, {}))[0] == "spair"
+    alone = comparison({"spair": 3, "conncomp": 3}, {("spair", "conncomp"): 0.2})
+    assert recommended(alone)[0] == "conncomp"
+
+
+@pytest.mark.parametrize(
+    ("aps", "choice"),
+    [
+        ({"spair": (0.8, 0.02), "watershed": (0.7, 0.0), "conncomp": (0.5, 0.0)}, "spair"),
+        ({"spair": (0.8, 0.12), "watershed": (0.7, 0.0), "conncomp": (0.5, 0.0)}, "watershed"),
+        ({"spair": (0.6, 0.5), "watershed": (0.7, 0.0), "conncomp": (0.72, 0.0)}, "conncomp"),
+        ({"spair": (0.6, 0.5), "watershed": (0.7, 0.0)}, "watershed"),
+    ],
+)
+def test_advice_with_annotations_follows_ap(
+    aps: dict[str, tuple[float, float]], choice: str
+) -> None:
+    result = comparison(dict.fromkeys(aps, 3.0), {}, aps)
+    assert recommended(result) == (choice, f"AP {aps[choice][0]:.3f}")
+
+
+def test_part_of_a_large_image_with_most_boxes_is_drawn() -> None:
+    image = torch.rand(3, 200, 300, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[250.0, 150, 260, 160], [270, 170, 280, 180], [5, 5, 9, 9]])
+    panel = Panel("a.png", image, {"SPAIR": boxes, "Watershed": boxes[:0]}, None)
+    assert _window(panel, 100) == (100, 200)
+    assert _window(panel, 1000) == (0, 0)
+    png = draw_side_by_side([panel, replace(panel, true=boxes)], 100, "a note")
+    with Image.open(io.BytesIO(png)) as picture:
+        assert picture.height > picture.width > 600
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,18 @@ def detector(threshold: float) -> Detector:
     return Detector(ConnComp(config), Config(model=config))
 
 
+@pytest.mark.parametrize("min_area", [1, 2, 5, 1000])
+def test_small_components_are_left_out(min_area: int) -> None:
+    images = random_images(3, 16, 16)
+    model = ConnComp(ConnCompConfig(threshold=1.7, min_area=min_area))
+    for image, item, seen in zip(images, model.detect(images), model.explain(images), strict=True):
+        components = flood((image.double().sum(0) >= 1.7).tolist())
+        spans = [span(pixels) for pixels in components if len(pixels) >= min_area]
+        assert item.boxes.tolist() == [[x1, y1, x2 + 1, y2 + 1] for x1, y1, x2, y2 in spans]
+        torch.testing.assert_close(seen.detections.boxes, item.boxes)
+        assert len(seen.appearances) == len(spans)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_detections_equal_a_flood_fill(seed: int) -> None:
     height, width = [(1, 1), (1, 9), (7, 5), (16, 16), (13, 30), (40, 3)][seed]

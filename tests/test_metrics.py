@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from spairkit import metrics
+from spairkit.boxes import box_iou
 from spairkit.detections import Detections, Truth
 from spairkit.metrics import (
     ap_coco,
@@ -372,3 +374,44 @@ def test_invalid_arguments_are_refused() -> None:
         ap_coco([detections(box, torch.tensor([float("nan")]))], [truth(box)])
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         ap_spair([detections(box)], [truth(box)], batch_size=0)
+
+
+def boxes_of(*rows: tuple[float, float, float, float]) -> Detections:
+    num = len(rows)
+    boxes = torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+    return Detections(boxes, torch.rand(num), torch.zeros(num, 0), torch.zeros(num))
+
+
+def test_agreement_is_the_best_matching_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_CHUNK_ROWS", 3)
+    generator = torch.Generator().manual_seed(0)
+    for num, other in ((0, 0), (0, 3), (4, 0), (1, 1), (7, 5), (6, 6)):
+        images = []
+        for count in (num, other):
+            centres = 8 * torch.rand(count, 2, generator=generator)
+            sides = 4 + 2 * torch.rand(count, 2, generator=generator)
+            rows = torch.cat([centres, centres + sides], dim=1)
+            images.append(boxes_of(*(tuple(row) for row in rows.tolist())))
+        ours, theirs = images
+        iou = box_iou(ours.boxes.double(), theirs.boxes.double())
+        rows_, columns = linear_sum_assignment(-(iou >= 0.5).double().numpy())
+        matched = int((iou[rows_, columns] >= 0.5).sum())
+        found = metrics.agreement([ours], [theirs])
+        assert found == metrics.Agreement(num, other, matched)
+        assert metrics.agreement([theirs], [ours]).matched == matched
+        assert found.f1 == (2 * matched / (num + other) if num + other else 1.0)
+
+
+def test_agreement_pairs_inside_each_image() -> None:
+    box, half, less = (0, 0, 4, 4), (0, 0, 4, 2), (0, 0, 4, 1.9)
+    truth = Truth(torch.tensor([box], dtype=torch.float32), torch.zeros(1).long())
+    assert metrics.agreement([boxes_of(half)], [truth]).f1 == 1
+    assert metrics.agreement([boxes_of(less)], [truth]).f1 == 0
+    one, none = boxes_of(box), boxes_of()
+    assert metrics.agreement([one, none], [none, one]).f1 == 0
+    assert metrics.agreement([one, none], [one, none]).f1 == 1
+    assert metrics.agreement([boxes_of((3, 3, 3, 3))], [boxes_of((3, 3, 3, 3))]).matched == 0
+    with pytest.raises(ValueError, match="one item per image"):
+        metrics.agreement([one], [])
+    with pytest.raises(ValueError, match="must be finite"):
+        metrics.agreement([boxes_of((0, 0, float("inf"), 1))], [one])

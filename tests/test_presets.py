@@ -1,10 +1,11 @@
 """Presets resolve, and layers override them in the given order."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from spairkit.config import AIRConfig, Config
+from spairkit.config import AIRConfig, Config, ConnCompConfig
 from spairkit.config_values import from_dict, from_toml, to_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.presets import DEFAULT, names, resolve
@@ -42,6 +43,18 @@ def test_unsupported_kind_is_reported_with_supported_ones() -> None:
         InputError, match="preset 'laptop' has no recipe for air; it supports: spair"
     ):
         resolve("laptop", {"model": {"kind": "air"}})
+
+
+def test_components_of_folders_have_a_least_area_and_those_of_scenes_do_not() -> None:
+    def least(**layers: Any) -> int:
+        model = resolve("quick", {"model": {"kind": "conncomp"}}, layers).model
+        assert isinstance(model, ConnCompConfig)
+        return model.min_area
+
+    folder = {"name": "folder", "path": "images"}
+    assert least() == 1
+    assert least(data=folder) == 12
+    assert least(data=folder, model={"min_area": 3}) == 3
 
 
 def test_later_layers_override_earlier_ones() -> None:

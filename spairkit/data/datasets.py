@@ -7,14 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 
-from spairkit.config import (
-    AIRConfig,
-    ClassicalConfig,
-    Config,
-    ConnCompConfig,
-    DataConfig,
-    PrepareConfig,
-)
+from spairkit.config import AIRConfig, ClassicalConfig, Config, DataConfig, PrepareConfig
 from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
@@ -109,13 +102,7 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
         for split in ("train", "validation")
     )
     model = config.model
-    if isinstance(model, ConnCompConfig):
-        if model.threshold == "fit" and not train.has_truth:
-            raise InputError(
-                "fitting the threshold needs annotations.json in the folder; without it, add --set "
-                "model.threshold=otsu (automatic), or a number: --set model.threshold=0.3"
-            )
-    elif (
+    if (
         config.train.select == "ap"
         and not isinstance(model, ClassicalConfig)
         and not validation.has_truth

@@ -1,7 +1,8 @@
-"""Comparison of SPAIR, AIR, DAIR and ConnComp under one protocol: Fig. 2 of the paper.
+"""Comparison of models on the same images: Fig. 2 of the paper, or a folder of images.
 
     FOLDER/settings.json
     FOLDER/runs/MODEL-OBJECTS-seed-N/     a run; its test.json is written after evaluation
+    FOLDER/runs/MODEL-seed-N/             the same on a folder of images, which adds found.json
     FOLDER/results.json, table.txt, figure.png
 
 An interrupted comparison resumes bit-identically, and evaluates no run twice.
@@ -17,10 +18,18 @@ import torch
 from filelock import FileLock
 
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
+from spairkit.data.folder import ImageFolder
 from spairkit.detector import load
 from spairkit.errors import InputError
 from spairkit.evaluation import evaluate
-from spairkit.experiments.settings import Settings, Task, config_of, parse_budget
+from spairkit.experiments.found import FOUND, read_found, save_found
+from spairkit.experiments.settings import (
+    WITHOUT_WEIGHTS,
+    Settings,
+    Task,
+    config_of,
+    parse_budget,
+)
 from spairkit.experiments.shared_runs import Ended, Started, claimed, read_json, resume_or_create
 from spairkit.storage import durable
 from spairkit.training.calibration import calibrate, calibrates
@@ -65,22 +74,21 @@ def compare(
         others = busy()  # before looking at the runs, or a worker's last one could be missed
         for task in list(left):
             path = runs / task.name
-            if not is_evaluated(path) and not stop():
+            if not is_evaluated(settings, path) and not stop():
                 with claimed(path) as mine:
-                    if mine and not is_evaluated(path):
+                    if mine and not is_evaluated(settings, path):
                         yield from _run(settings, path, task, device, stop)
-            if is_evaluated(path):
+            if is_evaluated(settings, path):
                 left.remove(task)
-                figures = read_figures(path)
-                yield Ended(task.name, {name: figures[name] for name in FIGURES})
+                yield Ended(task.name, _shown(settings, path))
         if stop() or not left or not others:
             return
         time.sleep(_POLL_SECONDS)
 
 
-def is_evaluated(run: Path) -> bool:
+def is_evaluated(settings: Settings, run: Path) -> bool:
     """Whether a run is trained and evaluated."""
-    return (run / "test.json").exists()
+    return (run / (FOUND if settings.is_folder else "test.json")).exists()
 
 
 def read_figures(run: Path) -> dict[str, float]:
@@ -106,7 +114,7 @@ def _run(
 ) -> Iterator[Started | Step | Validation | Ended]:
     """Trains and evaluates a claimed run, unless it is stopped."""
     steps, seconds = parse_budget(settings.budget)
-    if seconds is not None and task.model != "conncomp":
+    if seconds is not None and task.model not in WITHOUT_WEIGHTS:
         timing = path.with_name(f"{task.group}.json")  # for all seeds
         with FileLock(path.with_name(".timing.lock")):
             if not timing.exists():
@@ -131,17 +139,29 @@ def _run(
             return
         if calibrates(run):
             calibrate(run, device)
+    cost: dict[str, float] = {"steps": run.config.train.steps}
+    if first is not None and last is not None:
+        # extrapolated to the whole run if it was interrupted
+        cost["seconds"] = last.seconds * last.step / (last.step - first.step + 1)
     dataset = open_dataset(run.config.data, "test", device)
+    if isinstance(dataset, ImageFolder):
+        save_found(run, load(run.path, device), dataset, cost)
+        return
     report = evaluate(
         load(run.path, device),
         evaluation_batches(dataset, _BATCH_SIZE),
         measured_on=described(run.config.data, "test"),
     )
-    values = {**report.to_json(), "steps": run.config.train.steps}
-    if first is not None and last is not None:
-        # extrapolated to the whole run if it was interrupted
-        values["seconds"] = last.seconds * last.step / (last.step - first.step + 1)
+    values = {**report.to_json(), **cost}
     durable.write_text(run.path / "test.json", f"{json.dumps(values, indent=2)}\n")
+
+
+def _shown(settings: Settings, run: Path) -> dict[str, float]:
+    """The figures that progress shows of an evaluated run."""
+    if settings.is_folder:
+        return {"objects": sum(map(len, read_found(run).boxes))}
+    figures = read_figures(run)
+    return {name: figures[name] for name in FIGURES}
 
 
 def _seconds_per_update(

@@ -1,4 +1,4 @@
-"""The chart of a comparison, in the manner of the paper's Fig. 2."""
+"""The chart of a comparison on digits, in the manner of the paper's Fig. 2."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,6 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
         rows: at least one row.
         note: a description of the images, printed below the chart.
     """
-    labels = ["all images" if row.objects is None else str(row.objects) for row in rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
         axes = figure.add_subplot()
@@ -35,7 +34,7 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
             axes.errorbar(list(intervals), means, yerr=ends, marker="o", ms=4.5, **style)
 
         for model, colour in zip(MODELS, COLOURS, strict=False):
-            cells = {row.objects or 0: row.models[model] for row in rows if model in row.models}
+            cells = {row.objects: row.models[model] for row in rows if model in row.models}
             if not cells:
                 continue
             ours = {objects: cell.figures["ap_spair"] for objects, cell in cells.items()}
@@ -45,7 +44,7 @@ def draw_comparison(rows: Sequence[Row], note: str) -> bytes:
                 look = {"lw": 1.2, "ls": "--", "mfc": "white", "capsize": 2, "alpha": 0.75}
                 draw(paper, color=colour, label=f"{MODELS[model]} (paper, EMNIST)", **look)
         axes.set_ylim(0, 1.02)
-        axes.set_xticks([row.objects or 0 for row in rows], labels)
+        axes.set_xticks([row.objects for row in rows])
         axes.grid(axis="y", color="#e8eaee", lw=0.8)
         axes.set_axisbelow(True)
         if len(rows) > 1:

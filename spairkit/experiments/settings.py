@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from spairkit.config import ClassicalConfig, Config
-from spairkit.config_values import merge, to_dict
+from spairkit.config_values import merge, model_kinds, to_dict
 from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.errors import InputError
 from spairkit.experiments.shared_runs import read_json
@@ -19,10 +19,19 @@ from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
 from spairkit.storage.runs import new_folder
 
-MODELS = {"spair": "SPAIR", "air": "AIR", "dair": "DAIR", "conncomp": "ConnComp"}
+MODELS = {
+    "spair": "SPAIR",
+    "air": "AIR",
+    "dair": "DAIR",
+    "conncomp": "ConnComp",
+    "watershed": "Watershed",
+}
 """Display names of the models."""
 
-Model = Literal["spair", "air", "dair", "conncomp"]
+WITHOUT_WEIGHTS = ("watershed", "conncomp")
+"""Models that are not trained, so that seeds and budgets do not concern them."""
+
+Model = Literal["spair", "air", "dair", "conncomp", "watershed"]
 
 _GIVEN_COUNTS = ("air", "dair")
 _VALIDATIONS = 10  # of a run with a budget
@@ -61,7 +70,9 @@ class Settings:
         taken = {"model.kind", "train.seed"}
         if self.objects:
             taken |= {"data.min_objects", "data.max_objects"}
-        if self.budget is not None and scope != "conncomp.":  # its steps are thresholds
+        if (
+            self.budget is not None and scope.rstrip(".") not in WITHOUT_WEIGHTS
+        ):  # its steps are thresholds
             taken |= {"train.steps", "train.validation_every"}
         for name, table in tables.items() if isinstance(tables, dict) else [("", tables)]:
             if name == "search" and scope != "spair.":
@@ -85,6 +96,11 @@ class Settings:
             return f"{updates} updates per neural model"
         return f"updates of the {self.preset} preset"
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the images are those of a folder; models without weights have one run there."""
+        return bool(self.over.get("data", {}).get("name") == "folder")
+
     def tasks(self) -> "list[Task]":
         """All runs, ordered by seed so that every cell of the table fills evenly."""
         return [
@@ -92,6 +108,7 @@ class Settings:
             for seed in range(self.seeds)
             for objects in self.objects or (None,)
             for model in self.models
+            if not (seed and self.is_folder and model in WITHOUT_WEIGHTS)
         ]
 
 
@@ -140,15 +157,12 @@ def open_comparison(out: Path | None, asked: Mapping[str, Any]) -> tuple[Path, S
     if settings.over.get("data", {}).get("name") == "folder":
         if "objects" in asked:
             raise InputError("--objects: a folder of images has a fixed number of objects; omit it")
-        settings = _parse({"models": ["spair", "conncomp"], "objects": [], **asked}, "compare")
+        models = ["spair", "watershed", "conncomp"]
+        settings = _parse({"models": models, "objects": [], **asked}, "compare")
     for objects in settings.objects or (None,):
         configs = [config_of(settings, Task(model, objects, 0)) for model in settings.models]
-        data = configs[0].data
-        if not open_dataset(data, "test").has_truth:
-            raise InputError(
-                f"{data.path}: no ground truth to compare with: annotations.json (COCO) is missing"
-            )
-        for config in configs if data.name == "folder" else ():
+        open_dataset(configs[0].data, "test")
+        for config in configs if settings.is_folder else ():
             open_splits(config)
     folder = new_folder(out, "compare")
     durable.write_text(folder / "settings.json", f"{json.dumps(_plain(settings), indent=2)}\n")
@@ -158,7 +172,8 @@ def open_comparison(out: Path | None, asked: Mapping[str, Any]) -> tuple[Path, S
 def config_of(settings: Settings, task: Task, steps: int | None = None) -> Config:
     """The config of a run: the preset's recipe for its model, on the same images for all models.
 
-    AIR and DAIR are given the true counts, as in the paper. `steps` replaces the recipe's number
+    A setting of the models applies to those that have it. AIR and DAIR are given the true counts,
+    as in the paper. `steps` replaces the recipe's number
     of updates, except for ConnComp. Fewer steps shorten the count prior's schedule and the
     training wheels by the same factor.
 
@@ -166,6 +181,8 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
         InputError: the settings are invalid together.
     """
     common = {key: value for key, value in settings.over.items() if key not in MODELS}
+    if "model" in common:
+        common["model"] = _of_model(task.model, common["model"], settings.models)
     over = merge(common, settings.over.get(task.model, {}))
     bounds = ("min_objects", "max_objects")
     count = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
@@ -187,6 +204,20 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     }
     decay = {"odds_decay": max(share * config.model.odds_decay, 1.0)}
     return resolve(settings.preset, *layers, {"train": train, "model": decay})
+
+
+def _of_model(model: str, values: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
+    """The values that `model` has a setting for; also those that none of the models has.
+
+    The latter are refused when the config is resolved.
+    """
+    kinds = model_kinds()
+    known = {name: {field.name for field in fields(kinds[name])} for name in models}
+    return {
+        key: value
+        for key, value in values.items()
+        if key in known[model] or not any(key in names for names in known.values())
+    }
 
 
 _ADAPTER = TypeAdapter(Settings)

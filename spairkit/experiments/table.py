@@ -1,4 +1,4 @@
-"""The table of a comparison, and advice on the model to use."""
+"""The table of a comparison on digits, and advice on the model to use."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,13 @@ from spairkit.config import DataConfig
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.experiments.compare import FIGURES, read_figures
 from spairkit.experiments.published import FIGURE_2, Published
-from spairkit.experiments.settings import MODELS, Settings, Task, config_of
+from spairkit.experiments.settings import (
+    MODELS,
+    WITHOUT_WEIGHTS,
+    Settings,
+    Task,
+    config_of,
+)
 from spairkit.metrics import PROTOCOLS
 from spairkit.storage.checkpoints import environment
 
@@ -55,8 +61,8 @@ class Cell:
 class Row:
     """The results of all models at one number of objects."""
 
-    objects: int | None
-    """Objects per image; None for a folder of images."""
+    objects: int
+    """Objects per image."""
     overlapping: float
     """Share of the true boxes that overlap another box of their image."""
     measured_on: str
@@ -80,10 +86,10 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
         InputError: the figures of a run cannot be read.
     """
     rows = []
-    for objects in settings.objects or (None,):
+    for objects in settings.objects:
         data = config_of(settings, Task(settings.models[0], objects, 0)).data
         sizes = (data.image_height, data.image_width, data.glyph_size, data.glyph_jitter)
-        is_papers = data.name != "folder" and sizes == _PAPER_SIZES
+        is_papers = sizes == _PAPER_SIZES
         cells: dict[str, Cell] = {}
         for model in settings.models:
             tasks = [Task(model, objects, seed) for seed in range(settings.seeds)]
@@ -96,7 +102,7 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
                 seconds=fmean(seconds) if seconds else None,
                 given_count=config.model.count_is_given,
                 search=config.search.mode,
-                published_ap_spair=FIGURE_2[model].get(objects or 0) if is_papers else None,
+                published_ap_spair=FIGURE_2.get(model, {}).get(objects) if is_papers else None,
             )
         rows.append(Row(objects, _overlapping(data), described(data, "test"), cells))
     return rows
@@ -106,22 +112,16 @@ def advice(rows: Sequence[Row]) -> list[str]:
     """The model to use for each row, and the rule and limits of this choice."""
     lines = []
     for row in rows:
-        chosen = _choose(row)
-        images = "these images" if row.objects is None else f"{row.objects} per image"
+        chosen, share = _choose(row), 100 * row.overlapping
         lines.append(
-            f"{images} ({100 * row.overlapping:.0f} % of the boxes overlap another): "
+            f"{row.objects} per image ({share:.0f} % of the boxes overlap another): "
             f"{MODELS[chosen]}, AP {row.models[chosen].figures['ap']}"
         )
     lines.append(
         "rule: the highest mean AP wins; among models whose 95 % interval overlaps the winner's, "
-        "ConnComp, which needs no training, or else the fastest to train. Seeds vary weights and "
+        "one that needs no training, or else the fastest to train. Seeds vary weights and "
         "noise, not the test images"
     )
-    if any(row.objects is None for row in rows):
-        lines.append(
-            "the test images include the training images; ConnComp's threshold was fitted to "
-            "their boxes, which favours it"
-        )
     if models := models_given_counts(rows):
         lines.append(
             f"{models} given the true counts, which are unknown for new images, and not chosen if "
@@ -159,7 +159,7 @@ def _choose(row: Row) -> str:
     cells = fair or row.models
     best = max((cell.figures["ap"] for cell in cells.values()), key=lambda ap: ap.mean)
     equals = [model for model, cell in cells.items() if cell.figures["ap"].high >= best.low]
-    return min(equals, key=lambda m: (m != "conncomp", cells[m].seconds or math.inf))
+    return min(equals, key=lambda m: (m not in WITHOUT_WEIGHTS, cells[m].seconds or math.inf))
 
 
 def _overlapping(data: DataConfig) -> float:

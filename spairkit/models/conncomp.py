@@ -68,7 +68,7 @@ class ConnComp(nn.Module):
         Raises:
             ValueError: as `distance`.
         """
-        return find_components(self._foreground(images))
+        return find_components(self._foreground(images), self.config.min_area)
 
     @torch.no_grad()
     def explain(self, images: Tensor) -> list[Explanation]:  # [B, 3, H, W]
@@ -79,12 +79,12 @@ class ConnComp(nn.Module):
         ValueError as `distance`.
         """
         foreground = self._foreground(images)
-        found = find_components(foreground)
+        found = find_components(foreground, self.config.min_area)
         pixels = images.detach().cpu().float()
         return [self._explained(found[b], pixels[b], foreground[b]) for b in range(len(foreground))]
 
     def _explained(self, found: Detections, image: Tensor, foreground: Array) -> Explanation:
-        labels, _ = ndimage.label(foreground, _CROSS[1])
+        labels = _labelled(foreground[None], self.config.min_area)[0][0]
         drawn = mean_colours(image, labels, self.background_colour.cpu())
         return Explanation(found, image, drawn, pictures(image, labels))
 
@@ -108,9 +108,26 @@ class ConnComp(nn.Module):
         return foreground
 
 
-def find_components(foreground: Array) -> list[Detections]:  # [B, H, W] bool
-    """The 4-connected components of each image, in the order of their first pixels."""
+def _labelled(foreground: Array, min_area: int) -> tuple[Array, int]:  # [B, H, W] bool
+    """Labels of the components of at least `min_area` pixels, from 1, and their number."""
     labels, num = ndimage.label(foreground, _CROSS)
+    if min_area > 1:
+        kept = np.bincount(labels.ravel(), minlength=num + 1) >= min_area
+        kept[0] = False
+        labels = np.where(kept, np.cumsum(kept), 0)[labels]
+        num = int(kept.sum())
+    return labels, num
+
+
+def find_components(
+    foreground: Array,  # [B, H, W] bool
+    min_area: int = 1,
+) -> list[Detections]:
+    """The 4-connected components of each image, in the order of their first pixels.
+
+    Those of fewer than `min_area` pixels are left out.
+    """
+    labels, num = _labelled(foreground, min_area)
     spans = [
         (box[0].start, box[2].start, box[1].start, box[2].stop, box[1].stop)
         for box in ndimage.find_objects(labels, num)

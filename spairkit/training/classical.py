@@ -6,6 +6,7 @@ ConnComp's thresholds are all tried on the same training images (docs/model.md 9
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
+from statistics import fmean
 
 import numpy as np
 import numpy.typing as npt
@@ -42,14 +43,13 @@ def fit_classical(
     For ConnComp it takes the first `model.images` training images, up to 16 million pixels: scenes,
     or whole files with known boxes. They give the background, if it is fitted, and each of
     `train.steps` thresholds is tried on them. The best one is kept, the lowest of equals. A given
-    threshold, or Otsu's, needs no trial.
+    threshold, or Otsu's, needs no trial. Without known boxes "fit" is Otsu's too.
 
     Arguments and events are those of `spairkit.training.loop.fit`; there is one validation, at the
     end, whose figures include the threshold.
 
     Raises:
-        InputError: the data cannot be read, or has no boxes to fit to; or the folder cannot be
-            written.
+        InputError: the data cannot be read, or the folder cannot be written.
         ValueError: the model of `config` has weights.
     """
     if isinstance(config.model, ConnCompConfig):
@@ -96,13 +96,14 @@ def _fit_threshold(
         }
         return {name: value.double() for name, value in tried.items()}
 
-    if settings.threshold == "fit":
+    fits = settings.threshold == "fit" and train.has_truth
+    if fits:
         while len(scores) < steps:
             threshold = float(grid[len(scores)])
             found = [
                 item
                 for distance in distances
-                for item in find_components((distance >= threshold).numpy())
+                for item in find_components((distance >= threshold).numpy(), settings.min_area)
             ]
             scores.append(_score(settings.criterion, found, truth))
             model.set_threshold(float(grid[int(np.argmax(scores))]))
@@ -113,9 +114,9 @@ def _fit_threshold(
             if step < steps and stop():
                 _save(run, step, model, {}, state(), is_best=False)
                 return
-    elif settings.threshold == "otsu":
+    elif isinstance(settings.threshold, str):
         model.set_threshold(otsu(torch.cat([distance.flatten() for distance in distances])))
-    if settings.threshold != "fit":
+    if not fits:
         scores = [0.0] * steps
         yield Step(steps, steps, None, time.perf_counter() - started)
     yield _concluded(config, run, model, validation, {"threshold": float(model.threshold)}, state())
@@ -131,6 +132,9 @@ def _concluded(
 ) -> Validation:
     """Validates and saves the model at the last step."""
     detector, steps = Detector(model, config), config.train.steps
+    batches = evaluation_batches(validation, _BATCH_SIZE)
+    counts = [len(item) for batch in batches for item in detector.detect_batch(batch.images)]
+    figures = figures | {"found": fmean(counts)}
     if validation.has_truth:
         figures = figures | box_figures(detector, validation, _BATCH_SIZE)
     picture = draw(detector, validation, run, steps)
