@@ -356,7 +356,7 @@ def _follow(
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                bar.say(f"step {event.step}: validation {listed(figures)}{best}")
+                bar.say(f"step {event.step}: validation {_validation(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -375,14 +375,24 @@ def _follow(
     return step, figures
 
 
+def _validation(figures: dict[str, float]) -> str:
+    """Objects an image, if the model counts them, and the other figures."""
+    rest = {name: value for name, value in figures.items() if name != "found"}
+    return _found(figures, ", ") + listed(rest)
+
+
+def _found(figures: dict[str, float], end: str) -> str:
+    return f"{figures['found']:.1f} objects an image{end}" if "found" in figures else ""
+
+
 def _elbo(losses: dict[str, float]) -> str:
-    """The ELBO and its terms, in nats."""
+    """Objects an image, the ELBO and its terms in nats."""
     terms = ", ".join(
         f"{name.removeprefix('kl_')} {value:.1f}"
         for name, value in losses.items()
-        if name not in ("total", "elbo")
+        if name not in ("total", "elbo", "found")
     )
-    return f"elbo {losses['elbo']:.1f} = -({terms})"
+    return f"{_found(losses, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
 
 
 def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
