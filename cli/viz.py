@@ -23,6 +23,10 @@ def viz(
     box_contrast: options.BoxContrastOption = None,
     search: options.SearchOption = None,
     count: options.CountOption = None,
+    labels: Annotated[
+        bool,
+        options.output_option("--labels", help="Write number and confidence beside each object."),
+    ] = False,
     device: options.DeviceOption = options.Device.AUTO,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -41,7 +45,7 @@ def viz(
         detector.on_progress = show_done.search
         for path, output in zip(images, outputs, strict=True):
             explanation = detector.explain(path, threshold=threshold, count=count)
-            write_png(output, panel(explanation))
+            write_png(output, panel(explanation, labels=labels))
             found, counts = explanation.detections, explanation.detections.counts
             if not as_json:
                 interval = "" if counts is None else f" ({counts})"
