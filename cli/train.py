@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from spairkit.config import Config
     from spairkit.data.datasets import Dataset
+    from spairkit.detector import Detector
     from spairkit.storage.runs import Run
     from spairkit.training.distributed import World
     from spairkit.training.loop import Step, Validation
@@ -223,9 +224,12 @@ def _finish(
     from spairkit.storage.durable import write_text
 
     _calibrate(run, device, quiet=quiet)
-    report = measure(load(run.path, device), run.config.data, "test", quiet=quiet)
+    detector = load(run.path, device)
+    report = measure(detector, run.config.data, "test", quiet=quiet)
     if report:
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
+    image = _example(run)
+    _find(run, detector, quiet=quiet)
     page = write_report(run.path)
     if as_json:
         print_json(
@@ -243,7 +247,19 @@ def _finish(
         print_report(report)
     else:
         say("these images have no annotations.json, so there are no test figures")
-    _print_next(run, page, has_truth=report is not None)
+    _print_next(run, page, image, has_truth=report is not None)
+
+
+def _find(run: "Run", detector: "Detector", *, quiet: bool) -> None:
+    """Finds the objects of a few images, for the report."""
+    from spairkit.data.datasets import open_dataset
+    from spairkit.report.found import MAX_IMAGES, write_found
+
+    dataset = open_dataset(run.config.data, "test", detector.device)
+    total = min(len(dataset), MAX_IMAGES)
+    with counted("images of the report", total, quiet=quiet) as show_done:
+        detector.on_progress = show_done.search
+        write_found(run.path, detector, dataset, show_done)
 
 
 def _calibrate(run: "Run", device: "torch.device", *, quiet: bool) -> None:
@@ -395,20 +411,13 @@ def _elbo(losses: dict[str, float]) -> str:
     return f"{_found(losses, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
 
 
-def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
+def _print_next(run: "Run", page: Path, image: Path, *, has_truth: bool) -> None:
     """The path of the run, and two commands to copy."""
-    path = shlex.quote(str(run.path))
-    image = shlex.quote(str(_example(run)))
-    folder = shlex.quote(run.config.data.path)
-    told = f" --count {run.config.data.max_objects}" if run.config.model.count_is_given else ""
-    second = "eval" if has_truth else f"detect {folder} --out found.json"
+    from spairkit.report.page import next_commands
+
+    first, second = next_commands(run, image, has_truth=has_truth)
     results().print(
-        f"run: {run.path}\n"
-        f"report: {page}\n"
-        "try next:\n"
-        f"  spairkit viz {image} --checkpoint {path}{told}\n"
-        f"  spairkit {second} --checkpoint {path}",
-        soft_wrap=True,
+        f"run: {run.path}\nreport: {page}\ntry next:\n  {first}\n  {second}", soft_wrap=True
     )
 
 

@@ -5,6 +5,7 @@ enlarged by a whole factor, so that nothing is blurred, and dim ones are brighte
 one colour throughout a picture, for its box or outline and its frame in the gallery.
 """
 
+import io
 from collections.abc import Sequence
 from functools import cache
 
@@ -85,6 +86,18 @@ def display_levels(image: Tensor) -> tuple[float, float]:
     return (low, high) if _LEAST_RANGE < high - low < _STRETCHED else (0.0, 1.0)
 
 
+def reduced(image: Tensor, max_side: int) -> Image.Image:  # [3, H, W]
+    """The image, at most `max_side` pixels long."""
+    return _picture(image, min(1.0, max_side / max(image.shape[1:])))
+
+
+def encoded(picture: Image.Image) -> bytes:
+    """The picture as PNG."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG", optimize=True)
+    return data.getvalue()
+
+
 def draw_boxes(
     image: Tensor,  # [3, H, W]
     detections: Detections,
@@ -153,7 +166,7 @@ def panel(
     appearances = explanation.appearances
     height, width = image.shape[1:]
     levels = display_levels(image)
-    scale = _scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
+    scale = picture_scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
     boxed_scale = max(scale, min(1.0, _MAX_BOXED_SIDE / max(height, width)))
     found = _count(len(detections), "found")
     if detections.counts is not None:
@@ -200,7 +213,7 @@ def reconstruction_sheet(
     if truth is not None and len(truth) != len(explanations):
         raise ValueError(f"truth must hold {len(explanations)} images, got {len(truth)}")
     height, width = explanations[0].image.shape[1:]
-    scale = _scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
+    scale = picture_scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
     pairs = []
     for b, explanation in enumerate(explanations):
         found, true = explanation.detections, None if truth is None else truth[b]
@@ -358,7 +371,7 @@ def _object(
     return ImageOps.expand(tile, 3, colour)
 
 
-def _scale(height: int, width: int, side: int, max_side: int) -> float:
+def picture_scale(height: int, width: int, side: int, max_side: int) -> float:
     """A whole factor, to `side` pixels or more; below 1 for images longer than `max_side`."""
     longer = max(height, width)
     return min(_MAX_SCALE, -(-side // longer)) if longer <= max_side else max_side / longer
