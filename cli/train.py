@@ -253,13 +253,13 @@ def _finish(
 def _find(run: "Run", detector: "Detector", *, quiet: bool) -> None:
     """Finds the objects of a few images, for the report."""
     from spairkit.data.datasets import open_dataset
-    from spairkit.report.found import MAX_IMAGES, write_found
+    from spairkit.report.objects import MAX_IMAGES, write_objects
 
     dataset = open_dataset(run.config.data, "test", detector.device)
     total = min(len(dataset), MAX_IMAGES)
     with counted("images of the report", total, quiet=quiet) as show_done:
         detector.on_progress = show_done.search
-        write_found(run.path, detector, dataset, show_done)
+        write_objects(run.path, detector, dataset, show_done)
 
 
 def _calibrate(run: "Run", device: "torch.device", *, quiet: bool) -> None:

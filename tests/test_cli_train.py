@@ -119,7 +119,7 @@ def weights(folder: Path) -> bytes:
 
 def test_run_contains_all_documented_files(workplace: Path) -> None:
     folder = workplace / "runs" / "digits-quick-1"
-    names = {"config.toml", "metrics.jsonl", "test.json", "found", "report.html", "example.png"}
+    names = {"config.toml", "metrics.jsonl", "test.json", "objects", "report.html", "example.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert load_checkpoint(folder / "last").step == 6
     assert load_checkpoint(folder).config == Run.open(folder).config

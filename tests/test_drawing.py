@@ -202,15 +202,18 @@ def test_dim_images_are_brightened_and_others_are_not() -> None:
     assert display_levels(torch.full((3, 4, 4), float("nan"))) == (0.0, 1.0)
 
 
-def test_dim_reconstructions_and_objects_are_brightened_likewise() -> None:
+def test_reconstructions_and_objects_have_levels_of_their_own() -> None:
     image = dark_image(48, 48) * 0.01
     found = detections([[2.0, 2.0, 12.0, 12.0]])
-    low, high = display_levels(image)
-    level = (low + high) / 2
-    drawn = torch.full((3, 48, 48), level)
-    picture = panel(explained(image, found, drawn, plain_objects([level])))
-    assert contains(picture, torch.full((3, 384, 384), 128, dtype=torch.uint8))
+    drawn = torch.zeros(3, 48, 48)
+    drawn[:, :, 24:] = 0.2
+    picture = panel(explained(image, found, drawn, plain_objects([0.1])))
+    expected = torch.zeros(3, 384, 384, dtype=torch.uint8)
+    expected[:, :, 192:] = 255
+    assert contains(picture, expected), "from 0 to .2"
     assert is_colour(picture[:, 450:], (128, 128, 128)).sum() >= 84 * 84
+    bright = drawn * 4  # as after a preparation that stretches
+    assert contains(panel(explained(image, NONE, bright)), enlarged(bright, 8))
 
 
 def test_labels_are_written_on_demand() -> None:

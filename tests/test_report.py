@@ -20,7 +20,7 @@ from spairkit.errors import InputError
 from spairkit.evaluation import Figures, Report
 from spairkit.images import write_png
 from spairkit.report.curves import MAX_BARS, MAX_POINTS, chart, histogram, line
-from spairkit.report.found import Floor, Found, FoundImage, Group
+from spairkit.report.objects import Floor, FoundImage, Group, Objects
 from spairkit.report.page import write_report
 
 HOSTILE = "</pre><script>alert('1')</script><img src=x onerror=\"alert(2)\">"
@@ -90,7 +90,7 @@ def write_picture(folder: Path, number: int, colour: tuple[int, int, int]) -> by
     return path.read_bytes()
 
 
-def write_objects(folder: Path, **changes: Any) -> Found:
+def write_objects(folder: Path, **changes: Any) -> Objects:
     """Objects of two of five images, with pictures."""
     images = (
         FoundImage(name="a.png", size=(30, 40), count=12, interval=(11, 14), picture="image-1.png"),
@@ -103,11 +103,11 @@ def write_objects(folder: Path, **changes: Any) -> Found:
         "interval": (1201, 1224),
         "groups": (group,),
     }
-    found = Found(**values | changes)
-    (folder / "found").mkdir()
-    (folder / "found" / "found.json").write_bytes(TypeAdapter(Found).dump_json(found))
+    found = Objects(**values | changes)
+    (folder / "objects").mkdir()
+    (folder / "objects" / "objects.json").write_bytes(TypeAdapter(Objects).dump_json(found))
     for name in ("image-1.png", "group-1.png"):
-        Image.new("RGB", (8, 8), (9, 8, 7)).save(folder / "found" / name)
+        Image.new("RGB", (8, 8), (9, 8, 7)).save(folder / "objects" / name)
     return found
 
 
@@ -162,7 +162,7 @@ def test_page_begins_with_the_objects(tmp_path: Path) -> None:
         assert word in page.text
     assert headline < page.text.index("Counts") < page.text.index("Test figures")
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    data = base64.b64encode((folder / "found" / "image-1.png").read_bytes()).decode()
+    data = base64.b64encode((folder / "objects" / "image-1.png").read_bytes()).decode()
     assert sources[0] == f"data:image/png;base64,{data}"
     assert len(sources) == 4
     assert page.count("svg") == 6, "the histogram, loss, KL, boxes, ELBO and by number"
@@ -251,8 +251,8 @@ def test_hostile_names_of_images_are_escaped(tmp_path: Path) -> None:
 def test_missing_pictures_of_objects_are_passed_over(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_objects(folder)
-    (folder / "found" / "image-1.png").write_bytes(b"GIF89a")
-    (folder / "found" / "group-1.png").unlink()
+    (folder / "objects" / "image-1.png").write_bytes(b"GIF89a")
+    (folder / "objects" / "group-1.png").unlink()
     page = read(write_report(folder))
     assert page.text.count("The picture cannot be read.") == 2
 

@@ -156,8 +156,8 @@ def panel(
     """One picture of one image: the image, its objects, its reconstruction and a gallery.
 
     The objects of the gallery are sorted by score, 24 at most, each on the commonest colour of the
-    image. An image longer than 1,024 pixels is reduced to that; with its objects it is below the
-    others, up to 3,072 pixels long. `labels` is as in `draw_boxes`.
+    reconstruction. An image longer than 1,024 pixels is reduced to that; with its objects it is
+    below the others, up to 3,072 pixels long. `labels` is as in `draw_boxes`.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -175,7 +175,10 @@ def panel(
     caption = f"image, {width} by {height} px{', brightened' if levels != (0, 1) else ''}"
     plain = _captioned(_picture(image, scale, levels), caption)
     boxed = _captioned(drawn, found)
-    rebuilt = _captioned(_picture(explanation.reconstruction, scale, levels), "reconstruction")
+    drawn_levels = display_levels(explanation.reconstruction)  # of the prepared image
+    rebuilt = _captioned(
+        _picture(explanation.reconstruction, scale, drawn_levels), "reconstruction"
+    )
     if boxed_scale > scale:
         parts = [_beside([plain, rebuilt]), boxed]
     else:
@@ -186,8 +189,8 @@ def panel(
         )
     gallery = _gallery(
         detections,
-        torch.cat([_stretched(appearances[..., :3], levels), appearances[..., 3:]], dim=-1),
-        _stretched(commonest_colour(image), levels).double().numpy(),
+        torch.cat([_stretched(appearances[..., :3], drawn_levels), appearances[..., 3:]], dim=-1),
+        _stretched(commonest_colour(explanation.reconstruction), drawn_levels).double().numpy(),
         max(part.width for part in parts),
         _palette(_picture(image, boxed_scale, levels)),
         labels=labels,
@@ -219,7 +222,8 @@ def reconstruction_sheet(
         found, true = explanation.detections, None if truth is None else truth[b]
         levels = display_levels(explanation.image)
         boxed = draw_boxes(explanation.image, found, scale, true, levels=levels)
-        drawn = _picture(explanation.reconstruction, scale, levels)
+        drawn_levels = display_levels(explanation.reconstruction)
+        drawn = _picture(explanation.reconstruction, scale, drawn_levels)
         number = _count(len(found), "found")
         caption = number if true is None else f"{len(found)} found, {len(true)} there"
         pairs.append(_captioned(_below([boxed, drawn], gap=4), caption))

@@ -19,7 +19,7 @@ from spairkit.images import read_image
 from spairkit.metrics import NAMES, PROTOCOLS
 from spairkit.report.curves import chart, histogram, line
 from spairkit.report.drawing import encoded, reduced
-from spairkit.report.found import Found, picture_path, read_found
+from spairkit.report.objects import Objects, picture_path, read_objects
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 
@@ -54,7 +54,7 @@ class Curve(NamedTuple):
 def write_report(run_folder: Path) -> Path:
     """Writes `report.html` into a run's folder, from whatever is there by now.
 
-    Shows first what was found (`found/`, see `spairkit.report.found`), with warnings (the strings
+    Shows first the objects (`objects/`, see `spairkit.report.objects`), with warnings (the strings
     under `warnings` in `signs.json`) and the next commands; then the figures of `test.json` (a
     `Report.to_json()`), where there is one, else of the last validation. The curves of
     `metrics.jsonl`, the first, the middle and the last picture of `pictures/`, and the config are
@@ -67,7 +67,7 @@ def write_report(run_folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        InputError: the folder holds no run, `test.json`, `signs.json` or `found/found.json` is
+        InputError: the folder holds no run, `test.json`, `signs.json` or `objects/found.json` is
             damaged, or the page cannot be written.
     """
     run = Run.open(run_folder)
@@ -83,7 +83,7 @@ def write_report(run_folder: Path) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = _figure
-    found = read_found(run.path)
+    found = read_objects(run.path)
     page = environment.get_template("page.html.j2").render(
         name=run.path.resolve().name,
         config=run.config,
@@ -124,7 +124,7 @@ def next_commands(run: Run, image: Path, *, has_truth: bool) -> tuple[str, str]:
     )
 
 
-def _headline(found: Found) -> str:
+def _headline(found: Objects) -> str:
     """`231 objects in 4 images`."""
     seen, available = len(found.images), found.available
     objects = f"{found.count:,} object{'s' * (found.count != 1)}"
@@ -133,7 +133,7 @@ def _headline(found: Found) -> str:
     return f"{objects} in {seen} image{'s' * (seen != 1)}"
 
 
-def _notes(found: Found) -> list[str]:
+def _notes(found: Objects) -> list[str]:
     """Sentences on the counts."""
     notes = []
     if found.interval is not None:
@@ -152,7 +152,7 @@ def _notes(found: Found) -> list[str]:
     return notes
 
 
-def _shown_images(run: Run, found: Found) -> list[dict[str, Any]]:
+def _shown_images(run: Run, found: Objects) -> list[dict[str, Any]]:
     """Pictures with their captions."""
     shown = []
     for image in found.images:
@@ -175,14 +175,14 @@ def _shown_images(run: Run, found: Found) -> list[dict[str, Any]]:
     return shown
 
 
-def _counts(found: Found) -> Markup | None:
+def _counts(found: Objects) -> Markup | None:
     counts = [image.count for image in found.images]
     if len(counts) == 1:
         return None
     return histogram(counts, x_label="objects in an image", y_label="images")
 
 
-def _groups(run: Run, found: Found) -> list[dict[str, Any]]:
+def _groups(run: Run, found: Objects) -> list[dict[str, Any]]:
     """Pictures of groups with their captions."""
     return [
         {
@@ -193,7 +193,7 @@ def _groups(run: Run, found: Found) -> list[dict[str, Any]]:
     ]
 
 
-def _commands(run: Run, found: Found | None, *, has_truth: bool) -> tuple[str, ...]:
+def _commands(run: Run, found: Objects | None, *, has_truth: bool) -> tuple[str, ...]:
     """The next commands, if the run has found something."""
     data = run.config.data
     if found is None:

@@ -1,7 +1,7 @@
 """The objects that a trained model finds in a few images, kept in the run for its report.
 
-RUN/found/found.json     a `Found`
-RUN/found/*.png          pictures of images and of groups of objects
+RUN/objects/objects.json   an `Objects`
+RUN/objects/*.png          pictures of images and of groups of objects
 """
 
 import time
@@ -29,7 +29,7 @@ from spairkit.storage import durable
 MAX_IMAGES = 64
 """Images that are looked at."""
 
-_FOLDER, _FILE = "found", "found.json"
+_FOLDER, _FILE = "objects", "objects.json"
 _SECONDS = 30.0  # after which no further image is begun
 _MAX_SIDE = 1024  # px; of a larger image the middle is looked at
 _BATCH_SIZE = 16
@@ -87,7 +87,7 @@ class Floor:
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
-class Found:
+class Objects:
     """The objects of the first images of a split."""
 
     available: Count
@@ -105,12 +105,12 @@ class Found:
         return sum(image.count for image in self.images)
 
 
-def write_found(
+def write_objects(
     run: Path,
     detector: Detector,
     dataset: Dataset,
     progress: Callable[[int], None] | None = None,
-) -> Found:
+) -> Objects:
     """Finds objects in the first images of a split and writes them into the folder of a run.
 
     At most 64 images, and no further one after half a minute. Of an image longer than 1,024 pixels
@@ -160,7 +160,7 @@ def write_found(
         raise InputError("the report needs an image with a known number of objects, and has none")
     groups = _groups(found, pixels, files)
     posteriors = [item.counts for item in found if item.counts is not None]
-    result = Found(
+    result = Objects(
         available=len(dataset),
         images=tuple(images),
         interval=(
@@ -169,13 +169,13 @@ def write_found(
         is_calibrated=detector.is_calibrated,
         groups=groups,
     )
-    files[_FILE] = TypeAdapter(Found).dump_json(result, indent=1)
+    files[_FILE] = TypeAdapter(Objects).dump_json(result, indent=1)
     durable.write_folder(run / _FOLDER, files)
     return result
 
 
-def read_found(run: Path) -> Found | None:
-    """The result of `write_found`; None if there is none.
+def read_objects(run: Path) -> Objects | None:
+    """The result of `write_objects`; None if there is none.
 
     Raises:
         InputError: it was changed or damaged.
@@ -187,7 +187,7 @@ def read_found(run: Path) -> Found | None:
     try:
         if not path.is_file() or path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{path}: not a list of objects; {advice}")
-        return TypeAdapter(Found).validate_json(path.read_bytes())
+        return TypeAdapter(Objects).validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError:
@@ -195,7 +195,7 @@ def read_found(run: Path) -> Found | None:
 
 
 def picture_path(run: Path, name: str) -> Path:
-    """The file of a picture that a `Found` names."""
+    """The file of a picture that a `Objects` names."""
     return run / _FOLDER / name
 
 

@@ -16,8 +16,8 @@ from spairkit.data.datasets import Dataset, open_dataset
 from spairkit.detections import Detections
 from spairkit.errors import InputError
 from spairkit.images import write_png
-from spairkit.report import found as module
-from spairkit.report.found import MAX_IMAGES, Found, picture_path, read_found, write_found
+from spairkit.report import objects as module
+from spairkit.report.objects import MAX_IMAGES, Objects, picture_path, read_objects, write_objects
 
 
 class Fake:
@@ -44,9 +44,9 @@ class Fake:
         return [item] * len(images)
 
 
-def look(run: Path, detector: Fake, dataset: Dataset, **options: Any) -> Found:
+def look(run: Path, detector: Fake, dataset: Dataset, **options: Any) -> Objects:
     run.mkdir(exist_ok=True)
-    return write_found(run, detector, dataset, **options)  # type: ignore[arg-type]
+    return write_objects(run, detector, dataset, **options)  # type: ignore[arg-type]
 
 
 def folder_of(path: Path, sizes: list[tuple[int, int]]) -> Dataset:
@@ -80,7 +80,7 @@ def test_objects_of_a_folder_are_counted_grouped_and_drawn(tmp_path: Path) -> No
             sizes.append(picture.size)
     assert sizes[0] == (360, 270)  # enlarged nine times
     assert sizes[4] == (356, 56)
-    assert read_found(tmp_path / "run") == found
+    assert read_objects(tmp_path / "run") == found
 
 
 def test_crops_are_of_the_image_and_stay_inside_it(tmp_path: Path) -> None:
@@ -134,18 +134,18 @@ def test_detector_that_needs_the_count_skips_images_without(tmp_path: Path) -> N
     assert len(found.images) == 3
     with pytest.raises(InputError, match="needs an image with a known number of objects"):
         look(tmp_path / "other", detector, folder_of(tmp_path / "cells", [(30, 40)]))
-    assert not (tmp_path / "other" / "found").exists()
+    assert not (tmp_path / "other" / "objects").exists()
 
 
 def test_later_result_replaces_the_earlier_one(tmp_path: Path) -> None:
     look(tmp_path / "run", Fake(), folder_of(tmp_path / "many", [(30, 40)] * 4))
     look(tmp_path / "run", Fake(), folder_of(tmp_path / "one", [(30, 40)]))
-    names = {path.name for path in (tmp_path / "run" / "found").iterdir()}
-    assert names == {"found.json", "image-1.png", "group-1.png"}
+    names = {path.name for path in (tmp_path / "run" / "objects").iterdir()}
+    assert names == {"objects.json", "image-1.png", "group-1.png"}
 
 
 def test_run_without_a_result_has_none(tmp_path: Path) -> None:
-    assert read_found(tmp_path) is None
+    assert read_objects(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -162,15 +162,15 @@ def test_run_without_a_result_has_none(tmp_path: Path) -> None:
 )
 def test_changed_results_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     look(tmp_path / "run", Fake(), folder_of(tmp_path / "cells", [(30, 40)]))
-    path = tmp_path / "run" / "found" / "found.json"
+    path = tmp_path / "run" / "objects" / "objects.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=r"found\.json: not a list of objects; remove the folder"):
-        read_found(tmp_path / "run")
+    with pytest.raises(InputError, match=r"objects\.json: not a list of objects; remove the"):
+        read_objects(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\x00\xff", b"[" * 100_000, b" " * (2 << 20)])
 def test_damaged_results_are_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "found").mkdir()
-    (tmp_path / "found" / "found.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"found\.json: not a list of objects"):
-        read_found(tmp_path)
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "objects.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"objects\.json: not a list of objects"):
+        read_objects(tmp_path)
