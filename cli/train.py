@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from spairkit.config import Config
     from spairkit.data.datasets import Dataset
+    from spairkit.detector import Detector
     from spairkit.storage.runs import Run
     from spairkit.training.distributed import World
     from spairkit.training.loop import Step, Validation
@@ -227,9 +228,12 @@ def _finish(
     from spairkit.storage.durable import write_text
 
     _calibrate(run, device, quiet=quiet)
-    report = measure(load(run.path, device), run.config.data, "test", quiet=quiet)
+    detector = load(run.path, device)
+    report = measure(detector, run.config.data, "test", quiet=quiet)
     if report:
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
+    image = _example(run)
+    _find(run, detector, quiet=quiet)
     page = write_report(run.path)
     if as_json:
         print_json(
@@ -247,7 +251,19 @@ def _finish(
         print_report(report)
     else:
         say("these images have no annotations.json, so there are no test figures")
-    _print_next(run, page, has_truth=report is not None)
+    _print_next(run, page, image, has_truth=report is not None)
+
+
+def _find(run: "Run", detector: "Detector", *, quiet: bool) -> None:
+    """Finds the objects of a few images, for the report."""
+    from spairkit.data.datasets import open_dataset
+    from spairkit.report.objects import MAX_IMAGES, write_objects
+
+    dataset = open_dataset(run.config.data, "test", detector.device)
+    total = min(len(dataset), MAX_IMAGES)
+    with counted("images of the report", total, quiet=quiet) as show_done:
+        detector.on_progress = show_done.search
+        write_objects(run.path, detector, dataset, show_done)
 
 
 def _calibrate(run: "Run", device: "torch.device", *, quiet: bool) -> None:
@@ -360,7 +376,7 @@ def _follow(
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                bar.say(f"step {event.step}: validation {listed(figures)}{best}")
+                bar.say(f"step {event.step}: validation {_validation(figures)}{best}")
                 continue
             step = event.step
             if event.losses:
@@ -379,30 +395,33 @@ def _follow(
     return step, figures
 
 
+def _validation(figures: dict[str, float]) -> str:
+    """Objects an image, if the model counts them, and the other figures."""
+    rest = {name: value for name, value in figures.items() if name != "found"}
+    return _found(figures, ", ") + listed(rest)
+
+
+def _found(figures: dict[str, float], end: str) -> str:
+    return f"{figures['found']:.1f} objects an image{end}" if "found" in figures else ""
+
+
 def _elbo(losses: dict[str, float]) -> str:
-    """The ELBO and its terms, in nats."""
+    """Objects an image, the ELBO and its terms in nats."""
     terms = ", ".join(
         f"{name.removeprefix('kl_')} {value:.1f}"
         for name, value in losses.items()
-        if name not in ("total", "elbo")
+        if name not in ("total", "elbo", "found")
     )
-    return f"elbo {losses['elbo']:.1f} = -({terms})"
+    return f"{_found(losses, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
 
 
-def _print_next(run: "Run", page: Path, *, has_truth: bool) -> None:
+def _print_next(run: "Run", page: Path, image: Path, *, has_truth: bool) -> None:
     """The path of the run, and two commands to copy."""
-    path = shlex.quote(str(run.path))
-    image = shlex.quote(str(_example(run)))
-    folder = shlex.quote(run.config.data.path)
-    told = f" --count {run.config.data.max_objects}" if run.config.model.count_is_given else ""
-    second = "eval" if has_truth else f"detect {folder} --out found.json"
+    from spairkit.report.page import next_commands
+
+    first, second = next_commands(run, image, has_truth=has_truth)
     results().print(
-        f"run: {run.path}\n"
-        f"report: {page}\n"
-        "try next:\n"
-        f"  spairkit viz {image} --checkpoint {path}{told}\n"
-        f"  spairkit {second} --checkpoint {path}",
-        soft_wrap=True,
+        f"run: {run.path}\nreport: {page}\ntry next:\n  {first}\n  {second}", soft_wrap=True
     )
 
 

@@ -31,6 +31,10 @@ def viz(
     box_contrast: options.BoxContrastOption = None,
     search: options.SearchOption = None,
     count: options.CountOption = None,
+    labels: Annotated[
+        bool,
+        options.output_option("--labels", help="Write number and confidence beside each object."),
+    ] = False,
     device: options.DeviceOption = options.Device.AUTO,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -61,7 +65,7 @@ def viz(
                 files.skip(path, error)
                 continue
             output.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(output, panel(explanation), path)
+            write_picture(output, panel(explanation, labels=labels), path)
             found, counts = explanation.detections, explanation.detections.counts
             if not as_json:
                 interval = "" if counts is None else f" ({counts})"

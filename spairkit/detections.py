@@ -14,11 +14,11 @@ from torch import Tensor
 from spairkit.counts import CountPosterior
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image
-from spairkit.label_images import areas, coco_segmentations, intensities, relabelled, rims
+from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
 
 _PLOT_INCHES = 6.0
-_RIM_PIXELS = 512  # least length of the longer side that rims are drawn on
-_RIM_COLOUR = (1.0, 0.95, 0.6, 0.6)  # RGBA
+_OUTLINE_PIXELS = 512  # least length of the longer side that outlines are drawn on
+_OUTLINE_COLOUR = (1.0, 0.95, 0.6, 0.6)  # RGBA
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class Detections:
         return self.label_image, self.labels
 
     def plot(self, image: ImageLike | None = None, *, ax: Any = None) -> Any:
-        """Draws boxes and the rims of masks on the image and returns the matplotlib axes.
+        """Draws boxes and the outlines of masks on the image and returns the matplotlib axes.
 
         Args:
             image: the image to draw on; by default the one that the objects were found in.
@@ -180,14 +180,14 @@ class Detections:
         height, width = pixels.shape[1:]
         ax.imshow(pixels.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         if self.label_image is not None:
-            scale = -(-_RIM_PIXELS // max(self.label_image.shape))
-            rim = rims(self.masks, *(side * scale for side in self.label_image.shape))
-            overlay = np.where(rim[..., None], _RIM_COLOUR, (*_RIM_COLOUR[:3], 0.0))
+            scale = -(-_OUTLINE_PIXELS // max(self.label_image.shape))
+            outline = outlines(self.masks, *(side * scale for side in self.label_image.shape)) > 0
+            overlay = np.where(outline[..., None], _OUTLINE_COLOUR, (*_OUTLINE_COLOUR[:3], 0.0))
             ax.imshow(overlay, extent=(0, width, height, 0))
         corners = self.boxes.tolist()
         boxes = [Rectangle((x1, y1), x2 - x1, y2 - y1) for x1, y1, x2, y2 in corners]
-        outlines = PatchCollection(boxes, facecolor="none", edgecolor="tab:orange", linewidth=1.5)
-        ax.add_collection(outlines, autolim=False)  # boxes may leave the image
+        lines = PatchCollection(boxes, facecolor="none", edgecolor="tab:orange", linewidth=1.5)
+        ax.add_collection(lines, autolim=False)  # boxes may leave the image
         ax.set_axis_off()
         interval = "" if self.counts is None else f", {self.counts}"
         ax.set_title(f"{len(self)} found{interval}", fontsize="medium")

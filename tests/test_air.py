@@ -111,6 +111,7 @@ def test_losses_with_given_counts_equal_a_loop(kind: str) -> None:
     losses = run(model, COUNTS)
     found, _ = objects(model, 3, COUNTS)
     assert losses.kl_pres is None
+    assert losses.found is None
     for b, count in enumerate((2, 0, 3)):
         canvas = torch.zeros(3, *SIZE, dtype=torch.float64)
         where = what = 0.0
@@ -151,6 +152,9 @@ def test_exact_losses_equal_the_expectation_over_counts(kind: str) -> None:
             sums["kl_pres"] += posterior * math.log(posterior / prior)
         for name, value in sums.items():
             assert float(losses.terms()[name][b]) == pytest.approx(value, rel=1e-9)
+        likely = next((t for t, p in enumerate(on) if p <= 0.5), 3)  # up to the first absent one
+        assert losses.found is not None
+        assert float(losses.found[b]) == likely
 
 
 @pytest.mark.parametrize("kind", ["air", "dair"])

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spairkit.cli import train as train_command
 from spairkit.cli.main import main
-from spairkit.config import Config, PrepareConfig
+from spairkit.config import Config, PrepareConfig, TrainConfig
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.detector import Detector, load
@@ -32,6 +32,7 @@ from spairkit.preparation import fixed_levels
 from spairkit.report.drawing import panel
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
+from spairkit.training.validation import Step
 
 TINY = """\
 [data]
@@ -119,7 +120,7 @@ def weights(folder: Path) -> bytes:
 
 def test_run_contains_all_documented_files(workplace: Path) -> None:
     folder = workplace / "runs" / "digits-quick-1"
-    names = {"config.toml", "metrics.jsonl", "test.json", "report.html", "example.png"}
+    names = {"config.toml", "metrics.jsonl", "test.json", "objects", "report.html", "example.png"}
     assert names <= {path.name for path in folder.iterdir()}
     assert load_checkpoint(folder / "last").step == 6
     assert load_checkpoint(folder).config == Run.open(folder).config
@@ -130,7 +131,9 @@ def test_training_prints_figures_and_two_working_commands(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "my run", "--seed", "3")
     assert ended.status == 0
     assert re.search(
-        r"^step 3: validation elbo -\S+, AP \d\S+, AP paper \d\S+, count right ", ended.err, re.M
+        r"^step 3: validation \d+\.\d objects an image, elbo -\S+, AP \d\S+, AP paper \d\S+, ",
+        ended.err,
+        re.M,
     )
     assert re.search(
         r"^ *objects +images +AP +paper +COCO +AP50 +right +error +bias +holds +width ",
@@ -810,6 +813,23 @@ def test_run_cannot_be_resumed_with_another_model(run: Runner) -> None:
     assert ended.status == 2
     assert "the model of this run is spair, not air; remove --model" in ended.err
     assert run("train", "--model", "airy").err.strip().endswith("(got 'airy')")
+
+
+def test_progress_shows_the_objects_of_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_command, "_LINE_EVERY_SECONDS", 0.0)
+    losses = {"reconstruction": 9.0, "kl_pres": 1.0, "total": 10.0, "elbo": -10.0, "found": 18.26}
+    settings = Config(train=TrainConfig(steps=40))
+    events = [Step(step, 40, losses if step == 20 else None, step / 10) for step in range(1, 31)]
+    made = Run.create(tmp_path / "run", settings)
+    step, figures = train_command._follow([*events], made, quiet=False)
+    assert (step, figures) == (30, {})
+    said = capsys.readouterr().err.splitlines()
+    shown = "18.3 objects an image  elbo -10.0 = -(reconstruction 9.0, pres 1.0)"
+    assert said[-1] == f"step 30 of 40, 10.0/s, 0:00:01 left  {shown}"
+    train_command._follow([*events], made, quiet=True)
+    assert not capsys.readouterr().err
 
 
 def test_slow_compilation_shows_its_progress(

@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import ImageChops
 from torch import Tensor
 
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation, Truth
 from spairkit.report.drawing import (
     COLOURS,
+    DARK_COLOURS,
     MAX_OBJECTS,
+    display_levels,
     draw_boxes,
     panel,
     reconstruction_sheet,
@@ -32,9 +35,11 @@ NONE = detections([])
 
 
 def dark_image(height: int, width: int) -> Tensor:
-    """Dark noise, far from the colours of boxes."""
+    """Dark noise with a few grey pixels, far from the colours of boxes; it is not brightened."""
     generator = torch.Generator().manual_seed(height * 1000 + width)
-    return torch.rand(3, height, width, generator=generator) * 0.2
+    image = torch.rand(3, height, width, generator=generator) * 0.2
+    image.view(3, -1)[:, ::50] = 0.6
+    return image
 
 
 def enlarged(image: Tensor, scale: int) -> Tensor:
@@ -115,29 +120,141 @@ def masked(found: Detections, image: Tensor, labels: list[int]) -> Detections:
     return replace(found, label_image=label_image, labels=torch.tensor(labels, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("scale", [1, 4])
-def test_masks_have_rims_of_one_pixel(scale: int) -> None:
+def frame(height: int, width: int, box: tuple[int, int, int, int]) -> Tensor:
+    """The line outside a box (x1, y1, x2, y2), one pixel wide, without its corners."""
+    x1, y1, x2, y2 = box
+    line = torch.zeros(height, width, dtype=torch.bool)
+    line[y1 - 1 : y2 + 1, x1:x2] = True
+    line[y1:y2, x1 - 1 : x2 + 1] = True
+    line[y1:y2, x1:x2] = False
+    return line
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_small_objects_have_outlines_instead_of_boxes(scale: int) -> None:
     image = dark_image(48, 64)
-    outside = detections([[-9.0, -9.0, -8.0, -8.0]])  # the box is not seen
-    changed = (boxed(image, masked(outside, image, [5]), scale) != enlarged(image, scale)).any(0)
-    expected = torch.zeros(48 * scale, 64 * scale, dtype=torch.bool)
-    expected[10 * scale : 20 * scale, 12 * scale : 30 * scale] = True
-    expected[10 * scale + 1 : 20 * scale - 1, 12 * scale + 1 : 30 * scale - 1] = False
-    assert torch.equal(changed, expected)
+    found = detections([[12.0, 10.0, 30.0, 20.0], [40.0, 30.0, 45.0, 40.0], [50.0, 2.0, 56.0, 9.0]])
+    found = masked(found, image, [5, 8, 9])  # the third has no pixel
+    picture = boxed(image, found, scale)
+    changed = (picture != enlarged(image, scale)).any(0)
+    lines = [
+        frame(48 * scale, 64 * scale, (x1 * scale, y1 * scale, x2 * scale, y2 * scale))
+        for x1, y1, x2, y2 in found.boxes.int().tolist()
+    ]
+    assert torch.equal(is_colour(picture, COLOURS[0]), lines[0])
+    assert torch.equal(is_colour(picture, COLOURS[1]), lines[1])
+    box = is_colour(picture, COLOURS[2])
+    assert box[lines[2]].all()
+    assert torch.equal(changed, lines[0] | lines[1] | box)
 
 
-def test_rims_are_pale_and_lie_under_boxes() -> None:
+def test_outlines_of_large_objects_are_pale_and_lie_under_boxes() -> None:
     image = dark_image(48, 64)
     found = masked(detections([[12.0, 10.0, 30.0, 20.0], [0.0, 0.0, 8.0, 8.0]]), image, [5, 8])
-    picture = boxed(image, found, 4)
-    with_boxes = boxed(image, replace(found, label_image=None, labels=None), 4)
+    picture = boxed(image, found, 8)
+    with_boxes = boxed(image, replace(found, label_image=None, labels=None), 8)
     assert torch.equal(is_colour(picture, COLOURS[0]), is_colour(with_boxes, COLOURS[0]))
-    rim = picture[:, 120, 160:180].int()
-    assert (rim.amin(0) > 80).all()
-    assert (rim[0] > rim[2]).all(), "yellow"
+    pale = picture[:, 239, 325:355].int()  # above the mask without a box
+    assert (pale.amin(0) > 80).all()
+    assert (pale[0] > pale[2]).all(), "yellow"
 
 
-def test_panel_of_masks_has_the_rims_of_the_boxed_image() -> None:
+def test_objects_have_boxes_beside_the_truth() -> None:
+    image = dark_image(48, 64)
+    found = masked(detections([[12.0, 10.0, 30.0, 20.0]]), image, [5])
+    truth = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    drawn = torch.from_numpy(np.array(draw_boxes(image, found, 1, truth))).permute(2, 0, 1)
+    with_boxes = boxed(image, replace(found, label_image=None, labels=None), 1)
+    assert torch.equal(is_colour(drawn, COLOURS[0]), is_colour(with_boxes, COLOURS[0]))
+
+
+@pytest.mark.parametrize("scale", [1, 4, 8])
+def test_lines_of_small_boxes_are_one_pixel_wide(scale: int) -> None:
+    image = dark_image(48, 64)
+    picture = boxed(image, detections([[20.0, 14.0, 29.0, 23.0]]), scale)
+    line = frame(48 * scale, 64 * scale, (20 * scale, 14 * scale, 29 * scale, 23 * scale))
+    changed = (picture != enlarged(image, scale)).any(0)
+    assert changed.sum() == line.sum() + 4, "the line and its corners, no shadow"
+    assert changed[line].all()
+
+
+def test_objects_on_bright_images_have_dark_colours() -> None:
+    image = 1 - dark_image(48, 64)
+    picture = boxed(image, detections([[20.0, 14.0, 29.0, 23.0]]), 4)
+    assert is_colour(picture, DARK_COLOURS[0]).any()
+    assert not is_colour(picture, COLOURS[0]).any()
+
+
+def test_dim_images_are_brightened_and_others_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dim = torch.rand(1, 60, 80, generator=generator).expand(3, 60, 80) * 0.004 + 0.003  # 12 bits
+    dim = dim.clone()
+    dim[:, 3, 3] = 1.0  # a hot pixel
+    low, high = display_levels(dim)
+    assert low == pytest.approx(0.003, abs=1e-4)
+    assert high == pytest.approx(0.007, abs=1e-4)
+    drawn = panel(explained(dim))[:, 40:100, 20:80]
+    assert drawn.float().std() > 60, "uniform over all 256 levels"
+    digits = torch.zeros(3, 48, 48)
+    digits[:, 5:20, 5:9] = 0.9
+    for image in (digits, dark_image(48, 48), torch.full((3, 9, 9), 0.2), dim[:, :1, :1]):
+        assert display_levels(image) == (0.0, 1.0)
+    assert display_levels(torch.full((3, 4, 4), float("nan"))) == (0.0, 1.0)
+
+
+def test_reconstructions_and_objects_have_levels_of_their_own() -> None:
+    image = dark_image(48, 48) * 0.01
+    found = detections([[2.0, 2.0, 12.0, 12.0]])
+    drawn = torch.zeros(3, 48, 48)
+    drawn[:, :, 24:] = 0.2
+    picture = panel(explained(image, found, drawn, plain_objects([0.1])))
+    expected = torch.zeros(3, 384, 384, dtype=torch.uint8)
+    expected[:, :, 192:] = 255
+    assert contains(picture, expected), "from 0 to .2"
+    assert is_colour(picture[:, 450:], (128, 128, 128)).sum() >= 84 * 84
+    bright = drawn * 4  # as after a preparation that stretches
+    assert contains(panel(explained(image, NONE, bright)), enlarged(bright, 8))
+
+
+def test_labels_are_written_on_demand() -> None:
+    image = dark_image(48, 64)
+    found = detections([[20.0, 14.0, 34.0, 30.0], [40.0, 0.0, 50.0, 9.0]])
+    plain = draw_boxes(image, found, 8)
+    labelled = draw_boxes(image, found, 8, labels=True)
+    changed = np.array(ImageChops.difference(plain, labelled)).max(2) > 0
+    rows, columns = changed.nonzero()
+    assert changed[14 * 8 - 20 : 14 * 8, 20 * 8 : 26 * 8].any(), "above the first box"
+    assert changed[9 * 8 : 9 * 8 + 20, 40 * 8 : 47 * 8].any(), "below a box at the upper rim"
+    assert not changed[14 * 8 : 30 * 8, 20 * 8 : 34 * 8].any(), "not on the object"
+    assert rows.max() < 14 * 8
+    assert columns.min() >= 20 * 8 - 1
+    assert not torch.equal(
+        panel(explained(image, found), labels=True), panel(explained(image, found))
+    )
+
+
+def test_labels_never_cover_each_other() -> None:
+    image = dark_image(48, 64)
+    box = [20.0, 14.0, 34.0, 30.0]
+    pair = detections([box, box], [0.6, 0.9])
+    once = draw_boxes(image, detections([[9e9] * 4, box], [0.6, 0.9]), 8, labels=True)
+    assert np.array_equal(np.array(draw_boxes(image, pair, 8, labels=True)), np.array(once))
+    many = detections(
+        [[float(x), float(y), x + 2.0, y + 2.0] for x in range(60) for y in range(40)]
+    )
+    assert draw_boxes(image, many, 1, labels=True).size == (64, 48)
+
+
+def test_large_images_show_their_objects_below() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, 100, 2048, generator=generator)
+    found = detections([[1000.0, 40.0, 1010.0, 50.0]])
+    picture = panel(explained(image, found))
+    assert contains(picture, boxed(image, found, 1))
+    assert picture.shape[2] == 2 * 1024 + 3 * 16
+
+
+def test_panel_of_masks_has_the_outlines_of_the_boxed_image() -> None:
     image = dark_image(48, 64)
     found = masked(detections([[12.0, 10.0, 30.0, 20.0]]), image, [5])
     drawn = panel(explained(image, found))

@@ -1,5 +1,7 @@
 """Weights of the terms in the training objective and in the reported ELBO."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,13 @@ def test_means_list_every_term_without_gradients() -> None:
         "elbo": -232.0,
     }
     assert not any(value.requires_grad for value in means.values())
+
+
+def test_number_of_objects_is_no_term() -> None:
+    counted = replace(losses(1.0), found=torch.tensor([3.0, 4.0]))
+    assert torch.equal(counted.total, losses(1.0).total)
+    assert float(counted.means()["found"]) == 3.5
+    assert float(counted.detach().means()["found"]) == 3.5
 
 
 def test_absent_terms_are_omitted() -> None:

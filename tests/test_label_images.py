@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_masks
 from torch import Tensor
 
-from spairkit.label_images import areas, coco_segmentations, intensities, relabelled, rims
+from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
 
 
 def painted(height: int, width: int, labels: int, seed: int) -> Tensor:
@@ -94,33 +94,36 @@ def test_no_object_has_no_areas() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rims_are_pixels_beside_other_objects(seed: int) -> None:
+def test_outlines_are_pixels_beside_objects(seed: int) -> None:
     image = painted(25, 31, labels=8, seed=seed)
-    around = torch.full((27, 33), -1, dtype=torch.int32)
+    around = torch.zeros(27, 33, dtype=torch.int32)
     around[1:-1, 1:-1] = image
-    rim = rims(image, 25, 31)
+    drawn = outlines(image, 25, 31)
     for y in range(25):
         for x in range(31):
+            own = int(image[y, x])
             places = ((y, x + 1), (y + 2, x + 1), (y + 1, x), (y + 1, x + 2))
-            expected = image[y, x] > 0 and any(around[at] != image[y, x] for at in places)
-            assert rim[y, x] == expected
+            others = [int(around[at]) for at in places]
+            touches = any(0 < other < own for other in others)
+            assert drawn[y, x] == (own if touches else 0 if own else max(others))
 
 
-def test_rims_stay_one_pixel_wide_in_enlargements() -> None:
+def test_outlines_stay_one_pixel_wide_in_enlargements() -> None:
     image = torch.zeros(4, 5, dtype=torch.int32)
     image[1:3, 1:3] = 3
-    rim = rims(image, 40, 50)
-    expected = np.zeros((40, 50), bool)
-    expected[10:30, 10:30] = True
-    expected[11:29, 11:29] = False
-    assert (rim == expected).all()
+    drawn = outlines(image, 40, 50)
+    expected = np.zeros((40, 50), int)
+    expected[9:31, 10:30] = expected[10:30, 9:31] = 3
+    expected[10:30, 10:30] = 0
+    assert (drawn == expected).all()
 
 
-def test_rims_are_drawn_in_reductions() -> None:
+def test_outlines_are_drawn_in_reductions() -> None:
     image = torch.zeros(40, 60, dtype=torch.int32)
     image[8:32, 12:36] = 1
-    rim = rims(image, 10, 15)
-    assert rim[2:8, 3:9].sum() == rim.sum() == 20
+    drawn = outlines(image, 10, 15)
+    assert not drawn[2:8, 3:9].any()
+    assert drawn.sum() == drawn[1:9, 2:10].sum() == 4 * 6
 
 
 def test_images_of_another_size_are_refused() -> None:

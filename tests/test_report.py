@@ -1,6 +1,7 @@
 """report.html: complete, self-contained, and free of injected markup."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 
 from spairkit import metrics
 from spairkit.config import Config
 from spairkit.config_values import from_dict, to_toml
 from spairkit.errors import InputError
 from spairkit.evaluation import Figures, Report
-from spairkit.report.curves import MAX_POINTS, chart, line
+from spairkit.images import write_png
+from spairkit.report.curves import MAX_BARS, MAX_POINTS, chart, histogram, line
+from spairkit.report.objects import Floor, FoundImage, Group, Objects
 from spairkit.report.page import write_report
 
 HOSTILE = "</pre><script>alert('1')</script><img src=x onerror=\"alert(2)\">"
@@ -86,6 +90,27 @@ def write_picture(folder: Path, number: int, colour: tuple[int, int, int]) -> by
     return path.read_bytes()
 
 
+def write_objects(folder: Path, **changes: Any) -> Objects:
+    """Objects of two of five images, with pictures."""
+    images = (
+        FoundImage(name="a.png", size=(30, 40), count=12, interval=(11, 14), picture="image-1.png"),
+        FoundImage(name="b.png", size=(30, 40), count=1200, interval=(1190, 1211)),
+    )
+    group = Group(count=1212, side=11.6, picture="group-1.png")
+    values: dict[str, Any] = {
+        "available": 5,
+        "images": images,
+        "interval": (1201, 1224),
+        "groups": (group,),
+    }
+    found = Objects(**values | changes)
+    (folder / "objects").mkdir()
+    (folder / "objects" / "objects.json").write_bytes(TypeAdapter(Objects).dump_json(found))
+    for name in ("image-1.png", "group-1.png"):
+        Image.new("RGB", (8, 8), (9, 8, 7)).save(folder / "objects" / name)
+    return found
+
+
 def report(measured_on: str) -> Report:
     figures = Figures(40, 90, 0.7125, 0.61, 0.44, 0.93, 0.31, 0.875, 0.15, -0.05)
     none = Figures(8, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.75, 0.25, 0.25)
@@ -119,6 +144,148 @@ def test_page_contains_figures_curves_pictures_and_config(tmp_path: Path) -> Non
         assert protocol in page.text
     for title in ("reconstruction", "where", "count right", "updates"):
         assert title in page.text
+
+
+def test_page_begins_with_the_objects(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "run")
+    write_objects(folder)
+    page = read(write_report(folder))
+    assert page.open == []
+    headline = page.text.index("1,212 objects in the first 2 of 5 images")
+    for word in (
+        "With 90 % confidence there are 1,201 to 1,224.",
+        "606.0 in an image on average, 12 to 1,200.",
+        "12 found, 11 to 14 at 90 %",
+        "40 × 30 px",
+        "1,212 objects, 12 px",
+    ):
+        assert word in page.text
+    assert headline < page.text.index("Counts") < page.text.index("Test figures")
+    sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    data = base64.b64encode((folder / "objects" / "image-1.png").read_bytes()).decode()
+    assert sources[0] == f"data:image/png;base64,{data}"
+    assert len(sources) == 4
+    assert page.count("svg") == 6, "the histogram, loss, KL, boxes, ELBO and by number"
+
+
+def test_losses_validations_and_settings_are_folded(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "run")
+    write_objects(folder)
+    text = write_report(folder).read_text()
+    folds = re.findall(r"<details>.*?</details>", text, re.S)
+    assert "<details open" not in text
+    for word in ("Training loss", "after 500 updates", "cell = 12", "How the figures are measured"):
+        assert word not in re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+        assert any(word in fold for fold in folds)
+
+
+def test_one_image_has_no_histogram(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    image = FoundImage(name="a.png", size=(30, 40), count=1, true_count=2, picture="image-1.png")
+    write_objects(folder, images=(image,), available=1, interval=None, groups=())
+    page = read(write_report(folder))
+    assert "1 object in 1 image" in page.text
+    assert "In truth there are 2." in page.text
+    assert page.count("svg") == 0
+    assert "Groups" not in page.text
+
+
+def test_uncalibrated_intervals_and_parts_are_named(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    image = FoundImage(
+        name="a.png", size=(4000, 6000), part=(1024, 1024), count=9, picture="image-1.png"
+    )
+    write_objects(folder, images=(image,), is_calibrated=False, interval=(8, 10))
+    page = read(write_report(folder))
+    assert "8 to 10; this is too sure, as the model is not calibrated." in page.text
+    assert "Of larger images, the middle was looked at." in page.text
+    assert "middle 1,024 × 1,024 of 6,000 × 4,000 px" in page.text
+
+
+def test_classical_method_stands_beside_the_model(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    image = FoundImage(name="a.png", size=(30, 40), count=9, floor_count=11, picture="image-1.png")
+    floor = Floor(name="watershed", count=11, agreement=0.8125)
+    write_objects(folder, images=(image,), floor=floor)
+    page = read(write_report(folder))
+    assert "9 found" in page.text
+    assert "watershed: 11" in page.text
+    assert "0.812" in page.text
+    assert "Beside a classical method" in page.text
+
+
+def test_warnings_and_next_commands_are_shown(tmp_path: Path) -> None:
+    settings = from_dict({"data": {"name": "folder", "path": "/my cells"}})
+    folder = make_run(tmp_path / "run", settings)
+    write_objects(folder)
+    (folder / "signs.json").write_text(json.dumps({"warnings": ["Every cell is on.", HOSTILE]}))
+    page = read(write_report(folder))
+    assert page.text.index("Every cell is on.") < page.text.index("1,212 objects")
+    assert HOSTILE in page.text
+    assert page.count("script") == 0
+    assert f"spairkit viz '/my cells/a.png' --checkpoint {folder}" in page.text
+    assert f"spairkit detect '/my cells' --out found.json --checkpoint {folder}" in page.text
+    (folder / "signs.json").unlink()
+    assert "Warnings" not in read(write_report(folder)).text
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"warnings": 3}', '{"warnings": [3]}', "[" * 99999])
+def test_damaged_warnings_are_refused(tmp_path: Path, content: str) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "signs.json").write_text(content)
+    with pytest.raises(InputError, match=r"signs\.json: not .*; remove the file, or train again"):
+        write_report(folder)
+
+
+def test_hostile_names_of_images_are_escaped(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    image = FoundImage(name=HOSTILE, size=(30, 40), count=9, picture="image-1.png")
+    write_objects(folder, images=(image,))
+    page = read(write_report(folder))
+    assert page.open == []
+    assert page.count("script") == 0
+    assert page.count("img") == 2
+    assert HOSTILE in page.text
+
+
+def test_missing_pictures_of_objects_are_passed_over(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_objects(folder)
+    (folder / "objects" / "image-1.png").write_bytes(b"GIF89a")
+    (folder / "objects" / "group-1.png").unlink()
+    page = read(write_report(folder))
+    assert page.text.count("The picture cannot be read.") == 2
+
+
+def test_large_pictures_are_reduced(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "pictures").mkdir()
+    noise = torch.rand(3, 1200, 1600, generator=torch.Generator().manual_seed(0))
+    write_png(folder / "pictures" / "step-9.png", noise)
+    page = read(write_report(folder))
+    [source] = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
+    with Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))) as picture:
+        assert picture.size == (1000, 750)
+
+
+def test_figures_by_number_stand_over_the_number(tmp_path: Path) -> None:
+    folder = full_run(tmp_path / "run")
+    text = write_report(folder).read_text()
+    start = text.index("By number of objects</h3>")
+    ticks = re.findall(r">(\d+)</text>", text[start : text.index("</svg>", start)])
+    assert "10" in ticks, "the axis ends at ten objects"
+    assert "90" not in ticks, "not at the sum of all objects"
+
+
+def test_histogram_has_a_bar_for_each_range() -> None:
+    def bars(counts: list[int]) -> int:
+        svg = histogram(counts, x_label="objects", y_label="images")
+        return svg.count("#0072b2")
+
+    assert bars([1, 2, 2, 5]) == 3
+    assert bars([7]) == 1
+    assert bars(list(range(1000))) == MAX_BARS
+    assert bars([0] * 5 + [10**6]) == 2
 
 
 def test_curves_are_drawn_from_the_metrics(tmp_path: Path) -> None:

@@ -196,7 +196,9 @@ def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> 
     images = torch.rand(2, 3, 24, 36)
     latents, background = model._sample(images, False, torch.Generator().manual_seed(0))
     image = model._render(latents, background, images, model.decode(latents.what))
+    latents.presence_logit[1, 1::2] -= 9.0  # some cells of one image are off
     losses = model._losses(images, latents, image, 0.3)
+    presences = latents.presence_logit.sigmoid().tolist()
 
     def kl(mean: float, std: float, prior_mean: float, prior_std: float) -> float:
         square = (std**2 + (mean - prior_mean) ** 2) / prior_std**2
@@ -221,6 +223,8 @@ def test_losses_match_a_loop_over_cells(prior_mean: float, prior_std: float) -> 
         assert float(losses.kl_what[b]) == pytest.approx(what, rel=1e-4)
         assert float(losses.terms()["kl_depth"][b]) == pytest.approx(depth, rel=1e-4)
         assert float(losses.reconstruction[b]) == pytest.approx(entropy, rel=1e-3)
+        assert losses.found is not None
+        assert float(losses.found[b]) == sum(p > 0.5 for p in presences[b])
     pres = presence_kl(latents.presence_logit, latents.presence, 0.3).sum(1)
     torch.testing.assert_close(losses.kl_pres, pres)
     terms = losses.terms()

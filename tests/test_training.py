@@ -126,7 +126,8 @@ def test_fit_yields_every_step_and_validation(tmp_path: Path) -> None:
     validations = [event for event in events if isinstance(event, Validation)]
     assert [event.step for event in validations] == [4, 8]
     assert all(event.picture.is_file() for event in validations)
-    assert {"elbo", "ap", "ap_spair", "count_accuracy"} <= validations[0].figures.keys()
+    assert {"elbo", "found", "ap", "ap_spair"} <= validations[0].figures.keys()
+    assert 0 <= validations[0].figures["found"] <= 2 * 2, "at most the cells of an image"
     records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["kind"] == "validation"] == [4, 8]
     best = max(validations, key=lambda event: event.figures["elbo"])
@@ -353,7 +354,7 @@ def test_validation_elbo_is_the_mean_over_batches_with_fixed_noise(tmp_path: Pat
         with torch.no_grad():
             noise = trainer._generator(_VALIDATE, index)
             elbos += trainer.model(dataset.batch(rows).images, generator=noise).elbo.tolist()
-    assert trainer._elbo(dataset) == pytest.approx(sum(elbos) / 6, rel=1e-6)
+    assert trainer._mean_elbo(dataset)["elbo"] == pytest.approx(sum(elbos) / 6, rel=1e-6)
 
 
 def test_non_finite_updates_change_no_state(
@@ -569,7 +570,8 @@ def test_small_gradients_are_not_scaled_up(tmp_path: Path, monkeypatch: pytest.M
 def test_training_stops_as_soon_as_patience_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_elbo", lambda self, _: -float(self.step))  # best at the first
+    # best at the first
+    monkeypatch.setattr(Trainer, "_mean_elbo", lambda self, _: {"elbo": -float(self.step)})
     run = train(tiny(steps=400, validation_every=2, patience=4), tmp_path / "run")
     assert load_checkpoint(run.path / "best").step == 2
     assert [r["step"] for r in run.metrics() if r["kind"] == "validation"] == [2, 4, 6]
@@ -578,7 +580,7 @@ def test_training_stops_as_soon_as_patience_is_over(
 def test_resuming_a_run_that_patience_ended_trains_no_further(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_elbo", lambda self, _: -float(self.step))
+    monkeypatch.setattr(Trainer, "_mean_elbo", lambda self, _: {"elbo": -float(self.step)})
     config = tiny(steps=400, validation_every=2, patience=4)
     run = train(config, tmp_path / "run")
     before = run.metrics()

@@ -387,7 +387,11 @@ class AIR(nn.Module):
             (2, 0.0, c.shift_prior_std),
         )
         what = weighted_kls(objects.what_mean, objects.what_std, weight, (c.what, 0.0, 1.0))
-        return Losses(reconstruction, where.sum(1), what.sum(1), kl_pres=kl_pres, beta=c.beta)
+        on = (objects.logit > 0).to(reconstruction.dtype).cumprod(1)  # up to the first absent one
+        found = None if c.count_is_given else on.sum(1)
+        return Losses(
+            reconstruction, where.sum(1), what.sum(1), kl_pres=kl_pres, found=found, beta=c.beta
+        )
 
 
 def _std(raw: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """Terms of the negative ELBO of each image, in nats; every term [B].
+    """Terms of the negative ELBO of each image, in nats, and its number of objects; all [B].
 
     A term that the model does not have is None.
     """
@@ -22,6 +22,8 @@ class Losses:
     kl_depth: Tensor | None = None
     kl_pres: Tensor | None = None
     """z_pres under the count prior; never multiplied by `beta` or by presence."""
+    found: Tensor | None = None
+    """Number of objects: those of a presence probability above 1/2. Not a term; None if given."""
     beta: float = 1.0
     """Weight of the where, what and depth terms in `total`; 1 makes it the negative ELBO."""
 
@@ -54,6 +56,8 @@ class Losses:
         return replace(self, **terms)
 
     def means(self) -> dict[str, Tensor]:
-        """Name to batch mean (0-d, detached) of every term, of `total` and of `elbo`."""
+        """Name to batch mean (0-d, detached) of every term, of `total`, `elbo` and `found`."""
         every = {**self.terms(), "total": self.total, "elbo": self.elbo}
+        if self.found is not None:
+            every["found"] = self.found
         return {name: value.detach().mean() for name, value in every.items()}

@@ -561,5 +561,6 @@ class SPAIR(nn.Module):
             kl_what=what,
             kl_depth=depth,
             kl_pres=pres.sum(1),
+            found=(latents.presence_logit > 0).to(pres.dtype).sum(1),
             beta=c.beta,
         )

@@ -1,4 +1,4 @@
-"""Line charts as SVG, to stand inside a page."""
+"""Line charts and histograms as SVG, to stand inside a page."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,6 +16,9 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 MAX_POINTS = 300
 """Of a line; longer ones are averaged in equal stretches."""
+
+MAX_BARS = 16
+"""Of a histogram."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -68,10 +72,7 @@ def chart(
     if not drawn:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-        figure.patch.set_alpha(0.0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0.0)
+        figure, axes = _axes(x_label, y_label, 2.9)
         for item, colour in zip(drawn, COLOURS, strict=False):
             marker = "o" if len(item.x) <= 30 else None
             axes.plot(item.x, item.y, color=colour, lw=1.6, marker=marker, ms=3.5, label=item.name)
@@ -80,14 +81,50 @@ def chart(
             axes.set_ylim(0, 1.02)
         elif min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(axis="y", color="#e8eaee", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
         figure.legend(loc="outside upper left", ncols=len(drawn), frameon=False, handlelength=1.4)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(figure)
+
+
+def histogram(counts: Sequence[int], *, x_label: str, y_label: str) -> Markup:
+    """The number of times that each count, or each of some 16 ranges of counts, occurs, as SVG.
+
+    Args:
+        counts: one at least, from 0.
+        x_label: what is counted.
+        y_label: where it is counted.
+    """
+    least, most = min(counts), max(counts)
+    width = -(-(most - least + 1) // MAX_BARS)
+    heights: dict[int, int] = {}
+    for count in counts:
+        start = least + (count - least) // width * width
+        heights[start] = heights.get(start, 0) + 1
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(x_label, y_label, 1.9)
+        centres = [start + (width - 1) / 2 for start in heights]
+        axes.bar(centres, list(heights.values()), width=0.85 * width, color=COLOURS[0])
+        axes.set_xlim(least - width, most + width)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        return _svg(figure)
+
+
+def _axes(x_label: str, y_label: str, height: float) -> tuple[Figure, Axes]:
+    """An empty chart with whole numbers on the x-axis; `height` is in inches."""
+    figure = Figure(figsize=(4.8, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0.0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color="#e8eaee", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     # the names in it are ours: nothing in a chart comes from a file
     return Markup(text[text.index("<svg") :])

@@ -1,10 +1,11 @@
-"""Pictures of explanations: boxes, reconstructions, galleries of objects.
+"""Pictures of explanations: boxes or outlines, reconstructions, galleries of objects.
 
 Pictures are [3, H, W] uint8 tensors, as `spairkit.images.write_png` takes them. Small images are
-enlarged by a whole factor, so that nothing is blurred. An object has one colour throughout a
-picture, for its box and its frame in the gallery.
+enlarged by a whole factor, so that nothing is blurred, and dim ones are brightened. An object has
+one colour throughout a picture, for its box or outline and its frame in the gallery.
 """
 
+import io
 from collections.abc import Sequence
 from functools import cache
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from spairkit.detections import Detections, Explanation, Truth
 from spairkit.images import commonest_colour
-from spairkit.label_images import rims
+from spairkit.label_images import outlines
 
 COLOURS = (
     (86, 180, 233),
@@ -26,8 +27,18 @@ COLOURS = (
     (255, 122, 64),
     (222, 145, 190),
 )
-"""Colours of the boxes, in turn: the lighter ones of Okabe and Ito, which colour-blind people can
-tell apart, with green, vermilion and purple lightened."""
+"""Colours of the objects on dark images, in turn: the lighter ones of Okabe and Ito, which
+colour-blind people can tell apart, with green, vermilion and purple lightened."""
+
+DARK_COLOURS = (
+    (0, 92, 150),
+    (190, 80, 0),
+    (0, 110, 80),
+    (110, 95, 0),
+    (200, 30, 20),
+    (150, 50, 115),
+)
+"""Those on bright images: darker ones of the same hues."""
 
 MAX_OBJECTS = 24
 """Objects in a gallery, those of highest score."""
@@ -37,8 +48,18 @@ _INK = (40, 44, 52)
 _FAINT = (120, 124, 132)
 _SHADOW = (0, 0, 0)
 _TRUE = (255, 255, 255)
-_RIM = (255, 242, 153)
-_RIM_ALPHA = 160  # of 255
+_OUTLINE = (255, 242, 153)
+_OUTLINE_ALPHA = 160  # of 255
+_SHADOW_ALPHA = 130
+
+_STRETCHED = 0.5  # images that use less of the range are brightened
+_DARKEST, _LIGHTEST = 0.001, 0.999  # shares of the pixels, which become black and white
+_LEAST_RANGE = 1e-4  # an even image is not brightened
+_MAX_SAMPLED = 1 << 20  # pixels
+
+_BRIGHT = 140  # median of the grey levels from 0 to 255
+_SMALL_SIDE = 32  # pixels of the picture; smaller objects have outlines instead of boxes
+_THICK_SIDE = 80  # larger boxes have lines of two pixels
 
 _GAP = 16
 _LEGIBLE_SIDE = 384  # pixels; least length of an image's longer side
@@ -46,9 +67,35 @@ _MAX_SCALE = 16
 _TILE_SIDE = 192  # the same for an image in a sheet
 _MAX_TILE_SIDE = 512
 _MAX_PANEL_SIDE = 1024
+_MAX_BOXED_SIDE = 3072
 _MAX_SHEET_WIDTH = 1680
 _MAX_COLUMNS = 8
 _OBJECT_SIDE = 84
+
+
+def display_levels(image: Tensor) -> tuple[float, float]:
+    """The intensities of an image [3, H, W] that are shown as black and white.
+
+    0 and 1, unless the image uses less than half of that range: then the lowest and highest
+    intensity, but for a thousandth of the pixels at either end.
+    """
+    every = max(1, image[0].numel() // _MAX_SAMPLED)
+    pixels = image.detach().cpu().float().nan_to_num().clamp(0, 1).flatten(1)[:, ::every].numpy()
+    low = float(np.quantile(pixels.min(0), _DARKEST))
+    high = float(np.quantile(pixels.max(0), _LIGHTEST))
+    return (low, high) if _LEAST_RANGE < high - low < _STRETCHED else (0.0, 1.0)
+
+
+def reduced(image: Tensor, max_side: int) -> Image.Image:  # [3, H, W]
+    """The image, at most `max_side` pixels long."""
+    return _picture(image, min(1.0, max_side / max(image.shape[1:])))
+
+
+def encoded(picture: Image.Image) -> bytes:
+    """The picture as PNG."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG", optimize=True)
+    return data.getvalue()
 
 
 def draw_boxes(
@@ -56,34 +103,61 @@ def draw_boxes(
     detections: Detections,
     scale: float = 1,
     truth: Truth | None = None,
+    *,
+    labels: bool = False,
+    levels: tuple[float, float] = (0.0, 1.0),
 ) -> Image.Image:
-    """The image, enlarged or reduced, with a line around each box; lines run outside the boxes.
+    """The image, enlarged or reduced, with a thin line around each object, outside it.
 
-    Masks have pale yellow rims, which lie under the lines.
+    Objects that are small in the picture have the outline of their mask, if they have one. Others
+    have a box, and the outline in pale yellow. With true boxes all have boxes.
 
     Args:
         image: [3, H, W] in [0, 1].
         detections: boxes that are empty, inverted or not finite are not drawn.
         scale: a whole enlargement, or a reduction below 1.
         truth: true boxes, marked by white corners.
+        labels: whether to write the number of each object, from 1, and its score beside it. A label
+            that would cover another one of higher score is left out.
+        levels: as `display_levels`.
 
     Raises:
         ValueError: `image` is not [3, H, W], or masks are not [H, W].
     """
-    picture = _picture(image, scale)
+    picture = _picture(image, scale, levels)
+    colours = _palette(picture)
+    boxes = _corners(detections.boxes, scale, picture)
+    boxed: npt.NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     if detections.label_image is not None:
-        _mark_rims(picture, detections.masks, image)
+        outline = _outline(detections.masks, picture, image)
+        sides = (boxes[boxed, 2:] - boxes[boxed, :2]).min(1)
+        if truth is None and len(sides) and np.median(sides) < _SMALL_SIDE:
+            outlined = np.unique(outline[outline > 0]) - 1
+            _mark_outlines(picture, outline, colours)
+            boxed[outlined] = False
+        else:
+            alpha = (outline > 0).astype(np.uint8) * _OUTLINE_ALPHA
+            picture.paste(_OUTLINE, mask=Image.fromarray(alpha))
     if truth is not None:
         _mark_truth(picture, truth, scale)
-    _mark(picture, detections, scale)
+    scores = detections.scores.detach().cpu().double().numpy()
+    best_first = np.argsort(-scores, kind="stable").tolist()
+    _mark(picture, boxes, [i for i in best_first if boxed[i]], colours)
+    if labels:
+        _label(picture, boxes, scores, best_first, colours)
     return picture
 
 
-def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
-    """One picture of one image: the image, its boxes, its reconstruction and its objects.
+def panel(
+    explanation: Explanation,
+    *,
+    labels: bool = False,
+) -> Tensor:  # [3, H', W'] uint8
+    """One picture of one image: the image, its objects, its reconstruction and a gallery.
 
-    Objects are sorted by score, 24 at most, each on the commonest colour of the image. An image
-    longer than 1,024 pixels is reduced to that.
+    The objects of the gallery are sorted by score, 24 at most, each on the commonest colour of the
+    reconstruction. An image longer than 1,024 pixels is reduced to that; with its objects it is
+    below the others, up to 3,072 pixels long. `labels` is as in `draw_boxes`.
 
     Raises:
         ValueError: shapes do not fit each other.
@@ -91,22 +165,37 @@ def panel(explanation: Explanation) -> Tensor:  # [3, H', W'] uint8
     image, detections = explanation.image, explanation.detections
     appearances = explanation.appearances
     height, width = image.shape[1:]
-    scale = _scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
+    levels = display_levels(image)
+    scale = picture_scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE)
+    boxed_scale = max(scale, min(1.0, _MAX_BOXED_SIDE / max(height, width)))
     found = _count(len(detections), "found")
     if detections.counts is not None:
         found = f"{found} ({detections.counts})"
-    pictures = [
-        _captioned(_picture(image, scale), f"image, {width} by {height} px"),
-        _captioned(draw_boxes(image, detections, scale), found),
-        _captioned(_picture(explanation.reconstruction, scale), "reconstruction"),
-    ]
-    parts = [_beside(pictures)]
+    drawn = draw_boxes(image, detections, boxed_scale, labels=labels, levels=levels)
+    caption = f"image, {width} by {height} px{', brightened' if levels != (0, 1) else ''}"
+    plain = _captioned(_picture(image, scale, levels), caption)
+    boxed = _captioned(drawn, found)
+    drawn_levels = display_levels(explanation.reconstruction)  # of the prepared image
+    rebuilt = _captioned(
+        _picture(explanation.reconstruction, scale, drawn_levels), "reconstruction"
+    )
+    if boxed_scale > scale:
+        parts = [_beside([plain, rebuilt]), boxed]
+    else:
+        parts = [_beside([plain, boxed, rebuilt])]
     if appearances.shape[:1] + appearances.shape[3:] != (len(detections), 4):
         raise ValueError(
             f"appearances must be [{len(detections)}, P, P, 4], got {list(appearances.shape)}"
         )
-    ground = commonest_colour(image).double().numpy()
-    parts.append(_gallery(detections, appearances, ground, parts[0].width))
+    gallery = _gallery(
+        detections,
+        torch.cat([_stretched(appearances[..., :3], drawn_levels), appearances[..., 3:]], dim=-1),
+        _stretched(commonest_colour(explanation.reconstruction), drawn_levels).double().numpy(),
+        max(part.width for part in parts),
+        _palette(_picture(image, boxed_scale, levels)),
+        labels=labels,
+    )
+    parts.append(gallery)
     return _tensor(_below(parts))
 
 
@@ -127,12 +216,14 @@ def reconstruction_sheet(
     if truth is not None and len(truth) != len(explanations):
         raise ValueError(f"truth must hold {len(explanations)} images, got {len(truth)}")
     height, width = explanations[0].image.shape[1:]
-    scale = _scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
+    scale = picture_scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
     pairs = []
     for b, explanation in enumerate(explanations):
         found, true = explanation.detections, None if truth is None else truth[b]
-        boxed = draw_boxes(explanation.image, found, scale, true)
-        drawn = _picture(explanation.reconstruction, scale)
+        levels = display_levels(explanation.image)
+        boxed = draw_boxes(explanation.image, found, scale, true, levels=levels)
+        drawn_levels = display_levels(explanation.reconstruction)
+        drawn = _picture(explanation.reconstruction, scale, drawn_levels)
         number = _count(len(found), "found")
         caption = number if true is None else f"{len(found)} found, {len(true)} there"
         pairs.append(_captioned(_below([boxed, drawn], gap=4), caption))
@@ -143,36 +234,83 @@ def reconstruction_sheet(
     return _tensor(_below([_beside(row) for row in rows]))
 
 
-def _mark(picture: Image.Image, detections: Detections, scale: float) -> None:
-    """Draws a line around each box; boxes of higher score lie on top."""
-    boxes = _corners(detections.boxes, scale, picture)
-    scores = detections.scores.detach().cpu().double().numpy()
-    visible = [
-        i
-        for i in np.argsort(-scores, kind="stable").tolist()
-        if (boxes[i, 2:] > boxes[i, :2]).all()
-    ]
+def _mark(
+    picture: Image.Image,
+    boxes: npt.NDArray[np.float64],  # [n, 4] pixels of the picture
+    order: Sequence[int],
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    """Draws a line around each box of `order`; the first ones lie on top."""
     draw = ImageDraw.Draw(picture)
-    line = max(1, round(max(picture.size) ** 0.5 / 10))
-    for i in reversed(visible):
+    shadow = Image.new("L", picture.size)
+    rings = []
+    for i in reversed(order):
         x1, y1, x2, y2 = np.round(boxes[i]).astype(int).tolist()
-        for grown, colour, width in ((line + 2, _SHADOW, line + 2), (line + 1, _colour(i), line)):
-            # at the rim of the picture the line of a box lies inside
-            outline = (
+        line = 1 if min(x2 - x1, y2 - y1) < _THICK_SIDE else 2
+        # at the rim of the picture the line of a box lies inside
+        inner, outer = (
+            (
                 max(x1 - grown, min(x1, 0)),
                 max(y1 - grown, min(y1, 0)),
                 min(x2 + grown, max(x2, picture.width)) - 1,
                 min(y2 + grown, max(y2, picture.height)) - 1,
             )
-            draw.rectangle(outline, outline=colour, width=width)
+            for grown in (line, line + 1)
+        )
+        if line > 1:
+            ImageDraw.Draw(shadow).rectangle(outer, outline=_SHADOW_ALPHA)
+        rings.append((inner, colours[i % len(colours)], line))
+    picture.paste(_SHADOW, mask=shadow)
+    for outline, colour, line in rings:
+        draw.rectangle(outline, outline=colour, width=line)
 
 
-def _mark_rims(picture: Image.Image, masks: Tensor, image: Tensor) -> None:
-    """Draws the rim of each mask, one pixel of the picture wide."""
+def _outline(
+    masks: Tensor,  # [H, W] int32
+    picture: Image.Image,
+    image: Tensor,  # [3, H, W]
+) -> npt.NDArray[np.int32]:
     if masks.shape != image.shape[1:]:
         raise ValueError(f"masks must be {list(image.shape[1:])}, got {list(masks.shape)}")
-    rim = rims(masks, picture.height, picture.width)
-    picture.paste(_RIM, mask=Image.fromarray(rim.astype(np.uint8) * _RIM_ALPHA))
+    return outlines(masks, picture.height, picture.width)
+
+
+def _mark_outlines(
+    picture: Image.Image,
+    outline: npt.NDArray[np.int32],  # [H, W] number of the object from 1, or 0
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    painted = np.array(colours, np.uint8)[(outline - 1) % len(colours)]
+    picture.paste(Image.fromarray(painted), mask=Image.fromarray(outline > 0))
+
+
+def _label(
+    picture: Image.Image,
+    boxes: npt.NDArray[np.float64],  # [n, 4] pixels of the picture
+    scores: npt.NDArray[np.float64],  # [n]
+    order: Sequence[int],
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    """Writes number and score above each box, or below it at the upper rim."""
+    draw, font = ImageDraw.Draw(picture), _font(11)
+    height = sum(font.getmetrics())
+    taken = Image.new("1", picture.size)
+    for i in order:
+        x1, y1, x2, y2 = boxes[i]
+        if not (x1 < x2 and y1 < y2 and x2 > 0 and y2 > 0):
+            continue
+        text = f"{i + 1}: {scores[i]:.2f}"
+        width = round(font.getlength(text))
+        x = max(0, min(round(x1), picture.width - width))
+        y = round(y1) - height - 1
+        y = y if y >= 0 else min(round(y2) + 2, picture.height - height)
+        place = (x, y, x + width, y + height)
+        if taken.crop(place).getbbox():
+            continue
+        taken.paste(1, place)
+        colour = colours[i % len(colours)]
+        ground = _SHADOW if colours is COLOURS else _PAPER
+        draw.text((x, y), text, fill=colour, font=font, stroke_width=1, stroke_fill=ground)
 
 
 def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:
@@ -194,13 +332,20 @@ def _gallery(
     appearances: Tensor,  # [n, P, P, 4]
     ground: npt.NDArray[np.float64],  # [3]
     width: int,
+    colours: Sequence[tuple[int, int, int]],
+    *,
+    labels: bool,
 ) -> Image.Image:
     """The objects in rows of at most `width` pixels."""
     title = "objects by score" if len(detections) else "no object to show"
     scores = detections.scores.detach().cpu()
     order = scores.argsort(descending=True, stable=True)[:MAX_OBJECTS].tolist()
     cells = [
-        _captioned(_object(appearances[i], ground, _colour(i)), f"{scores[i]:.2f}") for i in order
+        _captioned(
+            _object(appearances[i], ground, colours[i % len(colours)]),
+            f"{i + 1}: {scores[i]:.2f}" if labels else f"{scores[i]:.2f}",
+        )
+        for i in order
     ]
     if len(detections) > MAX_OBJECTS:
         more, text = (
@@ -230,21 +375,33 @@ def _object(
     return ImageOps.expand(tile, 3, colour)
 
 
-def _scale(height: int, width: int, side: int, max_side: int) -> float:
+def picture_scale(height: int, width: int, side: int, max_side: int) -> float:
     """A whole factor, to `side` pixels or more; below 1 for images longer than `max_side`."""
     longer = max(height, width)
     return min(_MAX_SCALE, -(-side // longer)) if longer <= max_side else max_side / longer
 
 
-def _picture(image: Tensor, scale: float) -> Image.Image:
+def _picture(image: Tensor, scale: float, levels: tuple[float, float] = (0.0, 1.0)) -> Image.Image:
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
-    values = image.detach().cpu().float().nan_to_num().clamp(0, 1)
-    levels = (values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    picture = Image.fromarray(levels.numpy())
+    values = _stretched(image.detach().cpu().float().nan_to_num(), levels)
+    pixels = (values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    picture = Image.fromarray(pixels.numpy())
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     return picture.resize(size, way)
+
+
+def _stretched(values: Tensor, levels: tuple[float, float]) -> Tensor:
+    """From `levels` to [0, 1]; cut off beyond."""
+    low, high = levels
+    return ((values - low) / (high - low)).clamp(0, 1)
+
+
+def _palette(picture: Image.Image) -> Sequence[tuple[int, int, int]]:
+    """Colours that stand out from the picture."""
+    bright = float(np.median(np.asarray(picture.convert("L")))) > _BRIGHT
+    return DARK_COLOURS if bright else COLOURS
 
 
 def _corners(boxes: Tensor, scale: float, picture: Image.Image) -> npt.NDArray[np.float64]:
@@ -289,10 +446,6 @@ def _below(pictures: Sequence[Image.Image], gap: int = _GAP) -> Image.Image:
 
 def _count(number: int, word: str) -> str:
     return f"{number} {'object' if number == 1 else 'objects'} {word}"
-
-
-def _colour(index: int) -> tuple[int, int, int]:
-    return COLOURS[index % len(COLOURS)]
 
 
 @cache

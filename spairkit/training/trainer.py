@@ -226,7 +226,7 @@ class Trainer:
     def _validate(self, run: Run, dataset: Dataset) -> Validation:
         self.model.eval()
         detector = Detector(self.model, self.config, search="off")  # a search takes longer
-        figures = {"elbo": self._elbo(dataset)}
+        figures = self._mean_elbo(dataset)
         if dataset.has_truth:
             figures |= box_figures(detector, dataset, self.config.train.batch_size)
         picture = draw(detector, dataset, run, self.step)
@@ -317,9 +317,13 @@ class Trainer:
         if self.best_step == self.step:  # the process may have been killed before the link was made
             run.mark_best(self.step)
 
-    def _elbo(self, dataset: Dataset) -> float:
-        """Mean ELBO in nats under the final count prior, with the same noise every time."""
-        total, images = 0.0, 0
+    def _mean_elbo(self, dataset: Dataset) -> dict[str, float]:
+        """Means over the images of `elbo`, under the final count prior, and of `found`, if known.
+
+        The noise is the same every time.
+        """
+        sums: dict[str, float] = {}
+        images = 0
         batches = validation_batches(dataset, self.config.train.batch_size, self.config.prepare)
         for index, batch in enumerate(batches):
             with torch.no_grad():
@@ -328,9 +332,11 @@ class Trainer:
                     generator=self._generator(_VALIDATE, index),
                     **self._counts(batch),
                 )
-            total += float(losses.elbo.sum())
+            for name, values in (("elbo", losses.elbo), ("found", losses.found)):
+                if values is not None:
+                    sums[name] = sums.get(name, 0.0) + float(values.sum())
             images += len(batch.images)
-        return total / images
+        return {name: total / images for name, total in sums.items()}
 
     def _generator(self, purpose: int, step: int) -> torch.Generator:
         # hashed, because the CPU's generator uses only the low 32 bits of a seed

@@ -24,7 +24,8 @@ class Step:
     steps: int
     """Number of updates planned."""
     losses: dict[str, float] | None
-    """Batch means in nats, every `loop.REPORT_EVERY` updates, else None: see `Losses.means`."""
+    """Batch means, in nats except `found`, every `loop.REPORT_EVERY` updates, else None: see
+    `Losses.means`."""
     seconds: float
     """Seconds since the first update of this process, validations included."""
 
@@ -35,7 +36,8 @@ class Validation:
 
     step: int
     figures: dict[str, float]
-    """`elbo` in nats or `threshold`; and those of `box_figures` if boxes are known."""
+    """`elbo` in nats and `found`, objects an image, or `threshold`; and those of `box_figures` if
+    boxes are known."""
     picture: Path
     """Path of the picture: images, reconstructions and boxes."""
     is_best: bool
