@@ -51,6 +51,7 @@ NETWORKS = {
     "air": DENSE | {"model.units": "8"},
     "dair": DENSE | {"model.units": "8", "model.difference_hidden": "[8]"},
     "conncomp": {"model.images": "4"},
+    "watershed": {},
 }
 
 
