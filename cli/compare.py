@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spairkit.experiments.folder import Comparison
     from spairkit.experiments.settings import Settings
     from spairkit.experiments.table import Cell, Interval, Row
+    from spairkit.survey import Survey
 
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
@@ -96,7 +97,12 @@ def compare(
     }
     asked = {name: value for name, value in given.items() if value is not None}
     chosen = options.choose_device(device)
-    folder, settings = open_comparison(out, asked)
+
+    def show(survey: "Survey") -> None:
+        for line in () if quiet or is_worker() else survey.lines() + survey.doubts():
+            say(line)
+
+    folder, settings = open_comparison(out, asked, show)
     tasks = settings.tasks()
     if not is_worker():
         say(
@@ -155,11 +161,14 @@ def _on_digits(settings: "Settings", folder: Path) -> tuple[dict[str, Any], str,
 def _on_folder(settings: "Settings", folder: Path) -> tuple[dict[str, Any], str, bytes]:
     """The same for a folder of images."""
     from spairkit.experiments.folder import folder_summary, runs_of, tabulate_folder
+    from spairkit.experiments.settings import WITHOUT_WEIGHTS
     from spairkit.experiments.side_by_side import draw_folder
 
     runs = runs_of(settings, folder)
     result = tabulate_folder(settings, runs)
-    heading = f"{result.measured_on}\n{_seeds(settings)}; {settings.described_budget()}"
+    heading = result.measured_on
+    if result.methods.keys() - set(WITHOUT_WEIGHTS):
+        heading += f"\n{_seeds(settings)}; {settings.described_budget()}"
     if "spair" in result.methods:
         heading += f"; SPAIR's search: {result.methods['spair'].search}"
     return (

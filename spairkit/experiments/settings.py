@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,11 +13,13 @@ from pydantic.dataclasses import dataclass as checked
 from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import merge, model_kinds, to_dict
 from spairkit.data.datasets import open_dataset, open_splits
+from spairkit.data.folder import ImageFolder
 from spairkit.errors import InputError
 from spairkit.experiments.shared_runs import read_json
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
 from spairkit.storage.runs import new_folder
+from spairkit.survey import Survey, look
 
 MODELS = {
     "spair": "SPAIR",
@@ -50,6 +52,8 @@ class Settings:
     preset: str = DEFAULT
     budget: str | None = None
     """Updates (`2000`) or training time (`90s`, `3m`, `1.5h`) per run; None for the preset's."""
+    measured: dict[str, Any] = Field(default_factory=dict)
+    """Config values that a look at a folder gave, between the preset and `over`."""
     over: dict[str, Any] = Field(default_factory=dict)
     """Config values laid over the preset; a table named after a model is for that model only."""
 
@@ -132,12 +136,19 @@ class Task:
         return f"{self.group}-seed-{self.seed}"
 
 
-def open_comparison(out: Path | None, asked: Mapping[str, Any]) -> tuple[Path, Settings]:
+def open_comparison(
+    out: Path | None,
+    asked: Mapping[str, Any],
+    on_survey: Callable[[Survey], None] = lambda survey: None,
+) -> tuple[Path, Settings]:
     """The comparison in the folder `out`, or a new one there or in `runs/compare-N`.
+
+    A new one on a folder of images looks at them first.
 
     Args:
         out: an existing comparison or a new folder.
         asked: requested settings; the others take their defaults.
+        on_survey: called with the result of the look.
 
     Raises:
         InputError: the settings are invalid, differ from those of the existing comparison, or do
@@ -157,8 +168,13 @@ def open_comparison(out: Path | None, asked: Mapping[str, Any]) -> tuple[Path, S
     if settings.over.get("data", {}).get("name") == "folder":
         if "objects" in asked:
             raise InputError("--objects: a folder of images has a fixed number of objects; omit it")
-        models = ["spair", "watershed", "conncomp"]
-        settings = _parse({"models": models, "objects": [], **asked}, "compare")
+        fixed = {"models": ["spair", "watershed", "conncomp"], "objects": [], **asked}
+        settings = _parse(fixed, "compare")
+        dataset = open_dataset(config_of(settings, Task(settings.models[0], None, 0)).data, "test")
+        assert isinstance(dataset, ImageFolder)
+        survey = look([path for path, _ in dataset.files()])
+        on_survey(survey)
+        settings = _parse({**fixed, "measured": survey.settings()}, "compare")
     for objects in settings.objects or (None,):
         configs = [config_of(settings, Task(model, objects, 0)) for model in settings.models]
         open_dataset(configs[0].data, "test")
@@ -181,8 +197,17 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
         InputError: the settings are invalid together.
     """
     common = {key: value for key, value in settings.over.items() if key not in MODELS}
+    kinds = model_kinds()
+    known: dict[str, set[str]] = {
+        name: {field.name for field in fields(kinds[name])} for name in settings.models
+    }
     if "model" in common:
-        common["model"] = _of_model(task.model, common["model"], settings.models)
+        # a setting that no model has is kept, and refused when the config is resolved
+        strangers = common["model"].keys() - set().union(*known.values())
+        common["model"] = _only(common["model"], known[task.model] | strangers)
+    measured = settings.measured | {
+        "model": _only(settings.measured.get("model", {}), known[task.model])
+    }
     over = merge(common, settings.over.get(task.model, {}))
     bounds = ("min_objects", "max_objects")
     count = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
@@ -190,6 +215,7 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     model = {"kind": task.model, **({"count": "given"} if task.model in _GIVEN_COUNTS else {})}
     layers = [
         {"data": to_dict(resolve(settings.preset, images))["data"]},  # of SPAIR's recipe, for all
+        measured,
         {"model": model, "train": {"seed": task.seed}},
         over,
     ]
@@ -206,18 +232,8 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     return resolve(settings.preset, *layers, {"train": train, "model": decay})
 
 
-def _of_model(model: str, values: Mapping[str, Any], models: Sequence[str]) -> dict[str, Any]:
-    """The values that `model` has a setting for; also those that none of the models has.
-
-    The latter are refused when the config is resolved.
-    """
-    kinds = model_kinds()
-    known = {name: {field.name for field in fields(kinds[name])} for name in models}
-    return {
-        key: value
-        for key, value in values.items()
-        if key in known[model] or not any(key in names for names in known.values())
-    }
+def _only(values: Mapping[str, Any], names: Set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in names}
 
 
 _ADAPTER = TypeAdapter(Settings)
