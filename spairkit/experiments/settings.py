@@ -189,9 +189,9 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     """The config of a run: the preset's recipe for its model, on the same images for all models.
 
     A setting of the models applies to those that have it. AIR and DAIR are given the true counts,
-    as in the paper. `steps` replaces the recipe's number
-    of updates, except for ConnComp. Fewer steps shorten the count prior's schedule and the
-    training wheels by the same factor.
+    as in the paper. `steps` replaces the recipe's number of updates, except for models without
+    weights. Fewer steps shorten the count prior's schedule and the training wheels by the same
+    factor.
 
     Raises:
         InputError: the settings are invalid together.
