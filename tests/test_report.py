@@ -210,7 +210,7 @@ def test_classical_method_stands_beside_the_model(tmp_path: Path) -> None:
     page = read(write_report(folder))
     assert "9 found" in page.text
     assert "watershed: 11" in page.text
-    assert "0.812" in page.text
+    assert "81%" in page.text
     assert "Beside a classical method" in page.text
 
 
