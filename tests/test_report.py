@@ -403,6 +403,15 @@ def test_report_is_deterministic(tmp_path: Path) -> None:
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
 
 
+def test_objects_found_in_training_have_a_curve(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_metrics(folder, [step(n) | {"found": 40.0 - n / 10} for n in (20, 40, 60)])
+    page = read(write_report(folder))
+    assert "Objects found" in page.text
+    assert page.text.index("Objects found") < page.text.index("Training loss")
+    assert page.count("svg") == 3
+
+
 def test_long_curves_are_averaged() -> None:
     records = [{"step": n, "total": float(torch.tensor(n % 2))} for n in range(10 * MAX_POINTS)]
     averaged = line(records, "total", "total")

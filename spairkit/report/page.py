@@ -228,7 +228,9 @@ def _curves(
     criteria = ("ap", "count_accuracy", "count_error")
     search = [line(steps, key, NAMES[key], x="threshold") for key in criteria]
     in_nats = partial(chart, x_label="updates", y_label="nats per image")
+    found = [line(steps, "found", "training"), line(validations, "found", "validation")]
     drawn = {
+        "Objects found": chart(found, x_label="updates", y_label="objects in an image"),
         "Training loss": in_nats(losses),
         "KL terms": in_nats(kls),
         "Validation: boxes and counts": chart(
