@@ -1,6 +1,8 @@
 """`spairkit data`: the datasets, and scenes as image files."""
 
 import json
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +13,9 @@ from spairkit.cli.console import counted, print_json, say, several
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spairkit.config import DataConfig
     from spairkit.detections import Truth
 
 app = typer.Typer(no_args_is_help=True, help="List datasets, or write scenes as image files.")
@@ -21,6 +26,8 @@ _ABOUT = {
     "emnist": "scenes of EMNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
     "folder": "your own images: --data FOLDER; eval needs an annotations.json (COCO) in it",
 }
+_INVADERS = "invaders"
+_ABOUT_INVADERS = "frames of Space Invaders, for `data make` only; needs the extra atari"
 _BATCH_SIZE = 64
 
 
@@ -30,10 +37,11 @@ def list_(as_json: options.JsonOption = False) -> None:
     from spairkit.data.datasets import dataset_names
 
     about = {name: _ABOUT.get(name, "") for name in dataset_names()}
+    about[_INVADERS] = _ABOUT_INVADERS
     if as_json:
         print_json(about)
     else:
-        typer.echo("\n".join(f"{name:<8}{text}" for name, text in about.items()))
+        typer.echo("\n".join(f"{name:<10}{text}" for name, text in about.items()))
 
 
 @app.command()
@@ -46,39 +54,69 @@ def make(
     set_: options.SetOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Write test scenes as PNG files with annotations.json (COCO), for `--data FOLDER`."""
-    settings = options.resolved(preset, options.layers(config, set_, data=data)).data
-    if settings.name == "folder":
-        raise InputError("--data: name a dataset of scenes; a folder holds image files already")
+    """Write images as PNG files with annotations.json (COCO), for `--data FOLDER`.
+
+    They are test scenes, or, with --data invaders, frames of Space Invaders.
+    """
+    categories: tuple[str, ...] = ()
+    if data == _INVADERS:
+        images, categories = _frames(preset, options.layers(config, set_))
+    else:
+        settings = options.resolved(preset, options.layers(config, set_, data=data)).data
+        if settings.name == "folder":
+            raise InputError("--data: name a dataset of scenes; a folder holds image files already")
+        images = _scenes(settings, count)
     if out.exists():
         raise InputError(f"{out} already exists; name a new folder")
-    import torch
-
-    from spairkit.data.datasets import open_dataset
     from spairkit.images import write_png
     from spairkit.storage.durable import write_folder, write_text
 
-    scenes = open_dataset(settings, "test")
+    first = next(images)  # a dataset that cannot be used leaves no folder
     write_folder(out, {})
     truth: list[Truth] = []
     with counted("images", count, quiet=quiet) as show_done:
-        for first in range(0, count, _BATCH_SIZE):
-            batch = scenes.batch(torch.arange(first, min(first + _BATCH_SIZE, count)))
-            for image in batch.images:
-                show_done(len(truth))
-                write_png(out / _name(len(truth)), image)
-                truth.append(batch.truth()[len(truth) - first])
-    size = (settings.image_width, settings.image_height)
-    write_text(out / "annotations.json", json.dumps(_coco(truth, *size)))
+        for image, boxes in islice(chain([first], images), count):
+            write_png(out / _name(len(truth)), image)
+            truth.append(boxes)
+            show_done(len(truth))
+    height, width = first[0].shape[1:]
+    write_text(out / "annotations.json", json.dumps(_coco(truth, width, height, categories)))
     say(f"wrote {several(count, 'image')} and annotations.json to {out}")
+
+
+def _scenes(settings: "DataConfig", count: int) -> "Iterator[tuple[Tensor, Truth]]":
+    """The first test scenes, `count` of them."""
+    import torch
+
+    from spairkit.data.datasets import open_dataset
+
+    scenes = open_dataset(settings, "test")
+    for first in range(0, count, _BATCH_SIZE):
+        batch = scenes.batch(torch.arange(first, min(first + _BATCH_SIZE, count)))
+        yield from zip(batch.images, batch.truth(), strict=True)
+
+
+def _frames(
+    preset: str | None, layers: "list[Mapping[str, Any]]"
+) -> "tuple[Iterator[tuple[Tensor, Truth]], tuple[str, ...]]":
+    """Frames of Space Invaders, and the names of their categories."""
+    from spairkit.config_values import merge
+    from spairkit.data.invaders import NAMES, frames
+
+    given = merge(*layers)
+    if preset or given.keys() - {"data"} or given.get("data", {}).keys() - {"seed"}:
+        raise InputError("--data invaders has one setting, data.seed; remove the others")
+    return frames(options.resolved(None, layers).data.seed), NAMES
 
 
 def _name(index: int) -> str:
     return f"{index:05}.png"
 
 
-def _coco(truth: "list[Truth]", width: int, height: int) -> dict[str, Any]:
-    """COCO's annotations: one category, ids from 1; a glyph's class stands under `label`."""
+def _coco(
+    truth: "list[Truth]", width: int, height: int, categories: tuple[str, ...]
+) -> dict[str, Any]:
+    """COCO's annotations, with ids from 1; without categories a label stands under `label`."""
     images = [
         {"id": number, "file_name": _name(number - 1), "width": width, "height": height}
         for number in range(1, len(truth) + 1)
@@ -90,12 +128,12 @@ def _coco(truth: "list[Truth]", width: int, height: int) -> dict[str, Any]:
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": 1,
+                    "category_id": label + 1 if categories else 1,
                     "bbox": [x1, y1, x2 - x1, y2 - y1],
                     "area": (x2 - x1) * (y2 - y1),
                     "iscrowd": 0,
-                    "label": label,
+                    **({} if categories else {"label": label}),
                 }
             )
-    categories = [{"id": 1, "name": "object"}]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    named = [{"id": i, "name": name} for i, name in enumerate(categories or ("object",), start=1)]
+    return {"images": images, "annotations": annotations, "categories": named}

@@ -170,7 +170,7 @@ def test_train_calibrates_before_it_measures(
     monkeypatch.setattr(console.Counter, "__call__", lambda self, number: done.append(number))
     ended = run("train", "--config", "tiny.toml", "--out", "own")
     assert ended.status == 0, ended.err
-    assert done == [6, 4]  # scenes of the calibration, and of the test
+    assert done == [6, 4, 1, 2, 3, 4]  # scenes of the calibration, the test and the report
     said = "validations are quick, without the search; test figures are with it"
     assert f"{said} (search.mode = 'refine')\n" in ended.err
     calibration = load_checkpoint(Path("own")).calibration

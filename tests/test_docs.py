@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 MAX_WORDS = 900
 
-# commands that would install, download or test, or change the user's shell
+# commands that would install, download or test, change the user's shell, or need an extra
 UNRUN = (
     "python3 -m venv",
     "source",
@@ -35,6 +35,7 @@ UNRUN = (
     "ruff",
     "mypy",
     "spairkit --install-completion",
+    "spairkit data make invaders",
 )
 
 LOOP = {"train.batch_size": "2", "train.threads": "1"}

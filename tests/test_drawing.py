@@ -148,6 +148,16 @@ def test_small_objects_have_outlines_instead_of_boxes(scale: int) -> None:
     assert torch.equal(changed, lines[0] | lines[1] | box)
 
 
+def test_many_objects_have_outlines_instead_of_boxes() -> None:
+    image = dark_image(48, 64)
+    outside = [-20.0, -20.0, -10.0, -10.0]
+    line = frame(384, 512, (96, 80, 240, 160))
+    for number, outlined in ((12, False), (13, True)):
+        found = detections([[12.0, 10.0, 30.0, 20.0], *[outside] * (number - 1)])
+        picture = boxed(image, masked(found, image, [5] + [9] * (number - 1)), 8)
+        assert torch.equal(is_colour(picture, COLOURS[0]), line) == outlined
+
+
 def test_outlines_of_large_objects_are_pale_and_lie_under_boxes() -> None:
     image = dark_image(48, 64)
     found = masked(detections([[12.0, 10.0, 30.0, 20.0], [0.0, 0.0, 8.0, 8.0]]), image, [5, 8])

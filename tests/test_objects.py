@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spairkit.config import DataConfig
+from spairkit.config import Config, DataConfig, PrepareConfig
 from spairkit.counts import CountPosterior
 from spairkit.data.datasets import Dataset, open_dataset
 from spairkit.detections import Detections
@@ -25,9 +25,15 @@ class Fake:
 
     count_is_given = False
     is_calibrated = False
+    device = torch.device("cpu")
+    name = "fake"
 
-    def __init__(self, *, counts: bool = True) -> None:
+    def __init__(self, *, counts: bool = True, contrast: bool = False) -> None:
         self.counts = counts
+        self.config = Config(
+            data=DataConfig(name="folder", path="cells"),
+            prepare=PrepareConfig(contrast="direction" if contrast else "none"),
+        )
         self.sizes: list[tuple[int, ...]] = []
 
     def detect_batch(self, images: Tensor, counts: Tensor | None = None) -> list[Detections]:
@@ -135,6 +141,34 @@ def test_detector_that_needs_the_count_skips_images_without(tmp_path: Path) -> N
     with pytest.raises(InputError, match="needs an image with a known number of objects"):
         look(tmp_path / "other", detector, folder_of(tmp_path / "cells", [(30, 40)]))
     assert not (tmp_path / "other" / "objects").exists()
+
+
+def test_watershed_stands_beside_a_prepared_folder(tmp_path: Path) -> None:
+    path = tmp_path / "cells"
+    path.mkdir()
+    image = torch.zeros(3, 60, 60)
+    for y, x in ((7, 5), (40, 12), (30, 45)):  # the first where the fake one finds an object
+        rows, columns = torch.arange(60)[:, None] - y, torch.arange(60) - x
+        image[:, rows**2 + columns**2 <= 25] = 0.9
+    write_png(path / "a.png", image)
+    write_png(path / "b.png", image)
+    dataset = open_dataset(DataConfig(name="folder", path=str(path)), "test")
+    assert look(tmp_path / "plain", Fake(), dataset).floor is None
+    found = look(tmp_path / "run", Fake(contrast=True), dataset)
+    assert [entry.floor_count for entry in found.images] == [3, 3]
+    assert found.floor is not None
+    assert (found.floor.name, found.floor.count) == ("watershed", 6)
+    assert found.floor.agreement == pytest.approx(2 * 2 / (4 + 6))
+    assert read_objects(tmp_path / "run") == found
+
+
+def test_damaged_files_are_no_images_to_look_at(tmp_path: Path) -> None:
+    dataset = folder_of(tmp_path / "cells", [(30, 40)] * 4)
+    file = tmp_path / "cells" / "001.png"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.warns(UserWarning, match="skipped 1 of 4"):
+        found = look(tmp_path / "run", Fake(), dataset)
+    assert (found.available, len(found.images)) == (3, 3)
 
 
 def test_later_result_replaces_the_earlier_one(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_classical_method_stands_beside_the_model(tmp_path: Path) -> None:
     page = read(write_report(folder))
     assert "9 found" in page.text
     assert "watershed: 11" in page.text
-    assert "0.812" in page.text
+    assert "81%" in page.text
     assert "Beside a classical method" in page.text
 
 
@@ -401,6 +401,15 @@ def test_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_report_is_deterministic(tmp_path: Path) -> None:
     folder = full_run(tmp_path / "run")
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_objects_found_in_training_have_a_curve(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_metrics(folder, [step(n) | {"found": 40.0 - n / 10} for n in (20, 40, 60)])
+    page = read(write_report(folder))
+    assert "Objects found" in page.text
+    assert page.text.index("Objects found") < page.text.index("Training loss")
+    assert page.count("svg") == 3
 
 
 def test_long_curves_are_averaged() -> None:

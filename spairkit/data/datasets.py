@@ -62,6 +62,11 @@ def data_settings(word: str) -> dict[str, Any]:
         return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
+    if word == "invaders":
+        raise InputError(
+            "invaders: write a folder of frames first (spairkit data make FOLDER --data invaders), "
+            "and give that folder"
+        )
     if path.is_file():
         name = "emnist" if "emnist" in path.name.lower() else "mnist"
         return {"data": {"name": name, "path": str(path.resolve())}}

@@ -58,7 +58,8 @@ _LEAST_RANGE = 1e-4  # an even image is not brightened
 _MAX_SAMPLED = 1 << 20  # pixels
 
 _BRIGHT = 140  # median of the grey levels from 0 to 255
-_SMALL_SIDE = 32  # pixels of the picture; smaller objects have outlines instead of boxes
+_FEW = 12  # more objects have outlines instead of boxes
+_SMALL_SIDE = 32  # pixels of the picture; so have smaller objects
 _THICK_SIDE = 80  # larger boxes have lines of two pixels
 
 _GAP = 16
@@ -109,8 +110,8 @@ def draw_boxes(
 ) -> Image.Image:
     """The image, enlarged or reduced, with a thin line around each object, outside it.
 
-    Objects that are small in the picture have the outline of their mask, if they have one. Others
-    have a box, and the outline in pale yellow. With true boxes all have boxes.
+    Objects that are many or small in the picture have the outline of their mask, if they have one.
+    Others have a box, and the outline in pale yellow. With true boxes all have boxes.
 
     Args:
         image: [3, H, W] in [0, 1].
@@ -131,7 +132,8 @@ def draw_boxes(
     if detections.label_image is not None:
         outline = _outline(detections.masks, picture, image)
         sides = (boxes[boxed, 2:] - boxes[boxed, :2]).min(1)
-        if truth is None and len(sides) and np.median(sides) < _SMALL_SIDE:
+        dense = len(sides) > _FEW or (len(sides) > 0 and np.median(sides) < _SMALL_SIDE)
+        if truth is None and dense:
             outlined = np.unique(outline[outline > 0]) - 1
             _mark_outlines(picture, outline, colours)
             boxed[outlined] = False

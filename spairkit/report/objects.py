@@ -22,6 +22,8 @@ from spairkit.data.folder import ImageFolder
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 from spairkit.errors import InputError
+from spairkit.floor import floor_of
+from spairkit.metrics import agreement
 from spairkit.report.drawing import display_levels, draw_boxes, encoded, picture_scale
 from spairkit.report.groups import grouped
 from spairkit.storage import durable
@@ -83,7 +85,7 @@ class Floor:
     name: Name
     count: Count
     agreement: Annotated[float, Field(ge=0.0, le=1.0)]
-    """Of its objects with those of the model."""
+    """F1 of its boxes with those of the model, at an IoU of .5; see `metrics.agreement`."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)
@@ -114,7 +116,8 @@ def write_objects(
     """Finds objects in the first images of a split and writes them into the folder of a run.
 
     At most 64 images, and no further one after half a minute. Of an image longer than 1,024 pixels
-    the middle is taken. A detector that needs the true count skips images without.
+    the middle is taken. A detector that needs the true count skips images without. Images of a
+    folder that are prepared by their contrast are also given to the watershed.
 
     Args:
         run: the folder.
@@ -126,10 +129,13 @@ def write_objects(
         InputError: an image is damaged, no image can be looked at, or the folder cannot be written.
     """
     began = time.monotonic()
+    available = len(dataset)
     images: list[FoundImage] = []
     files: dict[str, bytes] = {}
     found: list[Detections] = []
     pixels: list[Tensor] = []
+    floor = _floor(detector, dataset)
+    beside: list[Detections] = []
     for names, wholes, truths in _batches(dataset):
         if detector.count_is_given and None in truths:
             continue
@@ -138,6 +144,8 @@ def write_objects(
         if detector.count_is_given:
             counts = torch.tensor([len(truth) for truth in truths if truth is not None])
         items = detector.detect_batch(batch, counts=counts)
+        if floor is not None:
+            beside += [_without_masks(item) for item in floor.detect_batch(batch)]
         for name, image, truth, item in zip(names, batch.cpu(), truths, items, strict=True):
             entry: dict[str, Any] = {"name": name, "size": tuple(wholes.shape[2:])}
             if len(images) < _PICTURES:
@@ -147,27 +155,32 @@ def write_objects(
                 entry["part"] = tuple(batch.shape[2:])
             elif truth is not None:
                 entry["true_count"] = len(truth)
+            if floor is not None:
+                entry["floor_count"] = len(beside[len(images)])
             if item.counts is not None:
                 entry["interval"] = item.counts.interval()
             images.append(FoundImage(count=len(item), **entry))
-            found.append(replace(item, label_image=None, labels=None))
+            found.append(_without_masks(item))
             pixels.append((image * 255).round().to(torch.uint8))
             if progress is not None:
                 progress(len(images))
         if len(images) >= MAX_IMAGES or time.monotonic() - began > _SECONDS:
             break
+    else:
+        available = len(images)  # damaged ones are left out
     if not images:
         raise InputError("the report needs an image with a known number of objects, and has none")
     groups = _groups(found, pixels, files)
     posteriors = [item.counts for item in found if item.counts is not None]
     result = Objects(
-        available=len(dataset),
+        available=available,
         images=tuple(images),
         interval=(
             CountPosterior.total(posteriors).interval() if len(posteriors) == len(found) else None
         ),
         is_calibrated=detector.is_calibrated,
         groups=groups,
+        floor=_compared(found, beside) if floor is not None else None,
     )
     files[_FILE] = TypeAdapter(Objects).dump_json(result, indent=1)
     durable.write_folder(run / _FOLDER, files)
@@ -210,6 +223,22 @@ def _batches(dataset: Dataset) -> Iterator[tuple[list[str], Tensor, list[Truth |
         indices = torch.arange(start, min(start + _BATCH_SIZE, end))
         batch = dataset.batch(indices)
         yield [f"scene {index + 1}" for index in indices.tolist()], batch.images, [*batch.truth()]
+
+
+def _floor(detector: Detector, dataset: Dataset) -> Detector | None:
+    """The classical method for images of a folder that are prepared for it."""
+    config = detector.config
+    suits = isinstance(dataset, ImageFolder) and config.prepare.contrast != "none"
+    return floor_of(detector) if suits and config.model.kind != "watershed" else None
+
+
+def _compared(found: Sequence[Detections], beside: Sequence[Detections]) -> Floor:
+    count = sum(map(len, beside))
+    return Floor(name="watershed", count=count, agreement=agreement(found, beside).f1)
+
+
+def _without_masks(found: Detections) -> Detections:
+    return replace(found, label_image=None, labels=None)
 
 
 def _middle(images: Tensor) -> Tensor:  # [B, 3, H, W]

@@ -199,7 +199,10 @@ def _commands(run: Run, found: Objects | None, *, has_truth: bool) -> tuple[str,
     if found is None:
         return ()
     is_folder = data.name == "folder"
-    image = Path(data.path) / found.images[0].name if is_folder else run.path / "example.png"
+    image = run.path / "example.png"
+    if is_folder:  # of which one image may be all
+        folder = Path(data.path)
+        image = folder if folder.is_file() else folder / found.images[0].name
     return next_commands(run, image, has_truth=has_truth)
 
 
@@ -225,7 +228,9 @@ def _curves(
     criteria = ("ap", "count_accuracy", "count_error")
     search = [line(steps, key, NAMES[key], x="threshold") for key in criteria]
     in_nats = partial(chart, x_label="updates", y_label="nats per image")
+    found = [line(steps, "found", "training"), line(validations, "found", "validation")]
     drawn = {
+        "Objects found": chart(found, x_label="updates", y_label="objects in an image"),
         "Training loss": in_nats(losses),
         "KL terms": in_nats(kls),
         "Validation: boxes and counts": chart(
