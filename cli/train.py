@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from spairkit.config import Config
-    from spairkit.data.datasets import Dataset
     from spairkit.detector import Detector
     from spairkit.storage.runs import Run
     from spairkit.training.distributed import World
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 _LINE_EVERY_SECONDS = 10
 _COMPILING_SECONDS = 3.0  # between lines about kernels
-_NARROW = 0.5  # of the range of intensities
 
 
 class Select(StrEnum):
@@ -104,10 +102,11 @@ def train(
         def prepare() -> "Run":
             loop = {"steps": steps, "seed": seed, "select": select and select.value}
             over = options.layers(config, set_, data=data, model=model, **loop)
-            settings = _resumed(resume, preset, over) if resume else options.resolved(preset, over)
-            hints = not (resume or quiet or as_json)
-            opened = _opened(settings, resume, out, chosen, world, hints=hints)
-            return stack.enter_context(opened)
+            if resume:
+                settings = _resumed(resume, preset, over)
+            else:
+                settings = options.resolved(preset, [*_looked(preset, over, quiet=quiet), *over])
+            return stack.enter_context(_opened(settings, resume, out, chosen, world))
 
         run, settings = _on_first(prepare, world)
         interrupts = stack.enter_context(Interrupts(quiet=run is None))
@@ -139,8 +138,6 @@ def _opened(
     out: Path | None,
     device: "torch.device",
     world: "World",
-    *,
-    hints: bool,
 ) -> "Iterator[Run]":
     """Checks settings and data, then makes or opens the run and locks it."""
     from spairkit.data.datasets import open_splits
@@ -150,8 +147,6 @@ def _opened(
     check(settings, device, world.size)
     images, _ = open_splits(settings)  # mistakes show before a run is made
     say_skipped(images)
-    if hints:
-        _say_if_dim(images, settings)
     model = settings.model
     if model.kind == "conncomp" and model.threshold == "fit" and not images.has_truth:
         say("these images have no annotations.json: the threshold is Otsu's")
@@ -303,19 +298,22 @@ def _last_step(run: "Run") -> int:
     return run.checkpoints[0][0] if run.checkpoints else 0
 
 
-def _say_if_dim(images: "Dataset", config: "Config") -> None:
-    """Proposes levels where the images of a folder use little of the range."""
-    from spairkit.data.folder import ImageFolder
+def _looked(
+    preset: str | None, over: list[Mapping[str, Any]], *, quiet: bool
+) -> list[dict[str, Any]]:
+    """The settings that a look at the images of a folder proposes; none for generated scenes."""
+    from spairkit.config_values import merge
+    from spairkit.survey import survey_of
 
-    levels = config.prepare.black, config.prepare.white
-    if not isinstance(images, ImageFolder) or levels != (0, 1):
-        return
-    low, high = (float(f"{level:.3g}") for level in images.levels())
-    if low < high < low + _NARROW:
-        say(
-            f"98 % of the pixels lie between {low:g} and {high:g} of full intensity; if objects "
-            f"are missed, try --set prepare.black={low:g} --set prepare.white={high:g}"
-        )
+    settings = options.resolved(preset, over)
+    with counted("looking at the images", 100, quiet=quiet) as show_done:
+        survey = survey_of(settings, lambda share: show_done(round(100 * share)))
+    if survey is None:
+        return []
+    if not quiet:
+        for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
+            say(line)
+    return [survey.settings(settings.model.kind, merge(*over))]
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":

@@ -348,6 +348,9 @@ class SearchConfig:
     image by gradients; `full` also tries births, deaths, merges and splits."""
     beta: NonNegative = 0.5
     """Weight of the KL terms of where, what and depth in the energy that the search lowers."""
+    start: Literal["encoder", "watershed"] = "encoder"
+    """Where the search begins. `watershed`: also with the parts that a watershed finds in a
+    prepared image; of each image, the explanation of lower energy stays."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

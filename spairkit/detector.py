@@ -81,7 +81,12 @@ class Detector:
                     f"{config.model.kind} has no search; remove it (--search), or use off"
                 )
             self.finder = PosteriorSearch(
-                network, self.search, config.search.beta, self.calibration, self._progress
+                network,
+                self.search,
+                config.search.beta,
+                self.calibration,
+                self._progress,
+                config.search.start,
             )
         self.box_contrast = box_contrast
         if isinstance(config.model, ClassicalConfig):

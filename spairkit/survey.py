@@ -1,14 +1,14 @@
 """A look at a folder of images before training: what the objects are like, and the settings.
 
     survey = look(list_images("cells"))
-    survey.settings()  # a layer of settings for `presets.resolve`
-    survey.lines()     # what was found, why, and the setting that changes it
+    survey.settings("spair", {})  # a layer of settings for `presets.resolve`
+    survey.lines()                # what was found, why, and the setting that changes it
 
 Everything is measured without labels, on some of the images, in seconds.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,9 @@ import numpy.typing as npt
 from scipy import ndimage
 from torch import Tensor
 
-from spairkit.config import PrepareConfig
+from spairkit.config import AIRConfig, Config, PrepareConfig
 from spairkit.errors import InputError
-from spairkit.images import read_pixels, to_colour
+from spairkit.images import list_images, read_pixels, to_colour
 from spairkit.models.watershed import find_parts
 from spairkit.preparation import (
     OBJECT_PX,
@@ -51,9 +51,11 @@ _GREY = 2e-3  # largest difference between the channels of a grey image
 _UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for a surface
 _LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
+_STDS = 2.56  # standard deviations of a normal between these
 _ANCHOR = 48.0  # largest side of a box, px
 _WIDE = 3.0  # ratio of large to small objects that calls for several scales
 _FAINT = 2.0  # contrasts in noises that can hardly be seen
+_TEXTURE = 0.12  # least noise in training: texture that objects should not be spent on
 _LEAST_STD, _MOST_STD = 0.35, 0.8  # of the prior of sizes, in logits
 
 
@@ -91,33 +93,49 @@ class Survey:
             return "either"
         return "bright" if sum(self.prepare.direction) > 0 else "dark"
 
-    def settings(self) -> dict[str, Any]:
-        """A layer of settings between a preset and the user's."""
-        side = math.log(OBJECT_PX / (_ANCHOR - OBJECT_PX))
+    def settings(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer of settings for a model of this kind, between a preset and the user's.
+
+        Args:
+            kind: of the model, as `config.model.kind`.
+            given: the user's settings. Where they choose the contrast or the levels by hand,
+                settings that do not go with these are left out.
+        """
+        p = self.prepare
+        prepare: dict[str, Any] = {
+            "scale": p.scale,
+            "contrast": p.contrast,
+            "direction": p.direction,
+            "background": p.background,
+            "levels": p.levels,
+            "least_white": p.least_white,
+        }
+        chosen = given.get("prepare", {})
+        by_hand = chosen.get("contrast") == "none"
+        if by_hand:
+            prepare = {"scale": p.scale}
+        elif "black" in chosen or "white" in chosen:
+            prepare["levels"] = "fixed"
+        if kind != "spair":
+            return {"prepare": prepare}
         logits = [
-            math.log(x / (_ANCHOR - x))
-            for x in (
-                min(max(size * self.prepare.scale, 2.0), 0.9 * _ANCHOR)
-                for size in (self.smallest, self.largest)
+            math.log(side / (_ANCHOR - side))
+            for side in (
+                min(max(side * p.scale, 2.0), 0.9 * _ANCHOR)
+                for side in (self.smallest, OBJECT_PX / p.scale, self.largest)
             )
         ]
-        std = min(max((logits[1] - logits[0]) / 2.56, _LEAST_STD), _MOST_STD)
-        prepare = {
-            "scale": self.prepare.scale,
-            "contrast": self.prepare.contrast,
-            "direction": self.prepare.direction,
-            "background": self.prepare.background,
-            "levels": self.prepare.levels,
-            "least_white": self.prepare.least_white,
-        }
+        std = min(max((logits[2] - logits[0]) / _STDS, _LEAST_STD), _MOST_STD)
         model = {
-            "background": "black",
+            "background": "mode" if by_hand else "black",
             "likelihood": "normal",
             "box_contrast": 0.5,
-            "size_prior_mean": round(side, 3),
+            "size_prior_mean": round(logits[1], 3),
             "size_prior_std": round(std, 3),
+            "least_noise": _TEXTURE,
         }
-        return {"prepare": prepare, "model": model}
+        start = "encoder" if by_hand else "watershed"
+        return {"prepare": prepare, "model": model, "search": {"start": start}}
 
     def lines(self) -> list[str]:
         """What was found, and the settings that override it; a line each."""
@@ -170,16 +188,28 @@ class _Measured:
         return float(np.median(self.sides))
 
 
+def survey_of(
+    config: Config, on_progress: Callable[[float], None] = lambda share: None
+) -> Survey | None:
+    """The survey of the folder that a config names; None for scenes, and for AIR and DAIR.
+
+    Raises:
+        InputError: there is no image that can be read.
+    """
+    if config.data.name != "folder" or isinstance(config.model, AIRConfig):
+        return None
+    path = Path(config.data.path)
+    return look([path] if path.is_file() else list_images(path), on_progress)
+
+
 def look(
     paths: Sequence[Path],
-    given: PrepareConfig | None = None,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Survey:
     """Measures some images of a folder.
 
     Args:
         paths: of the images; those that cannot be read are passed over.
-        given: settings that hold already; None measures all.
         on_progress: called with the share that is done.
 
     Raises:

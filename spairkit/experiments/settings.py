@@ -174,7 +174,7 @@ def open_comparison(
         assert isinstance(dataset, ImageFolder)
         survey = look([path for path, _ in dataset.files()])
         on_survey(survey)
-        settings = _parse({**fixed, "measured": survey.settings()}, "compare")
+        settings = _parse({**fixed, "measured": survey.settings("spair", settings.over)}, "compare")
     for objects in settings.objects or (None,):
         configs = [config_of(settings, Task(model, objects, 0)) for model in settings.models]
         open_dataset(configs[0].data, "test")

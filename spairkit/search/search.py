@@ -34,6 +34,8 @@ from spairkit.search.moves import (
 from spairkit.search.proposals import Array, overlaps, propose, typical_sizes
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
+from spairkit.search.regularity import ranked, regularity
+from spairkit.search.watershed_start import watershed_slots
 
 _ITERATIONS = 100  # of refinement, at most
 _ROUNDS = 6  # of moves, at most
@@ -66,6 +68,8 @@ class PosteriorSearch:
         beta: weight of the KL terms in the energy.
         calibration: of scores and counts.
         on_progress: called at each check of a refinement and at each round of moves.
+        start: "watershed" also begins with the parts that a watershed finds; of each image the
+            explanation of lower energy stays. Confidences then follow the shapes of the masks.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class PosteriorSearch:
         beta: float,
         calibration: Calibration,
         on_progress: Progress = lambda phase, share: None,
+        start: Literal["encoder", "watershed"] = "encoder",
     ) -> None:
         self.network, self.mode, self.calibration = network, mode, calibration
+        self.start = start
         self.on_progress = on_progress
         self.energy = Energy(network, beta)
 
@@ -97,8 +103,10 @@ class PosteriorSearch:
         """
         found = self.find(images, box_contrast)
         detections = self.describe(found, threshold, box_contrast)
-        scores = self.calibration.score(found.slots.saved)
-        chosen = (found.slots.present > 0) & (scores > threshold)
+        chosen = torch.zeros_like(found.slots.present, dtype=torch.bool)
+        for b, item in enumerate(detections):
+            assert item.labels is not None
+            chosen[b, item.labels.long() - 1] = True
         maps = self.network.decode(found.slots.what)
         drawn = self.energy.draw(found.scene, found.slots).clamp(0, 1)
         return Explanation.of_batch(chosen, detections, images, drawn, maps)
@@ -124,15 +132,28 @@ class PosteriorSearch:
             places=images.new_full((batch,), cells * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
-        slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
-        slots = self._refined(scene, slots)
+        starts = [slots.compact()]
+        if self.start == "watershed":
+            starts.append(watershed_slots(self.network, images, latents))
+        starts = [reframe(self.energy, scene, start, contrast or _FRAME) for start in starts]
+        starts = [self._refined(scene, start) for start in starts]
         if self.network.config.likelihood == "normal":
-            scene = replace(scene, evidence=self.energy.evidence(scene, slots))
-            slots = self._refined(scene, slots)
+            # the last start has the fewest objects for the same things, so it hides no misfit
+            scene = replace(scene, evidence=self.energy.evidence(scene, starts[-1]))
+            starts = [self._refined(scene, start) for start in starts]
+        slots = self._lower(scene, starts)
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents)
         return Found(scene, self._measured(scene, slots, latents), costs)
+
+    def _lower(self, scene: Scene, starts: list[Slots]) -> Slots:
+        """Of each image the start of lowest energy."""
+        if len(starts) == 1:
+            return starts[0]
+        lowest = torch.stack([self.energy(scene, start) for start in starts]).argmin(0)
+        rows = [starts[k].select(slice(b, b + 1)) for b, k in enumerate(lowest.tolist())]
+        return Slots.stack(rows).compact()
 
     def _refined(self, scene: Scene, slots: Slots) -> Slots:
         shown = partial(self.on_progress, "refining objects")
@@ -222,9 +243,13 @@ class PosteriorSearch:
         """The objects of each image with a score above `threshold`, with masks and counts."""
         scores = self.calibration.score(found.slots.saved)
         scene = found.scene
+        by_shape = self.start == "watershed"
+        least = min(threshold, 0.5) if by_shape else threshold  # shapes lower scores to 1/2 only
         described = self.network.detections(
-            scene.images, scene.background, found.slots, scores, threshold, box_contrast
+            scene.images, scene.background, found.slots, scores, least, box_contrast
         )
+        if by_shape:
+            described = [_by_shape(item, threshold) for item in described]
         counts = self.counts(found)
         return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
 
@@ -242,6 +267,14 @@ class PosteriorSearch:
             )
             for b, costs in enumerate(found.costs)
         ]
+
+
+def _by_shape(found: Detections, threshold: float) -> Detections:
+    """The objects above the threshold when confidences follow the shapes of masks."""
+    assert found.label_image is not None
+    assert found.labels is not None
+    scores = ranked(found.scores, regularity(found.label_image, found.labels))
+    return replace(found, scores=scores)[scores > threshold]
 
 
 class _Regions:

@@ -18,13 +18,14 @@ import torch
 from spairkit import presets
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config
-from spairkit.config_values import nested
+from spairkit.config_values import merge, nested
 from spairkit.data.datasets import data_settings, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
 from spairkit.storage.runs import Run
+from spairkit.survey import survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
 from spairkit.training.distributed import World
@@ -74,6 +75,10 @@ def train(
         raise TypeError('set must be a dict such as {"model.background": "mode"}')
     layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
     config = presets.resolve(preset, *layers)
+    survey = survey_of(config)
+    if survey is not None:
+        measured = survey.settings(config.model.kind, merge(*layers))
+        config = presets.resolve(preset, measured, *layers)
     check(config, device, 1)
     images, _ = open_splits(config)  # mistakes show before a run is made
     if isinstance(images, ImageFolder) and images.skipped:
@@ -90,6 +95,8 @@ def train(
             said = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
+    for line in survey.lines() if survey else ():
+        say(line)
     say(f"training in {run.path} on {device.type}, {config.train.steps} steps")
     with run.lock():
         for event in fit(config, run, device, stop):
