@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from spairkit.config import WatershedConfig
 from spairkit.detections import Detections, Explanation
-from spairkit.models.conncomp import mean_colours, otsu, pictures
+from spairkit.models.conncomp import mean_colours, pictures
 from spairkit.models.networks import check_images
+from spairkit.preparation import otsu
 
 Array = npt.NDArray[Any]
 
@@ -131,7 +132,7 @@ def find_parts(grey: Array, diameter: float) -> Parts:
     grey = grey.astype(np.float32)
     smooth = ndimage.gaussian_filter(grey, _SMOOTHING * diameter)
     around = ndimage.gaussian_filter(smooth, _WINDOW * diameter)
-    separation = otsu(torch.from_numpy(smooth)) - float(np.median(smooth))
+    separation = otsu(smooth) - float(np.median(smooth))
     noise = _noise(smooth, max(round(_NOISE_LAG * diameter), 1))
     above = max(_SEPARATION * separation, _NOISE_FACTOR * noise, _LEAST_CONTRAST)
     mask = smooth > around + np.float32(above)
