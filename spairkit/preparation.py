@@ -184,7 +184,8 @@ def otsu(values: npt.NDArray[np.floating]) -> float:
     low, high = float(values.min()), float(values.max())
     if not low < high:
         return high
-    counts, edges = np.histogram(values, _BINS, (low, high))
+    # in float32 the edges of narrow bins coincide
+    counts, edges = np.histogram(values.astype(np.float64), _BINS, (low, high))
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)[:-1]
     above = counts.sum() - below

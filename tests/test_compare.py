@@ -488,7 +488,7 @@ def comparison(
         # of SPAIR and the watershed, SPAIR and ConnComp, the watershed and ConnComp, and seeds
         ((0.12, 0.1, 0.8, 0.9), "watershed", "SPAIR disagrees with it (F1 0.12; 8,659 objects"),
         ((0.8, 0.6, 0.6, 0.5), "watershed", "the seeds of SPAIR disagree with each other"),
-        ((0.95, 0.92, 0.97, 0.9), "watershed", "all models find the same objects (F1 0.92"),
+        ((0.95, 0.92, 0.97, 0.9), "watershed", "all find the same objects (F1 at least 0.92"),
         ((0.8, 0.5, 0.6, 0.9), "spair", "it agrees with Watershed on most objects (F1 0.80"),
     ],
 )
@@ -502,6 +502,14 @@ def test_advice_without_annotations_follows_the_agreement(
     lines = folder_advice(result)
     assert lines[0].startswith(f"use {MODELS[choice]}: {reason}")
     assert "annotations.json" in lines[1]
+
+
+def test_advice_where_nothing_is_found_names_no_winner() -> None:
+    counts = {"spair": 0, "watershed": 0, "conncomp": 148}
+    nothing = comparison(counts, {("spair", "watershed"): 1.0, ("spair", "conncomp"): 0.0})
+    chosen, reason = recommended(nothing)
+    assert chosen == "watershed"
+    assert "are there any in these images?" in reason
 
 
 def test_advice_on_a_single_model() -> None:

@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from spairkit.data.datasets import open_dataset
 from spairkit.detector import Detector
 from spairkit.evaluation import evaluate
 from spairkit.metrics import ap_spair
-from spairkit.models.conncomp import ConnComp, otsu
+from spairkit.models.conncomp import ConnComp
 
 PUBLISHED = {
     1: (0.01, 0.989),
@@ -228,22 +227,6 @@ def test_background_is_fitted_to_images() -> None:
         model = ConnComp(ConnCompConfig(background=background, colour=(0.75, 0, 0)))  # type: ignore[arg-type]
         model.fit_background(images)
         assert model.background_colour.tolist() == pytest.approx([red, 0, 0])
-
-
-def test_otsu_matches_an_exhaustive_search() -> None:
-    rng = np.random.default_rng(2)
-    values = np.concatenate([rng.normal(0.5, 0.15, 700), rng.normal(2.0, 0.3, 300)]).clip(0, 3)
-
-    def between(threshold: float) -> float:
-        above = values >= threshold
-        gap = values[above].mean() - values[~above].mean()
-        return float(above.mean() * (~above).mean() * gap**2)
-
-    best = max(between(value) for value in np.sort(values)[1:])
-    assert between(otsu(torch.from_numpy(values))) > 0.999 * best
-    assert between(1.9) < 0.9 * best
-    assert otsu(torch.tensor([0.0, 0.0, 3.0])) == pytest.approx(1.5)
-    assert otsu(torch.full((4,), 1.5)) > 1.5
 
 
 def test_other_shapes_and_values_are_refused() -> None:

@@ -137,10 +137,22 @@ def test_noise_is_that_of_independent_pixels() -> None:
     assert noise_of((smooth + grain).astype(np.float32)) == pytest.approx(0.03, rel=0.05)
 
 
-def test_otsu_separates_two_groups() -> None:
-    values = np.concatenate([np.full(90, 0.1), np.full(10, 0.7)])
-    assert 0.1 < otsu(values) < 0.7
+def test_otsu_equals_an_exhaustive_search() -> None:
+    rng = np.random.default_rng(2)
+    values = np.concatenate([rng.normal(0.5, 0.15, 700), rng.normal(2.0, 0.3, 300)]).clip(0, 3)
+
+    def between(threshold: float) -> float:
+        above = values >= threshold
+        gap = values[above].mean() - values[~above].mean()
+        return float(above.mean() * (~above).mean() * gap**2)
+
+    best = max(between(value) for value in np.sort(values)[1:])
+    assert between(otsu(values)) > 0.999 * best
+    assert between(1.9) < 0.9 * best
+    assert otsu(np.array([0.0, 0.0, 3.0])) == pytest.approx(1.5)
     assert otsu(np.full(5, 0.3)) == 0.3
+    close = (0.3 + 1e-6 * np.random.default_rng(0).normal(size=1000)).astype(np.float32)
+    assert close.min() < otsu(close) < close.max()
 
 
 def test_contrast_of_direction_has_the_weights() -> None:

@@ -4,11 +4,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy import ndimage
 
 from spairkit.config import WatershedConfig
 from spairkit.detections import Detections, Truth
 from spairkit.metrics import average_precision
-from spairkit.models.watershed import Watershed, find_parts, split
+from spairkit.models.watershed import Watershed, _largest, find_parts, split
 
 Array = npt.NDArray[np.float64]
 
@@ -88,6 +89,40 @@ def test_dim_objects_are_found_above_the_noise() -> None:
     centres = (parts.boxes[:, :2] + parts.boxes[:, 2:] - 1) / 2
     for y, x in places:
         assert np.abs(centres - (x, y)).max(1).min() < 2
+
+
+@pytest.mark.parametrize("blur", [1.0, 2.0])
+def test_masks_end_at_about_half_the_height_of_bright_and_dim_discs(blur: float) -> None:
+    """On a ground that is not black."""
+    size = (60, 160)
+    discs = [disc(size, 30, 20 + 40 * n, 14) for n in range(4)]
+    heights = (0.6, 0.3, 0.15, 0.6)
+    image = 0.2 + ndimage.gaussian_filter(
+        sum(height * mask for height, mask in zip(heights, discs, strict=True)), blur
+    )
+    parts = find_parts(image, 12)
+    assert len(parts.boxes) == 4
+    for column, mask in zip((20, 60, 100, 140), discs, strict=True):
+        found = parts.label_image == parts.label_image[30, column]
+        assert abs(found.sum() / mask.sum() - 1) < 0.15
+        assert (found & mask).sum() / (found | mask).sum() > 0.85
+
+
+def test_largest_piece_of_each_label_is_kept() -> None:
+    generator = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 9), (12, 15), (20, 7)):
+        for _ in range(10):
+            labels = generator.integers(0, 4, shape).astype(np.int32)
+            found = _largest(labels)
+            for name in range(1, 4):
+                pieces, num = ndimage.label(labels == name)
+                areas = np.bincount(pieces.ravel(), minlength=num + 1)[1:]
+                kept = np.unique(pieces[found == name])
+                assert len(kept) == min(num, 1)
+                if num:
+                    assert (found == name).sum() == areas.max() == areas[kept[0] - 1]
+            assert set(np.unique(found)) <= {0, 1, 2, 3}
+            assert np.all((found == 0) | (found == labels))
 
 
 def test_rings_are_filled_and_the_ground_among_objects_is_not() -> None:

@@ -139,6 +139,8 @@ def recommended(result: Comparison) -> tuple[str, str]:
     if "spair" not in methods or rest is None:
         chosen = rest or next(iter(methods))
         return chosen, "there is nothing to weigh it against"
+    if not methods["spair"].found.mean + methods[rest].found.mean:
+        return rest, "neither it nor SPAIR finds an object; are there any in these images?"
     agrees = result.agreement["spair"]
     seeds, floor = agrees.get("spair", 1.0), agrees[rest]
     counts = f"{_count(methods['spair'])} objects against {_count(methods[rest])}"
@@ -153,7 +155,7 @@ def recommended(result: Comparison) -> tuple[str, str]:
     if min(others) >= SAME:
         return (
             rest,
-            f"all models find the same objects (F1 {min(others):.2f} or more), and it is quick",
+            f"all find the same objects (F1 at least {min(others):.2f}), and it is quick",
         )
     return "spair", (
         f"it agrees with {MODELS[rest]} on most objects (F1 {floor:.2f}; {counts}) and explains "

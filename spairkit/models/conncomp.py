@@ -24,7 +24,6 @@ Array = npt.NDArray[Any]
 _CROSS = np.zeros((3, 3, 3), dtype=bool)
 _CROSS[1] = ndimage.generate_binary_structure(2, 1)
 _OBJECT_SIDE = 21  # texels of an object's picture, as of the authors' glimpses
-_BINS = 256
 
 
 class ConnComp(nn.Module):
@@ -172,25 +171,3 @@ def pictures(image: Tensor, labels: Array) -> Tensor:  # [n, 21, 21, 4] in [0, 1
         cut = F.interpolate(cut, size, mode="bilinear", antialias=True)
         cuts.append(cut.permute(0, 2, 3, 1).clamp(0, 1))
     return torch.cat(cuts)
-
-
-def otsu(distance: Tensor) -> float:  # any shape, in [0, 3]
-    """The threshold that maximises the variance between the two groups of distances.
-
-    Otsu's rule (1979) on a histogram of 256 equal bins. It is ours, not the paper's: it needs
-    no true boxes, and marks some pixels as objects even in an image without any. Where all
-    distances are equal it is above them.
-    """
-    values = distance.detach().cpu().double().flatten().numpy()
-    low, high = float(values.min()), float(values.max())
-    if low == high:
-        return float(np.nextafter(np.float32(high), np.float32(4)))
-    counts, edges = np.histogram(values, _BINS, (low, high))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]
-    above = counts.sum() - below
-    moment = np.cumsum(counts * centres)
-    gap = moment[:-1] / below - (moment[-1] - moment[:-1]) / np.maximum(above, 1)
-    between = below * above * gap**2
-    # every edge inside a gap of the histogram is as good: the middle one
-    return float(edges[1:-1][between == between.max()].mean())

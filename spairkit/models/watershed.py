@@ -12,12 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from spairkit.config import WatershedConfig
 from spairkit.detections import Detections, Explanation
-from spairkit.models.conncomp import mean_colours, otsu, pictures
+from spairkit.models.conncomp import mean_colours, pictures
 from spairkit.models.networks import check_images
+from spairkit.preparation import otsu
 
 Array = npt.NDArray[Any]
 
@@ -31,8 +34,14 @@ _LEAST_CONTRAST = 0.02
 _RELIEF = 0.02  # of the height of a peak
 _LEAST_GAP = 5 / 12  # between two peaks
 _DISTANCE_SMOOTHING = 1 / 12
+_EDGE = 0.55  # of the mean contrast of an object
+_GROWTH = 1 / 4
+_GROUND = 1.0  # standard deviation of the mean of the ground
 _LEAST_AREA = 1 / 8  # of the square of the diameter
 _LARGEST_HOLE = 1.0  # of the square of the diameter
+
+_LEAST_WEIGHT = 1e-3
+_LEAST_SCORED = 1e-3  # contrast, so that every score is above .5
 
 _QUARTILE = 0.3186  # of |x|, x standard normal
 
@@ -123,7 +132,7 @@ def find_parts(grey: Array, diameter: float) -> Parts:
     grey = grey.astype(np.float32)
     smooth = ndimage.gaussian_filter(grey, _SMOOTHING * diameter)
     around = ndimage.gaussian_filter(smooth, _WINDOW * diameter)
-    separation = otsu(torch.from_numpy(smooth)) - float(np.median(smooth))
+    separation = otsu(smooth) - float(np.median(smooth))
     noise = _noise(smooth, max(round(_NOISE_LAG * diameter), 1))
     above = max(_SEPARATION * separation, _NOISE_FACTOR * noise, _LEAST_CONTRAST)
     mask = smooth > around + np.float32(above)
@@ -133,17 +142,73 @@ def find_parts(grey: Array, diameter: float) -> Parts:
     distance = ndimage.distance_transform_edt(mask).astype(np.float32)
     height = ndimage.gaussian_filter(distance, _DISTANCE_SMOOTHING * diameter)
     labels = split(height, mask, relief=_RELIEF, gap=_LEAST_GAP * diameter)
-    areas = np.bincount(labels.ravel())
-    areas[0] = 0
-    kept = np.flatnonzero(areas >= max(_LEAST_AREA * diameter**2, 1))
-    numbers = np.zeros(len(areas), np.int32)
-    numbers[kept] = np.arange(1, len(kept) + 1)
-    labels = numbers[labels]
-    sums = np.bincount(labels.ravel(), (grey - around).ravel(), len(kept) + 1)[1:]
-    contrast = (sums / areas[kept]).clip(0, 1)
+    labels = _numbered(labels, _LEAST_AREA * diameter**2)
+    labels = _numbered(_outlined(labels, smooth, diameter), _LEAST_AREA * diameter**2)
+    areas = np.bincount(labels.ravel())[1:]
+    sums = np.bincount(labels.ravel(), (grey - around).ravel())[1:]
+    contrast = (sums / areas).clip(_LEAST_SCORED, 1)
     spans = [(x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels)]
     boxes = np.array(spans, np.float32).reshape(-1, 4)
     return Parts(labels, boxes, ((1 + contrast) / 2).astype(np.float32))
+
+
+def _numbered(labels: Array, least: float) -> npt.NDArray[np.int32]:
+    """The labels of at least `least` pixels, as 1, 2 ... in the order of first pixels."""
+    flat = labels.ravel()
+    areas = np.bincount(flat)
+    areas[0] = 0
+    first = np.zeros(len(areas), np.int64)
+    first[flat[::-1]] = np.arange(flat.size)[::-1]  # the last one written stays
+    kept = np.flatnonzero(areas >= max(least, 1))
+    numbers = np.zeros(len(areas), np.int32)
+    numbers[kept[np.argsort(first[kept])]] = np.arange(1, len(kept) + 1)
+    return numbers[labels]
+
+
+def _outlined(labels: Array, image: Array, diameter: float) -> Array:
+    """The parts, ending at about half the height of each, so that their outlines fit blurred edges.
+
+    The contrast of a pixel is that to the mean of the ground around it. A part keeps the connected
+    pixels in it, and less than `_GROWTH` beside it and nearest to it, whose contrast is at least
+    `_EDGE` of its mean; and the holes in them.
+    """
+    free = labels == 0
+    if free.all() or not free.any():
+        return labels
+    weight = ndimage.gaussian_filter(free.astype(np.float32), _GROUND * diameter)
+    ground = ndimage.gaussian_filter(np.where(free, image, 0), _GROUND * diameter)
+    contrast = image - ground / np.maximum(weight, _LEAST_WEIGHT)
+    distance, nearest = ndimage.distance_transform_edt(free, return_indices=True)
+    near = np.where(distance <= _GROWTH * diameter, labels[tuple(nearest)], 0)
+    sums = np.bincount(labels.ravel(), contrast.ravel())
+    least = _EDGE * sums / np.maximum(np.bincount(labels.ravel()), 1)
+    inside = _largest(np.where(contrast >= least[near], near, 0))
+    filled = _filled(inside > 0, _LARGEST_HOLE * diameter**2)
+    outlined: Array = np.where(filled & (inside == 0), near, inside)
+    return outlined
+
+
+def _largest(labels: Array) -> Array:
+    """The labels without all but the largest 4-connected piece of each."""
+    places = np.flatnonzero(labels)
+    index = np.full(labels.shape, -1, np.int32)
+    index.flat[places] = np.arange(len(places))
+    ends = []
+    for one, two in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+        same = (labels[one] == labels[two]) & (labels[one] > 0)
+        ends.append((index[one][same], index[two][same]))
+    rows, columns = (np.concatenate(side) for side in zip(*ends, strict=True))
+    graph = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(places),) * 2)
+    number, piece = connected_components(graph, directed=False)
+    owner = np.zeros(number, labels.dtype)
+    owner[piece] = labels.flat[places]
+    # by owner and size, the last of each owner is its largest
+    order = np.lexsort((np.bincount(piece, minlength=number), owner))
+    kept = np.zeros(number, bool)
+    kept[order[np.diff(owner[order], append=0) != 0]] = True
+    pieces = labels.copy()
+    pieces.flat[places[~kept[piece]]] = 0
+    return pieces
 
 
 def split(
@@ -189,12 +254,8 @@ def split(
         relief,
         gap,
     )
-    parts = owners[basin]
-    _, first, numbers = np.unique(parts, return_index=True, return_inverse=True)
-    order = np.empty(len(first), np.int32)
-    order[np.argsort(first)] = np.arange(1, len(first) + 1)
-    labels[mask] = order[numbers]
-    return labels
+    labels[mask] = owners[basin] + 1
+    return _numbered(labels, 1)
 
 
 def _passes(

@@ -19,8 +19,9 @@ from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 from spairkit.metrics import average_precision, count_accuracy, count_error
-from spairkit.models.conncomp import ConnComp, find_components, otsu
+from spairkit.models.conncomp import ConnComp, find_components
 from spairkit.models.watershed import Watershed
+from spairkit.preparation import otsu
 from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import Run
 from spairkit.training.validation import Step, Validation, box_figures, draw
@@ -115,7 +116,9 @@ def _fit_threshold(
                 _save(run, step, model, {}, state(), is_best=False)
                 return
     elif isinstance(settings.threshold, str):
-        model.set_threshold(otsu(torch.cat([distance.flatten() for distance in distances])))
+        values = torch.cat([distance.flatten() for distance in distances]).double().numpy()
+        # just above it, so that distances that are all equal are background
+        model.set_threshold(float(np.nextafter(np.float32(otsu(values)), np.float32(4))))
     if not fits:
         scores = [0.0] * steps
         yield Step(steps, steps, None, time.perf_counter() - started)
