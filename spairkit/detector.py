@@ -25,9 +25,10 @@ from spairkit.models.networks import check_images
 from spairkit.models.spair import SPAIR
 from spairkit.preparation import in_file_pixels, prepare_images, resized
 from spairkit.search.calibration import Calibration, calibration_of
-from spairkit.search.search import PosteriorSearch, Progress
+from spairkit.search.search import Part, PosteriorSearch, Progress
 from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
+from spairkit.tiles import WHOLE_PIXELS, Mosaic, elsewhere, tiles_of
 
 _MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
 
@@ -73,6 +74,7 @@ class Detector:
         self.calibration = calibration or Calibration()
         self.finder: Network | PosteriorSearch = network
         self.on_progress: Progress | None = None
+        self._tiles = 0, 1  # the one that is searched, and their number
         if self.search not in get_args(SearchMode):
             raise ValueError(f"search must be off, refine or full, got {search!r}")
         if self.search != "off":
@@ -211,7 +213,10 @@ class Detector:
         options = self._options(threshold, counts)
         seen = self._seen(images)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
-            found = self.finder.detect(seen, **options)
+            if self._cuts(seen):
+                found = [self._joined(image, options, explain=False).found() for image in seen]
+            else:
+                found = self.finder.detect(seen, **options)
         return [in_file_pixels(item, _size(seen), _size(images)) for item in found]
 
     def explain_batch(
@@ -221,7 +226,12 @@ class Detector:
         options = self._options(threshold, counts)
         seen = self._seen(images)
         with computing_in("float32", self.device):
-            explained = self.finder.explain(seen, **options)
+            if self._cuts(seen):
+                explained = [
+                    self._joined(image, options, explain=True).explained(image) for image in seen
+                ]
+            else:
+                explained = self.finder.explain(seen, **options)
         size = _size(images)
         return [
             replace(
@@ -238,9 +248,48 @@ class Detector:
         check_images(images)
         return prepare_images(images.to(self.device), self.config.prepare)
 
+    def _cuts(self, seen: Tensor) -> bool:
+        """Whether prepared images are so large that they are cut into tiles."""
+        return isinstance(self.network, SPAIR) and seen[0, 0].numel() > WHOLE_PIXELS
+
+    def _joined(self, seen: Tensor, options: dict[str, Any], *, explain: bool) -> Mosaic:
+        """The objects of the tiles of one prepared image [3, h, w]."""
+        assert isinstance(self.network, SPAIR)
+        height, width = seen.shape[-2:]
+        tiles = tiles_of(height, width, self.network.config.cell)
+        parts: list[dict[str, Any]] = [{}] * len(tiles)
+        if isinstance(self.finder, PosteriorSearch):
+            rows, columns = self.network.grid(height, width)
+            outside = elsewhere(tiles, [self._guessed(tile.of(seen)) for tile in tiles])
+            parts = [
+                {"part": Part(tile.inner, number, rows * columns)}
+                for tile, number in zip(tiles, outside, strict=True)
+            ]
+        mosaic = Mosaic(height, width)
+        for index, (tile, part) in enumerate(zip(tiles, parts, strict=True)):
+            self._tiles = index, len(tiles)
+            here = tile.of(seen)[None]
+            if explain:
+                mosaic.add_explained(tile, self.finder.explain(here, **options, **part)[0])
+            else:
+                mosaic.add(tile, self.finder.detect(here, **options, **part)[0])
+            self._progress("done", 1.0)
+        self._tiles = 0, 1
+        return mosaic
+
+    def _guessed(self, tile: Tensor) -> Tensor:  # [3, h, w] -> [n, 4]
+        """Boxes of the objects that the encoder finds."""
+        assert isinstance(self.network, SPAIR)
+        with torch.no_grad():
+            latents, _ = self.network.infer(tile[None])
+        return latents.boxes[0, latents.presence[0] > 0].cpu()
+
     def _progress(self, phase: str, share: float) -> None:
         if self.on_progress is not None:
-            self.on_progress(phase, share)
+            tile, tiles = self._tiles
+            if tiles > 1:
+                phase = f"tile {tile + 1} of {tiles}: {phase}"
+            self.on_progress(phase, (tile + share) / tiles)
 
     def _detect(
         self, group: list[tuple[ImageLike, Tensor]], threshold: float, count: int | None

@@ -48,6 +48,24 @@ Progress = Callable[[str, float], None]
 """Called with the name of a phase and the share of it that is done."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a part of a larger image, which is searched by itself, has to know of the whole."""
+
+    core: tuple[float, float, float, float]
+    """xyxy, px of the part; only objects whose centres it holds are counted in `counts`."""
+    outside: int
+    """Objects of the image that do not lie in the part."""
+    places: int
+    """Cells of the whole image."""
+
+    def holds(self, boxes: Tensor) -> Tensor:  # [..., 4] xyxy, px -> [...] bool
+        """Whether the core holds the centres."""
+        centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+        low, high = boxes.new_tensor(self.core[:2]), boxes.new_tensor(self.core[2:])
+        return ((centre >= low) & (centre < high)).all(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """The state of the lowest energy that the search has seen."""
@@ -55,6 +73,7 @@ class Found:
     scene: Scene
     slots: Slots  # `saved` is what each object saves
     costs: list[Tensor]  # of each image [m]: energies that rejected further objects would cost
+    part: Part | None = None
 
 
 class PosteriorSearch:
@@ -82,20 +101,34 @@ class PosteriorSearch:
 
     @torch.no_grad()
     def detect(
-        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        box_contrast: float | None = None,
+        part: Part | None = None,
     ) -> list[Detections]:
-        """The objects of each image. Arguments and errors as in `SPAIR.detect`."""
-        return self.describe(self.find(images, box_contrast), threshold, box_contrast)
+        """The objects of each image. Arguments and errors as in `SPAIR.detect`.
+
+        Args:
+            part: what the images are, if they are parts of a larger one.
+        """
+        return self.describe(self.find(images, box_contrast, part), threshold, box_contrast)
 
     @torch.no_grad()
     def explain(
-        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        box_contrast: float | None = None,
+        part: Part | None = None,
     ) -> list[Explanation]:
         """The objects, their appearances and the reconstruction, as `SPAIR.explain`.
 
         The reconstruction shows all objects of the state, whatever the threshold.
         """
-        found = self.find(images, box_contrast)
+        found = self.find(images, box_contrast, part)
         detections = self.describe(found, threshold, box_contrast)
         scores = self.calibration.score(found.slots.saved)
         chosen = (found.slots.present > 0) & (scores > threshold)
@@ -104,12 +137,15 @@ class PosteriorSearch:
         return Explanation.of_batch(chosen, detections, images, drawn, maps)
 
     @torch.no_grad()
-    def find(self, images: Tensor, box_contrast: float | None = None) -> Found:
+    def find(
+        self, images: Tensor, box_contrast: float | None = None, part: Part | None = None
+    ) -> Found:
         """Searches each image by itself.
 
         Args:
             images: [B, 3, H, W] in [0, 1], any height and width.
             box_contrast: as in `SPAIR.detect`; boxes are tightened to it before the search.
+            part: as in `detect`.
         """
         latents, background = self.network.infer(images)
         _, columns = self.network.grid(images.shape[-2], images.shape[-1])
@@ -120,8 +156,8 @@ class PosteriorSearch:
             background,
             num_channels(images),
             evidence=images.new_ones(batch),
-            outside=images.new_zeros(batch),
-            places=images.new_full((batch,), cells * _SLOTS_PER_CELL),
+            outside=images.new_full((batch,), part.outside if part else 0),
+            places=images.new_full((batch,), (part.places if part else cells) * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
         slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
@@ -131,8 +167,8 @@ class PosteriorSearch:
             slots = self._refined(scene, slots)
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
-            slots, costs = self._move(scene, slots, latents)
-        return Found(scene, self._measured(scene, slots, latents), costs)
+            slots, costs = self._move(scene, slots, latents, part)
+        return Found(scene, self._measured(scene, slots, latents), costs, part)
 
     def _refined(self, scene: Scene, slots: Slots) -> Slots:
         shown = partial(self.on_progress, "refining objects")
@@ -140,7 +176,9 @@ class PosteriorSearch:
             self.energy, scene, slots, tolerance=TOLERANCE, most=_ITERATIONS, on_check=shown
         )[0]
 
-    def _move(self, scene: Scene, slots: Slots, latents: Latents) -> tuple[Slots, list[Tensor]]:
+    def _move(
+        self, scene: Scene, slots: Slots, latents: Latents, part: Part | None = None
+    ) -> tuple[Slots, list[Tensor]]:
         """Tries moves until none lowers the energy; also the costs of rejected objects."""
         rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
@@ -161,6 +199,11 @@ class PosteriorSearch:
                 break
             slots = _applied(slots, moves, outcomes, chosen)
             moved |= set(moves.image[chosen].tolist())
+        if part:
+            rejected = [
+                [item for item in items if part.holds(torch.from_numpy(item[1]))]
+                for items in rejected
+            ]
         costs = [_apart(items) for items in rejected]
         if moved:
             rows = torch.tensor(sorted(moved), device=slots.latents.device)
@@ -235,7 +278,10 @@ class PosteriorSearch:
         score as probability, and each rejected one with a probability by its cost.
         """
         scores = self.calibration.score(found.slots.saved).cpu()
-        present = (found.slots.present > 0).cpu()
+        present = found.slots.present > 0
+        if found.part:
+            present &= found.part.holds(self.energy.boxes(found.slots))
+        present = present.cpu()
         return [
             CountPosterior.independent(
                 torch.cat([scores[b, present[b]], self.calibration.missed(costs)]).double()
