@@ -22,10 +22,11 @@ from spairkit.errors import ImageFileError, InputError
 from spairkit.images import ImageLike, as_image, list_images, same_sized, skipped_files
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
+from spairkit.models.parts import Part
 from spairkit.models.spair import SPAIR
 from spairkit.preparation import in_file_pixels, prepare_images, resized
 from spairkit.search.calibration import Calibration, calibration_of
-from spairkit.search.search import Part, PosteriorSearch, Progress
+from spairkit.search.search import PosteriorSearch, Progress
 from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
 from spairkit.tiles import WHOLE_PIXELS, Mosaic, elsewhere, tiles_of
@@ -254,35 +255,30 @@ class Detector:
 
     def _joined(self, seen: Tensor, options: dict[str, Any], *, explain: bool) -> Mosaic:
         """The objects of the tiles of one prepared image [3, h, w]."""
-        assert isinstance(self.network, SPAIR)
+        network, finder = self.network, self.finder
+        assert isinstance(network, SPAIR)
+        assert isinstance(finder, (SPAIR, PosteriorSearch))
         height, width = seen.shape[-2:]
-        tiles = tiles_of(height, width, self.network.config.cell)
-        parts: list[dict[str, Any]] = [{}] * len(tiles)
-        if isinstance(self.finder, PosteriorSearch):
-            rows, columns = self.network.grid(height, width)
-            outside = elsewhere(tiles, [self._guessed(tile.of(seen)) for tile in tiles])
-            parts = [
-                {"part": Part(tile.inner, number, rows * columns)}
-                for tile, number in zip(tiles, outside, strict=True)
+        tiles = tiles_of(height, width, network.config.cell)
+        parts = [Part((t.rows.start, t.columns.start), (height, width), t.inner) for t in tiles]
+        if isinstance(finder, PosteriorSearch):
+            guesses = [
+                _guessed(network, tile.of(seen), part)
+                for tile, part in zip(tiles, parts, strict=True)
             ]
+            outside = elsewhere(tiles, guesses)
+            parts = [replace(part, outside=n) for part, n in zip(parts, outside, strict=True)]
         mosaic = Mosaic(height, width)
         for index, (tile, part) in enumerate(zip(tiles, parts, strict=True)):
             self._tiles = index, len(tiles)
             here = tile.of(seen)[None]
             if explain:
-                mosaic.add_explained(tile, self.finder.explain(here, **options, **part)[0])
+                mosaic.add_explained(tile, finder.explain(here, **options, part=part)[0])
             else:
-                mosaic.add(tile, self.finder.detect(here, **options, **part)[0])
+                mosaic.add(tile, finder.detect(here, **options, part=part)[0])
             self._progress("done", 1.0)
         self._tiles = 0, 1
         return mosaic
-
-    def _guessed(self, tile: Tensor) -> Tensor:  # [3, h, w] -> [n, 4]
-        """Boxes of the objects that the encoder finds."""
-        assert isinstance(self.network, SPAIR)
-        with torch.no_grad():
-            latents, _ = self.network.infer(tile[None])
-        return latents.boxes[0, latents.presence[0] > 0].cpu()
 
     def _progress(self, phase: str, share: float) -> None:
         if self.on_progress is not None:
@@ -393,6 +389,12 @@ def chosen_device(device: torch.device | str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device}: torch finds no such GPU; see `spairkit doctor`")
     return chosen
+
+
+def _guessed(network: SPAIR, tile: Tensor, part: Part) -> Tensor:  # [3, h, w] -> [n, 4]
+    """Boxes of the objects that the encoder finds."""
+    latents, _ = network.infer(tile[None], part=part)
+    return latents.boxes[0, latents.presence[0] > 0].cpu()
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.images import num_channels
 from spairkit.models.latents import Latents
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration
@@ -46,24 +47,6 @@ _Cost = tuple[float, Array]  # of a rejected object, nats, and the region that i
 
 Progress = Callable[[str, float], None]
 """Called with the name of a phase and the share of it that is done."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a part of a larger image, which is searched by itself, has to know of the whole."""
-
-    core: tuple[float, float, float, float]
-    """xyxy, px of the part; only objects whose centres it holds are counted in `counts`."""
-    outside: int
-    """Objects of the image that do not lie in the part."""
-    places: int
-    """Cells of the whole image."""
-
-    def holds(self, boxes: Tensor) -> Tensor:  # [..., 4] xyxy, px -> [...] bool
-        """Whether the core holds the centres."""
-        centre = (boxes[..., :2] + boxes[..., 2:]) / 2
-        low, high = boxes.new_tensor(self.core[:2]), boxes.new_tensor(self.core[2:])
-        return ((centre >= low) & (centre < high)).all(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +94,7 @@ class PosteriorSearch:
         """The objects of each image. Arguments and errors as in `SPAIR.detect`.
 
         Args:
-            part: what the images are, if they are parts of a larger one.
+            part: of a larger image, if that is what each of the images is.
         """
         return self.describe(self.find(images, box_contrast, part), threshold, box_contrast)
 
@@ -147,20 +130,22 @@ class PosteriorSearch:
             box_contrast: as in `SPAIR.detect`; boxes are tightened to it before the search.
             part: as in `detect`.
         """
-        latents, background = self.network.infer(images)
-        _, columns = self.network.grid(images.shape[-2], images.shape[-1])
+        latents, background = self.network.infer(images, part=part)
+        rows, columns = self.network.grid(images.shape[-2], images.shape[-1])
         slots = Slots.of(latents, columns, self.network.config.cell)
-        batch, cells = slots.present.shape
+        batch = len(images)
+        if part:
+            rows, columns = self.network.grid(*part.size)
         scene = Scene(
             images,
             background,
             num_channels(images),
             evidence=images.new_ones(batch),
             outside=images.new_full((batch,), part.outside if part else 0),
-            places=images.new_full((batch,), (part.places if part else cells) * _SLOTS_PER_CELL),
+            places=images.new_full((batch,), rows * columns * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
-        slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME)
+        slots = reframe(self.energy, scene, slots.compact(), contrast or _FRAME, part)
         slots = self._refined(scene, slots)
         if self.network.config.likelihood == "normal":
             scene = replace(scene, evidence=self.energy.evidence(scene, slots))
