@@ -22,7 +22,7 @@ WHOLE_PIXELS = 1 << 20
 _CORE = 480  # greatest side of a core, px
 _HALO = 72  # px, six objects of typical size
 _SAME_PX = 3.0  # between the centres of one object as two tiles see it, at most
-_SAME_IOU = 0.5  # of the boxes of one object as two tiles see it, at least
+_SAME_IOU = 0.3  # of the boxes of one object as two tiles see it, at least
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,9 @@ def _spans(length: int, cell: int) -> list[tuple[slice, int, int]]:
 class Mosaic:
     """Puts the objects of tiles together; `add` takes the tiles in raster order."""
 
-    def __init__(self, height: int, width: int) -> None:
-        self._size = height, width
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        """Height and width of the whole image, px."""
         self._label_image: Tensor | None = None
         self._parts: list[Detections] = []
         self._counts: list[CountPosterior] = []
@@ -121,7 +122,7 @@ class Mosaic:
         rows = self.add(tile, explained.detections)
         self._appearances.append(explained.appearances[rows])
         if self._drawn is None:
-            self._drawn = torch.zeros(3, *self._size)
+            self._drawn = torch.zeros(3, *self.size)
         x1, y1, x2, y2 = tile.core
         left, top, right, bottom = tile.inner
         self._drawn[:, y1:y2, x1:x2] = explained.reconstruction[:, top:bottom, left:right]
@@ -146,9 +147,9 @@ class Mosaic:
 
     def _reaching(self, tile: Tile) -> Tile:
         """The tile with a core that reaches over its seams, and beyond the edges of the image."""
-        height, width = self._size
+        height, width = self.size
         x1, y1, x2, y2 = tile.core
-        far = max(self._size)
+        far = max(self.size)
         reach = round(_SAME_PX)
         core = (
             x1 - reach if x1 else -far,
@@ -172,7 +173,7 @@ class Mosaic:
     def _paste(self, tile: Tile, label_image: Tensor, old: Tensor, new: Tensor) -> None:
         """Gives the pixels of objects their labels; in its core a tile's pixels come first."""
         if self._label_image is None:
-            self._label_image = torch.zeros(self._size, dtype=torch.int32)
+            self._label_image = torch.zeros(self.size, dtype=torch.int32)
         most = max(int(label_image.max()), int(old.max()) if len(old) else 0)
         table = torch.zeros(most + 1, dtype=torch.int32)
         table[old.long()] = new

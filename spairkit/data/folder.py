@@ -361,7 +361,10 @@ def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int,
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
-    stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
+    if len(images) == 1:
+        stack = images[0][None]  # no copy of a large image
+    else:
+        stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
     return Batch(stack, boxes.to(device), labels.to(device), counts.to(device))
 
 
