@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from spairkit.counts import CountPosterior
 from spairkit.errors import InputError
-from spairkit.images import ImageLike, as_image
+from spairkit.images import ImageLike, as_image, read_pixels
 from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
 
 _PLOT_INCHES = 6.0
@@ -150,6 +151,8 @@ class Detections:
         labelled = self._labelled()
         if self.image is None:
             raise ValueError("these detections have no image; set it: replace(found, image=image)")
+        if isinstance(self.image, (str, os.PathLike)):
+            return intensities(*labelled, read_pixels(os.fspath(self.image)))
         return intensities(*labelled, as_image(self.image))
 
     def _labelled(self) -> tuple[Tensor, Tensor]:

@@ -19,15 +19,32 @@ from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, SearchMode
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import ImageFileError, InputError
-from spairkit.images import ImageLike, as_image, list_images, same_sized, skipped_files
+from spairkit.images import (
+    ImageLike,
+    as_image,
+    list_images,
+    read_pixels,
+    same_sized,
+    skipped_files,
+    to_colour,
+)
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
+from spairkit.models.parts import Part
 from spairkit.models.spair import SPAIR
-from spairkit.preparation import in_file_pixels, prepare_images, resized
+from spairkit.preparation import (
+    in_file_pixels,
+    of_prepared_pixels,
+    prepare_images,
+    prepare_pixels,
+    prepared_size,
+    resized,
+)
 from spairkit.search.calibration import Calibration, calibration_of
 from spairkit.search.search import PosteriorSearch, Progress
 from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
+from spairkit.tiles import WHOLE_PIXELS, Mosaic, Tile, elsewhere, tiles_of
 
 _MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
 
@@ -73,6 +90,7 @@ class Detector:
         self.calibration = calibration or Calibration()
         self.finder: Network | PosteriorSearch = network
         self.on_progress: Progress | None = None
+        self._tiles = 0, 1  # the one that is searched, and their number
         if self.search not in get_args(SearchMode):
             raise ValueError(f"search must be off, refine or full, got {search!r}")
         if self.search != "off":
@@ -140,7 +158,7 @@ class Detector:
                 needs the count and gets none, or infers the count and gets one.
         """
         _refuse_folder(image)
-        return self._detect([(image, as_image(image))], threshold, count)[0]
+        return self._detect([(image, self._opened(image))], threshold, count)[0]
 
     def detect_many(
         self,
@@ -182,7 +200,8 @@ class Detector:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._options(threshold, self._counts(count, 1))  # raises here, not at the first image
-        groups = same_sized(_read(sources, on_unreadable), batch_size, _MAX_BATCH_PIXELS)
+        read = self._read(sources, on_unreadable)
+        groups = same_sized(read, batch_size, _MAX_BATCH_PIXELS)
         return (found for group in groups for found in self._detect(group, threshold, count))
 
     def explain(
@@ -193,8 +212,12 @@ class Detector:
         Arguments and errors as in `detect`.
         """
         _refuse_folder(image)
-        counts = self._counts(count, 1)
-        explanation = self.explain_batch(as_image(image)[None], threshold, counts)[0]
+        counts, opened = self._counts(count, 1), self._opened(image)
+        if self._cuts(opened):
+            with computing_in("float32", self.device):
+                explanation = self._explained(opened, self._options(threshold, counts))
+        else:
+            explanation = self.explain_batch(opened[None], threshold, counts)[0]
         detections = replace(explanation.detections, image=image)
         return replace(explanation, detections=detections)
 
@@ -214,8 +237,11 @@ class Detector:
             InputError: as `detect`.
         """
         options = self._options(threshold, counts)
-        seen = self._seen(images)
+        check_images(images)
         with computing_in("float32", self.device):  # torch would use TF32 in convolutions
+            if self._cuts(images):
+                return [self._found(image, options) for image in images]
+            seen = self._seen(images)
             found = self.finder.detect(seen, **options)
         return [in_file_pixels(item, _size(seen), _size(images)) for item in found]
 
@@ -224,34 +250,105 @@ class Detector:
     ) -> list[Explanation]:
         """`explain` for a batch that is already read; arguments and errors as in `detect_batch`."""
         options = self._options(threshold, counts)
-        seen = self._seen(images)
+        check_images(images)
         with computing_in("float32", self.device):
+            if self._cuts(images):
+                return [self._explained(image, options) for image in images]
+            seen = self._seen(images)
             explained = self.finder.explain(seen, **options)
-        size = _size(images)
         return [
-            replace(
-                item,
-                detections=in_file_pixels(item.detections, _size(seen), size),
-                image=image.float().cpu(),
-                reconstruction=resized(item.reconstruction, size),
-            )
-            for item, image in zip(explained, images, strict=True)
+            _in_file(item, image, _size(seen))
+            for item, image in zip(explained, images.float().cpu(), strict=True)
         ]
 
     def _seen(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, h, w]
         """The prepared images, on the device."""
-        check_images(images)
         return prepare_images(images.to(self.device), self.config.prepare)
+
+    def _read(
+        self,
+        sources: Iterable[ImageLike],
+        skip: Callable[[ImageLike, ImageFileError], None] | None,
+    ) -> Iterator[tuple[ImageLike, Tensor]]:
+        for source in sources:
+            try:
+                yield source, self._opened(source)
+            except ImageFileError as error:
+                if skip is None:
+                    raise
+                skip(source, error)
+
+    def _cuts(self, images: Tensor) -> bool:  # [..., H, W]
+        """Whether images are so large, once they are prepared, that they are cut into tiles."""
+        height, width = prepared_size(*_size(images), self.config.prepare.scale)
+        return isinstance(self.network, SPAIR) and height * width > WHOLE_PIXELS
+
+    def _opened(self, source: ImageLike) -> Tensor:
+        """The image; of a large file the pixels, which take less memory."""
+        if not isinstance(source, (str, os.PathLike)):
+            return as_image(source)
+        pixels = read_pixels(os.fspath(source))
+        return pixels if self._cuts(pixels) else to_colour(pixels).contiguous()
+
+    def _found(self, pixels: Tensor, options: dict[str, Any]) -> Detections:
+        """The objects of an image that is cut into tiles."""
+        mosaic = self._joined(pixels, options, explain=False)
+        return in_file_pixels(mosaic.found(), mosaic.size, _size(pixels))
+
+    def _explained(self, pixels: Tensor, options: dict[str, Any]) -> Explanation:
+        """The explanation of an image that is cut into tiles."""
+        mosaic = self._joined(pixels, options, explain=True)
+        image = to_colour(pixels.cpu())
+        return _in_file(mosaic.explained(image), image, mosaic.size)
+
+    def _joined(self, pixels: Tensor, options: dict[str, Any], *, explain: bool) -> Mosaic:
+        """The objects of the tiles of an image [1 or 3, H, W]."""
+        network, finder, prepare = self.network, self.finder, self.config.prepare
+        assert isinstance(network, SPAIR)
+        assert isinstance(finder, (SPAIR, PosteriorSearch))
+        prepared = prepare_pixels(pixels.cpu(), prepare)
+        size = _size(prepared)
+
+        def seen(tile: Tile) -> Tensor:  # [1, 3, h, w]
+            return of_prepared_pixels(tile.of(prepared), prepare)[None].to(self.device)
+
+        tiles = tiles_of(*size, network.config.cell)
+        parts = [Part((t.rows.start, t.columns.start), size, t.inner) for t in tiles]
+        if isinstance(finder, PosteriorSearch):
+            pairs = zip(tiles, parts, strict=True)
+            outside = elsewhere(
+                tiles, [_guessed(network, seen(tile), part) for tile, part in pairs]
+            )
+            parts = [replace(part, outside=n) for part, n in zip(parts, outside, strict=True)]
+        mosaic = Mosaic(size)
+        for index, (tile, part) in enumerate(zip(tiles, parts, strict=True)):
+            self._tiles = index, len(tiles)
+            if explain:
+                mosaic.add_explained(tile, finder.explain(seen(tile), **options, part=part)[0])
+            else:
+                mosaic.add(tile, finder.detect(seen(tile), **options, part=part)[0])
+            self._progress("done", 1.0)
+        self._tiles = 0, 1
+        return mosaic
 
     def _progress(self, phase: str, share: float) -> None:
         if self.on_progress is not None:
-            self.on_progress(phase, share)
+            tile, tiles = self._tiles
+            if tiles > 1:
+                phase = f"tile {tile + 1} of {tiles}: {phase}"
+            self.on_progress(phase, (tile + share) / tiles)
 
     def _detect(
         self, group: list[tuple[ImageLike, Tensor]], threshold: float, count: int | None
     ) -> list[Detections]:
         sources, images = zip(*group, strict=True)
-        found = self.detect_batch(torch.stack(images), threshold, self._counts(count, len(group)))
+        if self._cuts(images[0]):
+            options = self._options(threshold, self._counts(count, 1))
+            with computing_in("float32", self.device):
+                found = [self._found(image, options) for image in images]
+        else:
+            counts = self._counts(count, len(group))
+            found = self.detect_batch(torch.stack(images), threshold, counts)
         return [replace(item, image=source) for item, source in zip(found, sources, strict=True)]
 
     def _counts(self, count: int | None, images: int) -> Tensor | None:
@@ -351,21 +448,26 @@ def chosen_device(device: torch.device | str) -> torch.device:
     return chosen
 
 
+def _guessed(network: SPAIR, tile: Tensor, part: Part) -> Tensor:  # [1, 3, h, w] -> [n, 4]
+    """Boxes of the objects that the encoder finds."""
+    latents, _ = network.infer(tile, part=part)
+    return latents.boxes[0, latents.presence[0] > 0].cpu()
+
+
+def _in_file(explained: Explanation, image: Tensor, prepared: tuple[int, int]) -> Explanation:
+    """The explanation of a prepared image, in the pixels of its file."""
+    size = _size(image)
+    return replace(
+        explained,
+        detections=in_file_pixels(explained.detections, prepared, size),
+        image=image,
+        reconstruction=resized(explained.reconstruction, size),
+    )
+
+
 def _size(images: Tensor) -> tuple[int, int]:
     """Height and width."""
     return images.shape[-2], images.shape[-1]
-
-
-def _read(
-    sources: Iterable[ImageLike], skip: Callable[[ImageLike, ImageFileError], None] | None
-) -> Iterator[tuple[ImageLike, Tensor]]:
-    for source in sources:
-        try:
-            yield source, as_image(source)
-        except ImageFileError as error:
-            if skip is None:
-                raise
-            skip(source, error)
 
 
 def _warned_of(total: int) -> Callable[[ImageLike, ImageFileError], None]:

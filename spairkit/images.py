@@ -284,6 +284,9 @@ def same_sized(
             yield group
             group = []
         group.append((source, image))
+        if len(group) * image[0].numel() >= max_pixels:
+            yield group  # before the next image is read, as this one may be large
+            group = []
     if group:
         yield group
 

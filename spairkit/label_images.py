@@ -4,6 +4,7 @@ A label image is [H, W] int32 with 0 on the background. Object i has the pixels 
 `labels[i]`; labels are 1 or more, and one may have no pixel.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spairkit.images import to_colour
+
 _COCO_DIGITS = 7  # of five bits: counts of up to 2^34 pixels
+_STRIP_PIXELS = 1 << 22
 
 
 def relabelled(label_image: Tensor, labels: Tensor) -> Tensor:  # [H, W] int32
@@ -27,16 +31,21 @@ def relabelled(label_image: Tensor, labels: Tensor) -> Tensor:  # [H, W] int32
 
 def areas(label_image: Tensor, labels: Tensor) -> Tensor:  # [n] int64
     """The number of pixels of each object."""
-    sizes = np.bincount(label_image.numpy().ravel(), minlength=_size(label_image, labels))
+    number = _size(label_image, labels)
+    sizes = np.zeros(number, np.int64)
+    for rows in _strips(label_image):
+        sizes += np.bincount(label_image[rows].numpy().ravel(), minlength=number)
     return torch.from_numpy(sizes[labels.numpy()])
 
 
 def intensities(
     label_image: Tensor,
     labels: Tensor,
-    image: Tensor,  # [C, H, W]
+    image: Tensor,  # [1 or 3, H, W], as `images.read_pixels` gives it
 ) -> Tensor:  # [n] float32
     """The mean of the image over channels and the pixels of each object; NaN without a pixel.
+
+    Intensities are in [0, 1].
 
     Raises:
         ValueError: the image has another size than the label image.
@@ -46,10 +55,12 @@ def intensities(
             f"the image must be as large as the masks, {list(label_image.shape)}, "
             f"got {list(image.shape[1:])}"
         )
-    values = image.mean(0, dtype=torch.float64).numpy().ravel()
-    size = _size(label_image, labels)
-    sums = torch.from_numpy(np.bincount(label_image.numpy().ravel(), values, size)[labels.numpy()])
-    return (sums / areas(label_image, labels)).float()
+    number = _size(label_image, labels)
+    sums = np.zeros(number)
+    for rows in _strips(label_image):
+        values = to_colour(image[:, rows]).mean(0, dtype=torch.float64).numpy().ravel()
+        sums += np.bincount(label_image[rows].numpy().ravel(), values, number)
+    return (torch.from_numpy(sums[labels.numpy()]) / areas(label_image, labels)).float()
 
 
 def outlines(label_image: Tensor, height: int, width: int) -> npt.NDArray[np.int32]:
@@ -109,6 +120,13 @@ def _compressed(counts: npt.NDArray[np.int64]) -> str:
     text = 48 + digits + 32 * (place < final)
     written: bytes = text[place <= final].astype(np.uint8).tobytes()
     return written.decode("ascii")
+
+
+def _strips(label_image: Tensor) -> Iterator[slice]:
+    """Rows that are worked on together, so that little memory is needed besides the image."""
+    height, width = label_image.shape
+    step = max(_STRIP_PIXELS // width, 1)
+    return (slice(top, top + step) for top in range(0, height, step))
 
 
 def _size(label_image: Tensor, labels: Tensor) -> int:

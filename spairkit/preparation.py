@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spairkit.config import PrepareConfig
 from spairkit.detections import Detections
+from spairkit.images import to_colour
 
 OBJECT_PX = 12.0
 """Side that a typical object has in a prepared image, px."""
@@ -33,6 +34,10 @@ _NOISES = 8.0  # standard deviations of the noise that become 1 at least
 _LEAST_NOISE = 0.5 / 255  # half a level of an 8-bit image
 _SOFT = 3.0  # standard deviations of the noise beyond which contrasts are compressed
 _BINS = 256
+_STRIP_PIXELS = 1 << 21  # that are converted to float32 together
+_MEASURED_PIXELS = 1 << 23  # whose levels are measured, about
+_BAND = 64  # rows of a band of these
+_REACH = 5  # of the filter before levels are measured, px
 _SECOND_DIFFERENCE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
 _TO_STD = 1.4826  # from the median absolute deviation of a normal
 
@@ -48,16 +53,76 @@ def prepare_image(image: Tensor, config: PrepareConfig) -> Tensor:  # [3, H, W] 
         [3, h, w] with h = round(H scale), w = round(W scale), at least 1. With a contrast the three
         channels are equal.
     """
-    image = resized(image, prepared_size(image.shape[-2], image.shape[-1], config.scale))
     if config.contrast == "none":
-        return fixed_levels(image, config)
-    contrast = contrast_of(image.cpu().numpy(), config)
-    if config.levels == "image":
-        white = white_level(contrast, config.least_white)
-        levelled = np.clip(contrast / white, 0, 1)
+        size = prepared_size(image.shape[-2], image.shape[-1], config.scale)
+        return fixed_levels(resized(image, size), config)
+    return _levelled_contrast(image.cpu(), config).to(image.device).expand(3, -1, -1)
+
+
+def prepare_pixels(pixels: Tensor, config: PrepareConfig) -> Tensor:
+    """A prepared image that takes little memory, and needs little while it is made.
+
+    Args:
+        pixels: [1 or 3, H, W] on the CPU, as `images.read_pixels` gives them.
+
+    Returns:
+        [1 or 3, h, w], uint16 except where `pixels` themselves are returned; `of_prepared_pixels`
+        makes `prepare_image`'s of it, or of a part of it.
+    """
+    if config.contrast != "none":
+        return _in_16_bits(_levelled_contrast(pixels, config)[None])
+    size = prepared_size(pixels.shape[-2], pixels.shape[-1], config.scale)
+    if size == pixels.shape[-2:]:
+        return pixels
+    return _in_16_bits(_resized_pixels(pixels, size))
+
+
+def of_prepared_pixels(part: Tensor, config: PrepareConfig) -> Tensor:  # [3, h, w] float32
+    """The prepared image, or a part of it, from that of `prepare_pixels`."""
+    colour = to_colour(part)
+    return fixed_levels(colour, config) if config.contrast == "none" else colour
+
+
+def _in_16_bits(image: Tensor) -> Tensor:  # in [0, 1] -> uint16
+    return image.mul_(65535).round_().to(torch.uint16)
+
+
+def _levelled_contrast(pixels: Tensor, config: PrepareConfig) -> Tensor:  # [h, w] in [0, 1]
+    size = prepared_size(pixels.shape[-2], pixels.shape[-1], config.scale)
+    if config.contrast == "direction":
+        grey = _resized_pixels(pixels, size, config.direction)[0].numpy()
+        contrast = _without_background(grey, config, _LOW)
     else:
-        levelled = np.clip((contrast - config.black) / (config.white - config.black), 0, 1)
-    return torch.from_numpy(levelled).to(image.device).expand(3, -1, -1)
+        contrast = contrast_of(_resized_pixels(pixels, size).numpy(), config)
+    if config.levels == "image":
+        contrast /= white_level(contrast, config.least_white)
+    else:
+        contrast -= config.black
+        contrast /= config.white - config.black
+    return torch.from_numpy(np.clip(contrast, 0, 1, out=contrast))
+
+
+def _resized_pixels(
+    pixels: Tensor,  # [1 or 3, H, W], as `images.read_pixels` gives them
+    size: tuple[int, int],
+    weights: tuple[float, float, float] | None = None,
+) -> Tensor:  # [1 or 3, *size] float32
+    """The image in another size, or one channel: the sum of the channels with weights.
+
+    Strips are narrowed in turn, so that no copy of the whole image in float32 is made.
+    """
+    height, width = pixels.shape[-2:]
+    channels = len(pixels) if weights is None else 1
+    narrow = torch.zeros(channels, height, size[1])
+    step = max(_STRIP_PIXELS // width, 1)
+    for top in range(0, height, step):
+        strip = to_colour(pixels[:, top : top + step])
+        if weights is None:
+            strip = strip[:channels]
+        else:
+            strip = torch.tensordot(torch.tensor(weights), strip, 1)[None]
+        narrow[:, top : top + step] = _interpolated(strip, (strip.shape[1], size[1]))
+    return _interpolated(narrow, size)
 
 
 def prepare_images(images: Tensor, config: PrepareConfig) -> Tensor:  # [B, 3, H, W] -> [B, 3, h, w]
@@ -76,9 +141,13 @@ def prepared_size(height: int, width: int, scale: float) -> tuple[int, int]:
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:  # [3, H, W] -> [3, *size]
     """The image in another size, averaged where it shrinks."""
+    return image if image.shape[-2:] == size else _interpolated(image, size).clamp(0, 1)
+
+
+def _interpolated(image: Tensor, size: tuple[int, int]) -> Tensor:  # [C, H, W] -> [C, *size]
     if image.shape[-2:] == size:
         return image
-    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
 
 
 def fixed_levels(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape, in [0, 1]
@@ -88,7 +157,7 @@ def fixed_levels(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape,
     return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
 
 
-def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [3, h, w] -> [h, w]
+def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w] -> [h, w]
     """How far each pixel differs from the background, in intensities; the background is about 0.
 
     "direction" adds the channels with the weights of `config.direction`, so contrasts have a sign.
@@ -96,40 +165,55 @@ def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [3, h, w] -> [
     background spread equally far on every axis; half of its background lies below 0.
     """
     if config.contrast == "direction":
-        weights = np.asarray(config.direction, np.float32)[:, None, None]
-        grey = (image * weights).sum(0)
-        contrast: Array = (grey - background_of(grey, config.background, _LOW)).astype(np.float32)
-        return contrast
-    flat = np.stack([c - background_of(c, config.background, _MIDDLE) for c in image])
-    spread = _TO_STD * np.median(np.abs(flat), axis=(1, 2)) + _LEAST_NOISE
-    unit = float(spread.mean())
-    distance: Array = np.sqrt(np.square(flat * (unit / spread)[:, None, None]).mean(0))
-    distance -= np.median(distance)
+        weights = np.asarray(config.direction, np.float32)
+        return _without_background(np.tensordot(weights, image, 1), config, _LOW)
+    flat = [_without_background(channel.copy(), config, _MIDDLE) for channel in image]
+    spread = [_TO_STD * float(np.median(np.abs(_bands(c)))) + _LEAST_NOISE for c in flat]
+    unit = sum(spread) / len(spread)
+    for channel, own in zip(flat, spread, strict=True):
+        channel *= unit / own
+        np.square(channel, out=channel)
+    for channel in flat[1:]:
+        flat[0] += channel
+    distance: Array = np.sqrt(flat[0] / len(flat))
+    distance -= np.median(_bands(distance))
     return distance
+
+
+def _without_background(grey: Array, config: PrepareConfig, percentile: float) -> Array:
+    """The same array [h, w], less its background."""
+    grey -= background_of(grey, config.background, percentile)
+    return grey
+
+
+def _bands(grey: Array) -> Array:  # [h, w] -> [at most h, w]
+    """Bands of rows, evenly spread, of an image that is too large to be measured whole."""
+    number = -(-grey.size // _MEASURED_PIXELS)
+    if number == 1:
+        return grey
+    starts = range(0, len(grey), number * _BAND)
+    return np.concatenate([grey[start : start + _BAND] for start in starts])
 
 
 def background_of(grey: Array, kind: str, percentile: float) -> Array:  # [h, w] -> [h, w]
     """The background: 0, one value, or a smooth surface through low percentiles of blocks."""
     if kind == "none":
         return np.zeros_like(grey)
-    smooth = ndimage.gaussian_filter(grey, _SMOOTHING)
     rows, columns = (max(1, round(side / _BLOCK)) for side in grey.shape)
     if kind == "image" or rows * columns == 1:
+        smooth = ndimage.gaussian_filter(_bands(grey), _SMOOTHING)
         return np.full_like(grey, np.percentile(smooth, percentile))
     y, x = (
         np.linspace(0, side, n + 1).astype(int)
         for side, n in zip(grey.shape, (rows, columns), strict=True)
     )
-    blocks = np.array(
-        [
-            [
-                np.percentile(smooth[y[i] : y[i + 1], x[j] : x[j + 1]], percentile)
-                for j in range(columns)
-            ]
-            for i in range(rows)
-        ],
-        np.float32,
-    )
+    blocks = np.empty((rows, columns), np.float32)
+    for i in range(rows):
+        above, below = max(y[i] - _REACH, 0), y[i + 1] + _REACH
+        smooth = ndimage.gaussian_filter(grey[above:below], _SMOOTHING)
+        smooth = smooth[y[i] - above : y[i + 1] - above]
+        for j in range(columns):
+            blocks[i, j] = np.percentile(smooth[:, x[j] : x[j + 1]], percentile)
     blocks = ndimage.median_filter(blocks, size=3, mode="nearest")
     for axis, sides in enumerate([((1, 1), (0, 0)), ((0, 0), (1, 1))]):  # beyond the centres
         straight = blocks.shape[axis] > 1
@@ -138,14 +222,23 @@ def background_of(grey: Array, kind: str, percentile: float) -> Array:  # [h, w]
             if straight
             else np.pad(blocks, sides, mode="edge")
         )
-    centres = [
-        (np.arange(side) + 0.5) / side * n + 0.5
-        for side, n in zip(grey.shape, (rows, columns), strict=True)
-    ]
-    places = np.meshgrid(*centres, indexing="ij")
-    surface: Array = ndimage.map_coordinates(blocks, places, order=1, output=np.float32)
-    ndimage.gaussian_filter(surface, _BLOCK / 4, mode="nearest", output=surface)
+    down, across = (
+        _smooth_weights(side, n) for side, n in zip(grey.shape, (rows, columns), strict=True)
+    )
+    surface: Array = down @ blocks @ across.T
     return surface
+
+
+def _smooth_weights(side: int, blocks: int) -> Array:  # [side, blocks + 2]
+    """What the values at the centres of blocks, and beyond the ends, add to each pixel of an axis.
+
+    Linear interpolation, then a Gaussian filter.
+    """
+    place = (np.arange(side) + 0.5) / side * blocks + 0.5
+    distance = np.abs(place[:, None] - np.arange(blocks + 2))
+    weights = np.maximum(1 - distance, 0).astype(np.float32)
+    smooth: Array = ndimage.gaussian_filter1d(weights, _BLOCK / 4, axis=0, mode="nearest")
+    return smooth
 
 
 def noise_of(grey: Array) -> float:  # [h, w]
@@ -173,7 +266,8 @@ def white_level(contrast: Array, least: float) -> float:  # [h, w]
 
     The noise keeps an image without objects dark.
     """
-    return max(_WHITE * typical_contrast(contrast), _NOISES * noise_of(contrast), least)
+    measured = _bands(contrast)
+    return max(_WHITE * typical_contrast(measured), _NOISES * noise_of(measured), least)
 
 
 def otsu(values: npt.NDArray[np.floating]) -> float:

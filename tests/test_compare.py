@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -464,7 +465,7 @@ def test_changed_images_are_refused(
 
 
 def comparison(
-    counts: dict[str, float],
+    counts: Mapping[str, float],
     agreement: dict[tuple[str, str], float],
     aps: dict[str, tuple[float, float]] | None = None,
 ) -> Comparison:

@@ -18,7 +18,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("models",),
     ("search", "survey"),
-    ("detector", "evaluation", "floor"),
+    ("detector", "tiles", "evaluation", "floor"),
     ("report",),
     ("training",),
     ("benchmarks", "experiments", "sweeps"),

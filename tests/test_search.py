@@ -16,6 +16,7 @@ from spairkit.data.datasets import open_dataset
 from spairkit.detections import Detections
 from spairkit.detector import Detector
 from spairkit.models.latents import Latents
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.search import search as search_module
 from spairkit.search.calibration import Calibration
@@ -46,7 +47,9 @@ def searched(
     size = (images.shape[-2], images.shape[-1])
     latents = world.latents(world.slots(start, cells=cells), size)
 
-    def infer(images: Tensor, sample: bool = False) -> tuple[Latents, Tensor]:
+    def infer(
+        images: Tensor, sample: bool = False, part: Part | None = None
+    ) -> tuple[Latents, Tensor]:
         return latents, images.new_zeros(len(images), 3, 1, 1)
 
     monkeypatch.setattr(world.network, "infer", infer)

@@ -21,6 +21,7 @@ from spairkit.models.densities import (
 from spairkit.models.elbo import Losses
 from spairkit.models.latents import Latents, Noise, join
 from spairkit.models.networks import Backbone, shared_weights
+from spairkit.models.parts import Part
 from spairkit.models.spair import SPAIR, appearance_constants
 from spairkit.models.wavefront import NEIGHBOURS
 
@@ -58,7 +59,12 @@ class PlainSPAIR(SPAIR):
         return plain.to(next(model.parameters()).device)
 
     def _encode(
-        self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool
+        self,
+        images: Tensor,
+        noise: Noise | None,
+        training_wheels: bool,
+        relaxed: bool,
+        part: Part | None = None,
     ) -> Latents:
         assert noise is not None
         c = self.config
@@ -81,7 +87,7 @@ class PlainSPAIR(SPAIR):
             drawn = noise.normal[None, :, k], noise.logistic[None, :, k, None]
             product, corner = F.linear(inputs, weights, bias), corners[k].expand(1, 1, 2)
             cell, vectors[i, j] = self._encode_wave(
-                images, product, corner, drawn, training_wheels, relaxed
+                images, product, corner, drawn, training_wheels, relaxed, part
             )
             cells.append(cell)
         return join(cells, torch.arange(len(cells), device=images.device))

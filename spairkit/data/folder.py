@@ -27,7 +27,7 @@ from spairkit.images import (
     skipped_files,
     to_colour,
 )
-from spairkit.preparation import fixed_levels, prepare_image, prepared_size, resized
+from spairkit.preparation import of_prepared_pixels, prepare_pixels, prepared_size
 
 ANNOTATIONS = "annotations.json"
 
@@ -170,7 +170,7 @@ class ImageFolder:
             top = int(below(top_draw, max(rows - height, 0) + 1))
             left = int(below(left_draw, max(columns - width, 0) + 1))
             crop = pixels[:, top : top + height, left : left + width]
-            crops.append(_continued(self._levelled(crop), height, width))
+            crops.append(_continued(of_prepared_pixels(crop, self.prepare), height, width))
             truth = self._prepared_truth(file)
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
@@ -222,11 +222,6 @@ class ImageFolder:
                 truth = _clipped(truth, (0, 0, columns, rows))
             image = to_colour(pixels).contiguous()
             yield name, self._numbers[name], image.to(self.device), truth
-
-    def _levelled(self, crop: Tensor) -> Tensor:
-        """A cached crop in colour, with fixed levels where it has its own colours."""
-        colour = to_colour(crop)
-        return fixed_levels(colour, self.prepare) if self.prepare.contrast == "none" else colour
 
     def levels(self) -> tuple[float, float]:
         """The intensities below and above which 1 % of the pixels lie, in at most 16 files.
@@ -313,11 +308,7 @@ class ImageFolder:
         pixels = self._decoded(file)
         if pixels is None:
             return None
-        if self.prepare.contrast != "none":
-            # the channels are equal
-            pixels = _in_16_bits(prepare_image(to_colour(pixels), self.prepare)[:1])
-        elif self.prepare.scale != 1:
-            pixels = _in_16_bits(resized(to_colour(pixels), self._prepared_sizes[file]))
+        pixels = prepare_pixels(pixels, self.prepare)
         self._cache[file] = pixels
         self._cached_bytes += pixels.nbytes
         while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
@@ -340,10 +331,6 @@ class ImageFolder:
         if tuple(pixels.shape[1:]) != self._sizes[file]:
             raise InputError(f"{printable(path)}: changed during use; start again")
         return pixels
-
-
-def _in_16_bits(image: Tensor) -> Tensor:  # in [0, 1] -> uint16
-    return (image * 65535).round().to(torch.uint16)
 
 
 def _damage(path: Path) -> str:
@@ -374,7 +361,10 @@ def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int,
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
-    stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
+    if len(images) == 1:
+        stack = images[0][None]  # no copy of a large image
+    else:
+        stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
     return Batch(stack, boxes.to(device), labels.to(device), counts.to(device))
 
 

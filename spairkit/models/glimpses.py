@@ -7,23 +7,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spairkit.models.parts import Part
+
 
 def extract_glimpses(
     images: Tensor,  # [B, C, H, W]
     boxes: Tensor,  # [B, n, 4] xyxy, pixels
     size: int,
+    part: Part | None = None,  # of a larger image, if that is what each of the images is
 ) -> Tensor:  # [B, n, C, size, size]
     """The images inside boxes, resampled to size x size, with gradients to boxes and images.
 
     On each axis `size` points run from edge to edge of the box, both included. Image coordinates
     map linearly to pixel indices 0 .. H - 1; beyond the image the border pixel is read. The
-    renderer uses pixel centres instead; the mismatch is the authors'.
+    renderer uses pixel centres instead; the mismatch is the authors'. In a part, coordinates map as
+    in the larger image.
 
     Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
     batch, channels, height, width = images.shape
     scale, steps = _constants(height, width, size, boxes.device, boxes.dtype)
-    corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
+    if part is None:
+        corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
+    else:
+        # pixel i of the part is pixel i + start of the image: (y + start) (length - 1) / length
+        factors, shifts = [], []
+        for start, length, extent in zip(part.corner, part.size, (height, width), strict=True):
+            most = max(extent - 1, 1)
+            factors.append(2 * (length - 1) / (length * most))
+            shifts.append(2 * start / (length * most) + 1)
+        corners = boxes * boxes.new_tensor(factors[::-1] * 2) - boxes.new_tensor(shifts[::-1] * 2)
     low, high = corners.unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
     # one tall grid for all boxes of an image avoids a copy of the image for each box

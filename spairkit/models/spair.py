@@ -40,6 +40,7 @@ from spairkit.models.networks import (
     shared_weights,
 )
 from spairkit.models.noise import Source
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.models.wavefront import LOOKBACK, NEIGHBOURS, wavefront
 from spairkit.presence import presence_kl
@@ -180,6 +181,7 @@ class SPAIR(nn.Module):
         *,
         box_contrast: float | None = None,
         sample: bool = False,
+        part: Part | None = None,
     ) -> list[Detections]:
         """The objects of each image, in raster order of the cells.
 
@@ -190,6 +192,7 @@ class SPAIR(nn.Module):
                 0 keeps the boxes of z_where.
             sample: sample every latent, as for the paper's figures; scores are then the sampled
                 presences, 0 or 1. Otherwise latents are their means.
+            part: of a larger image, if that is what each of the images is.
 
         Returns:
             B `Detections`, on the CPU.
@@ -197,21 +200,26 @@ class SPAIR(nn.Module):
         Raises:
             ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
-        latents, background = self.infer(images, sample)
+        latents, background = self.infer(images, sample, part)
         scores = latents.presence if sample else latents.presence_logit.sigmoid()
         slots = self._slots(latents, images, scores, threshold)
         return self.detections(images, background, slots, scores, threshold, box_contrast)
 
     @torch.no_grad()
     def explain(
-        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        box_contrast: float | None = None,
+        part: Part | None = None,
     ) -> list[Explanation]:
         """The objects of each image, their appearances and the reconstruction, in one pass.
 
         Arguments and errors as in `detect`. The reconstruction shows the cells with a presence
         probability above 1/2.
         """
-        latents, background = self.infer(images)
+        latents, background = self.infer(images, part=part)
         scores = latents.presence_logit.sigmoid()
         slots = self._slots(latents, images, scores, threshold)
         found = self.detections(images, background, slots, scores, threshold, box_contrast)
@@ -231,15 +239,19 @@ class SPAIR(nn.Module):
         return replace(Slots.of(latents, columns, self.config.cell), present=chosen)
 
     @torch.no_grad()
-    def infer(self, images: Tensor, sample: bool = False) -> tuple[Latents, Tensor]:
+    def infer(
+        self, images: Tensor, sample: bool = False, part: Part | None = None
+    ) -> tuple[Latents, Tensor]:
         """The latents of each cell, their means or a sample, and the background [B, 3, 1, 1].
+
+        Cells and boxes are those of `images`, also if they are a part of a larger image.
 
         Raises:
             ValueError: as `detect`.
         """
         check_images(images, finite=True)
         noise = self._draw(images, None) if sample else None
-        latents = self._encode(images, noise, training_wheels=False, relaxed=False)
+        latents = self._encode(images, noise, training_wheels=False, relaxed=False, part=part)
         return latents, self._background(images, noise)
 
     def detections(
@@ -384,7 +396,12 @@ class SPAIR(nn.Module):
         return -(-height // self.config.cell), -(-width // self.config.cell)
 
     def _encode(
-        self, images: Tensor, noise: Noise | None, training_wheels: bool, relaxed: bool
+        self,
+        images: Tensor,
+        noise: Noise | None,
+        training_wheels: bool,
+        relaxed: bool,
+        part: Part | None = None,
     ) -> Latents:
         """All cells, wave by wave (docs/model.md 3). Without noise, latents are
         their means, and presence is 1 where its probability is above 1/2."""
@@ -425,7 +442,7 @@ class SPAIR(nn.Module):
                 product = product + row_product(context, context_weights, None, self.training)
             drawn = None if noise is None else (normal[cells], jitter[cells])
             latents, vector = self._encode_wave(
-                images, product, corners[cells], drawn, training_wheels, relaxed
+                images, product, corners[cells], drawn, training_wheels, relaxed, part
             )
             vectors.append(vector)
             waves.append(latents)
@@ -439,6 +456,7 @@ class SPAIR(nn.Module):
         noise: tuple[Tensor, Tensor] | None,  # [n, B, 4 + A + 1], [n, B, 1]
         training_wheels: bool,
         relaxed: bool,
+        part: Part | None,
     ) -> tuple[Latents, Tensor]:  # cells first: [n, B, ...]; object vectors [n, B, V]
         """where, what, depth and pres of the cells of one wave (docs/model.md 3.3)."""
         c = self.config
@@ -454,7 +472,7 @@ class SPAIR(nn.Module):
         size = unit[..., 2:] * c.anchor  # equations 4 and 5
         boxes = xyxy_from_centre(centre, size)
 
-        glimpses = extract_glimpses(images, boxes.transpose(0, 1), c.object_size)
+        glimpses = extract_glimpses(images, boxes.transpose(0, 1), c.object_size, part)
         moments = self.encoder(glimpses.flatten(2)).transpose(0, 1)
         what_mean, what_std = self._moments(moments, training_wheels=False)
         what = what_mean if noise is None else what_mean + what_std * noise[0][..., BOX:-1]

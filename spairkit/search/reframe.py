@@ -5,12 +5,15 @@ from torch import Tensor
 
 from spairkit.models.glimpses import extract_glimpses
 from spairkit.models.masks import masks_of, owners
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.search.energy import Energy, Scene
 
 
 @torch.no_grad()
-def reframe(energy: Energy, scene: Scene, slots: Slots, share: float) -> Slots:
+def reframe(
+    energy: Energy, scene: Scene, slots: Slots, share: float, part: Part | None = None
+) -> Slots:
     """The same objects in tight boxes, with appearances encoded anew.
 
     The same pixels can be drawn by a large box with an empty margin, or by a tight one. The prior
@@ -20,6 +23,7 @@ def reframe(energy: Energy, scene: Scene, slots: Slots, share: float) -> Slots:
 
     Args:
         share: of an object's height, where masks end; see `masks.masks_of`.
+        part: of a larger image, if that is what each of the images is.
     """
     net, c = energy.network, energy.network.config
     size = scene.images.shape[-2], scene.images.shape[-1]
@@ -32,7 +36,7 @@ def reframe(energy: Energy, scene: Scene, slots: Slots, share: float) -> Slots:
         masks = masks_of(owner[b].numpy(), heights[b], share)
         tight[b, masks.slots] = torch.from_numpy(masks.boxes).to(tight.dtype)
     boxes = tight.to(boxes.device)
-    glimpses = extract_glimpses(scene.images, boxes, c.object_size)
+    glimpses = extract_glimpses(scene.images, boxes, c.object_size, part)
     others = _others(owner.to(boxes.device), boxes, c.object_size)
     glimpses = torch.where(others[:, :, None], scene.background[:, None], glimpses)
     what, _ = net.appearance(glimpses)

@@ -19,6 +19,7 @@ from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.images import num_channels
 from spairkit.models.latents import Latents
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
 from spairkit.search.calibration import Calibration
@@ -57,6 +58,7 @@ class Found:
     scene: Scene
     slots: Slots  # `saved` is what each object saves
     costs: list[Tensor]  # of each image [m]: energies that rejected further objects would cost
+    part: Part | None = None
 
 
 class PosteriorSearch:
@@ -88,20 +90,34 @@ class PosteriorSearch:
 
     @torch.no_grad()
     def detect(
-        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        box_contrast: float | None = None,
+        part: Part | None = None,
     ) -> list[Detections]:
-        """The objects of each image. Arguments and errors as in `SPAIR.detect`."""
-        return self.describe(self.find(images, box_contrast), threshold, box_contrast)
+        """The objects of each image. Arguments and errors as in `SPAIR.detect`.
+
+        Args:
+            part: of a larger image, if that is what each of the images is.
+        """
+        return self.describe(self.find(images, box_contrast, part), threshold, box_contrast)
 
     @torch.no_grad()
     def explain(
-        self, images: Tensor, threshold: float = 0.5, *, box_contrast: float | None = None
+        self,
+        images: Tensor,
+        threshold: float = 0.5,
+        *,
+        box_contrast: float | None = None,
+        part: Part | None = None,
     ) -> list[Explanation]:
         """The objects, their appearances and the reconstruction, as `SPAIR.explain`.
 
         The reconstruction shows all objects of the state, whatever the threshold.
         """
-        found = self.find(images, box_contrast)
+        found = self.find(images, box_contrast, part)
         detections = self.describe(found, threshold, box_contrast)
         chosen = torch.zeros_like(found.slots.present, dtype=torch.bool)
         for b, item in enumerate(detections):
@@ -112,30 +128,35 @@ class PosteriorSearch:
         return Explanation.of_batch(chosen, detections, images, drawn, maps)
 
     @torch.no_grad()
-    def find(self, images: Tensor, box_contrast: float | None = None) -> Found:
+    def find(
+        self, images: Tensor, box_contrast: float | None = None, part: Part | None = None
+    ) -> Found:
         """Searches each image by itself.
 
         Args:
             images: [B, 3, H, W] in [0, 1], any height and width.
             box_contrast: as in `SPAIR.detect`; boxes are tightened to it before the search.
+            part: as in `detect`.
         """
-        latents, background = self.network.infer(images)
-        _, columns = self.network.grid(images.shape[-2], images.shape[-1])
+        latents, background = self.network.infer(images, part=part)
+        rows, columns = self.network.grid(images.shape[-2], images.shape[-1])
         slots = Slots.of(latents, columns, self.network.config.cell)
-        batch, cells = slots.present.shape
+        batch = len(images)
+        if part:
+            rows, columns = self.network.grid(*part.size)
         scene = Scene(
             images,
             background,
             num_channels(images),
             evidence=images.new_ones(batch),
-            outside=images.new_zeros(batch),
-            places=images.new_full((batch,), cells * _SLOTS_PER_CELL),
+            outside=images.new_full((batch,), part.outside if part else 0),
+            places=images.new_full((batch,), rows * columns * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
         starts = [slots.compact()]
         if self.start == "watershed":
-            starts.append(watershed_slots(self.network, images, latents))
-        starts = [reframe(self.energy, scene, start, contrast or _FRAME) for start in starts]
+            starts.append(watershed_slots(self.network, images, latents, part))
+        starts = [reframe(self.energy, scene, start, contrast or _FRAME, part) for start in starts]
         starts = [self._refined(scene, start) for start in starts]
         if self.network.config.likelihood == "normal":
             # the last start has the fewest objects for the same things, so it hides no misfit
@@ -144,8 +165,8 @@ class PosteriorSearch:
         slots = self._lower(scene, starts)
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
-            slots, costs = self._move(scene, slots, latents)
-        return Found(scene, self._measured(scene, slots, latents), costs)
+            slots, costs = self._move(scene, slots, latents, part)
+        return Found(scene, self._measured(scene, slots, latents), costs, part)
 
     def _lower(self, scene: Scene, starts: list[Slots]) -> Slots:
         """Of each image the start of lowest energy."""
@@ -161,7 +182,9 @@ class PosteriorSearch:
             self.energy, scene, slots, tolerance=TOLERANCE, most=_ITERATIONS, on_check=shown
         )[0]
 
-    def _move(self, scene: Scene, slots: Slots, latents: Latents) -> tuple[Slots, list[Tensor]]:
+    def _move(
+        self, scene: Scene, slots: Slots, latents: Latents, part: Part | None = None
+    ) -> tuple[Slots, list[Tensor]]:
         """Tries moves until none lowers the energy; also the costs of rejected objects."""
         rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
@@ -182,6 +205,11 @@ class PosteriorSearch:
                 break
             slots = _applied(slots, moves, outcomes, chosen)
             moved |= set(moves.image[chosen].tolist())
+        if part:
+            rejected = [
+                [item for item in items if part.holds(torch.from_numpy(item[1]))]
+                for items in rejected
+            ]
         costs = [_apart(items) for items in rejected]
         if moved:
             rows = torch.tensor(sorted(moved), device=slots.latents.device)
@@ -260,7 +288,10 @@ class PosteriorSearch:
         score as probability, and each rejected one with a probability by its cost.
         """
         scores = self.calibration.score(found.slots.saved).cpu()
-        present = (found.slots.present > 0).cpu()
+        present = found.slots.present > 0
+        if found.part:
+            present &= found.part.holds(self.energy.boxes(found.slots))
+        present = present.cpu()
         return [
             CountPosterior.independent(
                 torch.cat([scores[b, present[b]], self.calibration.missed(costs)]).double()
