@@ -45,6 +45,46 @@ def list_(as_json: options.JsonOption = False) -> None:
 
 
 @app.command()
+def look(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, or one image.")],
+    out: Annotated[
+        Path | None,
+        options.output_option(help="The picture to write. Default: FOLDER-look.png here."),
+    ] = None,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure the objects of a folder, as `train` does first, and draw them. Needs no model.
+
+    The picture shows what a watershed finds with these measurements.
+    """
+    if not folder.exists():
+        raise InputError(f"{folder}: no such folder or image")
+    picture = out or Path(f"{folder.resolve().stem}-look.png")
+    options.check_output(picture)
+    from spairkit.images import is_picture, list_images, write_picture
+    from spairkit.report.drawing import contact_sheet
+    from spairkit.survey import look as measured
+    from spairkit.survey import sample
+
+    if picture.exists() and not is_picture(picture):
+        raise InputError(f"{picture} exists and is no picture by spairkit; name another with --out")
+    paths = [folder] if folder.is_file() else list_images(folder)
+    with counted("looking at the images", 100, quiet=quiet) as show_done:
+        survey = measured(paths, lambda share: show_done(round(100 * share)))
+    shown = sample(paths, survey)
+    names, images, found = zip(*shown, strict=True)
+    write_picture(picture, contact_sheet(names, images, found))
+    if as_json:
+        print_json({**survey.to_json(), "picture": str(picture)})
+        return
+    typer.echo("\n".join(survey.lines()))
+    for doubt in survey.doubts():
+        say(f"warning: {doubt}")
+    typer.echo(f"picture: {picture}")
+
+
+@app.command()
 def make(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
     count: Annotated[int, typer.Option(min=1, max=100_000, help="Images.")] = 16,

@@ -9,7 +9,7 @@ Everything is measured without labels, on some of the images, in seconds.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,16 @@ import numpy.typing as npt
 from scipy import ndimage
 from torch import Tensor
 
-from spairkit.config import AIRConfig, Config, PrepareConfig
+from spairkit.config import AIRConfig, Config, PrepareConfig, WatershedConfig
+from spairkit.detections import Detections
 from spairkit.errors import InputError
 from spairkit.images import list_images, read_pixels, to_colour
-from spairkit.models.watershed import find_parts
+from spairkit.models.watershed import Watershed, find_parts
 from spairkit.preparation import (
     OBJECT_PX,
     background_of,
     contrast_of,
+    in_file_pixels,
     noise_of,
     otsu,
     prepare_image,
@@ -160,6 +162,10 @@ class Survey:
             lines.append("sizes differ much: the search also looks at other scales")
         return lines
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return asdict(self) | {"polarity": self.polarity, "doubts": self.doubts()}
+
     def doubts(self) -> list[str]:
         """Reasons to expect a failure; none if the images look fit."""
         if not self.objects:
@@ -215,7 +221,7 @@ def look(
     Raises:
         InputError: no image can be read.
     """
-    images, files = _read(paths), len(paths)
+    images, files = [image for _, image in _read(paths, _IMAGES)], len(paths)
     reduced = [resized(image, _within(image.shape[-2:], _SIDE)) for image in images]
     is_grey = all(float((im - im[:1]).abs().max()) < _GREY for im in reduced)
     contrast, direction, agreement = _colours(reduced, is_grey)
@@ -255,17 +261,36 @@ def look(
     )
 
 
-def _read(paths: Sequence[Path]) -> list[Tensor]:
+def sample(
+    paths: Sequence[Path], survey: Survey, most: int = 6
+) -> list[tuple[str, Tensor, Detections]]:
+    """The objects that a watershed finds in some of the images, with their names and pixels.
+
+    Boxes and masks are in the pixels of the files. Of a large image the middle is taken.
+    """
+    found = []
+    for path, image in _read(paths, most):
+        middle = _middle(image, math.ceil(_SIDE / survey.prepare.scale))
+        seen = prepare_image(middle, survey.prepare)
+        item = Watershed(WatershedConfig()).detect(seen[None])[0]
+        size = (middle.shape[-2], middle.shape[-1])
+        found.append(
+            (path.name, middle, in_file_pixels(item, (seen.shape[-2], seen.shape[-1]), size))
+        )
+    return found
+
+
+def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
     """Some of the images, evenly chosen; [3, H, W] in [0, 1]."""
-    every = max(len(paths) / _IMAGES, 1)
-    chosen = [paths[int(i * every)] for i in range(min(len(paths), _IMAGES))]
-    images: list[Tensor] = []
+    every = max(len(paths) / most, 1)
+    chosen = [paths[int(i * every)] for i in range(min(len(paths), most))]
+    images: list[tuple[Path, Tensor]] = []
     reasons: list[InputError] = []
     for path in [*chosen, *(path for path in paths if path not in chosen)]:
         if len(images) == len(chosen):
             break
         try:
-            images.append(to_colour(read_pixels(path)))
+            images.append((path, to_colour(read_pixels(path))))
         except InputError as error:
             reasons.append(error)
     if not images:

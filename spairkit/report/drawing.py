@@ -72,6 +72,8 @@ _MAX_BOXED_SIDE = 3072
 _MAX_SHEET_WIDTH = 1680
 _MAX_COLUMNS = 8
 _OBJECT_SIDE = 84
+_SHEET_COLUMNS = 3
+_MAX_CAPTION = 32  # characters of a name
 
 
 def display_levels(image: Tensor) -> tuple[float, float]:
@@ -199,6 +201,22 @@ def panel(
     )
     parts.append(gallery)
     return _tensor(_below(parts))
+
+
+def contact_sheet(
+    names: Sequence[str], images: Sequence[Tensor], found: Sequence[Detections]
+) -> Tensor:  # [3, H', W'] uint8
+    """Images of any sizes side by side, at display levels, with their objects and names."""
+    rows: list[list[Image.Image]] = []
+    for number, (name, image, item) in enumerate(zip(names, images, found, strict=True)):
+        height, width = image.shape[1:]
+        scale = picture_scale(height, width, _TILE_SIDE, _MAX_TILE_SIDE)
+        drawn = draw_boxes(image, item, scale, levels=display_levels(image))
+        if number % _SHEET_COLUMNS == 0:
+            rows.append([])
+        caption = f"{name[-_MAX_CAPTION:]}: {_count(len(item), 'found')}"
+        rows[-1].append(_captioned(drawn, caption))
+    return _tensor(_below([_beside(row) for row in rows]))
 
 
 def reconstruction_sheet(
