@@ -58,6 +58,7 @@ def detect(
     folder that cannot be read are skipped.
     """
     from spairkit.counts import CountPosterior
+    from spairkit.report.signs import misfit
     from spairkit.storage.durable import write_text
 
     if out is not None:
@@ -71,6 +72,7 @@ def detect(
     )
     rows: list[str] = []
     has_masks, objects, images = False, 0, 0
+    unfit: list[str] = []
     posteriors: list[CountPosterior] = []
     numbered = zip(files.paths, files.numbers, strict=True)
     with counted("images", len(files.paths), quiet=quiet) as show_done:
@@ -81,9 +83,12 @@ def detect(
             has_masks |= detections.label_image is not None
             objects += len(detections)
             images += 1
+            if reason := misfit(detector, detections):
+                unfit.append(f"{path}: {reason}")
             posteriors += [] if detections.counts is None else [detections.counts]
             show_done(images)
     files.say_skipped()
+    options.say_unfit(unfit, images)
     text = _text(rows, format_, has_masks)
     expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == images else ""
     summary = f"{several(objects, 'object')} in {several(images, 'image')}{expected}"

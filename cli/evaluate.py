@@ -57,7 +57,9 @@ def evaluate(
         search=None if search is None else search.value,
     )
     options.say_if_uncalibrated(detector)
-    settings = from_dict(merge(to_dict(loaded.config), *over), "--set").data
+    mine = to_dict(loaded.config)
+    del mine["prepare"]  # the detector's; other data may not go with it
+    settings = from_dict(merge(mine, *over), "--set").data
     report = measure(
         detector,
         settings,

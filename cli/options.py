@@ -180,8 +180,27 @@ def open_detector(
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
+    say_if_failed(Path(detector.name))
     say_if_uncalibrated(detector)
     return detector
+
+
+def say_if_failed(checkpoint: Path) -> None:
+    """Says that the run of a checkpoint was marked as failed at its end."""
+    from spairkit.report.signs import has_failed
+
+    if any(has_failed(folder) for folder in (checkpoint, *checkpoint.resolve().parents[:2])):
+        say(f"warning: the training of {checkpoint} failed, see its report.html; do not trust it")
+
+
+def say_unfit(reasons: list[str], images: int) -> None:
+    """Says that a model does not fit some images, by the reason of the first of them."""
+    if reasons:
+        more = f" (and {len(reasons) - 1} of {images} images more)" if len(reasons) > 1 else ""
+        say(
+            f"warning: this model does not fit {reasons[0]}{more}; train one on such images: "
+            "spairkit train --data FOLDER"
+        )
 
 
 def say_if_uncalibrated(detector: "Detector") -> None:

@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
     from spairkit.config import Config
     from spairkit.detector import Detector
+    from spairkit.report.objects import Objects
     from spairkit.storage.runs import Run
     from spairkit.training.distributed import World
     from spairkit.training.loop import Step, Validation
 
+FAILED = 3
+"""Exit status of a training that has ended with signs of failure."""
+
+_JUDGED_STEPS = 200  # a shorter training is not judged
 _LINE_EVERY_SECONDS = 10
 _COMPILING_SECONDS = 3.0  # between lines about kernels
 
@@ -220,6 +225,7 @@ def _finish(
     """Calibrates and measures the best checkpoint, writes the report and prints both."""
     from spairkit.detector import load
     from spairkit.report.page import write_report
+    from spairkit.report.signs import signs_of, write_signs
     from spairkit.storage.durable import write_text
 
     _calibrate(run, device, quiet=quiet)
@@ -228,8 +234,11 @@ def _finish(
     if report:
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
     image = _example(run)
-    _find(run, detector, quiet=quiet)
+    objects = _find(run, detector, quiet=quiet)
+    signs = signs_of(detector, objects)
+    write_signs(run.path, signs)
     page = write_report(run.path)
+    judged = bool(signs.failures) and step >= _JUDGED_STEPS
     if as_json:
         print_json(
             {
@@ -239,9 +248,22 @@ def _finish(
                 "seconds": round(time.monotonic() - began, 3),
                 "validation": validation,
                 "test": report.to_json() if report else None,
+                "failures": signs.failures,
+                "warnings": signs.warnings,
             }
         )
+        if judged:
+            raise typer.Exit(FAILED)
         return
+    for warning in signs.warnings:
+        say(f"warning: {warning}")
+    if judged:
+        say(f"this training failed: {'; '.join(signs.failures)}")
+        say(
+            f"see {page}; try another --seed, `spairkit data look` and its settings, or "
+            "--model watershed"
+        )
+        raise typer.Exit(FAILED)
     if report:
         print_report(report)
     else:
@@ -249,7 +271,7 @@ def _finish(
     _print_next(run, page, image, has_truth=report is not None)
 
 
-def _find(run: "Run", detector: "Detector", *, quiet: bool) -> None:
+def _find(run: "Run", detector: "Detector", *, quiet: bool) -> "Objects":
     """Finds the objects of a few images, for the report."""
     from spairkit.data.datasets import open_dataset
     from spairkit.report.objects import MAX_IMAGES, write_objects
@@ -258,7 +280,7 @@ def _find(run: "Run", detector: "Detector", *, quiet: bool) -> None:
     total = min(len(dataset), MAX_IMAGES)
     with counted("images of the report", total, quiet=quiet) as show_done:
         detector.on_progress = show_done.search
-        write_objects(run.path, detector, dataset, show_done)
+        return write_objects(run.path, detector, dataset, show_done)
 
 
 def _calibrate(run: "Run", device: "torch.device", *, quiet: bool) -> None:

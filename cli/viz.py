@@ -53,9 +53,11 @@ def viz(
         outputs = [out] if out else _free(files.paths, [Path(f"{images[0].stem}-spairkit.png")])
     from spairkit.images import write_picture
     from spairkit.report.drawing import panel
+    from spairkit.report.signs import misfit
 
     detector = options.open_detector(checkpoint, device, box_contrast, search)
     drawn = []
+    unfit: list[str] = []
     with counted("images", len(files.paths), quiet=as_json) as show_done:
         detector.on_progress = show_done.search
         for path, output in zip(files.paths, outputs, strict=True):
@@ -71,12 +73,15 @@ def viz(
                 interval = "" if counts is None else f" ({counts})"
                 number = several(len(found), "object")
                 typer.echo(f"{path}: {number} found{interval}; picture: {output}")
+            if reason := misfit(detector, found):
+                unfit.append(f"{path}: {reason}")
             values = {} if counts is None else counts.to_json()
             drawn.append(
                 {"image": str(path), "picture": str(output), "count": len(found), **values}
             )
             show_done(len(drawn))
     files.say_skipped()
+    options.say_unfit(unfit, len(drawn))
     if as_json:
         print_json(
             {

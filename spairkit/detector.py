@@ -140,6 +140,13 @@ class Detector:
         """Whether boxes end at the edges of pixels; see `metrics.ap_spair`."""
         return self.box_contrast is None or self.box_contrast > 0
 
+    def cells(self, size: tuple[int, int]) -> int:
+        """Cells of SPAIR's grid in an image of `size` (height, width), px; 0 of other models."""
+        if not isinstance(self.network, SPAIR):
+            return 0
+        rows, columns = self.network.grid(*prepared_size(*size, self.config.prepare.scale))
+        return rows * columns
+
     def detect(
         self, image: ImageLike, *, threshold: float = 0.5, count: int | None = None
     ) -> Detections:

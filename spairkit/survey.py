@@ -21,7 +21,7 @@ from torch import Tensor
 from spairkit.config import AIRConfig, Config, PrepareConfig, WatershedConfig
 from spairkit.detections import Detections
 from spairkit.errors import InputError
-from spairkit.images import list_images, read_pixels, to_colour
+from spairkit.images import list_images, read_pixels, skipped_files, to_colour
 from spairkit.models.watershed import Watershed, find_parts
 from spairkit.preparation import (
     OBJECT_PX,
@@ -285,16 +285,16 @@ def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
     every = max(len(paths) / most, 1)
     chosen = [paths[int(i * every)] for i in range(min(len(paths), most))]
     images: list[tuple[Path, Tensor]] = []
-    reasons: list[InputError] = []
+    reasons: list[str] = []
     for path in [*chosen, *(path for path in paths if path not in chosen)]:
         if len(images) == len(chosen):
             break
         try:
             images.append((path, to_colour(read_pixels(path))))
         except InputError as error:
-            reasons.append(error)
+            reasons.append(str(error))
     if not images:
-        raise reasons[0] if reasons else InputError("there are no images to look at")
+        raise InputError(f"no image can be read: {skipped_files(reasons, len(paths))}")
     return images
 
 

@@ -1,0 +1,95 @@
+"""Signs that a model has failed, or does not fit the images; they need no labels.
+
+They are kept in the run: RUN/signs.json holds `warnings`, which the report shows, and `failed`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spairkit.detections import Detections
+from spairkit.detector import Detector
+from spairkit.report.objects import Objects
+from spairkit.storage.durable import write_text
+
+_FILE = "signs.json"
+_CELLS = 0.7  # objects for each cell of the grid, at most
+_COVERED = 0.9  # share of the image that masks cover, at most
+_AGREED = 0.3  # F1 with the watershed, at least
+_FEWEST = 5  # objects that an agreement is judged on
+_MAX_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What speaks against a trained model."""
+
+    failures: tuple[str, ...] = ()
+    """Reasons not to use its boxes."""
+    warnings: tuple[str, ...] = ()
+    """Reasons to look at its boxes first."""
+
+
+def misfit(detector: Detector, found: Detections) -> str | None:
+    """Why the objects that SPAIR found in an image are hardly objects; None if they may be."""
+    labels = found.label_image
+    if labels is None or len(found) < _FEWEST:
+        return None
+    cells = detector.cells((labels.shape[0], labels.shape[1]))
+    if not cells:
+        return None
+    if len(found) > _CELLS * cells:
+        return f"{len(found)} objects on {cells} cells of the grid: they paint the background"
+    covered = np.count_nonzero(labels.numpy()) / labels.numel()
+    if covered > _COVERED:
+        return f"objects cover {covered:.0%} of the image: they paint the background"
+    return None
+
+
+def signs_of(detector: Detector, objects: Objects, doubts: tuple[str, ...] = ()) -> Signs:
+    """The signs in the objects that a report shows.
+
+    Args:
+        detector: has found them.
+        objects: of some images.
+        doubts: of the survey before the training.
+    """
+    failures, warnings = [], list(doubts)
+    if not objects.count:
+        failures.append("no object was found in any image")
+    cells = sum(detector.cells(image.part or image.size) for image in objects.images)
+    if cells and objects.count > max(_CELLS * cells, _FEWEST):
+        failures.append(
+            f"{objects.count} objects on {cells} cells of the grid: they paint the background"
+        )
+    floor = objects.floor
+    if floor is not None and max(floor.count, objects.count) >= _FEWEST:
+        said = (
+            f"the model finds {objects.count} objects, a watershed {floor.count}, and they agree "
+            f"with an F1 of {floor.agreement:.2f}"
+        )
+        if floor.agreement < _AGREED:
+            failures.append(said)
+        elif floor.agreement < 2 * _AGREED:
+            warnings.append(f"{said}: look at both before you use one")
+    return Signs(tuple(failures), tuple(warnings))
+
+
+def write_signs(run: Path, signs: Signs) -> None:
+    """Writes `signs.json`. Raises InputError if the folder cannot be written."""
+    values = {"warnings": [*signs.failures, *signs.warnings], "failed": bool(signs.failures)}
+    write_text(run / _FILE, f"{json.dumps(values, indent=2)}\n")
+
+
+def has_failed(run: Path) -> bool:
+    """Whether a run is marked as failed; false if nothing is known."""
+    path = run / _FILE
+    try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            return False
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("failed") is True
