@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import computing_in
-from spairkit.config import ClassicalConfig, Config, SearchMode
+from spairkit.config import ClassicalConfig, Config, ConnCompConfig, SearchMode
 from spairkit.detections import Detections, Explanation
 from spairkit.errors import ImageFileError, InputError
 from spairkit.images import (
@@ -377,9 +377,11 @@ class Detector:
                 "(model.count = 'given'): give it with --count N, or train a model with --set "
                 "model.count=inferred"
             )
-        if isinstance(self.config.model, ClassicalConfig):
+        if isinstance(self.config.model, ConnCompConfig):
             return {}
-        options: dict[str, Any] = {"threshold": threshold, "box_contrast": self.box_contrast}
+        options: dict[str, Any] = {"threshold": threshold}
+        if not isinstance(self.config.model, ClassicalConfig):
+            options["box_contrast"] = self.box_contrast
         return options | ({"counts": counts} if self.count_is_given else {})
 
 

@@ -412,11 +412,14 @@ def test_folder_is_compared_by_its_annotations(
     status, table, err = command(capsys, *words, "--set", "model.background=mode")
     assert status == 0, err
     assert "objects in 3 images; 4 in 2 annotated\n" in table
-    assert "use ConnComp: AP 1.000\n" in table
     assert "one seed gives no intervals" in table
     assert "the test images include the training images" in table
     values = json.loads((out / "results.json").read_text())
     assert (values["images"], values["annotated"], values["objects"]) == (3, 2, 4)
+    ap = {model: method["figures"]["ap"]["mean"] for model, method in values["methods"].items()}
+    assert values["recommended"] in ("watershed", "conncomp")
+    assert ap[values["recommended"]] == max(ap.values())
+    assert f"use {MODELS[values['recommended']]}: AP {max(ap.values()):.3f}\n" in table
     figures = {
         name: figure["mean"] for name, figure in values["methods"]["watershed"]["figures"].items()
     }
@@ -506,7 +509,7 @@ def test_advice_without_annotations_follows_the_agreement(
 
 
 def test_advice_where_nothing_is_found_names_no_winner() -> None:
-    counts = {"spair": 0, "watershed": 0, "conncomp": 148}
+    counts = {"spair": 0.0, "watershed": 0.0, "conncomp": 148.0}
     nothing = comparison(counts, {("spair", "watershed"): 1.0, ("spair", "conncomp"): 0.0})
     chosen, reason = recommended(nothing)
     assert chosen == "watershed"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy import ndimage
 
-from spairkit.config import WatershedConfig
+from spairkit.config import Config, WatershedConfig
 from spairkit.detections import Detections, Truth
+from spairkit.detector import Detector
 from spairkit.metrics import average_precision
 from spairkit.models.watershed import Watershed, _largest, find_parts, split
 
@@ -253,6 +254,22 @@ def test_model_detects_and_explains_each_image_by_its_lightest_channel() -> None
         assert (seen.reconstruction - image).abs().mean() < 0.02
         assert item.area.sum() == (item.masks > 0).sum()
     assert model.state_dict()["diameter"] == 10
+
+
+def test_threshold_selects_by_score() -> None:
+    image = torch.zeros(3, 40, 50)
+    image[:, 5:15, 5:15] = 0.9
+    image[:, 25:35, 30:40] = 0.3
+    model = WatershedConfig(diameter=10)
+    detector = Detector(Watershed(model), Config(model=model))
+    dim, bright = sorted(detector.detect(image).scores.tolist())
+    assert 0.5 < dim < bright < 1
+    for threshold, number in ((0.0, 2), ((dim + bright) / 2, 1), (0.99, 0)):
+        seen = detector.explain(image, threshold=threshold)
+        found = detector.detect(image, threshold=threshold)
+        assert len(found) == len(seen.detections) == len(seen.appearances) == number
+        assert len(found.masks.unique()) == number + 1
+        assert len(seen.reconstruction.flatten(1).unique(dim=1).T) == number + 1
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 30), (3, 2), (5, 5)])

@@ -135,7 +135,7 @@ def recommended(result: Comparison) -> tuple[str, str]:
             ),
         )
         return chosen, f"AP {ap[chosen]}"
-    rest = next((model for model in ("watershed", *WITHOUT_WEIGHTS) if model in methods), None)
+    rest = next((model for model in WITHOUT_WEIGHTS if model in methods), None)
     if "spair" not in methods or rest is None:
         chosen = rest or next(iter(methods))
         return chosen, "there is nothing to weigh it against"
@@ -153,10 +153,7 @@ def recommended(result: Comparison) -> tuple[str, str]:
         return rest, f"the seeds of SPAIR disagree with each other (F1 {seeds:.2f})"
     others = [agrees[model] for model in methods if model != "spair"]
     if min(others) >= SAME:
-        return (
-            rest,
-            f"all find the same objects (F1 at least {min(others):.2f}), and it is quick",
-        )
+        return rest, f"all find the same objects (F1 at least {min(others):.2f}), and it is quick"
     return "spair", (
         f"it agrees with {MODELS[rest]} on most objects (F1 {floor:.2f}; {counts}) and explains "
         "the pixels of those that touch"

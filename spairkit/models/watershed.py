@@ -71,32 +71,41 @@ class Watershed(nn.Module):
         self.register_buffer("diameter", torch.tensor(config.diameter))
 
     @torch.no_grad()
-    def detect(self, images: Tensor) -> list[Detections]:  # [B, 3, H, W]
+    def detect(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+        threshold: float = 0.5,
+    ) -> list[Detections]:
         """The objects of each image, from the lightest channel of each pixel, in raster order.
 
         Embeddings have no dimension, and depths are 0.
 
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            threshold: objects with a score above it are returned; all scores are above .5.
+
         Raises:
             ValueError: `images` has another shape or dtype, or holds NaN or infinity.
         """
-        return [self._detections(image) for image in self._pixels(images)]
+        return [self._detections(image, threshold) for image in self._pixels(images)]
 
     @torch.no_grad()
-    def explain(self, images: Tensor) -> list[Explanation]:  # [B, 3, H, W]
+    def explain(self, images: Tensor, threshold: float = 0.5) -> list[Explanation]:
         """The objects, with appearances and a reconstruction as of `ConnComp.explain`.
 
-        The background of the reconstruction has its mean colour. Raises ValueError as `detect`.
+        The background of the reconstruction has its mean colour. Arguments and errors as in
+        `detect`.
         """
-        return [self._explained(image) for image in self._pixels(images)]
+        return [self._explained(image, threshold) for image in self._pixels(images)]
 
     def _pixels(self, images: Tensor) -> Tensor:
         check_images(images, finite=True)
         return images.detach().cpu().float()
 
-    def _detections(self, image: Tensor) -> Detections:
+    def _detections(self, image: Tensor, threshold: float) -> Detections:
         parts = find_parts(image.amax(0).numpy(), float(self.diameter))
         num = len(parts.boxes)
-        return Detections(
+        found = Detections(
             boxes=torch.from_numpy(parts.boxes),
             scores=torch.from_numpy(parts.scores),
             what=torch.zeros(num, 0),
@@ -104,11 +113,11 @@ class Watershed(nn.Module):
             label_image=torch.from_numpy(parts.label_image),
             labels=torch.arange(1, num + 1, dtype=torch.int32),
         )
+        return found[found.scores > threshold]
 
-    def _explained(self, image: Tensor) -> Explanation:
-        found = self._detections(image)
-        assert found.label_image is not None
-        labels = found.label_image.numpy()
+    def _explained(self, image: Tensor, threshold: float) -> Explanation:
+        found = self._detections(image, threshold)
+        labels = found.masks.numpy()
         drawn = mean_colours(image, labels)
         return Explanation(found, image, drawn, pictures(image, labels))
 
