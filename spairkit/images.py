@@ -248,11 +248,23 @@ def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]
         images: float in [0, 1], or uint8. Of equally common colours the one with the least red
             is taken, then green, then blue.
     """
+    if images[..., 0, :, :].numel() > _STRIP_PIXELS:
+        rows = max(_STRIP_PIXELS // images[..., 0, 0, :].numel(), 1)
+        counted = torch.zeros(1 << 24, dtype=torch.int64, device=images.device)
+        for strip in images.split(rows, -2):
+            counted += torch.bincount(_codes(strip), minlength=len(counted))
+        code = counted.argmax()
+    else:
+        values, counts = _codes(images).unique(return_counts=True)
+        code = values[counts.argmax()]
+    return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
+
+
+def _codes(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [n] int64
+    """The 8-bit colour of each pixel as one number, red first."""
     levels = images if images.dtype == torch.uint8 else (images * 255).round()
     red, green, blue = levels.long().unbind(-3)
-    values, counts = ((red << 16) + (green << 8) + blue).flatten().unique(return_counts=True)
-    code = values[counts.argmax()]
-    return torch.stack([code >> 16, code >> 8 & 255, code & 255]) / 255
+    return ((red << 16) + (green << 8) + blue).flatten()
 
 
 def num_channels(images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B] int64

@@ -401,10 +401,13 @@ def test_channels_of_grey_images_count_once() -> None:
     assert num_channels(images).tolist() == [1, 3, 1]
 
 
-def test_commonest_colour_matches_a_count() -> None:
+def test_commonest_colour_matches_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     levels = torch.randint(0, 3, (4, 3, 5, 6))
     pixels = [tuple(p) for p in levels.permute(0, 2, 3, 1).reshape(-1, 3).tolist()]
     expected = max(sorted(set(pixels)), key=pixels.count)
     for images in (levels / 255, levels.to(torch.uint8)):
         assert (commonest_colour(images) * 255).round().long().tolist() == list(expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(images_module, "_STRIP_PIXELS", 30)  # as of a large image
+            assert (commonest_colour(images) * 255).round().long().tolist() == list(expected)

@@ -83,7 +83,8 @@ def display_levels(image: Tensor) -> tuple[float, float]:
     intensity, but for a thousandth of the pixels at either end.
     """
     every = max(1, image[0].numel() // _MAX_SAMPLED)
-    pixels = image.detach().cpu().float().nan_to_num().clamp(0, 1).flatten(1)[:, ::every].numpy()
+    sampled = image.detach().flatten(1)[:, ::every]
+    pixels = sampled.cpu().float().nan_to_num().clamp(0, 1).numpy()
     low = float(np.quantile(pixels.min(0), _DARKEST))
     high = float(np.quantile(pixels.max(0), _LIGHTEST))
     return (low, high) if _LEAST_RANGE < high - low < _STRETCHED else (0.0, 1.0)
@@ -404,9 +405,14 @@ def picture_scale(height: int, width: int, side: int, max_side: int) -> float:
 def _picture(image: Tensor, scale: float, levels: tuple[float, float] = (0.0, 1.0)) -> Image.Image:
     if image.dim() != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must be [3, H, W], got {list(image.shape)}")
-    values = _stretched(image.detach().cpu().float().nan_to_num(), levels)
-    pixels = (values * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    picture = Image.fromarray(pixels.numpy())
+    height, width = image.shape[1:]
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(_MAX_SAMPLED // width, 1)
+    for top in range(0, height, rows):  # a large image takes much memory in float32
+        strip = image[:, top : top + rows].detach().cpu().float().nan_to_num()
+        strip = (_stretched(strip, levels) * 255).round().to(torch.uint8)
+        pixels[top : top + rows] = strip.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     way = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
     return picture.resize(size, way)
