@@ -16,7 +16,9 @@ from torch import Tensor
 from spairkit import presets
 from spairkit.config import Config, TrainConfig
 from spairkit.config_values import from_dict, merge
-from spairkit.data.datasets import open_dataset
+from spairkit.data import folder as folder_module
+from spairkit.data.datasets import open_dataset, open_splits
+from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
 from spairkit.images import write_png
@@ -144,6 +146,59 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, stops: tuple[int], likelih
     parts = train(config, tmp_path / "parts")
     assert_same_bits(whole, parts)
     assert whole.metrics() == parts.metrics()
+
+
+def folder_config(folder: Path, **prepare: Any) -> Config:
+    data = {"name": "folder", "path": str(folder), "image_height": 24, "image_width": 24}
+    return from_dict(merge(TINY, {"data": data, "prepare": prepare}))
+
+
+def images_in(folder: Path, *sizes: tuple[int, int]) -> None:
+    folder.mkdir()
+    for index, size in enumerate(sizes):
+        write_png(folder / f"{index}.png", torch.rand(3, *size))
+
+
+@pytest.mark.filterwarnings("ignore:skipped 1 of 4")
+def test_file_whose_damage_shows_late_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a resumed training is still bit-identical."""
+    monkeypatch.setattr(folder_module, "_DECODED_PIXELS", 100)  # as in a large folder
+    images_in(tmp_path / "images", *[(30, 40)] * 4)
+    path = tmp_path / "images" / "2.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    config = folder_config(tmp_path / "images")
+    with pytest.warns(UserWarning, match=r"skipped 1 of 4: .*2\.png: a damaged image"):
+        whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "parts", 3)
+    parts = train(config, tmp_path / "parts")
+    assert_same_bits(whole, parts)
+    assert whole.metrics() == parts.metrics()
+
+
+def test_validation_of_a_folder_sees_prepared_crops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no whole image, and prepares none twice."""
+    images_in(tmp_path / "images", (90, 120))
+    config = folder_config(tmp_path / "images", scale=0.5, black=0.2, white=0.7)
+    seen: list[Tensor] = []
+    model = SPAIR
+    infer = model.infer
+
+    def noted(self: Any, images: Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(images)
+        return infer(self, images, *args, **options)
+
+    monkeypatch.setattr(model, "infer", noted)
+    train(config, tmp_path / "run")
+    validation = open_splits(config)[1]
+    assert isinstance(validation, ImageFolder)
+    crops = validation.crops().images
+    assert len(crops) == TINY["data"]["validation_images"]
+    assert {tuple(images.shape[1:]) for images in seen} == {(3, 24, 24)}
+    assert any(torch.equal(images, crops) for images in seen), "the picture shows them"
 
 
 def test_stopped_run_is_saved(tmp_path: Path) -> None:
