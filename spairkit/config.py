@@ -349,8 +349,8 @@ class SearchConfig:
     beta: NonNegative = 0.5
     """Weight of the KL terms of where, what and depth in the energy that the search lowers."""
     start: Literal["encoder", "watershed"] = "encoder"
-    """Where the search begins. `watershed`: also with the parts that a watershed finds in a
-    prepared image; of each image, the explanation of lower energy stays."""
+    """Objects that the search begins with. `watershed`: the parts that a watershed finds in a
+    prepared image; with the mode `full`, these or the encoder's, whichever has lower energy."""
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

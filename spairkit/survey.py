@@ -136,8 +136,8 @@ class Survey:
             "size_prior_std": round(std, 3),
             "least_noise": _TEXTURE,
         }
-        start = "encoder" if by_hand else "watershed"
-        return {"prepare": prepare, "model": model, "search": {"start": start}}
+        search = {} if by_hand else {"start": "watershed", "mode": "refine"}
+        return {"prepare": prepare, "model": model, "search": search}
 
     def lines(self) -> list[str]:
         """What was found, and the settings that override it; a line each."""

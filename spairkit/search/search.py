@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spairkit.boxes import box_area, box_iou
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.images import num_channels
@@ -43,6 +44,8 @@ _ROUNDS = 6  # of moves, at most
 _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
 _SLOTS_PER_CELL = 2  # that the count prior allows for
+_STAYS = 0.6  # IoU of an object's boxes before and after refinement, at least
+_ALONE = 0.25  # trust in an object that a second opinion lacks
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
 
 _Cost = tuple[float, Array]  # of a rejected object, nats, and the region that it would change
@@ -53,12 +56,14 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """The state of the lowest energy that the search has seen."""
+    """The state that the search ends with."""
 
     scene: Scene
     slots: Slots  # `saved` is what each object saves
     costs: list[Tensor]  # of each image [m]: energies that rejected further objects would cost
     part: Part | None = None
+    opinion: Tensor | None = None
+    """[B, M, 4] boxes that the encoder finds by itself, xyxy, px; empty ones for no object."""
 
 
 class PosteriorSearch:
@@ -70,8 +75,9 @@ class PosteriorSearch:
         beta: weight of the KL terms in the energy.
         calibration: of scores and counts.
         on_progress: called at each check of a refinement and at each round of moves.
-        start: "watershed" also begins with the parts that a watershed finds; of each image the
-            explanation of lower energy stays. Confidences then follow the shapes of the masks.
+        start: "watershed" begins with the parts that a watershed finds; with moves, of each image
+            these or the encoder's objects, whichever has the lower energy. Confidences then follow
+            the shapes of masks, and whether the encoder finds the same object.
     """
 
     def __init__(
@@ -156,17 +162,34 @@ class PosteriorSearch:
         starts = [slots.compact()]
         if self.start == "watershed":
             starts.append(watershed_slots(self.network, images, latents, part))
-        starts = [reframe(self.energy, scene, start, contrast or _FRAME, part) for start in starts]
-        starts = [self._refined(scene, start) for start in starts]
+        framed = [reframe(self.energy, scene, start, contrast or _FRAME, part) for start in starts]
+        starts = [self._refined(scene, start) for start in framed]
         if self.network.config.likelihood == "normal":
             # the last start has the fewest objects for the same things, so it hides no misfit
             scene = replace(scene, evidence=self.energy.evidence(scene, starts[-1]))
             starts = [self._refined(scene, start) for start in starts]
-        slots = self._lower(scene, starts)
+        opinion = None
+        if self.start == "watershed":
+            present = starts[0].present[..., None] > 0
+            opinion = torch.where(present, self.energy.boxes(starts[0]), 0.0).cpu()
+        if self.start == "watershed" and self.mode == "refine":
+            slots = self._returned(framed[-1], starts[-1])
+        else:
+            slots = self._lower(scene, starts)
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents, part)
-        return Found(scene, self._measured(scene, slots, latents), costs, part)
+        return Found(scene, self._measured(scene, slots, latents), costs, part, opinion)
+
+    def _returned(self, before: Slots, after: Slots) -> Slots:
+        """The refined objects, but those that left their places as they were before."""
+        first, last = self.energy.boxes(before), self.energy.boxes(after)
+        low = torch.maximum(first[..., :2], last[..., :2])
+        high = torch.minimum(first[..., 2:], last[..., 2:])
+        shared = (high - low).clamp(min=0).prod(-1)
+        union = box_area(first) + box_area(last) - shared
+        stays = (shared > _STAYS * union)[..., None]
+        return after.changed(torch.where(stays, after.latents, before.latents))
 
     def _lower(self, scene: Scene, starts: list[Slots]) -> Slots:
         """Of each image the start of lowest energy."""
@@ -277,7 +300,10 @@ class PosteriorSearch:
             scene.images, scene.background, found.slots, scores, least, box_contrast
         )
         if by_shape:
-            described = [_by_shape(item, threshold) for item in described]
+            described = [
+                _by_shape(item, threshold, None if found.opinion is None else found.opinion[b])
+                for b, item in enumerate(described)
+            ]
         counts = self.counts(found)
         return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
 
@@ -300,11 +326,19 @@ class PosteriorSearch:
         ]
 
 
-def _by_shape(found: Detections, threshold: float) -> Detections:
-    """The objects above the threshold when confidences follow the shapes of masks."""
+def _by_shape(found: Detections, threshold: float, opinion: Tensor | None) -> Detections:
+    """The objects above the threshold when confidences follow masks and a second opinion.
+
+    Args:
+        opinion: [m, 4] boxes of objects that were found in another way.
+    """
     assert found.label_image is not None
     assert found.labels is not None
-    scores = ranked(found.scores, regularity(found.label_image, found.labels))
+    trust = regularity(found.label_image, found.labels)
+    if opinion is not None and len(found) and len(opinion):
+        agreed = box_iou(found.boxes, opinion).amax(1)
+        trust = trust * (_ALONE + (1 - _ALONE) * agreed)
+    scores = ranked(found.scores, trust)
     return replace(found, scores=scores)[scores > threshold]
 
 
