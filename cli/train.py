@@ -418,7 +418,7 @@ def _follow(
 def _validation(figures: dict[str, float]) -> str:
     """Objects an image, if the model counts them, and the other figures."""
     rest = {name: value for name, value in figures.items() if name != "found"}
-    return _found(figures, ", ") + listed(rest)
+    return _found(figures, ", " if rest else "") + listed(rest)
 
 
 def _found(figures: dict[str, float], end: str) -> str:

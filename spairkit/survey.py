@@ -55,7 +55,7 @@ _LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
 _STDS = 2.56  # standard deviations of a normal between these
 _ANCHOR = 48.0  # largest side of a box, px
-_WIDE = 3.0  # ratio of large to small objects that calls for several scales
+_WIDE = 3.0  # ratio of large to small objects that is worth a warning
 _FAINT = 2.0  # contrasts in noises that can hardly be seen
 _TEXTURE = 0.12  # least noise in training: texture that objects should not be spent on
 _LEAST_STD, _MOST_STD = 0.35, 0.8  # of the prior of sizes, in logits
@@ -159,7 +159,9 @@ class Survey:
             "the file's range (--set prepare.levels, prepare.black, prepare.white)",
         ]
         if self.largest > _WIDE * self.smallest:
-            lines.append("sizes differ much: the search also looks at other scales")
+            lines.append(
+                "sizes differ much: objects far from the typical size may be missed or split"
+            )
         return lines
 
     def to_json(self) -> dict[str, Any]:
