@@ -44,7 +44,7 @@ _ROUNDS = 6  # of moves, at most
 _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
 _SLOTS_PER_CELL = 2  # that the count prior allows for
-_STAYS = 0.6  # IoU of an object's boxes before and after refinement, at least
+_STAYS = 0.5  # IoU of an object's boxes before and after refinement, at least
 _ALONE = 0.25  # trust in an object that a second opinion lacks
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
 
