@@ -39,6 +39,7 @@ _MEASURED_PIXELS = 1 << 23  # whose levels are measured, about
 _BAND = 64  # rows of a band of these
 _REACH = 5  # of the filter before levels are measured, px
 _SECOND_DIFFERENCE = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+_FAR = 2.0  # medians of the distance that the background's colours reach
 _TO_STD = 1.4826  # from the median absolute deviation of a normal
 
 
@@ -162,7 +163,8 @@ def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w]
 
     "direction" adds the channels with the weights of `config.direction`, so contrasts have a sign.
     "distance" is the distance of the colour to that of the background, in which the colours of the
-    background spread equally far on every axis; half of its background lies below 0.
+    background spread equally far on every axis, less twice its median: almost all of the
+    background, texture included, lies below 0.
     """
     if config.contrast == "direction":
         weights = np.asarray(config.direction, np.float32)
@@ -176,7 +178,7 @@ def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w]
     for channel in flat[1:]:
         flat[0] += channel
     distance: Array = np.sqrt(flat[0] / len(flat))
-    distance -= np.median(_bands(distance))
+    distance -= _FAR * np.median(_bands(distance))
     return distance
 
 

@@ -45,6 +45,7 @@ _STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diame
 _NEAR = 1.6  # ratio of two diameters that nearly agree
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
+_KEPT = 0.97  # of the share of the contrast that objects hold, when the diameter changes
 _COMPACT = 0.6  # share of its box that a single object fills at least
 _FEWEST = 5  # objects that a diameter is measured on
 _SHARE = 0.1  # of the contrast of an image that lies in compact objects, at least
@@ -366,8 +367,10 @@ def _diameter(
     for _ in range(_ROUNDS):
         if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
             break
-        diameter = best.median
-        best = _compact(images, config, diameter)
+        measured = _compact(images, config, best.median)
+        if best.median < diameter and measured.share < _KEPT * best.share:
+            break  # it would go on to parts of objects
+        diameter, best = best.median, measured
     return (best.median if len(best.sides) else diameter), best
 
 
