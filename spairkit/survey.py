@@ -42,6 +42,7 @@ Array = npt.NDArray[np.float32]
 _IMAGES = 6  # that are measured
 _SIDE = 480  # of the part of an image that is measured at one scale, px after resizing
 _STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
+_LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
@@ -78,9 +79,9 @@ class Survey:
     objects: float
     """Objects in an image, on average: a rough estimate."""
     noise: float
-    """Standard deviation of the noise, as a share of the file's range."""
+    """Standard deviation of the noise in a prepared image, as a share of the file's range."""
     contrast: float
-    """Contrast of a typical object to the background, likewise."""
+    """Contrast of a typical object to the background, rims included, likewise."""
     agreement: float
     """How far the colours of the objects differ from the background alike, in [0, 1]."""
     is_grey: bool
@@ -321,7 +322,7 @@ def _colours(
     else:
         flat = [image - np.median(image, axis=(1, 2), keepdims=True) for image in smooth]
         colours = np.concatenate([image.reshape(3, -1)[:, ::7] for image in flat], axis=1)
-        direction = np.linalg.eigh(np.cov(colours))[1][:, -1]
+        direction = np.linalg.eigh(np.cov(colours, bias=True))[1][:, -1]
         direction = direction / np.abs(direction).sum()
     greys = [np.tensordot(direction, image, 1) for image in smooth]
     skews = []
@@ -354,7 +355,7 @@ def _diameter(
     """
     largest = max(max(image.shape[1:]) for image in images)
     diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, len(images))
-    starts = [start for start in _STARTS if start < largest / 2] or [largest / 4]
+    starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
     for number, assumed in enumerate(starts):
         measured = _compact(images, config, assumed)
         on_progress((number + 1) / (len(starts) + 1))
@@ -366,9 +367,9 @@ def _diameter(
     for _ in range(_ROUNDS):
         if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
             break
-        diameter = best.median
+        diameter = min(max(best.median, _LEAST), _MOST)
         best = _compact(images, config, diameter)
-    return (best.median if len(best.sides) else diameter), best
+    return min(max(best.median if len(best.sides) else diameter, _LEAST), _MOST), best
 
 
 def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -> _Measured:
