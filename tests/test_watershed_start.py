@@ -1,0 +1,150 @@
+"""The search from the parts of a watershed: its objects, and the better of two starts."""
+
+from typing import TYPE_CHECKING, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit.detections import Detections
+from spairkit.models.slots import Slots
+from spairkit.search.calibration import Calibration
+from spairkit.search.search import PosteriorSearch, _by_shape
+from spairkit.search.watershed_start import watershed_slots
+
+if TYPE_CHECKING:
+    from conftest import Disc, Discs
+
+SIZE = (48, 60)
+THREE: "list[Disc]" = [(12.0, 14.0, 12.0, 0.0), (33.0, 16.0, 12.0, 0.0), (46.0, 34.0, 12.0, 0.0)]
+
+
+def search_of(world: "Discs", start: Literal["encoder", "watershed"]) -> PosteriorSearch:
+    return PosteriorSearch(world.network, "refine", 0.5, Calibration(), start=start)
+
+
+def present_boxes(world: "Discs", slots: Slots, image: int = 0) -> Tensor:  # [n, 4]
+    """Of the objects of an image, from left to right."""
+    boxes = world.energy.boxes(slots)[image][slots.present[image] > 0]
+    return boxes[boxes[:, 0].argsort()]
+
+
+def test_slots_hold_the_parts_of_each_image(discs: "type[Discs]") -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE, [], THREE[1:2]), SIZE)
+    latents, _ = world.network.infer(images)
+    slots = watershed_slots(world.network, images, latents)
+    assert slots.count.tolist() == [3, 0, 1]
+    for image, true in ((0, THREE), (2, THREE[1:2])):
+        found = present_boxes(world, slots, image)
+        torch.testing.assert_close(found, world.boxes(true), rtol=0, atol=1.5)
+    assert slots.latents.isfinite().all()
+    assert slots.std.isfinite().all()
+    assert (slots.saved == torch.inf).all()
+    cell = world.network.config.cell
+    centre = world.energy.boxes(slots).unflatten(-1, (2, 2)).mean(-2).flip(-1)
+    offset = (centre - slots.corner)[slots.present > 0]
+    assert (offset >= 0).all()
+    assert (offset < cell).all(), "an object belongs to the cell of its centre"
+
+
+def test_objects_take_deviations_of_their_cells_and_appearances_of_their_glimpses(
+    discs: "type[Discs]",
+) -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE), SIZE)
+    latents, _ = world.network.infer(images)
+    columns = world.network.grid(*SIZE)[1]
+    slots = watershed_slots(world.network, images, latents)
+    number = (slots.corner[..., 0] * columns + slots.corner[..., 1]) / world.network.config.cell
+    own = latents.std[0, number[0].long()]
+    torch.testing.assert_close(slots.std[0, :, :4], own[:, :4])
+    torch.testing.assert_close(slots.std[0, :, -1], own[:, -1])
+    assert (slots.what == 0).all(), "the encoder made by hand gives 0 to every glimpse"
+    assert (slots.depth == 0).all()
+
+
+def test_images_without_parts_give_no_slots(discs: "type[Discs]") -> None:
+    world = discs()
+    images = torch.zeros(2, 3, *SIZE)
+    latents, _ = world.network.infer(images)
+    assert watershed_slots(world.network, images, latents).present.shape == (2, 0)
+    for start in ("encoder", "watershed"):
+        found = search_of(world, start).detect(images)
+        assert [len(item) for item in found] == [0, 0]
+
+
+def test_a_watershed_finds_what_the_encoder_has_missed(discs: "type[Discs]") -> None:
+    """The encoder made by hand finds no object."""
+    world = discs()
+    images = world.draw(world.slots(THREE, []), SIZE)
+    missed = search_of(world, "encoder").detect(images)
+    assert [len(item) for item in missed] == [0, 0]
+    found = search_of(world, "watershed").detect(images)
+    assert [len(item) for item in found] == [3, 0]
+    boxes = found[0].boxes[found[0].boxes[:, 0].argsort()]
+    torch.testing.assert_close(boxes, world.boxes(THREE), rtol=0, atol=1.5)
+    assert (found[0].scores > 0.5).all()
+
+
+def test_explanation_has_the_objects_of_the_detection(discs: "type[Discs]") -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE), SIZE)
+    search = search_of(world, "watershed")
+    (explanation,), (found,) = search.explain(images), search.detect(images)
+    torch.testing.assert_close(explanation.detections.boxes, found.boxes)
+    assert len(explanation.appearances) == 3
+    assert float((explanation.reconstruction - images[0]).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("true", [THREE, THREE[:1], []])
+def test_the_start_of_lower_energy_stays_for_each_image(
+    discs: "type[Discs]", true: "list[Disc]"
+) -> None:
+    """Two images whose starts are the other way round."""
+    world = discs()
+    images = world.draw(world.slots(true, THREE[:2]), SIZE)
+    scene = world.scene(images)
+    first, second = world.slots(THREE[:2], THREE[:2]), world.slots(true, THREE[1:])
+    kept = search_of(world, "watershed")._lower(scene, [first, second])
+    assert kept.count.tolist() == [len(true), 2]
+    torch.testing.assert_close(present_boxes(world, kept, 0), world.boxes(true))
+    torch.testing.assert_close(present_boxes(world, kept, 1), world.boxes(THREE[:2]))
+    lowest = torch.minimum(world.energy(scene, first), world.energy(scene, second))
+    torch.testing.assert_close(world.energy(scene, kept), lowest)
+
+
+def test_confidences_follow_the_shapes_of_masks() -> None:
+    label_image = torch.zeros(40, 60, dtype=torch.int32)
+    label_image[2:14, 2:14] = 1
+    label_image[20:24, 2:7] = 2
+    label_image[20:32, 30:42] = 3
+    found = Detections(
+        boxes=torch.tensor([[2.0, 2, 14, 14], [2, 20, 7, 24], [30, 20, 42, 32]]),
+        scores=torch.tensor([0.9, 0.9, 0.4]),
+        what=torch.zeros(3, 2),
+        depth=torch.zeros(3),
+        label_image=label_image,
+        labels=torch.tensor([1, 2, 3], dtype=torch.int32),
+    )
+    low = 0.5 + 0.4 * 20 / 79.2
+    assert _by_shape(found, 0.0).scores.tolist() == pytest.approx([0.9, low, 0.4])
+    chosen = _by_shape(found, 0.7)
+    assert chosen.scores.tolist() == pytest.approx([0.9])
+    assert chosen.labels is not None
+    assert chosen.labels.tolist() == [1]
+    assert chosen.area.tolist() == [144]
+    assert len(_by_shape(found[:0], 0.5)) == 0
+
+
+def test_a_threshold_selects_by_the_final_confidence(discs: "type[Discs]") -> None:
+    world = discs()
+    small: Disc = (46.0, 34.0, 8.0, 0.0)
+    images = world.draw(world.slots([THREE[0], small]), SIZE)
+    search = search_of(world, "watershed")
+    (found,) = search.detect(images)
+    assert len(found) == 2
+    low, high = sorted(found.scores.tolist())
+    assert 0.5 < low < high - 0.05, "a small mask ranks below a full one"
+    (chosen,) = search.detect(images, threshold=(low + high) / 2)
+    assert chosen.scores.tolist() == [high]
