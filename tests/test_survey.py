@@ -129,9 +129,8 @@ def test_sizes_that_differ_widen_the_prior(tmp_path: Path) -> None:
     assert survey.smallest == pytest.approx(8, rel=0.2)
     assert survey.diameter == pytest.approx(16, rel=0.2)
     assert survey.largest == pytest.approx(32, rel=0.2)
-    said = "sizes differ much: the search also looks at other scales"
-    assert said in survey.lines()
-    assert said not in even.lines()
+    assert survey.lines()[-1].startswith("sizes differ much")
+    assert not even.lines()[-1].startswith("sizes differ much")
 
     def prior(survey: Survey) -> tuple[float, float]:
         model = survey.settings("spair", {})["model"]
