@@ -40,6 +40,8 @@ from spairkit.preparation import (
 Array = npt.NDArray[np.float32]
 
 _IMAGES = 6  # that are measured
+_MOST_SIDE = 3072  # px of the files; of a larger image the middle is measured
+_FIELD = 1536  # px after resizing; the same for levels and background
 _SIDE = 480  # of the part of an image that is measured at one scale, px after resizing
 _STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
 _LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
@@ -77,7 +79,7 @@ class Survey:
     largest: float
     """Ninetieth percentile of the sides, px in the files."""
     objects: float
-    """Objects in an image, on average: a rough estimate."""
+    """Objects in an image, or in the middle of a large one, on average: a rough estimate."""
     noise: float
     """Standard deviation of the noise in a prepared image, as a share of the file's range."""
     contrast: float
@@ -233,9 +235,10 @@ def look(
     )
     diameter, measured = _diameter(images, config, on_progress)
     scale = OBJECT_PX / diameter
+    fields = [_middle(image, math.ceil(_FIELD / scale)) for image in images]
     seen = [
-        resized(image, prepared_size(image.shape[-2], image.shape[-1], scale)).numpy()
-        for image in images
+        resized(field, prepared_size(field.shape[-2], field.shape[-1], scale)).numpy()
+        for field in fields
     ]
     contrasts = [contrast_of(image, config) for image in seen]
     typical = float(np.median([typical_contrast(image) for image in contrasts]))
@@ -284,7 +287,7 @@ def sample(
 
 
 def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
-    """Some of the images, evenly chosen; [3, H, W] in [0, 1]."""
+    """Some of the images, evenly chosen, or the middles of large ones; [3, H, W] in [0, 1]."""
     every = max(len(paths) / most, 1)
     chosen = [paths[int(i * every)] for i in range(min(len(paths), most))]
     images: list[tuple[Path, Tensor]] = []
@@ -293,7 +296,7 @@ def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
         if len(images) == len(chosen):
             break
         try:
-            images.append((path, to_colour(read_pixels(path))))
+            images.append((path, to_colour(_middle(read_pixels(path), _MOST_SIDE))))
         except InputError as error:
             reasons.append(str(error))
     if not images:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spairkit import survey as survey_module
 from spairkit.config import Config, DataConfig, PrepareConfig, SPAIRConfig
 from spairkit.config_values import assignments
 from spairkit.errors import InputError
@@ -205,6 +206,19 @@ def test_sample_has_boxes_and_masks_in_the_pixels_of_the_file(tmp_path: Path) ->
     assert found.label_image is not None
     mask, true = found.label_image > 0, image[0] > 0.45
     assert int((mask & true).sum()) > 0.85 * int((mask | true).sum())
+
+
+def test_the_middle_of_a_large_image_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = spots(160, [30])
+    middle, number = spots(80, [8])
+    image[:, 40:120, 40:120] = middle
+    path = written(tmp_path / "0.png", image)
+    monkeypatch.setattr(survey_module, "_MOST_SIDE", 80)
+    survey = look([path])
+    assert survey.diameter == pytest.approx(8, rel=0.2)
+    assert survey.objects == pytest.approx(number, rel=0.2)
 
 
 def test_sample_takes_the_middle_of_a_large_image(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spairkit.detections import Detections
+from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.search.calibration import Calibration
 from spairkit.search.search import PosteriorSearch, _by_shape
@@ -62,6 +63,30 @@ def test_objects_take_deviations_of_their_cells_and_appearances_of_their_glimpse
     torch.testing.assert_close(slots.std[0, :, -1], own[:, -1])
     assert (slots.what == 0).all(), "the encoder made by hand gives 0 to every glimpse"
     assert (slots.depth == 0).all()
+
+
+@pytest.mark.parametrize("box_contrast", [0.0, 0.5])
+def test_boxes_of_the_model_and_of_masks_are_given(
+    discs: "type[Discs]", box_contrast: float
+) -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE), SIZE)
+    (found,) = search_of(world, "watershed").detect(images, box_contrast=box_contrast)
+    boxes = found.boxes[found.boxes[:, 0].argsort()]
+    torch.testing.assert_close(boxes, world.boxes(THREE), rtol=0, atol=1.5)
+    assert bool((boxes == boxes.round()).all()) == (box_contrast > 0)
+
+
+def test_a_part_gives_its_objects_and_counts_those_of_its_core(discs: "type[Discs]") -> None:
+    world = discs()
+    whole = world.draw(world.slots(THREE), SIZE)
+    part = Part(corner=(0, 24), size=SIZE, core=(16, 0, 36, 48), outside=1)
+    search = search_of(world, "watershed")
+    found = search.find(whole[..., 24:], part=part)
+    shifted = world.boxes(THREE[1:]) - torch.tensor([24.0, 0.0, 24.0, 0.0])
+    torch.testing.assert_close(present_boxes(world, found.slots), shifted, rtol=0, atol=1.5)
+    (count,) = search.counts(found)
+    assert count.mean == pytest.approx(1, abs=0.05), "the first lies outside the core"
 
 
 def test_images_without_parts_give_no_slots(discs: "type[Discs]") -> None:
