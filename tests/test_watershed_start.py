@@ -139,12 +139,24 @@ def test_the_start_of_lower_energy_stays_for_each_image(
     torch.testing.assert_close(world.energy(scene, kept), lowest)
 
 
-def test_confidences_follow_the_shapes_of_masks() -> None:
+def test_an_object_that_refinement_has_moved_away_returns(discs: "type[Discs]") -> None:
+    world = discs()
+    near: list[Disc] = [(13.0, 14.0, 12.0, 1.0), THREE[1], THREE[2]]
+    far: list[Disc] = [near[0], (36.0, 20.0, 12.0, 1.0), (46.0, 34.0, 20.0, 1.0)]
+    cells = [(1, 1), (1, 2), (2, 3)]
+    before, after = (world.slots(state, cells=cells) for state in (THREE, far))
+    kept = search_of(world, "watershed")._returned(before, after)
+    torch.testing.assert_close(present_boxes(world, kept), world.boxes(near))
+    assert kept.what[0, :, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def three_squares() -> Detections:
+    """A full mask and a small one with scores of .9, and a full one with .4."""
     label_image = torch.zeros(40, 60, dtype=torch.int32)
     label_image[2:14, 2:14] = 1
     label_image[20:24, 2:7] = 2
     label_image[20:32, 30:42] = 3
-    found = Detections(
+    return Detections(
         boxes=torch.tensor([[2.0, 2, 14, 14], [2, 20, 7, 24], [30, 20, 42, 32]]),
         scores=torch.tensor([0.9, 0.9, 0.4]),
         what=torch.zeros(3, 2),
@@ -152,14 +164,49 @@ def test_confidences_follow_the_shapes_of_masks() -> None:
         label_image=label_image,
         labels=torch.tensor([1, 2, 3], dtype=torch.int32),
     )
+
+
+def test_confidences_follow_the_shapes_of_masks() -> None:
+    found = three_squares()
     low = 0.5 + 0.4 * 20 / 79.2
-    assert _by_shape(found, 0.0).scores.tolist() == pytest.approx([0.9, low, 0.4])
-    chosen = _by_shape(found, 0.7)
+    assert _by_shape(found, 0.0, None).scores.tolist() == pytest.approx([0.9, low, 0.4])
+    chosen = _by_shape(found, 0.7, None)
     assert chosen.scores.tolist() == pytest.approx([0.9])
     assert chosen.labels is not None
     assert chosen.labels.tolist() == [1]
     assert chosen.area.tolist() == [144]
-    assert len(_by_shape(found[:0], 0.5)) == 0
+    assert len(_by_shape(found[:0], 0.5, None)) == 0
+
+
+def test_confidences_follow_a_second_opinion() -> None:
+    found = three_squares()
+    same, half = torch.tensor([2.0, 2, 14, 14]), torch.tensor([2.0, 2, 14, 8])
+    small = 20 / 79.2
+
+    def scores(opinion: Tensor) -> list[float]:
+        return _by_shape(found, 0.0, opinion).scores.tolist()
+
+    low = 0.5 + 0.4 * small * 0.25
+    assert scores(torch.stack([half, same])) == pytest.approx([0.9, low, 0.4])
+    assert scores(half[None]) == pytest.approx([0.5 + 0.4 * 0.625, low, 0.4])
+    none = [0.5 + 0.4 * 0.25, low, 0.4]
+    assert scores(torch.zeros(0, 4)) == scores(torch.zeros(3, 4)) == pytest.approx(none)
+    assert len(_by_shape(found[:0], 0.5, same[None])) == 0
+
+
+def test_objects_that_the_encoder_finds_too_are_surer(
+    discs: "type[Discs]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE), SIZE)
+    latents = world.latents(world.slots(THREE[1:2]), SIZE)
+    monkeypatch.setattr(
+        world.network, "infer", lambda images, part=None: (latents, images.new_zeros(1, 3, 1, 1))
+    )
+    (found,) = search_of(world, "watershed").detect(images)
+    scores = found.scores[found.boxes[:, 0].argsort()].tolist()
+    assert len(scores) == 3
+    assert scores[1] > max(scores[0], scores[2]) + 0.2
 
 
 def test_a_threshold_selects_by_the_final_confidence(discs: "type[Discs]") -> None:
@@ -170,6 +217,6 @@ def test_a_threshold_selects_by_the_final_confidence(discs: "type[Discs]") -> No
     (found,) = search.detect(images)
     assert len(found) == 2
     low, high = sorted(found.scores.tolist())
-    assert 0.5 < low < high - 0.05, "a small mask ranks below a full one"
+    assert 0.5 < low < high - 0.01, "a small mask ranks below a full one"
     (chosen,) = search.detect(images, threshold=(low + high) / 2)
     assert chosen.scores.tolist() == [high]
