@@ -189,8 +189,10 @@ def say_if_failed(checkpoint: Path) -> None:
     """Says that the run of a checkpoint was marked as failed at its end."""
     from spairkit.report.signs import has_failed
 
-    if any(has_failed(folder) for folder in (checkpoint, *checkpoint.resolve().parents[:2])):
-        say(f"warning: the training of {checkpoint} failed, see its report.html; do not trust it")
+    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
+        if has_failed(folder):
+            say(f"warning: the training of {folder} failed, see its report.html; do not trust it")
+            return
 
 
 def say_unfit(reasons: list[str], images: int) -> None:

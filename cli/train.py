@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FAILED = 3
 """Exit status of a training that has ended with signs of failure."""
 
-_JUDGED_STEPS = 200  # a shorter training is not judged
+_JUDGED_STEPS = 200  # the signs of a shorter training are warnings
 _LINE_EVERY_SECONDS = 10
 _COMPILING_SECONDS = 3.0  # between lines about kernels
 
@@ -225,7 +225,7 @@ def _finish(
     """Calibrates and measures the best checkpoint, writes the report and prints both."""
     from spairkit.detector import load
     from spairkit.report.page import write_report
-    from spairkit.report.signs import signs_of, write_signs
+    from spairkit.report.signs import Signs, signs_of, write_signs
     from spairkit.storage.durable import write_text
 
     _calibrate(run, device, quiet=quiet)
@@ -236,9 +236,10 @@ def _finish(
     image = _example(run)
     objects = _find(run, detector, quiet=quiet)
     signs = signs_of(detector, objects)
+    if step < _JUDGED_STEPS:
+        signs = Signs(warnings=signs.failures + signs.warnings)
     write_signs(run.path, signs)
     page = write_report(run.path)
-    judged = bool(signs.failures) and step >= _JUDGED_STEPS
     if as_json:
         print_json(
             {
@@ -252,12 +253,12 @@ def _finish(
                 "warnings": signs.warnings,
             }
         )
-        if judged:
+        if signs.failures:
             raise typer.Exit(FAILED)
         return
     for warning in signs.warnings:
         say(f"warning: {warning}")
-    if judged:
+    if signs.failures:
         say(f"this training failed: {'; '.join(signs.failures)}")
         say(
             f"see {page}; try another --seed, `spairkit data look` and its settings, or "

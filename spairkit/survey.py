@@ -40,8 +40,11 @@ from spairkit.preparation import (
 Array = npt.NDArray[np.float32]
 
 _IMAGES = 6  # that are measured
+_MOST_SIDE = 3072  # px of the files; of a larger image the middle is measured
+_FIELD = 1536  # px after resizing; the same for levels and background
 _SIDE = 480  # of the part of an image that is measured at one scale, px after resizing
 _STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
+_LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
@@ -77,11 +80,11 @@ class Survey:
     largest: float
     """Ninetieth percentile of the sides, px in the files."""
     objects: float
-    """Objects in an image, on average: a rough estimate."""
+    """Objects in an image, or in the middle of a large one, on average: a rough estimate."""
     noise: float
-    """Standard deviation of the noise, as a share of the file's range."""
+    """Standard deviation of the noise in a prepared image, as a share of the file's range."""
     contrast: float
-    """Contrast of a typical object to the background, likewise."""
+    """Contrast of a typical object to the background, rims included, likewise."""
     agreement: float
     """How far the colours of the objects differ from the background alike, in [0, 1]."""
     is_grey: bool
@@ -233,9 +236,10 @@ def look(
     )
     diameter, measured = _diameter(images, config, on_progress)
     scale = OBJECT_PX / diameter
+    fields = [_middle(image, math.ceil(_FIELD / scale)) for image in images]
     seen = [
-        resized(image, prepared_size(image.shape[-2], image.shape[-1], scale)).numpy()
-        for image in images
+        resized(field, prepared_size(field.shape[-2], field.shape[-1], scale)).numpy()
+        for field in fields
     ]
     contrasts = [contrast_of(image, config) for image in seen]
     typical = float(np.median([typical_contrast(image) for image in contrasts]))
@@ -284,7 +288,7 @@ def sample(
 
 
 def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
-    """Some of the images, evenly chosen; [3, H, W] in [0, 1]."""
+    """Some of the images, evenly chosen, or the middles of large ones; [3, H, W] in [0, 1]."""
     every = max(len(paths) / most, 1)
     chosen = [paths[int(i * every)] for i in range(min(len(paths), most))]
     images: list[tuple[Path, Tensor]] = []
@@ -293,7 +297,7 @@ def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
         if len(images) == len(chosen):
             break
         try:
-            images.append((path, to_colour(read_pixels(path))))
+            images.append((path, to_colour(_middle(read_pixels(path), _MOST_SIDE))))
         except InputError as error:
             reasons.append(str(error))
     if not images:
@@ -322,7 +326,7 @@ def _colours(
     else:
         flat = [image - np.median(image, axis=(1, 2), keepdims=True) for image in smooth]
         colours = np.concatenate([image.reshape(3, -1)[:, ::7] for image in flat], axis=1)
-        direction = np.linalg.eigh(np.cov(colours))[1][:, -1]
+        direction = np.linalg.eigh(np.cov(colours, bias=True))[1][:, -1]
         direction = direction / np.abs(direction).sum()
     greys = [np.tensordot(direction, image, 1) for image in smooth]
     skews = []
@@ -355,7 +359,7 @@ def _diameter(
     """
     largest = max(max(image.shape[1:]) for image in images)
     diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, len(images))
-    starts = [start for start in _STARTS if start < largest / 2] or [largest / 4]
+    starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
     for number, assumed in enumerate(starts):
         measured = _compact(images, config, assumed)
         on_progress((number + 1) / (len(starts) + 1))
@@ -367,11 +371,12 @@ def _diameter(
     for _ in range(_ROUNDS):
         if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
             break
-        measured = _compact(images, config, best.median)
-        if best.median < diameter and measured.share < _KEPT * best.share:
+        following = min(max(best.median, _LEAST), _MOST)
+        measured = _compact(images, config, following)
+        if following < diameter and measured.share < _KEPT * best.share:
             break  # it would go on to parts of objects
-        diameter, best = best.median, measured
-    return (best.median if len(best.sides) else diameter), best
+        diameter, best = following, measured
+    return min(max(best.median if len(best.sides) else diameter, _LEAST), _MOST), best
 
 
 def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -> _Measured:

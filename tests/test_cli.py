@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from PIL import Image
 
 import spairkit
 from spairkit import config_values
@@ -24,6 +25,7 @@ from spairkit.cli.main import main
 from spairkit.cli.options import choose_checkpoint
 from spairkit.config_values import from_toml
 from spairkit.errors import InputError
+from spairkit.images import is_picture, write_png
 from spairkit.presets import names, resolve
 from spairkit.storage.runs import Run, pretrained
 
@@ -138,6 +140,10 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(run: Runner, words: list[s
         (["config", "copy", "file"], "file already exists; name a new file"),
         (["data", "make", "file"], "file already exists; name a new folder"),
         (["data", "make", "new", "--data", "."], "a folder holds image files already"),
+        (["data", "look", "absent"], "absent: no such folder or image"),
+        (["data", "look", "."], "no image"),
+        (["data", "look", "file"], "not an image that can be read"),
+        (["data", "look", ".", "--out", "no/picture.png"], "there is no folder no"),
     ],
 )
 def test_user_errors_print_one_line_and_exit_with_2(
@@ -315,3 +321,60 @@ def test_repeated_signal_is_deferred_under_torchrun(
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
         assert interrupts.number == signal.SIGTERM
+
+
+def discs(folder: Path, *names: str) -> Path:
+    """A folder of images of dark discs of 16 px; nine of them in each."""
+    folder.mkdir()
+    y, x = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    mask = (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 8**2
+    for name in names:
+        write_png(folder / name, (0.8 - 0.5 * mask).expand(3, -1, -1))
+    return folder
+
+
+def test_data_look_measures_and_draws(run: Runner, tmp_path: Path) -> None:
+    folder = discs(tmp_path / "cells", "a.png", "b.png")
+    ended = run("data", "look", folder)
+    assert ended.status == 0
+    lines = ended.out.splitlines()
+    assert re.match(r"size: 1[67] px \(1\d to 1\d\); images are resized by 0\.7", lines[0])
+    assert "darker than the background, grey images (--set prepare.contrast" in lines[1]
+    assert lines[-1] == "picture: cells-look.png"
+    assert ended.err == ""
+    assert is_picture("cells-look.png")
+    with Image.open("cells-look.png") as picture:
+        assert picture.width > 2 * 96, "two images side by side"
+    before = Path("cells-look.png").read_bytes()
+    answer = json.loads(run("data", "look", folder, "--json", "--quiet").out)
+    assert Path("cells-look.png").read_bytes() == before
+    assert answer["diameter"] == pytest.approx(16, abs=1.5)
+    assert (answer["polarity"], answer["objects"], answer["images"]) == ("dark", 9, 2)
+    assert answer["picture"] == "cells-look.png"
+
+
+def test_data_look_takes_one_image_and_names_the_picture(run: Runner, tmp_path: Path) -> None:
+    image = discs(tmp_path / "cells", "a.png", "b.png") / "b.png"
+    assert json.loads(run("data", "look", image, "--json").out)["picture"] == "b-look.png"
+    named = run("data", "look", image, "--out", "seen.png", "--json")
+    assert json.loads(named.out)["picture"] == "seen.png"
+    assert Path("seen.png").read_bytes() == Path("b-look.png").read_bytes()
+
+
+def test_data_look_overwrites_only_pictures(run: Runner, tmp_path: Path) -> None:
+    image = discs(tmp_path / "cells", "a.png") / "a.png"
+    before = image.read_bytes()
+    ended = run("data", "look", tmp_path / "cells", "--out", image)
+    assert ended.status == 2
+    assert "exists and is no picture by spairkit; name another with --out" in ended.err
+    assert ended.err.count("\n") == 1
+    assert image.read_bytes() == before
+
+
+def test_data_look_warns_where_there_are_no_objects(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "blank").mkdir()
+    write_png(tmp_path / "blank" / "a.png", torch.full((3, 40, 50), 0.5))
+    ended = run("data", "look", "blank")
+    assert ended.status == 0
+    assert ended.err == ("warning: no compact objects were found: are there any in these images?\n")
+    assert is_picture("blank-look.png")

@@ -29,7 +29,9 @@ from spairkit.images import read_image, write_png
 from spairkit.models import compiling
 from spairkit.models.compiling import Compiling
 from spairkit.preparation import fixed_levels
+from spairkit.report import signs
 from spairkit.report.drawing import panel
+from spairkit.report.signs import Signs
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.training.validation import Step
@@ -161,6 +163,93 @@ def test_train_json_equals_eval_json(run: Runner) -> None:
     assert evaluated["overall"] == trained["test"]["overall"]
     assert evaluated["overall"]["images"] == 10
     assert json.loads(Path("as-json/test.json").read_text()) == trained["test"]
+
+
+SIGNS = Signs(failures=("no object was found in any image",), warnings=("look at its boxes",))
+
+
+def test_failed_training_exits_with_3_and_is_remembered(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_command, "_JUDGED_STEPS", 6)
+    monkeypatch.setattr(signs, "signs_of", lambda *_: SIGNS)
+    ended = run("train", "--config", "tiny.toml", "--out", "failed")
+    assert (ended.status, ended.out) == (3, "")
+    assert "warning: look at its boxes\n" in ended.err
+    said = ended.err.splitlines()
+    assert said[-2] == "this training failed: no object was found in any image"
+    assert said[-1].startswith("see failed/report.html; try another --seed, `spairkit data look`")
+    kept = json.loads(Path("failed/signs.json").read_text())
+    assert kept == {"failed": True, "warnings": [*SIGNS.failures, *SIGNS.warnings]}
+    assert SIGNS.failures[0] in Path("failed/report.html").read_text()
+
+    for checkpoint in ("failed", "failed/best"):
+        found = run("detect", "failed/example.png", "--checkpoint", checkpoint)
+        assert found.status == 0
+        assert (
+            f"warning: the training of {Path('failed').resolve()} failed, see its report.html; do "
+            "not trust it\n"
+        ) in found.err
+    ended = run("train", "--resume", "failed", "--json", "--quiet")
+    assert (ended.status, ended.err) == (3, "")
+    answer = json.loads(ended.out)
+    assert answer["failures"] == list(SIGNS.failures)
+    assert answer["warnings"] == list(SIGNS.warnings)
+    assert answer["test"]["overall"]["images"] == 10
+
+    monkeypatch.setattr(signs, "signs_of", lambda *_: Signs())
+    ended = run("train", "--resume", "failed", "--steps", "7", "--quiet")
+    assert ended.status == 0
+    found = run("detect", "failed/example.png", "--checkpoint", "failed")
+    assert "do not trust it" not in found.err
+
+
+def test_signs_of_a_short_training_are_warnings(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signs, "signs_of", lambda *_: SIGNS)
+    ended = run("train", "--config", "tiny.toml", "--out", "short")
+    assert ended.status == 0
+    assert "warning: no object was found in any image\nwarning: look at its boxes\n" in ended.err
+    assert "run: short\n" in ended.out
+    found = run("detect", "short/example.png", "--checkpoint", "short")
+    assert "do not trust it" not in found.err
+
+
+def discs(folder: Path) -> Path:
+    """A folder of images of dark discs of 24 px; four of them in each."""
+    folder.mkdir()
+    y, x = torch.meshgrid(torch.arange(96) + 0.5, torch.arange(96) + 0.5, indexing="ij")
+    mask = (y % 48 - 24) ** 2 + (x % 48 - 24) ** 2 < 12**2
+    for number in range(3):
+        write_png(folder / f"{number}.png", (0.8 - 0.5 * mask).expand(3, -1, -1))
+    return folder
+
+
+def test_folder_is_looked_at_before_training(run: Runner, tmp_path: Path) -> None:
+    folder = discs(tmp_path / "cells")
+    words = ["train", "--config", "tiny.toml", "--data", folder, "--steps", "1"]
+    ended = run(*words, "--out", "seen")
+    assert ended.status == 0
+    assert re.search(r"^size: 2[345] px .*--set prepare\.scale\)$", ended.err, re.M)
+    assert "darker than the background, grey images" in ended.err
+    config = Run.open(Path("seen")).config
+    assert config.prepare.scale == pytest.approx(0.5, rel=0.1)
+    assert (config.prepare.contrast, config.prepare.levels) == ("direction", "image")
+    assert sum(config.prepare.direction) < 0
+    assert config.search.start == "watershed"
+    assert load_checkpoint(Path("seen")).config == config
+    again = run("train", "--resume", "seen", "--steps", "2")
+    assert again.status == 0
+    assert "size: " not in again.err, "a run keeps its settings"
+
+    plain = ["--set", "prepare.contrast=none", "--set", "prepare.scale=1"]
+    ended = run(*words, *plain, "--out", "plain", "--quiet")
+    assert ended.status == 0
+    assert "size: " not in ended.err
+    config = Run.open(Path("plain")).config
+    assert config.prepare == PrepareConfig()
+    assert config.search.start == "encoder"
 
 
 def test_resumed_run_is_bit_identical(run: Runner) -> None:

@@ -20,6 +20,7 @@ from spairkit.config import (
     SearchConfig,
     SPAIRConfig,
     TrainConfig,
+    WatershedConfig,
 )
 from spairkit.config_values import (
     assignments,
@@ -125,6 +126,7 @@ def test_kind_selects_the_model() -> None:
         "air": AIRConfig,
         "dair": AIRConfig,
         "conncomp": ConnCompConfig,
+        "watershed": WatershedConfig,
     }
     for kind in model_kinds():
         config = from_dict({"model": {"kind": kind}})

@@ -153,7 +153,7 @@ def test_two_processes_train_like_one(tmp_path: Path, config: Path, device: str)
     assert printed.count("run: ") == 1, "only one process prints"
     assert said.count("training in ") == 1
     assert "by 2 processes" in said
-    assert "arning" not in said
+    assert said.count("arning") == said.count("warning: no object was found in any image") <= 1
     with pytest.raises(SystemExit) as ended:
         main(["train", *words, "--out", str(tmp_path / "one"), "--quiet"])
     assert ended.value.code == 0

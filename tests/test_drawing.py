@@ -14,6 +14,7 @@ from spairkit.report.drawing import (
     COLOURS,
     DARK_COLOURS,
     MAX_OBJECTS,
+    contact_sheet,
     display_levels,
     draw_boxes,
     panel,
@@ -415,6 +416,23 @@ def test_sheet_wraps_and_shrinks_images() -> None:
     assert nine.shape[2] < eight.shape[2]  # rows of five and four
     large = explained(dark_image(1200, 1600))
     assert reconstruction_sheet([large] * 2).shape[2] < 2 * 512 + 100
+
+
+def test_contact_sheet_shows_images_of_any_sizes_with_their_boxes() -> None:
+    images = [dark_image(48, 60), dark_image(30, 40), dark_image(60, 60), dark_image(48, 48)]
+    names = [f"{number}.png" for number in range(4)]
+    sheet = contact_sheet(names, images, [NONE] * 4)
+    for image, scale in zip(images, (4, 5, 4, 4), strict=True):
+        assert contains(sheet, enlarged(image, scale))
+    found = [NONE, detections([[5.0, 6.0, 20.0, 22.0]]), NONE, NONE]
+    boxed_sheet = contact_sheet(names, images, found)
+    assert boxed_sheet.shape == sheet.shape
+    assert contains(boxed_sheet, enlarged(images[0], 4))
+    assert not contains(boxed_sheet, enlarged(images[1], 5))
+    named = contact_sheet(["a.png", *names[1:]], images, [NONE] * 4)
+    assert not torch.equal(named, sheet), "names are shown"
+    longer = contact_sheet(["x" * 500], images[:1], [NONE])
+    assert longer.shape[2] < 1200, "long names are cut"
 
 
 def test_drawing_is_deterministic_and_keeps_its_arguments() -> None:

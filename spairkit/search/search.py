@@ -335,8 +335,9 @@ def _by_shape(found: Detections, threshold: float, opinion: Tensor | None) -> De
     assert found.label_image is not None
     assert found.labels is not None
     trust = regularity(found.label_image, found.labels)
-    if opinion is not None and len(found) and len(opinion):
-        agreed = box_iou(found.boxes, opinion).amax(1)
+    if opinion is not None and len(found):
+        nothing = torch.zeros(1, 4)  # so that no object is as good as empty boxes of a batch
+        agreed = box_iou(found.boxes, torch.cat([opinion, nothing])).amax(1)
         trust = trust * (_ALONE + (1 - _ALONE) * agreed)
     scores = ranked(found.scores, trust)
     return replace(found, scores=scores)[scores > threshold]

@@ -1,0 +1,331 @@
+"""The look at a folder: objects of known size and colour, and settings that resolve."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spairkit import survey as survey_module
+from spairkit.config import Config, DataConfig, PrepareConfig, SPAIRConfig
+from spairkit.config_values import assignments
+from spairkit.errors import InputError
+from spairkit.images import write_png
+from spairkit.presets import resolve
+from spairkit.survey import Survey, look, sample, survey_of
+
+Colour = tuple[float, float, float]
+
+GREY: Colour = (0.2, 0.2, 0.2)
+LIGHT: Colour = (0.7, 0.7, 0.7)
+
+
+def spots(
+    side: int,
+    diameters: Sequence[float],
+    ground: Colour = GREY,
+    colours: Sequence[Colour] = (LIGHT,),
+    *,
+    apart: float = 1.8,
+    ramp: float = 0.0,
+    noise: float = 0.01,
+) -> tuple[Tensor, int]:
+    """An image [3, side, side] of discs near a grid, and their number.
+
+    Args:
+        apart: spacing of the grid, in the largest of the diameters, which take turns.
+        ramp: light that is added at the right edge.
+        noise: standard deviation of grey noise.
+    """
+    rng = np.random.default_rng(side)
+    y, x = np.mgrid[:side, :side] + 0.5
+    image = np.full((3, side, side), np.array(ground)[:, None, None])
+    step = apart * max(diameters)
+    centres = np.arange(0.6 * step, side - 0.6 * step + 1, step)
+    number = 0
+    for row in centres:
+        for column in centres:
+            cy, cx = (row, column) + rng.uniform(-0.08, 0.08, 2) * step
+            disc = (y - cy) ** 2 + (x - cx) ** 2 < (diameters[number % len(diameters)] / 2) ** 2
+            image[:, disc] = np.array(colours[number % len(colours)])[:, None]
+            number += 1
+    image += ramp * x / side + noise * rng.normal(size=(1, side, side))
+    return torch.from_numpy(image.clip(0, 1)).float(), number
+
+
+def look_at(folder: Path, *images: Tensor) -> Survey:
+    return look([written(folder / f"{n}.png", image) for n, image in enumerate(images)])
+
+
+def written(path: Path, image: Tensor) -> Path:
+    write_png(path, image)
+    return path
+
+
+@pytest.mark.parametrize(("diameter", "side"), [(8, 96), (20, 170), (60, 400)])
+@pytest.mark.parametrize(
+    ("ground", "colour", "polarity", "grey"),
+    [
+        (GREY, LIGHT, "bright", True),
+        ((0.8, 0.8, 0.8), (0.3, 0.3, 0.3), "dark", True),
+        ((0.1, 0.4, 0.2), (0.8, 0.3, 0.2), "bright", False),
+        ((0.9, 0.8, 0.9), (0.4, 0.2, 0.6), "dark", False),
+    ],
+)
+def test_discs_of_any_size_and_polarity_are_measured(
+    tmp_path: Path,
+    diameter: int,
+    side: int,
+    ground: Colour,
+    colour: Colour,
+    polarity: str,
+    grey: bool,
+) -> None:
+    image, number = spots(side, [diameter], ground, [colour])
+    survey = look_at(tmp_path, image)
+    assert survey.diameter == pytest.approx(diameter, rel=0.15)
+    assert survey.prepare.scale == pytest.approx(12 / survey.diameter, rel=1e-3)
+    assert survey.smallest <= survey.diameter <= survey.largest < 1.3 * diameter
+    assert survey.objects == pytest.approx(number, rel=0.2)
+    assert (survey.polarity, survey.is_grey, survey.images) == (polarity, grey, 1)
+    prepare = survey.prepare
+    assert (prepare.contrast, prepare.background, prepare.levels) == ("direction", "image", "image")
+    step = np.dot(prepare.direction, np.subtract(colour, ground))
+    assert step > 0, "objects become brighter than the background"
+    assert 0.6 < survey.contrast / step < 1.1, "blurred rims count"
+    assert survey.share > 0.5
+    assert survey.doubts() == []
+
+
+def test_colours_on_all_sides_of_the_background_call_for_a_distance(tmp_path: Path) -> None:
+    colours = [(0.9, 0.2, 0.2), (0.2, 0.2, 0.9), (0.1, 0.7, 0.1)]
+    image, number = spots(200, [20], (0.45, 0.45, 0.45), colours)
+    survey = look_at(tmp_path, image)
+    assert (survey.prepare.contrast, survey.polarity) == ("distance", "either")
+    assert survey.agreement < 0.5
+    assert survey.diameter == pytest.approx(20, rel=0.2)
+    assert survey.objects == pytest.approx(number, rel=0.2)
+    assert any("unlike the background" in line for line in survey.lines())
+
+
+def test_uneven_light_calls_for_a_surface(tmp_path: Path) -> None:
+    image, number = spots(260, [16], (0.1, 0.1, 0.1), [(0.4, 0.4, 0.4)], ramp=0.5)
+    survey = look_at(tmp_path, image)
+    assert survey.prepare.background == "surface"
+    assert survey.diameter == pytest.approx(16, rel=0.2)
+    assert survey.objects == pytest.approx(number, rel=0.2)
+    assert "background: uneven" in "\n".join(survey.lines())
+
+
+def test_sizes_that_differ_widen_the_prior(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    image, _ = spots(260, [8, 16, 32], apart=1.4)
+    alike, _ = spots(150, [16])
+    survey, even = look_at(tmp_path, image), look_at(tmp_path / "one", alike)
+    assert survey.smallest == pytest.approx(8, rel=0.2)
+    assert survey.diameter == pytest.approx(16, rel=0.2)
+    assert survey.largest == pytest.approx(32, rel=0.2)
+    assert survey.lines()[-1].startswith("sizes differ much")
+    assert not even.lines()[-1].startswith("sizes differ much")
+
+    def prior(survey: Survey) -> tuple[float, float]:
+        model = survey.settings("spair", {})["model"]
+        return model["size_prior_mean"], model["size_prior_std"]
+
+    for found in (survey, even):
+        side = 48 / (1 + math.exp(-prior(found)[0]))
+        assert side == pytest.approx(12, rel=0.01), "objects of the median side have 12 px"
+    assert prior(survey)[1] > 1.5 * prior(even)[1]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_images_without_objects_are_doubtful(tmp_path: Path, noise: float) -> None:
+    image, _ = spots(160, [20], GREY, [GREY], noise=noise)
+    survey = look_at(tmp_path, image)
+    assert survey.objects == 0
+    assert survey.doubts() == ["no compact objects were found: are there any in these images?"]
+    assert resolved(survey, "spair").prepare.scale == survey.prepare.scale
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (5, 3)])
+def test_tiny_images_are_taken(tmp_path: Path, size: tuple[int, int]) -> None:
+    survey = look_at(tmp_path, torch.rand(3, *size, generator=torch.Generator().manual_seed(0)))
+    assert survey.objects == 0
+    resolved(survey, "watershed")
+
+
+def test_texture_and_faint_objects_are_doubtful() -> None:
+    def doubts(**values: float) -> str:
+        return "; ".join(survey_with(**values).doubts())
+
+    assert doubts() == ""
+    assert "hold only 4% of the contrast" in doubts(share=0.04)
+    assert doubts(contrast=0.03, noise=0.02) == "objects hardly stand out from the noise"
+
+
+def test_damaged_files_are_passed_over(tmp_path: Path) -> None:
+    image, _ = spots(96, [8])
+    paths = [written(tmp_path / f"{n}.png", image) for n in range(3)]
+    expected = look(paths[1:])
+    content = paths[0].read_bytes()
+    paths[0].write_bytes(content[: len(content) // 2])
+    survey = look(paths)
+    assert survey.images == 3
+    assert (survey.diameter, survey.prepare) == (expected.diameter, expected.prepare)
+    assert [name for name, _, _ in sample(paths, survey)] == ["1.png", "2.png"]
+    for path in paths[1:]:
+        path.write_text("no image")
+    with pytest.raises(InputError, match=r"no image can be read: skipped 3 of 3: .*0\.png"):
+        look(paths)
+    with pytest.raises(InputError, match="no image can be read"):
+        look([])
+
+
+def test_progress_rises_and_stays_below_the_end(tmp_path: Path) -> None:
+    shares: list[float] = []
+    look([written(tmp_path / "0.png", spots(96, [8])[0])], shares.append)
+    assert shares == sorted(set(shares))
+    assert 0 < shares[0] < shares[-1] <= 1
+
+
+def test_sample_has_boxes_and_masks_in_the_pixels_of_the_file(tmp_path: Path) -> None:
+    image, number = spots(120, [24])
+    path = written(tmp_path / "discs.png", image)
+    (one,) = sample([path], look([path]))
+    name, pixels, found = one
+    assert name == "discs.png"
+    torch.testing.assert_close(pixels, image, rtol=0, atol=0.5 / 255)
+    assert len(found) == number
+    sides = found.boxes[:, 2:] - found.boxes[:, :2]
+    torch.testing.assert_close(sides, torch.full_like(sides, 24), rtol=0, atol=3.0)
+    assert found.label_image is not None
+    mask, true = found.label_image > 0, image[0] > 0.45
+    assert int((mask & true).sum()) > 0.85 * int((mask | true).sum())
+
+
+def test_the_middle_of_a_large_image_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, _ = spots(160, [30])
+    middle, number = spots(80, [8])
+    image[:, 40:120, 40:120] = middle
+    path = written(tmp_path / "0.png", image)
+    monkeypatch.setattr(survey_module, "_MOST_SIDE", 80)
+    survey = look([path])
+    assert survey.diameter == pytest.approx(8, rel=0.2)
+    assert survey.objects == pytest.approx(number, rel=0.2)
+
+
+def test_sample_takes_the_middle_of_a_large_image(tmp_path: Path) -> None:
+    path = written(tmp_path / "large.png", torch.zeros(3, 700, 500))
+    _, pixels, found = sample([path], survey_with(prepare=PrepareConfig(scale=1.0)))[0]
+    assert pixels.shape == (3, 480, 480)
+    assert len(found) == 0
+
+
+def survey_with(**values: Any) -> Survey:
+    base: dict[str, Any] = {
+        "images": 4,
+        "prepare": PrepareConfig(
+            scale=0.5,
+            contrast="direction",
+            direction=(-0.5, -0.5, 0.0),
+            background="surface",
+            levels="image",
+            least_white=0.05,
+        ),
+        "diameter": 24.0,
+        "smallest": 20.0,
+        "largest": 30.0,
+        "objects": 9.0,
+        "noise": 0.01,
+        "contrast": 0.3,
+        "agreement": 0.95,
+        "is_grey": False,
+        "share": 0.8,
+    }
+    return Survey(**base | values)
+
+
+def resolved(survey: Survey, kind: str, *words: str) -> Config:
+    """The config of `spairkit train --data images --model KIND --set WORD ...`."""
+    given = {"data": {"name": "folder", "path": "images"}, "model": {"kind": kind}}
+    chosen = assignments(list(words))
+    layers = [given, chosen]
+    return resolve("quick", survey.settings(kind, chosen), *layers)
+
+
+@pytest.mark.parametrize("kind", ["spair", "watershed", "conncomp"])
+def test_settings_lie_between_preset_and_user(kind: str) -> None:
+    survey = survey_with()
+    config = resolved(survey, kind)
+    assert config.model.kind == kind
+    assert config.prepare == survey.prepare
+    assert resolved(survey, kind, "prepare.scale=0.25").prepare.scale == 0.25
+    turned = resolved(survey, kind, "prepare.direction=[1, 0, 0]").prepare
+    assert (turned.direction, turned.background) == ((1.0, 0.0, 0.0), "surface")
+    distance = resolved(survey, kind, "prepare.contrast='distance'").prepare
+    assert (distance.contrast, distance.levels) == ("distance", "image")
+
+
+@pytest.mark.parametrize("kind", ["spair", "watershed", "conncomp"])
+def test_settings_by_hand_leave_out_what_does_not_go_with_them(kind: str) -> None:
+    survey = survey_with()
+    plain = resolved(survey, kind, "prepare.contrast='none'").prepare
+    assert plain == PrepareConfig(scale=0.5)
+    levels = resolved(survey, kind, "prepare.contrast='none'", "prepare.black=0.2").prepare
+    assert levels == PrepareConfig(scale=0.5, black=0.2)
+    levels = resolved(survey, kind, "prepare.black=0.2", "prepare.white=0.6").prepare
+    assert (levels.contrast, levels.levels) == ("direction", "fixed")
+    assert (levels.black, levels.white) == (0.2, 0.6)
+
+
+def test_search_starts_from_a_watershed_where_images_are_prepared() -> None:
+    def chosen(*words: str) -> tuple[str, str, str]:
+        config = resolved(survey_with(), "spair", *words)
+        assert isinstance(config.model, SPAIRConfig)
+        return config.search.start, config.model.background, config.model.likelihood
+
+    assert chosen() == ("watershed", "black", "normal")
+    assert chosen("prepare.contrast='none'") == ("encoder", "mode", "normal")
+    assert chosen("search.start='encoder'")[0] == "encoder"
+
+
+def test_scenes_and_models_of_one_size_are_not_surveyed(tmp_path: Path) -> None:
+    assert survey_of(Config()) is None
+    path = written(tmp_path / "0.png", spots(96, [8])[0])
+    for place in (tmp_path, path):
+        data = {"name": "folder", "path": str(place)}
+        found = survey_of(resolve("quick", {"data": data}))
+        assert found is not None
+        assert (found.images, round(found.diameter)) == (1, 8)
+        assert survey_of(resolve("quick", {"data": data, "model": {"kind": "air"}})) is None
+
+
+def test_folder_without_images_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        survey_of(Config(data=DataConfig(name="folder", path=str(tmp_path))))
+
+
+def test_lines_name_the_settings_that_override() -> None:
+    lines = survey_with().lines()
+    assert len(lines) == 4
+    text = "\n".join(lines)
+    assert "size: 24 px (20 to 30); images are resized by 0.5" in text
+    assert "darker than the background, red, green, blue by -0.50, -0.50, 0.00" in text
+    for name in ("scale", "contrast", "direction", "background", "levels", "black", "white"):
+        assert f"prepare.{name}" in text
+
+
+def test_json_holds_every_measurement() -> None:
+    survey = survey_with(objects=0.0)
+    values = json.loads(json.dumps(survey.to_json()))
+    assert values["diameter"] == 24
+    assert values["prepare"]["direction"] == [-0.5, -0.5, 0.0]
+    assert values["polarity"] == "dark"
+    assert values["doubts"] == survey.doubts() != []
