@@ -134,7 +134,10 @@ def test_kind_selects_the_model() -> None:
     wrong: Any
     for wrong in ("airy", 3, None, []):
         message = refusal({"model": {"kind": wrong}})
-        assert f"model.kind: must be one of spair, air, dair, conncomp (got '{wrong}')" in message
+        assert (
+            f"model.kind: must be one of spair, air, dair, conncomp, watershed (got '{wrong}')"
+            in message
+        )
     message = refusal({"model": {"kind": "air", "whats": 3, "cell": 4}})
     assert "model.whats: unknown key, did you mean what?; model.cell: unknown key" in message
     assert "model: input should be an object (got 3)" in refusal({"model": 3})

@@ -205,9 +205,9 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
         # a setting that no model has is kept, and refused when the config is resolved
         strangers = common["model"].keys() - set().union(*known.values())
         common["model"] = _only(common["model"], known[task.model] | strangers)
-    measured = settings.measured | {
-        "model": _only(settings.measured.get("model", {}), known[task.model])
-    }
+    measured = _only(
+        settings.measured, {"prepare", *(("model", "search") if task.model == "spair" else ())}
+    )
     over = merge(common, settings.over.get(task.model, {}))
     bounds = ("min_objects", "max_objects")
     count = {} if task.objects is None else dict.fromkeys(bounds, task.objects)
