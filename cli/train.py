@@ -96,6 +96,7 @@ def train(
     from spairkit.training.distributed import joined
 
     began = time.monotonic()
+    doubts: list[str] = []
 
     def stop() -> int:
         """0, the number of a signal, or 1 when the time is over; the same in all processes."""
@@ -110,7 +111,8 @@ def train(
             if resume:
                 settings = _resumed(resume, preset, over)
             else:
-                settings = options.resolved(preset, [*_looked(preset, over, quiet=quiet), *over])
+                measured = _looked(preset, over, doubts, quiet=quiet)
+                settings = options.resolved(preset, [*measured, *over])
             return stack.enter_context(_opened(settings, resume, out, chosen, world))
 
         run, settings = _on_first(prepare, world)
@@ -133,7 +135,7 @@ def train(
         raise typer.Exit(128 + ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; {continues}")
-    _finish(run, chosen, step, validation, began, as_json=as_json, quiet=quiet)
+    _finish(run, chosen, step, validation, doubts, began, as_json=as_json, quiet=quiet)
 
 
 @contextmanager
@@ -217,6 +219,7 @@ def _finish(
     device: "torch.device",
     step: int,
     validation: dict[str, float],
+    doubts: list[str],
     began: float,
     *,
     as_json: bool,
@@ -235,7 +238,7 @@ def _finish(
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
     image = _example(run)
     objects = _find(run, detector, quiet=quiet)
-    signs = signs_of(detector, objects)
+    signs = signs_of(detector, objects, tuple(doubts))
     if step < _JUDGED_STEPS:
         signs = Signs(warnings=signs.failures + signs.warnings)
     write_signs(run.path, signs)
@@ -322,9 +325,12 @@ def _last_step(run: "Run") -> int:
 
 
 def _looked(
-    preset: str | None, over: list[Mapping[str, Any]], *, quiet: bool
+    preset: str | None, over: list[Mapping[str, Any]], doubts: list[str], *, quiet: bool
 ) -> list[dict[str, Any]]:
-    """The settings that a look at the images of a folder proposes; none for generated scenes."""
+    """The settings that a look at the images of a folder proposes; none for generated scenes.
+
+    Its doubts are added to `doubts`.
+    """
     from spairkit.config_values import merge
     from spairkit.survey import survey_of
 
@@ -336,6 +342,7 @@ def _looked(
     if not quiet:
         for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
             say(line)
+    doubts += survey.doubts()
     return [survey.settings(settings.model.kind, merge(*over))]
 
 

@@ -40,6 +40,7 @@ from spairkit.search.regularity import ranked, regularity
 from spairkit.search.watershed_start import watershed_slots
 
 _ITERATIONS = 100  # of refinement, at most
+_CROWDED, _FEW = 0.7, 16  # share of cells with an object, and objects, that leave no moves
 _ROUNDS = 6  # of moves, at most
 _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
@@ -212,10 +213,14 @@ class PosteriorSearch:
         rejected: list[list[_Cost]] = [[] for _ in range(len(slots.present))]
         near: list[Array] | None = None
         moved: set[int] = set()
+        # where objects fill the grid, the model does not fit the image, and moves take minutes
+        cells = latents.presence.shape[1]
+        crowded = (slots.count > _CROWDED * cells) & (slots.count > _FEW)
         for number in range(_ROUNDS):
             self._show_moves(number, 0.0)
             typical = typical_sizes(self.energy, slots, latents)
             moves = propose(self.energy, scene, slots, latents, typical, near)
+            moves = moves.select(~crowded[moves.image])
             if not len(moves):
                 break
             side = slots.latents.new_tensor(typical.max(1))[moves.image]
