@@ -98,6 +98,8 @@ class Objects:
     interval: tuple[Count, Count] | None = None
     """Of the number of objects in all these images, at 90 %."""
     is_calibrated: bool = True
+    confidence: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Median score of the objects, if there are any."""
     groups: Annotated[tuple[Group, ...], Field(max_length=16)] = ()
     floor: Floor | None = None
 
@@ -179,6 +181,7 @@ def write_objects(
             CountPosterior.total(posteriors).interval() if len(posteriors) == len(found) else None
         ),
         is_calibrated=detector.is_calibrated,
+        confidence=_median([item.scores for item in found]),
         groups=groups,
         floor=_compared(found, beside) if floor is not None else None,
     )
@@ -205,6 +208,11 @@ def read_objects(run: Path) -> Objects | None:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError:
         raise InputError(f"{path}: not a list of objects; {advice}") from None
+
+
+def _median(scores: list[Tensor]) -> float | None:
+    values = torch.cat(scores)
+    return float(values.median()) if len(values) else None
 
 
 def picture_path(run: Path, name: str) -> Path:

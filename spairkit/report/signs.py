@@ -18,6 +18,7 @@ _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
 _AGREED = 0.3  # F1 with the watershed, at least
+_REGULAR = 0.72  # median confidence, where it follows the shapes of masks
 _FEWEST = 5  # objects that an agreement is judged on
 _MAX_BYTES = 1 << 20
 
@@ -64,6 +65,10 @@ def signs_of(detector: Detector, objects: Objects, doubts: tuple[str, ...] = ())
         failures.append(
             f"{objects.count} objects on {cells} cells of the grid: they paint the background"
         )
+    if detector.config.search.start == "watershed" and objects.confidence is not None:
+        said = f"outlines are irregular: half of the confidences are below {objects.confidence:.2f}"
+        if objects.confidence < _REGULAR:
+            (failures if doubts else warnings).append(said)
     floor = objects.floor
     if floor is not None and max(floor.count, objects.count) >= _FEWEST:
         said = (
