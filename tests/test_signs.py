@@ -1,6 +1,7 @@
 """Signs of failure: what speaks against a trained model, without labels."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,23 @@ def objects(
         for n, count in enumerate(counts)
     )
     return Objects(available=len(counts), images=images, floor=floor)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "doubts", "failures", "warnings"),
+    [(0.8, (), 0, 0), (0.6, (), 0, 1), (0.8, ("clutter",), 0, 1), (0.6, ("clutter",), 1, 1)],
+)
+def test_irregular_outlines_in_doubtful_images_are_a_failure(
+    confidence: float, doubts: tuple[str, ...], failures: int, warnings: int
+) -> None:
+    detector = spair()
+    search = replace(detector.config.search, start="watershed")
+    detector.config = replace(detector.config, search=search)
+    found = replace(objects(9, 12), confidence=confidence)
+    signs = signs_of(detector, found, doubts)
+    assert (len(signs.failures), len(signs.warnings)) == (failures, warnings)
+    plain = spair()  # confidences do not follow the shapes of masks
+    assert not signs_of(plain, found, ()).warnings
 
 
 def test_cells_are_those_of_the_prepared_image() -> None:
