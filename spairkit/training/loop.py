@@ -95,8 +95,9 @@ def train(
             said = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
-    for line in survey.lines() if survey else ():
-        say(line)
+    if survey:
+        for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
+            say(line)
     say(f"training in {run.path} on {device.type}, {config.train.steps} steps")
     with run.lock():
         for event in fit(config, run, device, stop):
