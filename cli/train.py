@@ -334,7 +334,9 @@ def _looked(
     from spairkit.config_values import merge
     from spairkit.survey import survey_of
 
-    settings = options.resolved(preset, over)
+    given = merge(*over)
+    # a preparation may need the contrast that is measured
+    settings = options.resolved(preset, [{k: v for k, v in given.items() if k != "prepare"}])
     with counted("looking at the images", 100, quiet=quiet) as show_done:
         survey = survey_of(settings, lambda share: show_done(round(100 * share)))
     if survey is None:
@@ -343,7 +345,7 @@ def _looked(
         for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
             say(line)
     doubts += survey.doubts()
-    return [survey.settings(settings.model.kind, merge(*over))]
+    return [survey.settings(settings.model.kind, given)]
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
@@ -454,15 +456,16 @@ def _print_next(run: "Run", page: Path, image: Path, *, has_truth: bool) -> None
 
 
 def _example(run: "Run") -> Path:
-    """An image to look at: the first test scene, or the first image of the folder."""
+    """An image to look at: the first test scene, or the first readable image of the folder."""
     import torch
 
     from spairkit.data.datasets import open_dataset
-    from spairkit.images import list_images, write_png
+    from spairkit.data.folder import ImageFolder
+    from spairkit.images import write_png
 
-    if run.config.data.name == "folder":
-        return list_images(Path(run.config.data.path))[0]
-    path = run.path / "example.png"
     scenes = open_dataset(run.config.data, "test")
+    if isinstance(scenes, ImageFolder):
+        return scenes.files()[0][0]
+    path = run.path / "example.png"
     write_png(path, scenes.batch(torch.zeros(1, dtype=torch.int64)).images[0])
     return path

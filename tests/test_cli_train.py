@@ -252,6 +252,19 @@ def test_folder_is_looked_at_before_training(run: Runner, tmp_path: Path) -> Non
     assert config.search.start == "encoder"
 
 
+@pytest.mark.parametrize("word", ["background='surface'", "levels='image'", "black=0.1"])
+def test_one_setting_of_the_preparation_can_be_overridden(
+    run: Runner, tmp_path: Path, word: str
+) -> None:
+    folder = discs(tmp_path / "cells")
+    words = ["train", "--model", "watershed", "--data", folder, "--quiet"]
+    assert run(*words, "--out", tmp_path / "seen", "--set", f"prepare.{word}").status == 0
+    prepare = Run.open(tmp_path / "seen").config.prepare
+    assert prepare.contrast == "direction", "measured"
+    key, value = word.split("=")
+    assert str(getattr(prepare, key)) == value.strip("'")
+
+
 def test_resumed_run_is_bit_identical(run: Runner) -> None:
     ended = run("train", "--config", "tiny.toml", "--out", "cut", "--minutes", "0", "--quiet")
     assert ended.status == 0

@@ -170,7 +170,9 @@ def open_comparison(
             raise InputError("--objects: a folder of images has a fixed number of objects; omit it")
         fixed = {"models": ["spair", "watershed", "conncomp"], "objects": [], **asked}
         settings = _parse(fixed, "compare")
-        dataset = open_dataset(config_of(settings, Task(settings.models[0], None, 0)).data, "test")
+        # a preparation may need the contrast that is measured
+        config = resolve(settings.preset, {"data": settings.over["data"]})
+        dataset = open_dataset(config.data, "test")
         assert isinstance(dataset, ImageFolder)
         survey = look([path for path, _ in dataset.files()])
         on_survey(survey)

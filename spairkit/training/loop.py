@@ -74,11 +74,12 @@ def train(
     if not isinstance(set or {}, Mapping) or not all(isinstance(key, str) for key in set or {}):
         raise TypeError('set must be a dict such as {"model.background": "mode"}')
     layers = [data_settings(os.fspath(data)) if data is not None else {}, nested(set or {})]
-    config = presets.resolve(preset, *layers)
+    given = merge(*layers)
+    # a preparation may need the contrast that is measured
+    config = presets.resolve(preset, {k: v for k, v in given.items() if k != "prepare"})
     survey = survey_of(config)
-    if survey is not None:
-        measured = survey.settings(config.model.kind, merge(*layers))
-        config = presets.resolve(preset, measured, *layers)
+    measured = survey.settings(config.model.kind, given) if survey else {}
+    config = presets.resolve(preset, measured, given)
     check(config, device, 1)
     images, _ = open_splits(config)  # mistakes show before a run is made
     if isinstance(images, ImageFolder) and images.skipped:
