@@ -95,23 +95,6 @@ def test_crops_are_slices_of_images(tmp_path: Path) -> None:
     )
 
 
-def test_levels_exclude_one_percent_at_either_end(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(40, 90, (3, 50, 60, 3)).astype(np.uint8)
-    for index, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / f"{index}.png")
-    low, high = opened(tmp_path).levels()
-    expected = np.quantile(images.min(-1), 0.01), np.quantile(images.max(-1), 0.99)
-    assert (low, high) == pytest.approx((expected[0] / 255, expected[1] / 255))
-
-
-def test_levels_of_a_nearly_flat_image_are_its_range(tmp_path: Path) -> None:
-    image = np.full((50, 60), 7, dtype=np.uint8)
-    image[10, 20], image[30, 40] = 90, 3
-    Image.fromarray(image).save(tmp_path / "a.png")
-    assert opened(tmp_path).levels() == pytest.approx((3 / 255, 90 / 255))
-
-
 def test_small_images_are_padded_with_their_edge_pixels(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (5, 20), "b.png": (3, 4)})
     images = [read_image(tmp_path / name) for name in ("a.png", "b.png")]

@@ -39,8 +39,6 @@ _CROPPED_PIXELS = 1 << 22
 _ANNOUNCED = 3  # damaged files that are found late
 # crops drawn from one choice of images, if not all fit into memory
 _WINDOW = 4096
-# files, and pixels of each, that `levels` samples
-_LOOKED_AT, _PIXELS_LOOKED_AT = 16, 1 << 18
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CROPS, _WINDOWS = range(2)
 _FILE, _TOP, _LEFT = range(3)
@@ -222,26 +220,6 @@ class ImageFolder:
                 truth = _clipped(truth, (0, 0, columns, rows))
             image = to_colour(pixels).contiguous()
             yield name, self._numbers[name], image.to(self.device), truth
-
-    def levels(self) -> tuple[float, float]:
-        """The intensities below and above which 1 % of the pixels lie, in at most 16 files.
-
-        The lower level is taken of the darkest channel of each pixel, the upper of the lightest. If
-        both levels coincide, the least and the greatest intensity are returned.
-
-        Raises:
-            InputError: a file is damaged.
-        """
-        darkest, lightest = [], []
-        for file in range(0, len(self._names), -(-len(self._names) // _LOOKED_AT)):
-            _, pixels = self._readable(file)
-            every = -(-pixels[0].numel() // _PIXELS_LOOKED_AT)
-            image = to_colour(pixels.flatten(1)[:, ::every, None])
-            darkest.append(image.amin(0).flatten())
-            lightest.append(image.amax(0).flatten())
-        dark, light = torch.cat(darkest), torch.cat(lightest)
-        low, high = float(dark.quantile(0.01)), float(light.quantile(0.99))
-        return (low, high) if low < high else (float(dark.min()), float(light.max()))
 
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None
