@@ -60,7 +60,10 @@ def look(
     """
     if not folder.exists():
         raise InputError(f"{folder}: no such folder or image")
-    picture = out or Path(f"{folder.resolve().stem}-look.png")
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
+    whole = folder.resolve()
+    picture = out or Path(f"{whole.name if whole.is_dir() else whole.stem}-look.png")
     options.check_output(picture)
     from spairkit.images import is_picture, list_images, write_picture
     from spairkit.report.drawing import contact_sheet

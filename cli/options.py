@@ -198,7 +198,7 @@ def say_if_failed(checkpoint: Path) -> None:
 def say_unfit(reasons: list[str], images: int) -> None:
     """Says that a model does not fit some images, by the reason of the first of them."""
     if reasons:
-        more = f" (and {len(reasons) - 1} of {images} images more)" if len(reasons) > 1 else ""
+        more = f" (and {len(reasons) - 1} more of {images} images)" if len(reasons) > 1 else ""
         say(
             f"warning: this model does not fit {reasons[0]}{more}; train one on such images: "
             "spairkit train --data FOLDER"

@@ -70,7 +70,7 @@ class Survey:
     """What a look at a folder found."""
 
     images: int
-    """Number of images that were looked at."""
+    """Number of files, of which at most six are measured."""
     prepare: PrepareConfig
     """The preparation that makes objects bright on dark, and 12 px across."""
     diameter: float
@@ -116,7 +116,9 @@ class Survey:
             "levels": p.levels,
             "least_white": p.least_white,
         }
-        chosen = given.get("prepare", {})
+        chosen = given.get("prepare")
+        if not isinstance(chosen, Mapping):  # none, or a mistake that is refused later
+            chosen = {}
         by_hand = chosen.get("contrast") == "none"
         if by_hand:
             prepare = {"scale": p.scale}
@@ -175,7 +177,9 @@ class Survey:
     def doubts(self) -> list[str]:
         """Reasons to expect a failure; none if the images look fit."""
         if not self.objects:
-            return ["no compact objects were found: are there any in these images?"]
+            return [
+                f"fewer than {_FEWEST} compact objects were found: are there any in these images?"
+            ]
         found = []
         if self.share < _SHARE:
             found.append(

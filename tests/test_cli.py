@@ -354,7 +354,10 @@ def test_data_look_measures_and_draws(run: Runner, tmp_path: Path) -> None:
 
 
 def test_data_look_takes_one_image_and_names_the_picture(run: Runner, tmp_path: Path) -> None:
-    image = discs(tmp_path / "cells", "a.png", "b.png") / "b.png"
+    image = discs(tmp_path / "cells.2", "a.png", "b.png") / "b.png"
+    assert json.loads(run("data", "look", image.parent, "--json").out)["picture"] == (
+        "cells.2-look.png"
+    )
     assert json.loads(run("data", "look", image, "--json").out)["picture"] == "b-look.png"
     named = run("data", "look", image, "--out", "seen.png", "--json")
     assert json.loads(named.out)["picture"] == "seen.png"
@@ -369,6 +372,11 @@ def test_data_look_overwrites_only_pictures(run: Runner, tmp_path: Path) -> None
     assert "exists and is no picture by spairkit; name another with --out" in ended.err
     assert ended.err.count("\n") == 1
     assert image.read_bytes() == before
+    ended = run("data", "look", tmp_path / "cells", "--out", "look.jpg")
+    assert ended.status == 2
+    assert ended.err == (
+        "spairkit: --out look.jpg: pictures are PNG; name a file that ends in .png\n"
+    )
 
 
 def test_data_look_warns_where_there_are_no_objects(run: Runner, tmp_path: Path) -> None:
@@ -376,5 +384,7 @@ def test_data_look_warns_where_there_are_no_objects(run: Runner, tmp_path: Path)
     write_png(tmp_path / "blank" / "a.png", torch.full((3, 40, 50), 0.5))
     ended = run("data", "look", "blank")
     assert ended.status == 0
-    assert ended.err == ("warning: no compact objects were found: are there any in these images?\n")
+    assert ended.err == (
+        "warning: fewer than 5 compact objects were found: are there any in these images?\n"
+    )
     assert is_picture("blank-look.png")
