@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spairkit.detector import Detector
     from spairkit.report.objects import Objects
     from spairkit.storage.runs import Run
+    from spairkit.survey import Survey
     from spairkit.training.distributed import World
     from spairkit.training.loop import Step, Validation
 
@@ -110,6 +111,8 @@ def train(
             over = options.layers(config, set_, data=data, model=model, **loop)
             if resume:
                 settings = _resumed(resume, preset, over)
+                survey = _surveyed(settings, quiet=quiet)
+                doubts.extend(survey.doubts() if survey else ())
             else:
                 measured = _looked(preset, over, doubts, quiet=quiet)
                 settings = options.resolved(preset, [*measured, *over])
@@ -332,13 +335,11 @@ def _looked(
     Its doubts are added to `doubts`.
     """
     from spairkit.config_values import merge
-    from spairkit.survey import survey_of
 
     given = merge(*over)
     # a preparation may need the contrast that is measured
     settings = options.resolved(preset, [{k: v for k, v in given.items() if k != "prepare"}])
-    with counted("looking at the images", 100, quiet=quiet) as show_done:
-        survey = survey_of(settings, lambda share: show_done(round(100 * share)))
+    survey = _surveyed(settings, quiet=quiet)
     if survey is None:
         return []
     if not quiet:
@@ -346,6 +347,13 @@ def _looked(
             say(line)
     doubts += survey.doubts()
     return [survey.settings(settings.model.kind, given)]
+
+
+def _surveyed(settings: "Config", *, quiet: bool) -> "Survey | None":
+    from spairkit.survey import survey_of
+
+    with counted("looking at the images", 100, quiet=quiet) as show_done:
+        return survey_of(settings, lambda share: show_done(round(100 * share)))
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":

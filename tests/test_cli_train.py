@@ -252,6 +252,17 @@ def test_folder_is_looked_at_before_training(run: Runner, tmp_path: Path) -> Non
     assert config.search.start == "encoder"
 
 
+def test_doubts_of_the_look_stay_on_resumption(run: Runner, tmp_path: Path) -> None:
+    (tmp_path / "blank").mkdir()
+    write_png(tmp_path / "blank" / "a.png", torch.full((3, 60, 60), 0.5))
+    words = ["train", "--config", "tiny.toml", "--data", tmp_path / "blank", "--steps", "1"]
+    assert run(*words, "--out", tmp_path / "run").status == 0
+    first = (tmp_path / "run" / "signs.json").read_text()
+    assert "fewer than 5 compact objects" in first
+    assert run("train", "--resume", tmp_path / "run").status == 0
+    assert (tmp_path / "run" / "signs.json").read_text() == first
+
+
 @pytest.mark.parametrize("word", ["background='surface'", "levels='image'", "black=0.1"])
 def test_one_setting_of_the_preparation_can_be_overridden(
     run: Runner, tmp_path: Path, word: str
