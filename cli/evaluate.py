@@ -56,6 +56,7 @@ def evaluate(
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
+    options.say_if_failed(loaded.path)
     options.say_if_uncalibrated(detector)
     mine = to_dict(loaded.config)
     del mine["prepare"]  # the detector's; other data may not go with it

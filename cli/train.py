@@ -97,7 +97,7 @@ def train(
     from spairkit.training.distributed import joined
 
     began = time.monotonic()
-    doubts: list[str] = []
+    looks: list[Survey] = []
 
     def stop() -> int:
         """0, the number of a signal, or 1 when the time is over; the same in all processes."""
@@ -112,9 +112,9 @@ def train(
             if resume:
                 settings = _resumed(resume, preset, over)
                 survey = _surveyed(settings, quiet=quiet)
-                doubts.extend(survey.doubts() if survey else ())
+                looks.extend([survey] if survey else [])
             else:
-                measured = _looked(preset, over, doubts, quiet=quiet)
+                measured = _looked(preset, over, looks, quiet=quiet)
                 settings = options.resolved(preset, [*measured, *over])
             return stack.enter_context(_opened(settings, resume, out, chosen, world))
 
@@ -138,7 +138,7 @@ def train(
         raise typer.Exit(128 + ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; {continues}")
-    _finish(run, chosen, step, validation, doubts, began, as_json=as_json, quiet=quiet)
+    _finish(run, chosen, step, validation, looks, began, as_json=as_json, quiet=quiet)
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def _finish(
     device: "torch.device",
     step: int,
     validation: dict[str, float],
-    doubts: list[str],
+    looks: "list[Survey]",
     began: float,
     *,
     as_json: bool,
@@ -241,7 +241,7 @@ def _finish(
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
     image = _example(run)
     objects = _find(run, detector, quiet=quiet)
-    signs = signs_of(detector, objects, tuple(doubts))
+    signs = signs_of(detector, objects, looks[0] if looks else None)
     if step < _JUDGED_STEPS:
         signs = Signs(warnings=signs.failures + signs.warnings)
     write_signs(run.path, signs)
@@ -328,11 +328,11 @@ def _last_step(run: "Run") -> int:
 
 
 def _looked(
-    preset: str | None, over: list[Mapping[str, Any]], doubts: list[str], *, quiet: bool
+    preset: str | None, over: list[Mapping[str, Any]], looks: "list[Survey]", *, quiet: bool
 ) -> list[dict[str, Any]]:
     """The settings that a look at the images of a folder proposes; none for generated scenes.
 
-    Its doubts are added to `doubts`.
+    The look is added to `looks`.
     """
     from spairkit.config_values import merge
 
@@ -345,7 +345,7 @@ def _looked(
     if not quiet:
         for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
             say(line)
-    doubts += survey.doubts()
+    looks.append(survey)
     return [survey.settings(settings.model.kind, given)]
 
 

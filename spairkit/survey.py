@@ -170,6 +170,11 @@ class Survey:
             )
         return lines
 
+    @property
+    def is_cluttered(self) -> bool:
+        """Whether most of the contrast lies outside compact objects, as in photographs."""
+        return self.share < _SHARE
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return asdict(self) | {"polarity": self.polarity, "doubts": self.doubts()}
@@ -181,7 +186,7 @@ class Survey:
                 f"fewer than {_FEWEST} compact objects were found: are there any in these images?"
             ]
         found = []
-        if self.share < _SHARE:
+        if self.is_cluttered:
             found.append(
                 f"compact objects hold only {self.share:.0%} of the contrast: clutter or texture "
                 "may be taken for objects"

@@ -14,6 +14,7 @@ from spairkit.models.spair import SPAIR
 from spairkit.models.watershed import Watershed
 from spairkit.report.objects import Floor, FoundImage, Objects
 from spairkit.report.signs import Signs, has_failed, misfit, signs_of, write_signs
+from spairkit.survey import Survey
 
 SMALL = SPAIRConfig(
     backbone_channels=(4,),
@@ -67,21 +68,38 @@ def objects(
     return Objects(available=len(counts), images=images, floor=floor)
 
 
+def survey(share: float) -> Survey:
+    """Of images in which compact objects hold this share of the contrast."""
+    return Survey(
+        images=2,
+        prepare=PrepareConfig(contrast="direction"),
+        diameter=12.0,
+        smallest=10.0,
+        largest=14.0,
+        objects=9.0,
+        noise=0.01,
+        contrast=0.3,
+        agreement=1.0,
+        is_grey=True,
+        share=share,
+    )
+
+
 @pytest.mark.parametrize(
-    ("confidence", "doubts", "failures", "warnings"),
-    [(0.8, (), 0, 0), (0.6, (), 0, 1), (0.8, ("clutter",), 0, 1), (0.6, ("clutter",), 1, 1)],
+    ("confidence", "share", "failures", "warnings"),
+    [(0.8, 0.9, 0, 0), (0.6, 0.9, 0, 1), (0.8, 0.2, 0, 1), (0.6, 0.2, 1, 1)],
 )
-def test_irregular_outlines_in_doubtful_images_are_a_failure(
-    confidence: float, doubts: tuple[str, ...], failures: int, warnings: int
+def test_irregular_outlines_in_cluttered_images_are_a_failure(
+    confidence: float, share: float, failures: int, warnings: int
 ) -> None:
-    detector = spair()
-    search = replace(detector.config.search, start="watershed")
-    detector.config = replace(detector.config, search=search)
+    network = spair()
+    search = replace(network.config.search, start="watershed", mode="refine")
+    detector = Detector(network.network, replace(network.config, search=search))
     found = replace(objects(9, 12), confidence=confidence)
-    signs = signs_of(detector, found, doubts)
+    signs = signs_of(detector, found, survey(share))
     assert (len(signs.failures), len(signs.warnings)) == (failures, warnings)
-    plain = spair()  # confidences do not follow the shapes of masks
-    assert not signs_of(plain, found, ()).warnings
+    plain = Detector(network.network, replace(network.config, search=search), search="off")
+    assert not signs_of(plain, found, survey(0.9)).warnings  # scores are the encoder's
 
 
 def test_cells_are_those_of_the_prepared_image() -> None:
@@ -156,8 +174,10 @@ def test_agreement_on_few_objects_is_not_judged() -> None:
 
 
 def test_doubts_of_the_survey_are_warnings() -> None:
-    signs = signs_of(spair(), objects(3), doubts=("clutter",))
-    assert signs == Signs(warnings=("clutter",))
+    looked = survey(0.2)
+    signs = signs_of(spair(), objects(3), looked)
+    assert signs == Signs(warnings=tuple(looked.doubts()))
+    assert len(signs.warnings) == 1
 
 
 def test_signs_are_kept_in_the_run(tmp_path: Path) -> None:

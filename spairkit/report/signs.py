@@ -13,6 +13,7 @@ from spairkit.detections import Detections
 from spairkit.detector import Detector
 from spairkit.report.objects import Objects
 from spairkit.storage.durable import write_text
+from spairkit.survey import Survey
 
 _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
@@ -49,14 +50,16 @@ def misfit(detector: Detector, found: Detections) -> str | None:
     return None
 
 
-def signs_of(detector: Detector, objects: Objects, doubts: tuple[str, ...] = ()) -> Signs:
+def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None) -> Signs:
     """The signs in the objects that a report shows.
 
     Args:
         detector: has found them.
         objects: of some images.
-        doubts: of the survey before the training.
+        survey: of the folder, if it was looked at.
     """
+    doubts = survey.doubts() if survey else []
+    cluttered = survey is not None and survey.is_cluttered
     failures, warnings = [], list(doubts)
     if not objects.count:
         failures.append("no object was found in any image")
@@ -65,10 +68,10 @@ def signs_of(detector: Detector, objects: Objects, doubts: tuple[str, ...] = ())
         failures.append(
             f"{objects.count} objects on {cells} cells of the grid: they paint the background"
         )
-    if detector.config.search.start == "watershed" and objects.confidence is not None:
+    by_shape = detector.search != "off" and detector.config.search.start == "watershed"
+    if by_shape and objects.confidence is not None and objects.confidence < _REGULAR:
         said = f"outlines are irregular: half of the confidences are below {objects.confidence:.2f}"
-        if objects.confidence < _REGULAR:
-            (failures if doubts else warnings).append(said)
+        (failures if cluttered else warnings).append(said)
     floor = objects.floor
     if floor is not None and max(floor.count, objects.count) >= _FEWEST:
         said = (
