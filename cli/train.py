@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, json_text, print_json, progress_bar, results, say
+from spairkit.cli.console import (
+    counted,
+    json_text,
+    print_json,
+    progress_bar,
+    results,
+    say,
+    several,
+)
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report, say_skipped
 from spairkit.cli.interrupts import Interrupts
 from spairkit.errors import InputError
@@ -255,6 +263,7 @@ def _finish(
                 "seconds": round(time.monotonic() - began, 3),
                 "validation": validation,
                 "test": report.to_json() if report else None,
+                "found": objects.count,
                 "failures": signs.failures,
                 "warnings": signs.warnings,
             }
@@ -275,7 +284,18 @@ def _finish(
         print_report(report)
     else:
         say("these images have no annotations.json, so there are no test figures")
+    results().print(_answer(objects), soft_wrap=True)
     _print_next(run, page, image, has_truth=report is not None)
+
+
+def _answer(objects: "Objects") -> str:
+    """How many objects the model finds, and the watershed beside it, in one line."""
+    images = several(len(objects.images), "image")
+    found = f"found: {several(objects.count, 'object')} in {images}"
+    if objects.floor is None:
+        return found
+    beside = f"a watershed finds {objects.floor.count}, and they agree with an F1 of"
+    return f"{found}; {beside} {objects.floor.agreement:.2f}"
 
 
 def _find(run: "Run", detector: "Detector", *, quiet: bool) -> "Objects":

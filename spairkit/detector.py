@@ -208,7 +208,8 @@ class Detector:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self._options(threshold, self._counts(count, 1))  # raises here, not at the first image
         read = self._read(sources, on_unreadable)
-        groups = same_sized(read, batch_size, _MAX_BATCH_PIXELS)
+        grows = max(self.config.prepare.scale, 1.0) ** 2  # prepared pixels count
+        groups = same_sized(read, batch_size, round(_MAX_BATCH_PIXELS / grows))
         return (found for group in groups for found in self._detect(group, threshold, count))
 
     def explain(

@@ -630,6 +630,7 @@ def test_eval_needs_annotations_but_train_does_not(run: Runner, tmp_path: Path) 
     assert ended.status == 0
     assert "no annotations.json, so there are no test figures" in ended.err
     assert f"spairkit viz {tmp_path / '0.png'} --checkpoint own" in ended.out
+    assert re.search(r"found: \d+ objects? in \d+ images?; a watershed finds", ended.out)
     assert f"spairkit detect {tmp_path} --out found.json --checkpoint own" in ended.out
     ended = run("eval", "--checkpoint", "own")
     assert ended.status == 2
