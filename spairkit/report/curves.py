@@ -1,6 +1,7 @@
 """Line charts and histograms as SVG, to stand inside a page."""
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -10,6 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+# a chart is as good in another font; a stale cache of fonts names a dozen on stderr
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 """Okabe and Ito's, which colour-blind people tell apart on white."""
