@@ -294,8 +294,8 @@ def _answer(objects: "Objects") -> str:
     found = f"found: {several(objects.count, 'object')} in {images}"
     if objects.floor is None:
         return found
-    beside = f"a watershed finds {objects.floor.count}, and they agree with an F1 of"
-    return f"{found}; {beside} {objects.floor.agreement:.2f}"
+    beside = f"a watershed finds {objects.floor.count}"
+    return f"{found}; {beside} (agreement with the network: F1 {objects.floor.agreement:.2f})"
 
 
 def _find(run: "Run", detector: "Detector", *, quiet: bool) -> "Objects":

@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spairkit.config import Config, DataConfig, PrepareConfig
+from spairkit.config import Config, DataConfig, PrepareConfig, SearchConfig, SPAIRConfig
 from spairkit.counts import CountPosterior
 from spairkit.data.datasets import Dataset, open_dataset
 from spairkit.detections import Detections
+from spairkit.detector import Detector
 from spairkit.errors import InputError
+from spairkit.floor import floor_of
 from spairkit.images import write_png
+from spairkit.metrics import agreement
+from spairkit.models.spair import SPAIR
 from spairkit.report import objects as module
 from spairkit.report.objects import MAX_IMAGES, Objects, picture_path, read_objects, write_objects
 
@@ -160,6 +164,34 @@ def test_watershed_stands_beside_a_prepared_folder(tmp_path: Path) -> None:
     assert (found.floor.name, found.floor.count) == ("watershed", 6)
     assert found.floor.agreement == pytest.approx(2 * 2 / (4 + 6))
     assert read_objects(tmp_path / "run") == found
+
+
+def test_agreement_is_that_of_the_encoder_where_the_search_starts_from_the_watershed(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "cells"
+    path.mkdir()
+    side = torch.arange(96)
+    image = ((side[:, None] % 24 - 12) ** 2 + (side % 24 - 12) ** 2 <= 36).float() * 0.8
+    write_png(path / "a.png", image.expand(3, -1, -1))
+    data = DataConfig(name="folder", path=str(path))
+    torch.manual_seed(0)
+    model = SPAIRConfig(likelihood="normal", presence_bias=4.0, box_contrast=0.5)
+    config = Config(
+        data=data,
+        prepare=PrepareConfig(contrast="direction"),
+        model=model,
+        search=SearchConfig(mode="refine", start="watershed"),
+    )
+    detector = Detector(SPAIR(model).eval(), config)
+    found = write_objects(tmp_path, detector, open_dataset(data, "test"))
+    assert found.floor is not None
+    assert found.floor.count == 16
+    floor, encoder = floor_of(detector), Detector(detector.network, config, search="off")
+    assert agreement([detector.detect(path / "a.png")], [floor.detect(path / "a.png")]).f1 > 0.5
+    alone = agreement([encoder.detect(path / "a.png")], [floor.detect(path / "a.png")]).f1
+    assert alone < 0.5  # it was not trained
+    assert found.floor.agreement == pytest.approx(alone)
 
 
 def test_damaged_files_are_no_images_to_look_at(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None)
     floor = objects.floor
     if floor is not None and max(floor.count, objects.count) >= _FEWEST:
         said = (
-            f"the model finds {objects.count} objects, a watershed {floor.count}, and they agree "
-            f"with an F1 of {floor.agreement:.2f}"
+            f"the network agrees with a watershed by an F1 of {floor.agreement:.2f} only "
+            f"({objects.count} objects, watershed {floor.count})"
         )
         if floor.agreement < _AGREED:
             failures.append(said)
