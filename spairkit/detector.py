@@ -140,6 +140,16 @@ class Detector:
         """Whether boxes end at the edges of pixels; see `metrics.ap_spair`."""
         return self.box_contrast is None or self.box_contrast > 0
 
+    def without_watershed(self) -> "Detector":
+        """Its encoder alone, if its search starts from a watershed; else this detector.
+
+        Only so can its agreement with a watershed say anything.
+        """
+        if self.search == "off" or self.config.search.start != "watershed":
+            return self
+        contrast = self.box_contrast
+        return Detector(self.network, self.config, box_contrast=contrast, search="off")
+
     def cells(self, size: tuple[int, int]) -> int:
         """Cells of SPAIR's grid in an image of `size` (height, width), px; 0 of other models."""
         if not isinstance(self.network, SPAIR):

@@ -40,6 +40,9 @@ class Fake:
         )
         self.sizes: list[tuple[int, ...]] = []
 
+    def without_watershed(self) -> "Fake":
+        return self
+
     def detect_batch(self, images: Tensor, counts: Tensor | None = None) -> list[Detections]:
         assert (counts is not None) == self.count_is_given
         self.sizes += [tuple(image.shape) for image in images]

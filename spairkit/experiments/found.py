@@ -40,6 +40,9 @@ class Found:
     """Paths of the images in the folder."""
     boxes: list[Tensor]
     """[n, 4] xyxy in pixels of the file, for each image."""
+    independent: list[Tensor]
+    """The same, without what the search takes from a watershed; see `Detector.without_watershed`.
+    Models are compared with each other by these."""
     true: list[int | None]
     """Number of true objects in each image; None where it is not annotated."""
     figures: dict[str, float]
@@ -49,12 +52,12 @@ class Found:
     """Duration of the training; None if it was not measured."""
 
     def detections(self) -> list[Detections]:
-        """The boxes as detections, without scores."""
+        """The independent boxes as detections, without scores."""
         return [
             Detections(
                 boxes, torch.ones(len(boxes)), torch.zeros(len(boxes), 0), torch.zeros(len(boxes))
             )
-            for boxes in self.boxes
+            for boxes in self.independent
         ]
 
 
@@ -72,6 +75,8 @@ def save_found(run: Run, detector: Detector, dataset: ImageFolder, cost: dict[st
     """
     files: list[str] = []
     candidates: list[Detections] = []
+    independent: list[Tensor] = []
+    encoder = detector.without_watershed()
     truth: list[Truth | None] = []
     sources = (((name, true), image) for name, _, image, true in dataset.images())
     for group in same_sized(sources, _BATCH_SIZE, _MAX_PIXELS):
@@ -86,7 +91,11 @@ def save_found(run: Run, detector: Detector, dataset: ImageFolder, cost: dict[st
             replace(item, what=item.what[:, :0].clone(), label_image=None, labels=None)
             for item in detector.detect_batch(images, CANDIDATE_THRESHOLD, counts)
         ]
+        if encoder is not detector:
+            independent += [item.boxes for item in encoder.detect_batch(images, _THRESHOLD)]
     found = [item[item.scores > _THRESHOLD] for item in candidates]
+    if encoder is detector:
+        independent = [item.boxes for item in found]
     figures: dict[str, float] = {}
     known = [i for i, true in enumerate(truth) if true is not None]
     if known:
@@ -107,8 +116,13 @@ def save_found(run: Run, detector: Detector, dataset: ImageFolder, cost: dict[st
             "count_error": overall.count_error,
         }
     listed = [
-        {"file": name, "boxes": item.boxes.tolist(), "true": None if true is None else len(true)}
-        for name, item, true in zip(files, found, truth, strict=True)
+        {
+            "file": name,
+            "boxes": item.boxes.tolist(),
+            "independent": own.tolist(),
+            "true": None if true is None else len(true),
+        }
+        for name, item, own, true in zip(files, found, independent, truth, strict=True)
     ]
     values = {"images": listed, "figures": figures, **cost}
     durable.write_text(run.path / FOUND, f"{json.dumps(values)}\n")
@@ -127,6 +141,7 @@ def read_found(run: Path) -> Found:
         found = Found(
             files=[str(item["file"]) for item in values["images"]],
             boxes=[_boxes(item["boxes"]) for item in values["images"]],
+            independent=[_boxes(item["independent"]) for item in values["images"]],
             true=[None if item["true"] is None else int(item["true"]) for item in values["images"]],
             figures={name: _finite(values["figures"][name]) for name in values["figures"]},
             steps=int(values["steps"]),

@@ -139,7 +139,6 @@ def write_objects(
     pixels: list[Tensor] = []
     floor = _floor(detector, dataset)
     beside: list[Detections] = []
-    independent = _independent(detector)
     alone: list[Detections] = []
     for names, wholes, truths in _batches(dataset):
         if detector.count_is_given and None in truths:
@@ -151,8 +150,9 @@ def write_objects(
         items = detector.detect_batch(batch, counts=counts)
         if floor is not None:
             beside += [_without_masks(item) for item in floor.detect_batch(batch)]
-            if independent is not None:
-                alone += [_without_masks(item) for item in independent.detect_batch(batch)]
+            encoder = detector.without_watershed()
+            own = items if encoder is detector else encoder.detect_batch(batch)
+            alone += [_without_masks(item) for item in own]
         for name, image, truth, item in zip(names, batch.cpu(), truths, items, strict=True):
             entry: dict[str, Any] = {"name": name, "size": tuple(wholes.shape[2:])}
             if len(images) < _PICTURES:
@@ -188,7 +188,7 @@ def write_objects(
         is_calibrated=detector.is_calibrated,
         confidence=_median([item.scores for item in found]),
         groups=groups,
-        floor=_compared(alone or found, beside) if floor is not None else None,
+        floor=_compared(alone, beside) if floor is not None else None,
     )
     files[_FILE] = TypeAdapter(Objects).dump_json(result, indent=1)
     durable.write_folder(run / _FOLDER, files)
@@ -243,15 +243,6 @@ def _floor(detector: Detector, dataset: Dataset) -> Detector | None:
     config = detector.config
     suits = isinstance(dataset, ImageFolder) and config.prepare.contrast != "none"
     return floor_of(detector) if suits and config.model.kind != "watershed" else None
-
-
-def _independent(detector: Detector) -> Detector | None:
-    """The encoder alone, where the search starts from the watershed and agrees with it anyway."""
-    if detector.config.search.start != "watershed" or detector.search == "off":
-        return None
-    return Detector(
-        detector.network, detector.config, box_contrast=detector.box_contrast, search="off"
-    )
 
 
 def _compared(found: Sequence[Detections], beside: Sequence[Detections]) -> Floor:
