@@ -396,7 +396,7 @@ def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -
     for image in images:
         middle = _middle(image, math.ceil(_SIDE / scale))
         seen = prepare_image(middle, replace(config, scale=scale))[0].numpy()
-        parts = find_parts(seen, OBJECT_PX)
+        parts = find_parts(seen, OBJECT_PX, fine=False)
         extent = parts.boxes[:, 2:] - parts.boxes[:, :2]
         labels = parts.label_image.ravel()
         area = np.bincount(labels, minlength=len(extent) + 1)[1:]

@@ -10,7 +10,7 @@ from spairkit.detections import Detections
 from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.search.calibration import Calibration
-from spairkit.search.search import PosteriorSearch, _by_shape
+from spairkit.search.search import PosteriorSearch
 from spairkit.search.watershed_start import watershed_slots
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def test_boxes_of_the_model_and_of_masks_are_given(
     (found,) = search_of(world, "watershed").detect(images, box_contrast=box_contrast)
     boxes = found.boxes[found.boxes[:, 0].argsort()]
     torch.testing.assert_close(boxes, world.boxes(THREE), rtol=0, atol=1.5)
-    assert bool((boxes == boxes.round()).all()) == (box_contrast > 0)
+    halves = 2 * boxes
+    assert bool((halves == halves.round()).all()) == (box_contrast > 0)
 
 
 def test_a_part_gives_its_objects_and_counts_those_of_its_core(discs: "type[Discs]") -> None:
@@ -85,8 +86,9 @@ def test_a_part_gives_its_objects_and_counts_those_of_its_core(discs: "type[Disc
     found = search.find(whole[..., 24:], part=part)
     shifted = world.boxes(THREE[1:]) - torch.tensor([24.0, 0.0, 24.0, 0.0])
     torch.testing.assert_close(present_boxes(world, found.slots), shifted, rtol=0, atol=1.5)
-    (count,) = search.counts(found)
-    assert count.mean == pytest.approx(1, abs=0.05), "the first lies outside the core"
+    (described,) = search.describe(found, 0.5, None)
+    assert described.counts is not None
+    assert described.counts.mean == pytest.approx(1, abs=0.05), "the first lies outside the core"
 
 
 def test_images_without_parts_give_no_slots(discs: "type[Discs]") -> None:
@@ -150,50 +152,6 @@ def test_an_object_that_refinement_has_moved_away_returns(discs: "type[Discs]") 
     assert kept.what[0, :, 0].tolist() == [1.0, 0.0, 0.0]
 
 
-def three_squares() -> Detections:
-    """A full mask and a small one with scores of .9, and a full one with .4."""
-    label_image = torch.zeros(40, 60, dtype=torch.int32)
-    label_image[2:14, 2:14] = 1
-    label_image[20:24, 2:7] = 2
-    label_image[20:32, 30:42] = 3
-    return Detections(
-        boxes=torch.tensor([[2.0, 2, 14, 14], [2, 20, 7, 24], [30, 20, 42, 32]]),
-        scores=torch.tensor([0.9, 0.9, 0.4]),
-        what=torch.zeros(3, 2),
-        depth=torch.zeros(3),
-        label_image=label_image,
-        labels=torch.tensor([1, 2, 3], dtype=torch.int32),
-    )
-
-
-def test_confidences_follow_the_shapes_of_masks() -> None:
-    found = three_squares()
-    low = 0.5 + 0.4 * 20 / 79.2
-    assert _by_shape(found, 0.0, None).scores.tolist() == pytest.approx([0.9, low, 0.4])
-    chosen = _by_shape(found, 0.7, None)
-    assert chosen.scores.tolist() == pytest.approx([0.9])
-    assert chosen.labels is not None
-    assert chosen.labels.tolist() == [1]
-    assert chosen.area.tolist() == [144]
-    assert len(_by_shape(found[:0], 0.5, None)) == 0
-
-
-def test_confidences_follow_a_second_opinion() -> None:
-    found = three_squares()
-    same, half = torch.tensor([2.0, 2, 14, 14]), torch.tensor([2.0, 2, 14, 8])
-    small = 20 / 79.2
-
-    def scores(opinion: Tensor) -> list[float]:
-        return _by_shape(found, 0.0, opinion).scores.tolist()
-
-    low = 0.5 + 0.4 * small * 0.25
-    assert scores(torch.stack([half, same])) == pytest.approx([0.9, low, 0.4])
-    assert scores(half[None]) == pytest.approx([0.5 + 0.4 * 0.625, low, 0.4])
-    none = [0.5 + 0.4 * 0.25, low, 0.4]
-    assert scores(torch.zeros(0, 4)) == scores(torch.zeros(3, 4)) == pytest.approx(none)
-    assert len(_by_shape(found[:0], 0.5, same[None])) == 0
-
-
 def test_objects_that_the_encoder_finds_too_are_surer(
     discs: "type[Discs]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +165,26 @@ def test_objects_that_the_encoder_finds_too_are_surer(
     scores = found.scores[found.boxes[:, 0].argsort()].tolist()
     assert len(scores) == 3
     assert scores[1] > max(scores[0], scores[2]) + 0.2
+
+
+def test_objects_without_trust_are_neither_given_nor_counted(
+    discs: "type[Discs]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = discs()
+    images = world.draw(world.slots(THREE), SIZE)
+
+    def trust(found: Detections, image: Tensor, encoded: Tensor) -> Tensor:
+        return torch.where(found.boxes[:, 0] < 20, 0.05, 0.5)
+
+    monkeypatch.setattr("spairkit.search.search.trust", trust)
+    (found,) = search_of(world, "watershed").detect(images)
+    assert len(found) == 2
+    assert (found.boxes[:, 0] > 20).all()
+    assert found.counts is not None
+    assert found.counts.mean == pytest.approx(2, abs=0.05)
+    (every,) = search_of(world, "watershed").detect(images, threshold=0.0)
+    assert len(every) == 3
+    assert every.scores.min() < 0.5
 
 
 def test_a_threshold_selects_by_the_final_confidence(discs: "type[Discs]") -> None:

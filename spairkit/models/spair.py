@@ -262,10 +262,12 @@ class SPAIR(nn.Module):
         scores: Tensor,  # [B, N]
         threshold: float,
         box_contrast: float | None = None,
+        magnified: int = 1,
     ) -> list[Detections]:
         """The present objects with a score above `threshold`, in order, with their masks.
 
-        All present objects own pixels. Boxes are drawn round masks.
+        All present objects own pixels. Boxes are drawn round masks, in the image enlarged
+        `magnified` times, so they end at such shares of a pixel.
 
         An object without a mask keeps the box of z_where, in whole pixels inside the image. With a
         box contrast of 0 all boxes are those of z_where, and masks end at half an object's height.
@@ -273,27 +275,31 @@ class SPAIR(nn.Module):
         contrast = self.config.box_contrast if box_contrast is None else box_contrast
         size = images.shape[-2], images.shape[-1]
         boxes = self.boxes(slots.where, slots.corner)
+        drawn = whole_pixels(boxes, size) if contrast else boxes
+        if magnified > 1:
+            images = F.interpolate(images, scale_factor=magnified, mode="bicubic").clamp(0, 1)
+            size, boxes = (images.shape[-2], images.shape[-1]), magnified * boxes
         weight = slots.present * scores  # doubtful objects own pixels that no other one claims
         maps = self.decode(slots.what)
         floor = self.config.importance_floor
         owner = owners(maps, boxes, slots.depth, weight, background, size, floor).numpy()
         heights = (images - background).abs().amax(1).float().cpu().numpy()
-        drawn = whole_pixels(boxes, size) if contrast else boxes
         found = []
         chosen = (slots.present > 0) & (scores > threshold)
         for b, present in enumerate(chosen):
             masks = masks_of(owner[b], heights[b], contrast or _HALF)
             corners = drawn[b].float().cpu()
             if contrast:
-                corners[masks.slots] = torch.from_numpy(masks.boxes)
+                corners[masks.slots] = torch.from_numpy(masks.boxes) / magnified
             on = present.cpu()
+            label_image = masks.label_image[::magnified, ::magnified].copy()
             found.append(
                 Detections(
                     corners[on],
                     scores[b].float().cpu()[on],
                     slots.what[b].float().cpu()[on],
                     slots.depth[b].float().cpu()[on],
-                    label_image=torch.from_numpy(masks.label_image),
+                    label_image=torch.from_numpy(label_image),
                     labels=on.nonzero()[:, 0].int() + 1,
                 )
             )

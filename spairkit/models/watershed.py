@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -40,6 +41,9 @@ _GROUND = 1.0  # standard deviation of the mean of the ground
 _LEAST_AREA = 1 / 8  # of the square of the diameter
 _LARGEST_HOLE = 1.0  # of the square of the diameter
 
+_COARSE = 18.0  # greatest diameter of small objects, px
+_MOST_MAGNIFIED = 1 << 22  # pixels of an image that is magnified
+
 _LEAST_WEIGHT = 1e-3
 _LEAST_SCORED = 1e-3  # contrast, so that every score is above .5
 
@@ -52,7 +56,7 @@ class Parts(NamedTuple):
     label_image: npt.NDArray[np.int32]
     """[H, W] 1 + the row of the object that a pixel belongs to, 0 on the background."""
     boxes: npt.NDArray[np.float32]
-    """[n, 4] xyxy, px, half-open, round the pixels of each object exactly."""
+    """[n, 4] xyxy, px, half-open, round the pixels of each object, at most half a pixel away."""
     scores: npt.NDArray[np.float32]
     """[n] in (.5, 1]: half of one plus the contrast to the local mean, which ranks well."""
 
@@ -122,7 +126,7 @@ class Watershed(nn.Module):
         return Explanation(found, image, drawn, pictures(image, labels))
 
 
-def find_parts(grey: Array, diameter: float) -> Parts:
+def find_parts(grey: Array, diameter: float, *, fine: bool = True) -> Parts:
     """The bright objects of a grey image, in the order of their first pixels.
 
     Args:
@@ -130,6 +134,8 @@ def find_parts(grey: Array, diameter: float) -> Parts:
             of contrasts that scores tell apart.
         diameter: of a typical object, in pixels, above 0. Objects from about half to twice as
             large are found.
+        fine: parts objects in the image at twice its size if they are small, so outlines end at
+            half pixels; takes four times as long.
 
     Raises:
         ValueError: `grey` is not [H, W], or `diameter` is not above 0.
@@ -139,6 +145,18 @@ def find_parts(grey: Array, diameter: float) -> Parts:
     if not diameter > 0:
         raise ValueError(f"diameter must be above 0, got {diameter}")
     grey = grey.astype(np.float32)
+    if not fine or diameter > _COARSE or grey.size > _MOST_MAGNIFIED:
+        return _parts(grey, diameter)
+    twice = F.interpolate(torch.from_numpy(grey)[None, None], scale_factor=2, mode="bicubic")
+    parts = _parts(twice[0, 0].numpy(), 2 * diameter)
+    labels = parts.label_image[::2, ::2]
+    kept = np.bincount(labels.ravel(), minlength=len(parts.boxes) + 1)[1:] > 0
+    numbers = np.append(0, np.where(kept, np.cumsum(kept), 0)).astype(np.int32)
+    return Parts(numbers[labels], parts.boxes[kept] / 2, parts.scores[kept])
+
+
+def _parts(grey: npt.NDArray[np.float32], diameter: float) -> Parts:
+    """The objects, in whole pixels."""
     smooth = ndimage.gaussian_filter(grey, _SMOOTHING * diameter)
     around = ndimage.gaussian_filter(smooth, _WINDOW * diameter)
     separation = otsu(smooth) - float(np.median(smooth))

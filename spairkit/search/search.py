@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spairkit.boxes import box_area, box_iou
+from spairkit.boxes import box_area
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.images import num_channels
@@ -36,7 +36,7 @@ from spairkit.search.moves import (
 from spairkit.search.proposals import Array, overlaps, propose, typical_sizes
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
-from spairkit.search.regularity import ranked, regularity
+from spairkit.search.trust import LEAST_TRUST, ranked, trust
 from spairkit.search.watershed_start import watershed_slots
 
 _ITERATIONS = 100  # of refinement, at most
@@ -46,7 +46,7 @@ _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
 _SLOTS_PER_CELL = 2  # that the count prior allows for
 _STAYS = 0.5  # IoU of an object's boxes before and after refinement, at least
-_ALONE = 0.25  # trust in an object that a second opinion lacks
+_MAGNIFIED = 2  # times, for masks that end between pixels
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
 
 _Cost = tuple[float, Array]  # of a rejected object, nats, and the region that it would change
@@ -63,8 +63,9 @@ class Found:
     slots: Slots  # `saved` is what each object saves
     costs: list[Tensor]  # of each image [m]: energies that rejected further objects would cost
     part: Part | None = None
-    opinion: Tensor | None = None
-    """[B, M, 4] boxes that the encoder finds by itself, xyxy, px; empty ones for no object."""
+    encoded: Tensor | None = None
+    """[B, M, 4] boxes of the encoder's objects, xyxy, px, if the search starts from others; empty
+    ones for no object."""
 
 
 class PosteriorSearch:
@@ -169,10 +170,10 @@ class PosteriorSearch:
             # the last start has the fewest objects for the same things, so it hides no misfit
             scene = replace(scene, evidence=self.energy.evidence(scene, starts[-1]))
             starts = [self._refined(scene, start) for start in starts]
-        opinion = None
+        encoded = None
         if self.start == "watershed":
             present = starts[0].present[..., None] > 0
-            opinion = torch.where(present, self.energy.boxes(starts[0]), 0.0).cpu()
+            encoded = torch.where(present, self.energy.boxes(starts[0]), 0.0).cpu()
         if self.start == "watershed" and self.mode == "refine":
             slots = self._returned(framed[-1], starts[-1])
         else:
@@ -180,7 +181,7 @@ class PosteriorSearch:
         costs: list[Tensor] = [images.new_zeros(0).cpu()] * batch
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents, part)
-        return Found(scene, self._measured(scene, slots, latents), costs, part, opinion)
+        return Found(scene, self._measured(scene, slots, latents), costs, part, encoded)
 
     def _returned(self, before: Slots, after: Slots) -> Slots:
         """The refined objects, but those that left their places as they were before."""
@@ -298,54 +299,40 @@ class PosteriorSearch:
     ) -> list[Detections]:
         """The objects of each image with a score above `threshold`, with masks and counts."""
         scores = self.calibration.score(found.slots.saved)
-        scene = found.scene
-        by_shape = self.start == "watershed"
-        least = min(threshold, 0.5) if by_shape else threshold  # shapes lower scores to 1/2 only
-        described = self.network.detections(
-            scene.images, scene.background, found.slots, scores, least, box_contrast
-        )
-        if by_shape:
-            described = [
-                _by_shape(item, threshold, None if found.opinion is None else found.opinion[b])
-                for b, item in enumerate(described)
-            ]
-        counts = self.counts(found)
+        images, background = found.scene.images, found.scene.background
+        held = (found.slots.present > 0).cpu()
+        if found.encoded is None:
+            described = self.network.detections(
+                images, background, found.slots, scores, threshold, box_contrast
+            )
+        else:
+            described = self.network.detections(
+                images, background, found.slots, scores, 0.0, box_contrast, _MAGNIFIED
+            )
+            for b, item in enumerate(described):
+                assert item.labels is not None
+                trusted = trust(item, images[b], found.encoded[b])
+                held[b, item.labels[trusted < LEAST_TRUST].long() - 1] = False
+                item = replace(item, scores=ranked(item.scores, trusted))
+                described[b] = item[item.scores > threshold]
+        counts = self._counts(found, held)
         return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
 
-    def counts(self, found: Found) -> list[CountPosterior]:
+    def _counts(self, found: Found, held: Tensor) -> list[CountPosterior]:  # held [B, N] bool, CPU
         """p(C | image) of each image, from the energies of the moves that were tried.
 
-        Moves in different places change the energy independently, so each object is there with its
-        score as probability, and each rejected one with a probability by its cost.
+        Moves in different places change the energy independently, so each object that is held is
+        there with its score as probability, and each rejected one with a probability by its cost.
         """
         scores = self.calibration.score(found.slots.saved).cpu()
-        present = found.slots.present > 0
         if found.part:
-            present &= found.part.holds(self.energy.boxes(found.slots))
-        present = present.cpu()
+            held = held & found.part.holds(self.energy.boxes(found.slots)).cpu()
         return [
             CountPosterior.independent(
-                torch.cat([scores[b, present[b]], self.calibration.missed(costs)]).double()
+                torch.cat([scores[b, held[b]], self.calibration.missed(costs)]).double()
             )
             for b, costs in enumerate(found.costs)
         ]
-
-
-def _by_shape(found: Detections, threshold: float, opinion: Tensor | None) -> Detections:
-    """The objects above the threshold when confidences follow masks and a second opinion.
-
-    Args:
-        opinion: [m, 4] boxes of objects that were found in another way.
-    """
-    assert found.label_image is not None
-    assert found.labels is not None
-    trust = regularity(found.label_image, found.labels)
-    if opinion is not None and len(found):
-        nothing = torch.zeros(1, 4)  # so that no object is as good as empty boxes of a batch
-        agreed = box_iou(found.boxes, torch.cat([opinion, nothing])).amax(1)
-        trust = trust * (_ALONE + (1 - _ALONE) * agreed)
-    scores = ranked(found.scores, trust)
-    return replace(found, scores=scores)[scores > threshold]
 
 
 class _Regions:
