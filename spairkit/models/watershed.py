@@ -152,7 +152,7 @@ def find_parts(grey: Array, diameter: float, *, fine: bool = True) -> Parts:
     labels = parts.label_image[::2, ::2]
     kept = np.bincount(labels.ravel(), minlength=len(parts.boxes) + 1)[1:] > 0
     numbers = np.append(0, np.where(kept, np.cumsum(kept), 0)).astype(np.int32)
-    return Parts(numbers[labels], parts.boxes[kept] / 2, parts.scores[kept])
+    return Parts(numbers[labels], parts.boxes[kept] / np.float32(2), parts.scores[kept])
 
 
 def _parts(grey: npt.NDArray[np.float32], diameter: float) -> Parts:
