@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from spairkit.models.parts import Part
 from spairkit.models.slots import Slots
 from spairkit.search.calibration import Calibration
 from spairkit.search.search import PosteriorSearch
-from spairkit.search.watershed_start import watershed_slots
+from spairkit.search.watershed_start import _chosen, watershed_slots
 
 if TYPE_CHECKING:
     from conftest import Disc, Discs
@@ -30,11 +31,16 @@ def present_boxes(world: "Discs", slots: Slots, image: int = 0) -> Tensor:  # [n
     return boxes[boxes[:, 0].argsort()]
 
 
+def nothing(images: Tensor) -> Tensor:
+    """The boxes of an encoder that finds no object."""
+    return torch.zeros(len(images), 0, 4)
+
+
 def test_slots_hold_the_parts_of_each_image(discs: "type[Discs]") -> None:
     world = discs()
     images = world.draw(world.slots(THREE, [], THREE[1:2]), SIZE)
     latents, _ = world.network.infer(images)
-    slots = watershed_slots(world.network, images, latents)
+    slots = watershed_slots(world.network, images, latents, nothing(images))
     assert slots.count.tolist() == [3, 0, 1]
     for image, true in ((0, THREE), (2, THREE[1:2])):
         found = present_boxes(world, slots, image)
@@ -56,13 +62,48 @@ def test_objects_take_deviations_of_their_cells_and_appearances_of_their_glimpse
     images = world.draw(world.slots(THREE), SIZE)
     latents, _ = world.network.infer(images)
     columns = world.network.grid(*SIZE)[1]
-    slots = watershed_slots(world.network, images, latents)
+    slots = watershed_slots(world.network, images, latents, nothing(images))
     number = (slots.corner[..., 0] * columns + slots.corner[..., 1]) / world.network.config.cell
     own = latents.std[0, number[0].long()]
     torch.testing.assert_close(slots.std[0, :, :4], own[:, :4])
     torch.testing.assert_close(slots.std[0, :, -1], own[:, -1])
     assert (slots.what == 0).all(), "the encoder made by hand gives 0 to every glimpse"
     assert (slots.depth == 0).all()
+
+
+def parts(*masks: tuple[slice, slice]) -> Detections:
+    """Objects of these pixels in an image of 80 x 80 pixels."""
+    label_image = torch.zeros(80, 80, dtype=torch.int32)
+    for number, mask in enumerate(masks, start=1):
+        label_image[mask] = number
+    corners = [[float(v) for v in (x.start, y.start, x.stop, y.stop)] for y, x in masks]
+    return Detections(
+        boxes=torch.tensor(corners).view(-1, 4),
+        scores=torch.ones(len(masks)),
+        what=torch.zeros(len(masks), 2),
+        depth=torch.zeros(len(masks)),
+        label_image=label_image,
+        labels=torch.arange(1, len(masks) + 1, dtype=torch.int32),
+    )
+
+
+def test_a_large_part_replaces_fragments_and_not_objects_that_touch() -> None:
+    image = torch.zeros(3, 80, 80)
+    image[:, 20:44, 20:44] = 0.6
+    whole = parts(np.s_[20:44, 20:44])
+    fragments = parts(np.s_[20:24, 20:25], np.s_[38:42, 30:35], np.s_[60:72, 60:72])
+    nobody = torch.zeros(0, 4)
+    chosen = _chosen(fragments, whole, image, nobody)
+    assert chosen.tolist() == [[60, 60, 72, 72], [20, 20, 44, 44]]
+    halves = parts(np.s_[20:44, 20:32], np.s_[20:44, 32:44])
+    assert _chosen(halves, whole, image, nobody).tolist() == halves.boxes.tolist()
+    seen = torch.tensor([[20.0, 20, 44, 44]])
+    assert _chosen(halves, whole, image, seen).tolist() == [[20, 20, 44, 44]], "the encoder's"
+    empty = parts()
+    assert _chosen(empty, whole, image, nobody).tolist() == [[20, 20, 44, 44]]
+    assert _chosen(halves, empty, image, nobody).tolist() == halves.boxes.tolist()
+    assert _chosen(empty, empty, image, nobody).shape == (0, 4)
+    assert _chosen(empty, whole, 0 * image, nobody).shape == (0, 4), "nothing to trust"
 
 
 @pytest.mark.parametrize("box_contrast", [0.0, 0.5])
@@ -95,7 +136,7 @@ def test_images_without_parts_give_no_slots(discs: "type[Discs]") -> None:
     world = discs()
     images = torch.zeros(2, 3, *SIZE)
     latents, _ = world.network.infer(images)
-    assert watershed_slots(world.network, images, latents).present.shape == (2, 0)
+    assert watershed_slots(world.network, images, latents, nothing(images)).present.shape == (2, 0)
     for start in ("encoder", "watershed"):
         found = search_of(world, start).detect(images)
         assert [len(item) for item in found] == [0, 0]

@@ -161,19 +161,17 @@ class PosteriorSearch:
             places=images.new_full((batch,), rows * columns * _SLOTS_PER_CELL),
         )
         contrast = self.network.config.box_contrast if box_contrast is None else box_contrast
-        starts = [slots.compact()]
+        framed = [reframe(self.energy, scene, slots.compact(), contrast or _FRAME, part)]
         if self.start == "watershed":
-            starts.append(watershed_slots(self.network, images, latents, part))
-        framed = [reframe(self.energy, scene, start, contrast or _FRAME, part) for start in starts]
+            guess = self._present_boxes(framed[0])
+            parts = watershed_slots(self.network, images, latents, guess, part)
+            framed.append(reframe(self.energy, scene, parts, contrast or _FRAME, part))
         starts = [self._refined(scene, start) for start in framed]
         if self.network.config.likelihood == "normal":
             # the last start has the fewest objects for the same things, so it hides no misfit
             scene = replace(scene, evidence=self.energy.evidence(scene, starts[-1]))
             starts = [self._refined(scene, start) for start in starts]
-        encoded = None
-        if self.start == "watershed":
-            present = starts[0].present[..., None] > 0
-            encoded = torch.where(present, self.energy.boxes(starts[0]), 0.0).cpu()
+        encoded = self._present_boxes(starts[0]) if self.start == "watershed" else None
         if self.start == "watershed" and self.mode == "refine":
             slots = self._returned(framed[-1], starts[-1])
         else:
@@ -182,6 +180,10 @@ class PosteriorSearch:
         if self.mode == "full":
             slots, costs = self._move(scene, slots, latents, part)
         return Found(scene, self._measured(scene, slots, latents), costs, part, encoded)
+
+    def _present_boxes(self, slots: Slots) -> Tensor:  # [B, N, 4], CPU
+        """The boxes of present objects; empty ones elsewhere."""
+        return torch.where(slots.present[..., None] > 0, self.energy.boxes(slots), 0.0).cpu()
 
     def _returned(self, before: Slots, after: Slots) -> Slots:
         """The refined objects, but those that left their places as they were before."""
