@@ -11,6 +11,7 @@ import numpy as np
 
 from spairkit.detections import Detections
 from spairkit.detector import Detector
+from spairkit.errors import InputError
 from spairkit.report.objects import Objects
 from spairkit.storage.durable import write_text
 from spairkit.survey import Survey
@@ -89,6 +90,15 @@ def write_signs(run: Path, signs: Signs) -> None:
     """Writes `signs.json`. Raises InputError if the folder cannot be written."""
     values = {"warnings": [*signs.failures, *signs.warnings], "failed": bool(signs.failures)}
     write_text(run / _FILE, f"{json.dumps(values, indent=2)}\n")
+
+
+def clear_signs(run: Path) -> None:
+    """Removes the signs of a run that is trained further. Raises InputError if they stay."""
+    path = run / _FILE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
 def has_failed(run: Path) -> bool:

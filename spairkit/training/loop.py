@@ -25,7 +25,7 @@ from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
 from spairkit.storage.runs import Run
-from spairkit.survey import survey_of
+from spairkit.survey import preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
 from spairkit.training.distributed import World
@@ -77,8 +77,8 @@ def train(
     given = merge(*layers)
     # a preparation may need the contrast that is measured
     config = presets.resolve(preset, {k: v for k, v in given.items() if k != "prepare"})
-    survey = survey_of(config)
-    measured = survey.settings(config.model.kind, given) if survey else {}
+    survey = survey_of(config, chosen=preparation(given))
+    measured = survey.settings(config.model, given) if survey else {}
     config = presets.resolve(preset, measured, given)
     check(config, device, 1)
     images, _ = open_splits(config)  # mistakes show before a run is made
@@ -97,7 +97,8 @@ def train(
             print(text, file=sys.stderr, flush=True)
 
     if survey:
-        for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
+        lines = survey.lines(config.prepare, preparation(given))
+        for line in lines + [f"warning: {doubt}" for doubt in survey.doubts()]:
             say(line)
     say(f"training in {run.path} on {device.type}, {config.train.steps} steps")
     with run.lock():
