@@ -123,7 +123,9 @@ def _open(
         asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
         found.check(asked, load_space(space, asked) if space else None, seed)
         return found, True
-    config = options.resolved(preset, [*looked(preset, over, [], quiet=quiet), *over])
+    measured = looked(preset, over, [], quiet=quiet)
+    fixed: dict[str, Any] = {"train": {"retries": []}}  # a trial has the settings that were drawn
+    config = options.resolved(preset, [*measured, fixed, *over])
     varied = load_space(space, config) if space else default_space(config)
     open_dataset(config.data, "train")  # before the folder is made, in case it fails
     if config.train.select == "ap" and not open_dataset(config.data, "validation").has_truth:

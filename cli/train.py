@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spairkit.storage.runs import Run
     from spairkit.survey import Survey
     from spairkit.training.distributed import World
-    from spairkit.training.loop import Step, Validation
+    from spairkit.training.loop import Event
 
 FAILED = 3
 """Exit status of a training that has ended with signs of failure."""
@@ -442,11 +442,9 @@ def _compile(config: "Config", device: "torch.device", *, quiet: bool) -> None:
                 say(f"compiling kernels (first use only): {share}, next: {step.name}")
 
 
-def _follow(
-    events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
-) -> tuple[int, dict[str, float]]:
+def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int, dict[str, float]]:
     """Shows events; gives the last step and the figures of the last validation."""
-    from spairkit.training.loop import Step
+    from spairkit.training.loop import Restart, Step
 
     step = _last_step(run)
     figures: dict[str, float] = {}
@@ -456,6 +454,11 @@ def _follow(
         task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
 
         for event in events:
+            if isinstance(event, Restart):
+                step, figures, rate_from = 0, {}, (0, 0.0)
+                bar.update(task, completed=step)
+                bar.say(str(event))
+                continue
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""

@@ -149,7 +149,20 @@ class Survey:
             "least_noise": _TEXTURE,
         }
         search = {} if by_hand else {"start": "watershed", "mode": "refine"}
-        return {"prepare": prepare, "model": values, "search": search}
+        settings = {"prepare": prepare, "model": values, "search": search}
+        if not by_hand:
+            settings["train"] = {"retries": self._retries(given)}
+        return settings
+
+    def _retries(self, given: Mapping[str, Any]) -> list[str]:
+        """What a failing training may change: not what the user has set."""
+        free = {
+            "background": self.prepare.background == "image"
+            and not _has(given, "prepare.background"),
+            "prior": not _has(given, "model.least_noise"),
+            "seed": not _has(given, "train.seed"),
+        }
+        return [name for name, is_free in free.items() if is_free][:2]
 
     def lines(
         self, prepare: PrepareConfig | None = None, chosen: Collection[str] = ()
@@ -244,6 +257,13 @@ def preparation(given: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of the preparation in the user's nested settings."""
     chosen = given.get("prepare")
     return chosen if isinstance(chosen, Mapping) else {}  # a mistake is refused later
+
+
+def _has(given: Mapping[str, Any], key: str) -> bool:
+    """Whether nested settings hold a dotted key."""
+    table, _, name = key.partition(".")
+    values = given.get(table)
+    return isinstance(values, Mapping) and name in values
 
 
 def survey_of(

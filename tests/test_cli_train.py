@@ -35,6 +35,7 @@ from spairkit.report.drawing import panel
 from spairkit.report.signs import Signs
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
+from spairkit.training import restarts
 from spairkit.training.validation import Step
 
 TINY = """\
@@ -251,6 +252,34 @@ def test_folder_is_looked_at_before_training(run: Runner, tmp_path: Path) -> Non
     config = Run.open(Path("plain")).config
     assert config.prepare == PrepareConfig()
     assert config.search.start == "encoder"
+
+
+def test_failing_training_says_that_it_starts_again(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sign(model: Any, config: Config, dataset: Any) -> tuple[str, str] | None:
+        return ("many", "91% of cells are on") if config.train.seed == 0 else None
+
+    monkeypatch.setattr(restarts, "_FIRST_STEP", 0)
+    monkeypatch.setattr(restarts, "_sign", sign)
+    folder = discs(tmp_path / "cells")
+    schedule = ["--set", "model.odds_start=1.0", "--set", "train.training_wheels=0"]
+    words = ["train", "--config", "tiny.toml", "--data", folder, *schedule]
+    ended = run(*words, "--out", "again", "--set", 'train.retries=["seed"]')
+    assert ended.status == 0
+    line = "step 3: 91% of cells are on; starting again with train.seed = 1\n"
+    assert ended.err.count(line) == 1
+    assert Run.open(Path("again")).config.train.seed == 1
+    assert "Started again after 3 updates: 91% of cells" in Path("again/report.html").read_text()
+    again = run("train", "--resume", "again", "--steps", "8")
+    assert again.status == 0
+    assert "starting again" not in again.err
+
+    own = ["--seed", "0", "--set", "model.least_noise=.1", "--set", "prepare.background=image"]
+    ended = run(*words, "--out", "own", *own, "--json")
+    assert ended.status == 0
+    assert "starting again" not in ended.err
+    assert json.loads(ended.out)["step"] == 6
 
 
 def test_look_says_which_settings_are_the_users(run: Runner, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -287,6 +288,23 @@ def test_settings_by_hand_leave_out_what_does_not_go_with_them(kind: str) -> Non
     levels = resolved(survey, kind, "prepare.black=0.2", "prepare.white=0.6").prepare
     assert (levels.contrast, levels.levels) == ("direction", "fixed")
     assert (levels.black, levels.white) == (0.2, 0.6)
+
+
+def test_failing_training_may_change_what_the_user_has_not_set() -> None:
+    def retries(
+        *words: str, background: Literal["image", "surface"] = "surface"
+    ) -> tuple[str, ...]:
+        prepare = replace(survey_with().prepare, background=background)
+        return resolved(survey_with(prepare=prepare), "spair", *words).train.retries
+
+    assert retries() == ("prior", "seed")
+    assert retries(background="image") == ("background", "prior")
+    assert retries("prepare.background='image'", background="image") == ("prior", "seed")
+    assert retries("train.seed=3") == ("prior",)
+    assert retries("train.seed=3", "model.least_noise=.2") == ()
+    assert retries("prepare.contrast='none'") == ()
+    assert retries("train.retries=['seed']") == ("seed",)
+    assert resolved(survey_with(), "watershed").train.retries == ()
 
 
 def test_search_starts_from_a_watershed_where_images_are_prepared() -> None:
