@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from spairkit.experiments.folder import Comparison
     from spairkit.experiments.settings import Settings
     from spairkit.experiments.table import Cell, Interval, Row
-    from spairkit.survey import Survey
 
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",
@@ -98,8 +97,8 @@ def compare(
     asked = {name: value for name, value in given.items() if value is not None}
     chosen = options.choose_device(device)
 
-    def show(survey: "Survey") -> None:
-        for line in () if quiet or is_worker() else survey.lines() + survey.doubts():
+    def show(lines: list[str]) -> None:
+        for line in () if quiet or is_worker() else lines:
             say(line)
 
     folder, settings = open_comparison(out, asked, show)

@@ -43,4 +43,7 @@ def copy(
     if file.exists():
         raise InputError(f"{file} already exists; name a new file")
     write_text(file, to_toml(options.resolved(preset, options.layers(config, set_))))
-    say(f"wrote {file}; train with: spairkit train --config {file}")
+    say(
+        f"wrote {file}; train with: spairkit train --config {file} (on a folder of images, remove "
+        "the settings that are to be measured, such as [prepare])"
+    )

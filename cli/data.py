@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +14,6 @@ from spairkit.cli.console import counted, print_json, say, several
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from spairkit.config import DataConfig
     from spairkit.detections import Truth
 
@@ -28,6 +27,7 @@ _ABOUT = {
 }
 _INVADERS = "invaders"
 _ABOUT_INVADERS = "frames of Space Invaders, for `data make` only; needs the extra atari"
+_COUNT = 16  # images of scenes and games
 _BATCH_SIZE = 64
 
 
@@ -35,13 +35,15 @@ _BATCH_SIZE = 64
 def list_(as_json: options.JsonOption = False) -> None:
     """List the datasets."""
     from spairkit.data.datasets import dataset_names
+    from spairkit.data.synthetic import KINDS
 
     about = {name: _ABOUT.get(name, "") for name in dataset_names()}
+    about |= {name: f"{kind.about}, for `data make` only" for name, kind in KINDS.items()}
     about[_INVADERS] = _ABOUT_INVADERS
     if as_json:
         print_json(about)
     else:
-        typer.echo("\n".join(f"{name:<10}{text}" for name, text in about.items()))
+        typer.echo("\n".join(f"{name:<12}{text}" for name, text in about.items()))
 
 
 @app.command()
@@ -90,79 +92,148 @@ def look(
 @app.command()
 def make(
     out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
-    count: Annotated[int, typer.Option(min=1, max=100_000, help="Images.")] = 16,
+    count: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=100_000,
+            help="Images. Default: 16; of cells 8, of sprites 12, of brightfield 1.",
+        ),
+    ] = None,
     preset: options.PresetOption = None,
     data: options.DataOption = None,
     config: options.ConfigOption = None,
     set_: options.SetOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
-    """Write images as PNG files with annotations.json (COCO), for `--data FOLDER`.
+    """Write image files with annotations.json (COCO), for `--data FOLDER`.
 
-    They are test scenes, or, with --data invaders, frames of Space Invaders.
+    They are test scenes; or, with --data cells, sprites or brightfield, images as laboratories and
+    games have them, with a damaged file and a text file; or, with --data invaders, frames of Space
+    Invaders. Only the seed of those can be set: --set data.seed=1.
     """
-    categories: tuple[str, ...] = ()
-    if data == _INVADERS:
-        images, categories = _frames(preset, options.layers(config, set_))
-    else:
-        settings = options.resolved(preset, options.layers(config, set_, data=data)).data
-        if settings.name == "folder":
-            raise InputError("--data: name a dataset of scenes; a folder holds image files already")
-        images = _scenes(settings, count)
+    source = _source(data, count, preset, config, set_)
     if out.exists():
         raise InputError(f"{out} already exists; name a new folder")
-    from spairkit.images import write_png
-    from spairkit.storage.durable import write_folder, write_text
+    from spairkit.storage.durable import write_bytes, write_folder, write_text
 
-    first = next(images)  # a dataset that cannot be used leaves no folder
-    write_folder(out, {})
+    first = next(source.images)  # a dataset that cannot be used leaves no folder
+    write_folder(out, source.beside)
     truth: list[Truth] = []
-    with counted("images", count, quiet=quiet) as show_done:
-        for image, boxes in islice(chain([first], images), count):
-            write_png(out / _name(len(truth)), image)
+    with counted("images", source.count, quiet=quiet) as show_done:
+        for content, boxes in islice(chain([first], source.images), source.count):
+            write_bytes(out / source.name(len(truth)), content)
             truth.append(boxes)
             show_done(len(truth))
-    height, width = first[0].shape[1:]
-    write_text(out / "annotations.json", json.dumps(_coco(truth, width, height, categories)))
-    say(f"wrote {several(count, 'image')} and annotations.json to {out}")
+    write_text(out / "annotations.json", json.dumps(_coco(source, truth)))
+    *names, last = [several(len(truth), "image"), *source.beside, "annotations.json"]
+    say(f"wrote {', '.join(names)} and {last} to {out}")
 
 
-def _scenes(settings: "DataConfig", count: int) -> "Iterator[tuple[Tensor, Truth]]":
+@dataclass(frozen=True)
+class _Source:
+    """The images that `make` writes."""
+
+    images: "Iterator[tuple[bytes, Truth]]"
+    """Contents of the files, and boxes; may be endless."""
+    count: int
+    """Number of images to write."""
+    size: tuple[int, int]
+    """Height and width of every image."""
+    suffix: str = ".png"
+    categories: tuple[str, ...] = ()
+    """Names of the labels; none: labels are digits."""
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+    """Contents of the other files, by name."""
+
+    def name(self, index: int) -> str:
+        """The file of an image."""
+        return f"{index:05}{self.suffix}"
+
+
+def _source(
+    data: str | None,
+    count: int | None,
+    preset: str | None,
+    config: Path | None,
+    set_: list[str] | None,
+) -> _Source:
+    """What `--data` names: a synthetic kind, Space Invaders or a dataset of scenes."""
+    from spairkit.data import synthetic
+
+    if data in synthetic.KINDS:
+        kind = synthetic.KINDS[data]
+        number = count or kind.count
+        seed = _seed(data, preset, options.layers(config, set_))
+        return _Source(
+            _drawn(data, seed, number),
+            number,
+            kind.size,
+            kind.suffix,
+            (kind.category,),
+            synthetic.BESIDE,
+        )
+    if data == _INVADERS:
+        from spairkit.data import invaders
+        from spairkit.images import png
+
+        frames = invaders.frames(_seed(data, preset, options.layers(config, set_)))
+        return _Source(
+            ((png(image), truth) for image, truth in frames),
+            count or _COUNT,
+            (invaders.HEIGHT, invaders.WIDTH),
+            categories=invaders.NAMES,
+        )
+    settings = options.resolved(preset, options.layers(config, set_, data=data)).data
+    if settings.name == "folder":
+        raise InputError("--data: name a dataset of scenes; a folder holds image files already")
+    number = count or _COUNT
+    return _Source(_scenes(settings, number), number, (settings.image_height, settings.image_width))
+
+
+def _seed(data: str, preset: str | None, layers: list[Mapping[str, Any]]) -> int:
+    """The only setting of images that are no scenes."""
+    from spairkit.config_values import merge
+
+    given = merge(*layers)
+    if preset or given.keys() - {"data"} or given.get("data", {}).keys() - {"seed"}:
+        raise InputError(f"--data {data} has one setting, data.seed; remove the others")
+    return options.resolved(None, layers).data.seed
+
+
+def _scenes(settings: "DataConfig", count: int) -> "Iterator[tuple[bytes, Truth]]":
     """The first test scenes, `count` of them."""
     import torch
 
     from spairkit.data.datasets import open_dataset
+    from spairkit.images import png
 
     scenes = open_dataset(settings, "test")
     for first in range(0, count, _BATCH_SIZE):
         batch = scenes.batch(torch.arange(first, min(first + _BATCH_SIZE, count)))
-        yield from zip(batch.images, batch.truth(), strict=True)
+        for image, truth in zip(batch.images, batch.truth(), strict=True):
+            yield png(image), truth
 
 
-def _frames(
-    preset: str | None, layers: "list[Mapping[str, Any]]"
-) -> "tuple[Iterator[tuple[Tensor, Truth]], tuple[str, ...]]":
-    """Frames of Space Invaders, and the names of their categories."""
-    from spairkit.config_values import merge
-    from spairkit.data.invaders import NAMES, frames
+def _drawn(kind: str, seed: int, count: int) -> "Iterator[tuple[bytes, Truth]]":
+    """The first images of a synthetic kind, `count` of them."""
+    import torch
 
-    given = merge(*layers)
-    if preset or given.keys() - {"data"} or given.get("data", {}).keys() - {"seed"}:
-        raise InputError("--data invaders has one setting, data.seed; remove the others")
-    return frames(options.resolved(None, layers).data.seed), NAMES
+    from spairkit.data.synthetic import drawn, encoded
+    from spairkit.detections import Truth
 
-
-def _name(index: int) -> str:
-    return f"{index:05}.png"
+    for index in range(count):
+        image, boxes = drawn(kind, seed, index)
+        labels = torch.zeros(len(boxes), dtype=torch.int64)
+        yield encoded(kind, image), Truth(torch.from_numpy(boxes).float(), labels)
 
 
-def _coco(
-    truth: "list[Truth]", width: int, height: int, categories: tuple[str, ...]
-) -> dict[str, Any]:
+def _coco(source: _Source, truth: "list[Truth]") -> dict[str, Any]:
     """COCO's annotations, with ids from 1; without categories a label stands under `label`."""
+    (height, width), categories = source.size, source.categories
     images = [
-        {"id": number, "file_name": _name(number - 1), "width": width, "height": height}
-        for number in range(1, len(truth) + 1)
+        {"id": index + 1, "file_name": source.name(index), "width": width, "height": height}
+        for index in range(len(truth))
     ]
     annotations: list[dict[str, Any]] = []
     for number, item in enumerate(truth, start=1):

@@ -10,7 +10,7 @@ import typer
 from spairkit.cli import options
 from spairkit.cli.console import json_text, print_json, results, say, table_of
 from spairkit.cli.figures import AUTHORS_RULE, called
-from spairkit.cli.train import Select
+from spairkit.cli.train import Select, looked
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
 
@@ -60,7 +60,7 @@ def sweep(
     """
     over = options.layers(config, set_, data=data, model=model, select=select and select.value)
     chosen = options.choose_device(device)
-    opened, resumed = _open(out, preset, over, space, seed)
+    opened, resumed = _open(out, preset, over, space, seed, quiet=quiet)
     total = min(trials, opened.combinations or trials)
     if not is_worker():
         few = f"; the search space has only {total} combinations" if total < trials else ""
@@ -97,7 +97,13 @@ def sweep(
 
 
 def _open(
-    out: Path | None, preset: str | None, over: list[Any], space: Path | None, seed: int | None
+    out: Path | None,
+    preset: str | None,
+    over: list[Any],
+    space: Path | None,
+    seed: int | None,
+    *,
+    quiet: bool,
 ) -> "tuple[Sweep, bool]":
     """The sweep in the folder `out` or a new one, and whether it existed before.
 
@@ -117,7 +123,9 @@ def _open(
         asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
         found.check(asked, load_space(space, asked) if space else None, seed)
         return found, True
-    config = options.resolved(preset, over)
+    measured = looked(preset, over, [], quiet=quiet)
+    fixed: dict[str, Any] = {"train": {"retries": []}}  # a trial has the settings that were drawn
+    config = options.resolved(preset, [*measured, fixed, *over])
     varied = load_space(space, config) if space else default_space(config)
     open_dataset(config.data, "train")  # before the folder is made, in case it fails
     if config.train.select == "ap" and not open_dataset(config.data, "validation").has_truth:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spairkit.storage.runs import Run
     from spairkit.survey import Survey
     from spairkit.training.distributed import World
-    from spairkit.training.loop import Step, Validation
+    from spairkit.training.loop import Event
 
 FAILED = 3
 """Exit status of a training that has ended with signs of failure."""
@@ -122,7 +122,7 @@ def train(
                 survey = _surveyed(settings, quiet=quiet)
                 looks.extend([survey] if survey else [])
             else:
-                measured = _looked(preset, over, looks, quiet=quiet)
+                measured = looked(preset, over, looks, quiet=quiet)
                 settings = options.resolved(preset, [*measured, *over])
             return stack.enter_context(_opened(settings, resume, out, chosen, world))
 
@@ -159,6 +159,7 @@ def _opened(
 ) -> "Iterator[Run]":
     """Checks settings and data, then makes or opens the run and locks it."""
     from spairkit.data.datasets import open_splits
+    from spairkit.report.signs import clear_signs
     from spairkit.storage.runs import Run
     from spairkit.training.loop import check
 
@@ -175,6 +176,7 @@ def _opened(
             run.latest()  # raises if all are damaged
         if settings.train.steps != run.config.train.steps:
             run.extend(settings.train.steps)
+        clear_signs(run.path)  # they are judged again at the end
         yield run
 
 
@@ -347,33 +349,56 @@ def _last_step(run: "Run") -> int:
     return run.checkpoints[0][0] if run.checkpoints else 0
 
 
-def _looked(
+def looked(
     preset: str | None, over: list[Mapping[str, Any]], looks: "list[Survey]", *, quiet: bool
 ) -> list[dict[str, Any]]:
     """The settings that a look at the images of a folder proposes; none for generated scenes.
 
+    Without `quiet` it says them.
+
     The look is added to `looks`.
     """
     from spairkit.config_values import merge
+    from spairkit.survey import preparation
 
     given = merge(*over)
+    chosen = preparation(given)
     # a preparation may need the contrast that is measured
     settings = options.resolved(preset, [{k: v for k, v in given.items() if k != "prepare"}])
-    survey = _surveyed(settings, quiet=quiet)
+    survey = _surveyed(settings, chosen, quiet=quiet)
     if survey is None:
         return []
+    measured = survey.settings(settings.model, given)
     if not quiet:
-        for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
+        prepare = options.resolved(preset, [measured, *over]).prepare
+        for line in survey.lines(prepare, chosen) + _replaced(measured, given):
             say(line)
+        for doubt in survey.doubts():
+            say(f"warning: {doubt}")
     looks.append(survey)
-    return [survey.settings(settings.model.kind, given)]
+    return [measured]
 
 
-def _surveyed(settings: "Config", *, quiet: bool) -> "Survey | None":
+def _replaced(measured: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Says which settings of the model and the search are the user's, not those of the look."""
+    names = [
+        f"{table}.{name}"
+        for table in ("model", "search")
+        for name, value in measured.get(table, {}).items()
+        if given.get(table, {}).get(name, value) != value
+    ]
+    if not names:
+        return []
+    return [f"yours, in place of what the images call for: {', '.join(names)}"]
+
+
+def _surveyed(
+    settings: "Config", chosen: Mapping[str, Any] | None = None, *, quiet: bool
+) -> "Survey | None":
     from spairkit.survey import survey_of
 
     with counted("looking at the images", 100, quiet=quiet) as show_done:
-        return survey_of(settings, lambda share: show_done(round(100 * share)))
+        return survey_of(settings, lambda share: show_done(round(100 * share)), chosen)
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
@@ -417,11 +442,9 @@ def _compile(config: "Config", device: "torch.device", *, quiet: bool) -> None:
                 say(f"compiling kernels (first use only): {share}, next: {step.name}")
 
 
-def _follow(
-    events: "Iterable[Step | Validation]", run: "Run", *, quiet: bool
-) -> tuple[int, dict[str, float]]:
+def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int, dict[str, float]]:
     """Shows events; gives the last step and the figures of the last validation."""
-    from spairkit.training.loop import Step
+    from spairkit.training.loop import Restart, Step
 
     step = _last_step(run)
     figures: dict[str, float] = {}
@@ -431,6 +454,11 @@ def _follow(
         task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
 
         for event in events:
+            if isinstance(event, Restart):
+                step, figures, rate_from = 0, {}, (0, 0.0)
+                bar.update(task, completed=step)
+                bar.say(str(event))
+                continue
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""

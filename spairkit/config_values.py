@@ -4,6 +4,7 @@ Precedence, ascending: defaults, preset, TOML file, words (see `presets.resolve`
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
@@ -25,6 +26,7 @@ from spairkit.config import (
 from spairkit.errors import InputError
 
 _MAX_FILE_BYTES = 1 << 20
+_SHORT_NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")  # not in TOML: .5 and 5.
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -99,7 +101,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def assignments(words: Iterable[str]) -> dict[str, Any]:
-    """Nested values from `key=value` words: dotted keys, values as in TOML or bare strings.
+    """Nested values from `key=value` words: dotted keys, values as in TOML, `.5`, or bare strings.
 
     Raises:
         InputError: a word without `=`, or a key that is empty or set twice over a table.
@@ -174,6 +176,8 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if _SHORT_NUMBER.fullmatch(text):
+        return float(text)
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -317,7 +317,12 @@ def write_png(path: Path | str, image: Tensor) -> None:
         ValueError: `image` has another shape or dtype, or holds NaN.
         InputError: the file cannot be written.
     """
-    write_bytes(Path(path), _png(image, PngInfo()))
+    write_bytes(Path(path), png(image))
+
+
+def png(image: Tensor) -> bytes:
+    """The bytes of the file that `write_png` writes. Raises ValueError as it does."""
+    return _png(image, PngInfo())
 
 
 def write_picture(path: Path | str, picture: Tensor, source: Path | str | None = None) -> None:

@@ -8,6 +8,7 @@ freed of its background and brought to levels, in this order; each step is a set
 """
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,10 @@ Array = npt.NDArray[np.float32]
 _BLOCK = 6 * OBJECT_PX  # side of the blocks whose low percentiles make a smooth background, px
 _LOW = 20.0  # percentile of a block that is its background, of objects on one side of it
 _MIDDLE = 50.0  # the same, of objects on both sides of it
+_PLACES, _MEAN_REACH = 64, 2  # along an axis, and px round them, at which a quadric is fitted
+_REWEIGHTINGS, _NEARLY = 30, 0.1  # of the fit; least residual, in the median one
+_HIGH = 95.0  # percentile of the contrasts of objects
+_STEEP = 0.4  # of this contrast: standard deviation of light that changes much
 _SMOOTHING = 1.0  # standard deviation of the filter before levels are measured, px
 _WHITE = 2.5  # contrasts of a typical object that become 1
 _NOISES = 8.0  # standard deviations of the noise that become 1 at least
@@ -198,36 +203,87 @@ def _bands(grey: Array) -> Array:  # [h, w] -> [at most h, w]
 
 
 def background_of(grey: Array, kind: str, percentile: float) -> Array:  # [h, w] -> [h, w]
-    """The background: 0, one value, or a smooth surface through low percentiles of blocks."""
+    """The background: 0, one value, or a smooth surface.
+
+    The surface goes through low percentiles of blocks. As they lie too low where the light changes
+    within a block, a quadric is fitted and subtracted first, if the light changes much.
+    """
     if kind == "none":
         return np.zeros_like(grey)
     rows, columns = (max(1, round(side / _BLOCK)) for side in grey.shape)
     if kind == "image" or rows * columns == 1:
         smooth = ndimage.gaussian_filter(_bands(grey), _SMOOTHING)
         return np.full_like(grey, np.percentile(smooth, percentile))
+    quadric = _quadric(grey, percentile)
+    if quadric is None:
+        return _through_blocks(grey, (rows, columns), percentile)
+    quadric += _through_blocks(grey - quadric, (rows, columns), percentile)
+    return quadric
+
+
+def _quadric(grey: Array, percentile: float) -> Array | None:  # [h, w]
+    """The quadric below which `percentile` of the image lies, if it is far from flat.
+
+    A quantile regression on means of 5 x 5 pixels at 64 x 64 places, by reweighted least squares.
+    """
+    rows, columns = (
+        np.linspace(0, side - 1, min(side, _PLACES)).astype(int) for side in grey.shape
+    )
+    near = range(-_MEAN_REACH, _MEAN_REACH + 1)
+    values = np.zeros((len(rows), len(columns)))
+    for down, right in product(near, near):
+        y = np.clip(rows + down, 0, grey.shape[0] - 1)
+        x = np.clip(columns + right, 0, grey.shape[1] - 1)
+        values += grey[y[:, None], x]
+    values /= len(near) ** 2
+    y, x = (np.linspace(-1, 1, side) for side in grey.shape)
+    ones = np.ones_like(values)
+    v, u = ones * y[rows][:, None], ones * x[columns]
+    terms = np.stack([ones, v, v**2, u, u**2, v * u], -1).reshape(-1, 6)
+    share = percentile / 100
+    weights = np.ones(values.size)
+    for _ in range(_REWEIGHTINGS):
+        root = np.sqrt(weights)
+        factors = np.linalg.lstsq(terms * root[:, None], values.ravel() * root, rcond=None)[0]
+        rest = values.ravel() - terms @ factors
+        size = np.abs(rest)
+        least = _NEARLY * max(float(np.median(size)), _LEAST_NOISE)
+        weights = np.where(rest > 0, share, 1 - share) / np.maximum(size, least)
+    low, high = np.percentile(rest, (percentile, _HIGH))
+    if (terms @ factors).std() <= _STEEP * (high - low):
+        return None
+    a, b, c, d, e, f = factors.astype(np.float32)
+    y, x = y.astype(np.float32)[:, None], x.astype(np.float32)
+    quadric: Array = (a + b * y + c * y**2) + (d * x + e * x**2) + f * y * x
+    return quadric
+
+
+def _through_blocks(grey: Array, blocks: tuple[int, int], percentile: float) -> Array:
+    """A smooth surface [h, w] through low percentiles of blocks: rows and columns of them."""
+    rows, columns = blocks
     y, x = (
         np.linspace(0, side, n + 1).astype(int)
         for side, n in zip(grey.shape, (rows, columns), strict=True)
     )
-    blocks = np.empty((rows, columns), np.float32)
+    values = np.empty((rows, columns), np.float32)
     for i in range(rows):
         above, below = max(y[i] - _REACH, 0), y[i + 1] + _REACH
         smooth = ndimage.gaussian_filter(grey[above:below], _SMOOTHING)
         smooth = smooth[y[i] - above : y[i + 1] - above]
         for j in range(columns):
-            blocks[i, j] = np.percentile(smooth[:, x[j] : x[j + 1]], percentile)
-    blocks = ndimage.median_filter(blocks, size=3, mode="nearest")
+            values[i, j] = np.percentile(smooth[:, x[j] : x[j + 1]], percentile)
+    values = ndimage.median_filter(values, size=3, mode="nearest")
     for axis, sides in enumerate([((1, 1), (0, 0)), ((0, 0), (1, 1))]):  # beyond the centres
-        straight = blocks.shape[axis] > 1
-        blocks = (
-            np.pad(blocks, sides, mode="reflect", reflect_type="odd")
+        straight = values.shape[axis] > 1
+        values = (
+            np.pad(values, sides, mode="reflect", reflect_type="odd")
             if straight
-            else np.pad(blocks, sides, mode="edge")
+            else np.pad(values, sides, mode="edge")
         )
     down, across = (
         _smooth_weights(side, n) for side, n in zip(grey.shape, (rows, columns), strict=True)
     )
-    surface: Array = down @ blocks @ across.T
+    surface: Array = down @ values @ across.T
     return surface
 
 

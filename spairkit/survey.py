@@ -1,14 +1,14 @@
 """A look at a folder of images before training: what the objects are like, and the settings.
 
     survey = look(list_images("cells"))
-    survey.settings("spair", {})  # a layer of settings for `presets.resolve`
-    survey.lines()                # what was found, why, and the setting that changes it
+    survey.settings(SPAIRConfig(), {})  # a layer of settings for `presets.resolve`
+    survey.lines()                      # what was found, why, and the setting that changes it
 
 Everything is measured without labels, on some of the images, in seconds.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,15 @@ import numpy.typing as npt
 from scipy import ndimage
 from torch import Tensor
 
-from spairkit.config import AIRConfig, Config, PrepareConfig, WatershedConfig
+from spairkit.config import (
+    AIRConfig,
+    Config,
+    ModelConfig,
+    PrepareConfig,
+    SPAIRConfig,
+    WatershedConfig,
+)
+from spairkit.config_values import from_dict
 from spairkit.detections import Detections
 from spairkit.errors import InputError
 from spairkit.images import list_images, read_pixels, skipped_files, to_colour
@@ -58,10 +66,10 @@ _UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for 
 _LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
 _STDS = 2.56  # standard deviations of a normal between these
-_ANCHOR = 48.0  # largest side of a box, px
 _WIDE = 3.0  # ratio of large to small objects that is worth a warning
 _FAINT = 2.0  # contrasts in noises that can hardly be seen
 _TEXTURE = 0.12  # least noise in training: texture that objects should not be spent on
+_LEAST_SHARE, _MOST_SHARE = 1 / 24, 0.9  # sides that the prior knows, in the largest side of a box
 _LEAST_STD, _MOST_STD = 0.35, 0.8  # of the prior of sizes, in logits
 
 
@@ -99,11 +107,11 @@ class Survey:
             return "either"
         return "bright" if sum(self.prepare.direction) > 0 else "dark"
 
-    def settings(self, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """A layer of settings for a model of this kind, between a preset and the user's.
+    def settings(self, model: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+        """A layer of settings for a model, between a preset and the user's.
 
         Args:
-            kind: of the model, as `config.model.kind`.
+            model: its config without this layer.
             given: the user's settings. Where they choose the contrast or the levels by hand,
                 settings that do not go with these are left out.
         """
@@ -116,25 +124,23 @@ class Survey:
             "levels": p.levels,
             "least_white": p.least_white,
         }
-        chosen = given.get("prepare")
-        if not isinstance(chosen, Mapping):  # none, or a mistake that is refused later
-            chosen = {}
+        chosen = preparation(given)
         by_hand = chosen.get("contrast") == "none"
         if by_hand:
             prepare = {"scale": p.scale}
         elif "black" in chosen or "white" in chosen:
             prepare["levels"] = "fixed"
-        if kind != "spair":
+        if not isinstance(model, SPAIRConfig):
             return {"prepare": prepare}
         logits = [
-            math.log(side / (_ANCHOR - side))
+            math.log(side / (model.anchor - side))
             for side in (
-                min(max(side * p.scale, 2.0), 0.9 * _ANCHOR)
+                min(max(side * p.scale, _LEAST_SHARE * model.anchor), _MOST_SHARE * model.anchor)
                 for side in (self.smallest, OBJECT_PX / p.scale, self.largest)
             )
         ]
         std = min(max((logits[2] - logits[0]) / _STDS, _LEAST_STD), _MOST_STD)
-        model = {
+        values = {
             "background": "mode" if by_hand else "black",
             "likelihood": "normal",
             "box_contrast": 0.5,
@@ -143,26 +149,64 @@ class Survey:
             "least_noise": _TEXTURE,
         }
         search = {} if by_hand else {"start": "watershed", "mode": "refine"}
-        return {"prepare": prepare, "model": model, "search": search}
+        settings = {"prepare": prepare, "model": values, "search": search}
+        if not by_hand:
+            settings["train"] = {"retries": self._retries(given)}
+        return settings
 
-    def lines(self) -> list[str]:
-        """What was found, and the settings that override it; a line each."""
-        p = self.prepare
-        weights = ", ".join(f"{weight:.2f}" for weight in p.direction)
-        if p.contrast == "distance":
-            look, why = "unlike the background", "their colours differ"
+    def _retries(self, given: Mapping[str, Any]) -> list[str]:
+        """What a failing training may change: not what the user has set."""
+        free = {
+            "background": self.prepare.background == "image"
+            and not _has(given, "prepare.background"),
+            "prior": not _has(given, "model.least_noise"),
+            "seed": not _has(given, "train.seed"),
+        }
+        return [name for name, is_free in free.items() if is_free][:2]
+
+    def lines(
+        self, prepare: PrepareConfig | None = None, chosen: Collection[str] = ()
+    ) -> list[str]:
+        """What was found, what is done, and the settings that override it; a line each.
+
+        Args:
+            prepare: the preparation that is used; None: the one that was found.
+            chosen: names of its settings that the user has made.
+        """
+        p = prepare or self.prepare
+
+        def of(*names: str) -> str:
+            made = [f"prepare.{name}" for name in names if name in chosen]
+            free = [f"prepare.{name}" for name in names if name not in chosen]
+            parts = [f"set: {', '.join(made)}"] if made else []
+            parts += [f"--set {', '.join(free)}"] if free else []
+            return f"({'; '.join(parts)})"
+
+        if p.contrast == "none":
+            contrast = "none, colours are kept"
+        elif p.contrast == "distance":
+            contrast = "objects are unlike the background, their colours differ"
         else:
-            look = "brighter" if self.polarity == "bright" else "darker"
-            look += " than the background"
+            weights = ", ".join(f"{weight:.2f}" for weight in p.direction)
+            way = "brighter" if sum(p.direction) > 0 else "darker"
             why = "grey images" if self.is_grey else f"red, green, blue by {weights}"
-        ground = "uneven: a smooth surface" if p.background == "surface" else "even: one value"
+            contrast = f"objects are {way} than the background, {why}"
+        background = {
+            "none": "none is subtracted",
+            "image": "even: one value",
+            "surface": "uneven: a smooth surface",
+        }[p.background]
+        levels = "of each image"
+        if p.levels == "fixed":
+            levels = f"fixed, from {p.black:g} to {p.white:g}"
         lines = [
             f"size: {self.diameter:.0f} px ({self.smallest:.0f} to {self.largest:.0f}); images "
-            f"are resized by {p.scale:.3g}, to {OBJECT_PX:.0f} px an object (--set prepare.scale)",
-            f"contrast: objects are {look}, {why} (--set prepare.contrast, prepare.direction)",
-            f"background: {ground} (--set prepare.background)",
-            f"levels: of each image; contrast {self.contrast:.2g} and noise {self.noise:.2g} of "
-            "the file's range (--set prepare.levels, prepare.black, prepare.white)",
+            f"are resized by {p.scale:.3g}, to {self.diameter * p.scale:.0f} px an object "
+            f"{of('scale')}",
+            f"contrast: {contrast} {of('contrast', 'direction')}",
+            f"background: {background} {of('background')}",
+            f"levels: {levels}; contrast {self.contrast:.2g} and noise {self.noise:.2g} of "
+            f"the file's range {of('levels', 'black', 'white')}",
         ]
         if self.largest > _WIDE * self.smallest:
             lines.append(
@@ -209,10 +253,27 @@ class _Measured:
         return float(np.median(self.sides))
 
 
+def preparation(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the preparation in the user's nested settings."""
+    chosen = given.get("prepare")
+    return chosen if isinstance(chosen, Mapping) else {}  # a mistake is refused later
+
+
+def _has(given: Mapping[str, Any], key: str) -> bool:
+    """Whether nested settings hold a dotted key."""
+    table, _, name = key.partition(".")
+    values = given.get(table)
+    return isinstance(values, Mapping) and name in values
+
+
 def survey_of(
-    config: Config, on_progress: Callable[[float], None] = lambda share: None
+    config: Config,
+    on_progress: Callable[[float], None] = lambda share: None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> Survey | None:
     """The survey of the folder that a config names; None for scenes, and for AIR and DAIR.
+
+    Arguments as in `look`.
 
     Raises:
         InputError: there is no image that can be read.
@@ -220,18 +281,21 @@ def survey_of(
     if config.data.name != "folder" or isinstance(config.model, AIRConfig):
         return None
     path = Path(config.data.path)
-    return look([path] if path.is_file() else list_images(path), on_progress)
+    return look([path] if path.is_file() else list_images(path), on_progress, chosen)
 
 
 def look(
     paths: Sequence[Path],
     on_progress: Callable[[float], None] = lambda share: None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> Survey:
     """Measures some images of a folder.
 
     Args:
         paths: of the images; those that cannot be read are passed over.
         on_progress: called with the share that is done.
+        chosen: the user's settings of the preparation. Scale, contrast, direction and background
+            hold, and the rest is measured with them.
 
     Raises:
         InputError: no image can be read.
@@ -240,11 +304,19 @@ def look(
     reduced = [resized(image, _within(image.shape[-2:], _SIDE)) for image in images]
     is_grey = all(float((im - im[:1]).abs().max()) < _GREY for im in reduced)
     contrast, direction, agreement = _colours(reduced, is_grey)
+    holds = _held(chosen or {})
+    direction = holds.get("direction", direction)
+    contrast = holds.get("contrast", "direction" if "direction" in holds else contrast)
     config = PrepareConfig(
         contrast=contrast, direction=direction, background="surface", levels="image"
     )
-    diameter, measured = _diameter(images, config, on_progress)
-    scale = OBJECT_PX / diameter
+    if "scale" in holds:
+        scale = holds["scale"]
+        measured = _compact(images, config, OBJECT_PX / scale)
+        diameter = measured.median if len(measured.sides) >= _FEWEST else OBJECT_PX / scale
+    else:
+        diameter, measured = _diameter(images, config, on_progress)
+        scale = OBJECT_PX / diameter
     fields = [_middle(image, math.ceil(_FIELD / scale)) for image in images]
     seen = [
         resized(field, prepared_size(field.shape[-2], field.shape[-1], scale)).numpy()
@@ -253,12 +325,12 @@ def look(
     contrasts = [contrast_of(image, config) for image in seen]
     typical = float(np.median([typical_contrast(image) for image in contrasts]))
     whites = [white_level(image, 0.0) for image in contrasts]
-    background = _background(seen, config, typical)
+    background = holds.get("background") or _background(seen, config, typical)
     sides = measured.sides if len(measured.sides) else np.array([diameter])
     return Survey(
         images=files,
         prepare=PrepareConfig(
-            scale=_rounded(scale),
+            scale=holds.get("scale", _rounded(scale)),
             contrast=contrast,
             direction=direction,
             background=background,
@@ -275,6 +347,20 @@ def look(
         is_grey=is_grey,
         share=measured.share,
     )
+
+
+def _held(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen settings that the others are measured with."""
+    names = ("scale", "contrast", "direction", "background")
+    held = {name: chosen[name] for name in names if name in chosen}
+    if held.get("contrast") == "none":
+        return {"scale": held["scale"]} if "scale" in held else {}
+    data = {"name": "folder", "path": "."}
+    try:
+        config = from_dict({"data": data, "prepare": {"contrast": "direction", **held}})
+    except InputError:  # it is refused later
+        return {}
+    return {name: getattr(config.prepare, name) for name in held}
 
 
 def sample(

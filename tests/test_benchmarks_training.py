@@ -37,9 +37,8 @@ from spairkit.images import write_png
 from spairkit.models import densities
 from spairkit.models.loading import build
 from spairkit.presets import resolve
-from spairkit.training.loop import fit
+from spairkit.training.loop import Event, Step, Validation, fit
 from spairkit.training.trainer import Trainer
-from spairkit.training.validation import Step, Validation
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -243,7 +242,7 @@ def test_interrupted_benchmark_keeps_its_figures(
 
 def test_run_ends_once_one_validation_reaches_all_targets() -> None:
     config: Config = from_dict(TINY)
-    events: list[Step | Validation] = []
+    events: list[Event] = []
     easy = attempt(config, {"ap_spair": 0.0, "count_accuracy": 0.0}, CPU, events.append)
     assert (easy.reached, easy.step, easy.seed) == (True, 2, config.train.seed)
     assert set(easy.best) == {"ap_spair", "count_accuracy"}

@@ -18,7 +18,7 @@ from spairkit.images import write_png
 from spairkit.metrics import average_precision, count_error
 from spairkit.models.conncomp import ConnComp
 from spairkit.storage.runs import Run
-from spairkit.training.loop import Step, Validation, fit
+from spairkit.training.loop import Event, Validation, fit
 
 CPU = torch.device("cpu")
 DATA = {"image_height": 30, "image_width": 32, "max_objects": 3, "validation_images": 6}
@@ -29,7 +29,7 @@ def config(**model: Any) -> Config:
     return from_dict({"data": DATA, "model": model, "train": {"steps": 12, "seed": 3}})
 
 
-def fitted(folder: Path, settings: Config) -> tuple[Run, list[Step | Validation]]:
+def fitted(folder: Path, settings: Config) -> tuple[Run, list[Event]]:
     run = Run.create(folder, settings)
     with run.lock():
         return run, list(fit(settings, run, CPU))

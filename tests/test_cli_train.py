@@ -25,6 +25,7 @@ from spairkit.config import Config, PrepareConfig, TrainConfig
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
 from spairkit.detector import Detector, load
+from spairkit.errors import InputError
 from spairkit.images import read_image, write_png
 from spairkit.models import compiling
 from spairkit.models.compiling import Compiling
@@ -34,6 +35,7 @@ from spairkit.report.drawing import panel
 from spairkit.report.signs import Signs
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
+from spairkit.training import restarts
 from spairkit.training.validation import Step
 
 TINY = """\
@@ -250,6 +252,72 @@ def test_folder_is_looked_at_before_training(run: Runner, tmp_path: Path) -> Non
     config = Run.open(Path("plain")).config
     assert config.prepare == PrepareConfig()
     assert config.search.start == "encoder"
+
+
+def test_failing_training_says_that_it_starts_again(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sign(model: Any, config: Config, dataset: Any) -> tuple[str, str] | None:
+        return ("many", "91% of cells are on") if config.train.seed == 0 else None
+
+    monkeypatch.setattr(restarts, "_FIRST_STEP", 0)
+    monkeypatch.setattr(restarts, "_sign", sign)
+    folder = discs(tmp_path / "cells")
+    schedule = ["--set", "model.odds_start=1.0", "--set", "train.training_wheels=0"]
+    words = ["train", "--config", "tiny.toml", "--data", folder, *schedule]
+    ended = run(*words, "--out", "again", "--set", 'train.retries=["seed"]')
+    assert ended.status == 0
+    line = "step 3: 91% of cells are on; starting again with train.seed = 1\n"
+    assert ended.err.count(line) == 1
+    assert Run.open(Path("again")).config.train.seed == 1
+    assert "Started again after 3 updates: 91% of cells" in Path("again/report.html").read_text()
+    again = run("train", "--resume", "again", "--steps", "8")
+    assert again.status == 0
+    assert "starting again" not in again.err
+
+    own = ["--seed", "0", "--set", "model.least_noise=.1", "--set", "prepare.background=image"]
+    ended = run(*words, "--out", "own", *own, "--json")
+    assert ended.status == 0
+    assert "starting again" not in ended.err
+    assert json.loads(ended.out)["step"] == 6
+
+
+def test_look_says_which_settings_are_the_users(run: Runner, tmp_path: Path) -> None:
+    folder = discs(tmp_path / "cells")
+    words = ["train", "--config", "tiny.toml", "--data", folder, "--steps", "1"]
+    ended = run(*words, "--out", "set", "--set", "prepare.scale=.25", "--set", "model.what=3")
+    assert ended.status == 0
+    assert re.search(r"^size: .* resized by 0\.25, to .* \(set: prepare\.scale\)$", ended.err, re.M)
+    assert "in place of what the images call for" not in ended.err
+    config = Run.open(Path("set")).config
+    assert config.prepare.scale == 0.25
+    assert (config.prepare.contrast, config.prepare.levels) == ("direction", "image")
+
+    copied = run("config", "copy", "whole.toml", "--config", "tiny.toml")
+    assert "remove the settings that are to be measured" in copied.err
+    words = ["train", "--config", "whole.toml", "--data", folder, "--steps", "1"]
+    ended = run(*words, "--out", "whole")
+    assert "contrast: none, colours are kept (set: prepare.contrast" in ended.err
+    yours = "yours, in place of what the images call for: "
+    assert any(
+        line.startswith(yours) and "model.likelihood" in line for line in ended.err.split("\n")
+    )
+    assert Run.open(Path("whole")).config.prepare == PrepareConfig()
+
+
+def test_signs_of_an_earlier_end_go_when_training_goes_on(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", "--config", "tiny.toml", "--out", "old", "--steps", "2").status == 0
+    kept = Path("old/signs.json")
+    kept.write_text('{"warnings": ["no object"], "failed": true}')
+
+    def stopped(*_: object, **__: object) -> None:
+        raise InputError("stopped")
+
+    monkeypatch.setattr(train_command, "_train", stopped)
+    assert run("train", "--resume", "old", "--steps", "4").status == 2
+    assert not kept.exists()
 
 
 def test_doubts_of_the_look_stay_on_resumption(run: Runner, tmp_path: Path) -> None:

@@ -101,6 +101,9 @@ def test_assignments_read_toml_values_and_bare_words() -> None:
         "data": {"path": "a=b c"},
         "model": {"lateral": False},
     }
+    short = {"a.b": ".5", "a.c": "-.25e1", "a.d": "5.", "a.e": "1.5.", "a.f": "."}
+    read = assignments([f"{key}={text}" for key, text in short.items()])
+    assert read == {"a": {"b": 0.5, "c": -2.5, "d": 5.0, "e": "1.5.", "f": "."}}
     assert assignments(["model.encoder_hidden=[64, 32]"])["model"]["encoder_hidden"] == [64, 32]
     for wrong in ("steps", "=3", "train.=3", ".=", ""):
         with pytest.raises(InputError, match="write key=value"):

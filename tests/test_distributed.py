@@ -16,6 +16,7 @@ import torch
 from spairkit.cli.main import main
 from spairkit.config_values import from_dict
 from spairkit.errors import InputError
+from spairkit.images import write_png
 from spairkit.models.elbo import Losses
 from spairkit.models.loading import build
 from spairkit.models.noise import Part, Source, normal, uniform
@@ -219,3 +220,24 @@ def test_killed_and_stopped_jobs_can_be_resumed(
     said = capsys.readouterr().err
     assert "not be bit-identical: processes was 2 and is 1" in said
     assert f"ended after step {stopped + 1} of 1000000" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_start_again_together(tmp_path: Path, config: Path) -> None:
+    """Every cell is on, and stays on: the training starts again at its first judged validation."""
+    write_png(tmp_path / "images.png", torch.rand(3, 40, 40))
+    settings = ["presence_bias=9.0", "least_noise=0.1", "odds_start=1.0", "likelihood=normal"]
+    words = [word for setting in settings for word in ("--set", f"model.{setting}")]
+    train = ["steps=406", "validation_every=203", "training_wheels=0", "learning_rate=1e-6"]
+    words += [word for setting in train for word in ("--set", f"train.{setting}")]
+    words += ["--data", str(tmp_path / "images.png"), "--device", "cpu"]
+    with job("--config", config, *words, "--out", tmp_path / "run") as process:
+        _, said = process.communicate(timeout=280)
+    assert process.returncode == 0 or "this training failed" in said, said
+    assert said.count("; starting again with ") == 1
+    assert "step 203: 100% of cells are on; starting again with train.seed = 1" in said
+    run = Run.open(tmp_path / "run")
+    assert run.config.train.seed == 1
+    assert [r["step"] for r in run.metrics() if r["kind"] == "validation"] == [203, 406]
+    assert load_checkpoint(run.path / "last").config == run.config

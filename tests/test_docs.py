@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 MAX_WORDS = 900
 
-# commands that would install, download or test, change the user's shell, or need an extra
+# commands that would install, download, test, change the shell, need an extra, or take long
 UNRUN = (
     "python3 -m venv",
     "source",
@@ -36,6 +36,9 @@ UNRUN = (
     "mypy",
     "spairkit --install-completion",
     "spairkit data make invaders",
+    "spairkit data make slide",
+    "spairkit train --data slide",
+    "spairkit eval --data slide-test",
 )
 
 LOOP = {"train.batch_size": "2", "train.threads": "1"}
@@ -120,6 +123,8 @@ def small(words: list[str]) -> list[str]:
         scenes = [] if "--data" in words else ["--objects", "1"]
         few = ["--models", "spair,conncomp", "--seeds", "1", "--budget", "2", *scenes]
         return [*words, *few, *tiny]
+    if words[:2] == ["data", "make"]:
+        return words if "--count" in words else [*words, "--count", "1"]
     if words[:2] == ["bench", "train"]:
         return [*words, "--batch", "1", "--seconds", "0", *assigned(SPAIR)]
     if words[:2] == ["bench", "time-to-ap"]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from spairkit.config import PrepareConfig
 from spairkit.detections import Detections
 from spairkit.preparation import (
+    _quadric,
+    background_of,
     contrast_of,
     in_file_pixels,
     noise_of,
@@ -73,6 +75,29 @@ def test_surface_removes_uneven_light() -> None:
         (image + ramp).clamp(0, 1), PrepareConfig(contrast="direction", background="image")
     )[0]
     assert float(one[:, 192:][~mask[:, 192:]].mean()) > 0.25
+
+
+@pytest.mark.parametrize("side", [120, 190, 400])
+def test_curved_light_is_removed_under_objects_of_a_quarter_of_the_image(side: int) -> None:
+    """Light with a maximum, three times as strong as the objects, and noise."""
+    image, mask = discs(side=side)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 2, indexing="ij")
+    light = 0.25 + 0.25 * torch.sin(1.5 + 1.2 * y) + 0.2 * x - 0.1 * x * y
+    noise = 0.005 * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
+    grey = (image[0] + light + noise).numpy()
+    assert 0.1 < float(mask.float().mean()) < 0.4
+    rest = torch.from_numpy(grey - background_of(grey, "surface", 20.0))
+    ground = rest[~mask]
+    assert float(ground.std()) < 0.02
+    assert abs(float(ground.mean())) < 0.02
+
+
+def test_even_light_is_measured_by_blocks_alone() -> None:
+    image, _ = discs(side=288)
+    for light in (torch.zeros(288), 0.1 * torch.linspace(0, 1, 288)):
+        assert _quadric((image + light)[0].numpy(), 20.0) is None
+    assert _quadric((image + torch.linspace(0, 2, 288))[0].numpy(), 20.0) is not None
+    assert _quadric(np.linspace(0, 1, 7, dtype=np.float32)[None], 20.0) is not None, "one row"
 
 
 def test_distance_finds_objects_of_any_colour() -> None:

@@ -337,6 +337,26 @@ def test_hostile_names_are_escaped(tmp_path: Path) -> None:
     assert "<script>alert(3)<\\script>" in page.text
 
 
+def test_restarts_are_told_at_the_top(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    restart = {
+        "kind": "restart",
+        "step": 0,
+        "after": 250,
+        "reason": f"91% of cells are on {HOSTILE}",
+    }
+    hostile = {**restart, "changed": {"train.seed": HOSTILE}}
+    records = [hostile, {**restart, "changed": {"train.seed": 2}}, {**restart, "changed": 3}]
+    write_metrics(run, [*records, step(20)])
+    page = Page(write_report(run).read_text())
+    said = (
+        f"Started again after 250 updates: 91% of cells are on {HOSTILE}. Since then train.seed = "
+    )
+    assert page.text.count(said) == 2
+    assert f"{said}2." in page.text
+    assert page.count("script") == 0
+
+
 def test_first_middle_and_last_pictures_are_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     pictures = {n: write_picture(folder, n, (n // 10, n // 20, 0)) for n in range(200, 1300, 100)}

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_sizes_that_differ_widen_the_prior(tmp_path: Path) -> None:
     assert not even.lines()[-1].startswith("sizes differ much")
 
     def prior(survey: Survey) -> tuple[float, float]:
-        model = survey.settings("spair", {})["model"]
+        model = survey.settings(SPAIRConfig(), {})["model"]
         return model["size_prior_mean"], model["size_prior_std"]
 
     for found in (survey, even):
@@ -259,7 +260,9 @@ def resolved(survey: Survey, kind: str, *words: str) -> Config:
     given = {"data": {"name": "folder", "path": "images"}, "model": {"kind": kind}}
     chosen = assignments(list(words))
     layers = [given, chosen]
-    return resolve("quick", survey.settings(kind, chosen), *layers)
+    free = {key: value for key, value in chosen.items() if key != "prepare"}
+    model = resolve("quick", given, free).model
+    return resolve("quick", survey.settings(model, chosen), *layers)
 
 
 @pytest.mark.parametrize("kind", ["spair", "watershed", "conncomp"])
@@ -285,6 +288,23 @@ def test_settings_by_hand_leave_out_what_does_not_go_with_them(kind: str) -> Non
     levels = resolved(survey, kind, "prepare.black=0.2", "prepare.white=0.6").prepare
     assert (levels.contrast, levels.levels) == ("direction", "fixed")
     assert (levels.black, levels.white) == (0.2, 0.6)
+
+
+def test_failing_training_may_change_what_the_user_has_not_set() -> None:
+    def retries(
+        *words: str, background: Literal["image", "surface"] = "surface"
+    ) -> tuple[str, ...]:
+        prepare = replace(survey_with().prepare, background=background)
+        return resolved(survey_with(prepare=prepare), "spair", *words).train.retries
+
+    assert retries() == ("prior", "seed")
+    assert retries(background="image") == ("background", "prior")
+    assert retries("prepare.background='image'", background="image") == ("prior", "seed")
+    assert retries("train.seed=3") == ("prior",)
+    assert retries("train.seed=3", "model.least_noise=.2") == ()
+    assert retries("prepare.contrast='none'") == ()
+    assert retries("train.retries=['seed']") == ("seed",)
+    assert resolved(survey_with(), "watershed").train.retries == ()
 
 
 def test_search_starts_from_a_watershed_where_images_are_prepared() -> None:
@@ -331,3 +351,68 @@ def test_json_holds_every_measurement() -> None:
     assert values["prepare"]["direction"] == [-0.5, -0.5, 0.0]
     assert values["polarity"] == "dark"
     assert values["doubts"] == survey.doubts() != []
+
+
+def test_scale_of_the_user_holds_and_sizes_are_measured_with_it(tmp_path: Path) -> None:
+    paths = [written(tmp_path / "0.png", spots(240, [18, 26])[0])]
+    free = look(paths)
+    assert free.prepare.scale == pytest.approx(12 / 22, rel=0.15)
+    held = look(paths, chosen={"scale": 0.4})
+    assert held.prepare.scale == 0.4
+    assert 17 < held.diameter < 27, "the median side of the discs, whatever the scale"
+    assert (held.prepare.contrast, held.prepare.direction) == (
+        free.prepare.contrast,
+        free.prepare.direction,
+    )
+    assert (
+        f"resized by 0.4, to {held.diameter * 0.4:.0f} px an object (set: prepare.scale)"
+        in (held.lines(held.prepare, ["scale"])[0])
+    )
+
+
+def test_contrast_and_background_of_the_user_hold(tmp_path: Path) -> None:
+    dark = spots(170, [20], (0.8, 0.8, 0.8), [(0.3, 0.3, 0.3)])[0]
+    paths = [written(tmp_path / "0.png", dark)]
+    assert look(paths).polarity == "dark"
+    bright = look(paths, chosen={"direction": [1, 0, 0], "background": "surface"})
+    assert bright.polarity == "bright"
+    assert bright.prepare.direction == (1.0, 0.0, 0.0)
+    assert bright.prepare.background == "surface"
+    distance = look(paths, chosen={"contrast": "distance"})
+    assert distance.polarity == "either"
+    assert distance.diameter == pytest.approx(20, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"scale": "much"}, {"scale": -1}, {"contrast": "none"}, {"white": 2}, {"x": 1}]
+)
+def test_mistakes_in_chosen_settings_are_passed_over(
+    tmp_path: Path, chosen: dict[str, Any]
+) -> None:
+    paths = [written(tmp_path / "0.png", spots(96, [8])[0])]
+    assert look(paths, chosen=chosen) == look(paths)
+
+
+def test_lines_show_what_is_used() -> None:
+    survey = survey_with()
+    prepare = PrepareConfig(scale=0.25, black=0.1, white=0.6)
+    size, contrast, background, levels = survey.lines(
+        prepare, ["scale", "contrast", "black", "white"]
+    )
+    assert "images are resized by 0.25, to 6 px an object (set: prepare.scale)" in size
+    assert contrast == (
+        "contrast: none, colours are kept (set: prepare.contrast; --set prepare.direction)"
+    )
+    assert background == "background: none is subtracted (--set prepare.background)"
+    assert levels.startswith("levels: fixed, from 0.1 to 0.6; contrast 0.3 and noise 0.01 of")
+    assert levels.endswith("(set: prepare.black, prepare.white; --set prepare.levels)")
+
+
+def test_prior_of_sizes_follows_the_anchor() -> None:
+    def median(anchor: float) -> float:
+        values = survey_with().settings(SPAIRConfig(anchor=anchor), {})["model"]
+        return anchor / (1 + math.exp(-values["size_prior_mean"]))
+
+    assert median(48.0) == pytest.approx(12, rel=1e-3)
+    assert median(24.0) == pytest.approx(12, rel=1e-3)
+    assert median(12.0) == pytest.approx(0.9 * 12, rel=1e-3), "the largest that it knows"

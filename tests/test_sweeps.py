@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from spairkit.config import Config
 from spairkit.config_values import differences, from_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.experiments.shared_runs import Ended, Started, claimed
+from spairkit.images import write_png
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.sweeps import sweep as sweeps
@@ -170,6 +172,24 @@ def test_sweep_writes_table_chart_and_options_of_the_best_trial(run: Runner) -> 
     assert "resuming runs/sweep-1" in again.err
     assert len(json.loads(again.out)["trials"]) == 4
     assert {path: weights(path) for path in before} == before
+
+
+def test_folder_is_looked_at_once(run: Runner, tmp_path: Path) -> None:
+    y, x = np.mgrid[:120, :120]
+    disc = (y % 40 - 20) ** 2 + (x % 40 - 20) ** 2 < 100
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    write_png(folder / "0.png", torch.from_numpy(0.8 - 0.5 * disc).float().expand(3, -1, -1))
+    words = ["--config", "tiny.toml", "--data", folder, "--out", "looked", "--trials", 1]
+    ended = run(*words)
+    assert ended.status == 0
+    assert "darker than the background" in ended.err
+    config = Run.open(Path("looked/trial-0000")).config
+    assert config.prepare.scale == pytest.approx(12 / 20, rel=0.1)
+    assert config.prepare.contrast == "direction"
+    again = run(*words)
+    assert again.status == 0
+    assert "darker than the background" not in again.err
 
 
 def test_sweep_reports_trials_that_other_processes_run(run: Runner) -> None:

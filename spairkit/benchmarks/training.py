@@ -27,9 +27,8 @@ from spairkit.experiments.published import FIGURE_2
 from spairkit.models.loading import build
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
-from spairkit.training.loop import fit
+from spairkit.training.loop import Event, Validation, fit
 from spairkit.training.update_graph import make_trainer
-from spairkit.training.validation import Step, Validation
 
 PAPER_AP = {digits: published.mean for digits, published in FIGURE_2["spair"].items()}
 """AP paper that the authors published for SPAIR, for each number of digits in an image."""
@@ -192,7 +191,7 @@ def attempt(
     config: Config,
     targets: dict[str, float],
     device: torch.device,
-    report: Callable[[Step | Validation], None] = lambda _: None,
+    report: Callable[[Event], None] = lambda _: None,
 ) -> Attempt:
     """Trains in a temporary folder until one validation reaches all targets.
 

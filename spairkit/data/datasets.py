@@ -11,6 +11,7 @@ from spairkit.config import AIRConfig, ClassicalConfig, Config, DataConfig, Prep
 from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
+from spairkit.data.synthetic import KINDS
 from spairkit.errors import InputError
 from spairkit.images import SUFFIXES, same_sized
 from spairkit.preparation import prepare_images
@@ -62,10 +63,10 @@ def data_settings(word: str) -> dict[str, Any]:
         return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
-    if word == "invaders":
+    if word in ("invaders", *KINDS):
         raise InputError(
-            "invaders: write a folder of frames first (spairkit data make FOLDER --data invaders), "
-            "and give that folder"
+            f"{word}: write a folder first (spairkit data make FOLDER --data {word}), and give "
+            "that folder"
         )
     if path.is_file():
         name = "emnist" if "emnist" in path.name.lower() else "mnist"

@@ -33,8 +33,7 @@ from spairkit.experiments.settings import (
 from spairkit.experiments.shared_runs import Ended, Started, claimed, read_json, resume_or_create
 from spairkit.storage import durable
 from spairkit.training.calibration import calibrate, calibrates
-from spairkit.training.loop import fit
-from spairkit.training.validation import Step, Validation
+from spairkit.training.loop import Event, Step, fit
 
 FIGURES = ("ap", "ap_spair", "count_accuracy", "count_error")
 """Test figures that are averaged over the seeds."""
@@ -51,7 +50,7 @@ def compare(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
     busy: Callable[[], bool] = lambda: False,
-) -> Iterator[Started | Step | Validation | Ended]:
+) -> Iterator[Started | Event | Ended]:
     """Trains and evaluates all runs that no other process has finished or claimed.
 
     Args:
@@ -111,7 +110,7 @@ def read_figures(run: Path) -> dict[str, float]:
 
 def _run(
     settings: Settings, path: Path, task: Task, device: torch.device, stop: Callable[[], bool]
-) -> Iterator[Started | Step | Validation | Ended]:
+) -> Iterator[Started | Event | Ended]:
     """Trains and evaluates a claimed run, unless it is stopped."""
     steps, seconds = parse_budget(settings.budget)
     if seconds is not None and task.model not in WITHOUT_WEIGHTS:
@@ -166,7 +165,7 @@ def _shown(settings: Settings, run: Path) -> dict[str, float]:
 
 def _seconds_per_update(
     settings: Settings, task: Task, device: torch.device, stop: Callable[[], bool]
-) -> Generator[Step | Validation, None, float]:
+) -> Generator[Event, None, float]:
     """The duration of an update, from a few that are not saved; without meaning if stopped."""
     moments = [time.perf_counter()]
     for event in fit(config_of(settings, task, _WARM_UP + _TIMED), None, device, stop):

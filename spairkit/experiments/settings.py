@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +19,7 @@ from spairkit.experiments.shared_runs import read_json
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
 from spairkit.storage.runs import new_folder
-from spairkit.survey import Survey, look
+from spairkit.survey import look, preparation
 
 MODELS = {
     "spair": "SPAIR",
@@ -139,7 +139,7 @@ class Task:
 def open_comparison(
     out: Path | None,
     asked: Mapping[str, Any],
-    on_survey: Callable[[Survey], None] = lambda survey: None,
+    on_survey: Callable[[list[str]], None] = lambda lines: None,
 ) -> tuple[Path, Settings]:
     """The comparison in the folder `out`, or a new one there or in `runs/compare-N`.
 
@@ -148,7 +148,7 @@ def open_comparison(
     Args:
         out: an existing comparison or a new folder.
         asked: requested settings; the others take their defaults.
-        on_survey: called with the result of the look.
+        on_survey: called with what the look found, and with its doubts; a line each.
 
     Raises:
         InputError: the settings are invalid, differ from those of the existing comparison, or do
@@ -174,9 +174,15 @@ def open_comparison(
         config = resolve(settings.preset, {"data": settings.over["data"]})
         dataset = open_dataset(config.data, "test")
         assert isinstance(dataset, ImageFolder)
-        survey = look([path for path, _ in dataset.files()])
-        on_survey(survey)
-        settings = _parse({**fixed, "measured": survey.settings("spair", settings.over)}, "compare")
+        chosen = preparation(settings.over)
+        survey = look([path for path, _ in dataset.files()], chosen=chosen)
+        bare = replace(settings, over={k: v for k, v in settings.over.items() if k != "prepare"})
+        first = "spair" if "spair" in settings.models else settings.models[0]
+        model = config_of(bare, Task(first, None, 0)).model
+        measured = survey.settings(model, settings.over)
+        settings = _parse({**fixed, "measured": measured}, "compare")
+        prepare = config_of(settings, Task(first, None, 0)).prepare
+        on_survey(survey.lines(prepare, chosen) + survey.doubts())
     for objects in settings.objects or (None,):
         configs = [config_of(settings, Task(model, objects, 0)) for model in settings.models]
         open_dataset(configs[0].data, "test")
@@ -205,8 +211,8 @@ def config_of(settings: Settings, task: Task, steps: int | None = None) -> Confi
     }
     if "model" in common:
         # a setting that no model has is kept, and refused when the config is resolved
-        strangers = common["model"].keys() - set().union(*known.values())
-        common["model"] = _only(common["model"], known[task.model] | strangers)
+        unknown = common["model"].keys() - set().union(*known.values())
+        common["model"] = _only(common["model"], known[task.model] | unknown)
     measured = _only(
         settings.measured, {"prepare", *(("model", "search") if task.model == "spair" else ())}
     )

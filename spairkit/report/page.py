@@ -90,6 +90,7 @@ def write_report(run_folder: Path) -> Path:
         toml=to_toml(run.config),
         version=__version__,
         step=max((record["step"] for record in records), default=0),
+        restarts=_restarts(records),
         validation=validations[-1] if validations else None,
         found=found,
         headline=None if found is None else _headline(found),
@@ -122,6 +123,21 @@ def next_commands(run: Run, image: Path, *, has_truth: bool) -> tuple[str, str]:
         f"spairkit viz {shlex.quote(str(image))} --checkpoint {path}{told}",
         f"spairkit {second} --checkpoint {path}",
     )
+
+
+def _restarts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was given up before this training, a sentence each."""
+    sentences = []
+    for record in records:
+        changed = record.get("changed")
+        if record.get("kind") != "restart" or not isinstance(changed, dict):
+            continue
+        words = ", ".join(f"{key} = {value}" for key, value in changed.items())
+        sentences.append(
+            f"Started again after {record.get('after')} updates: {record.get('reason')}. "
+            f"Since then {words}."
+        )
+    return sentences
 
 
 def _headline(found: Objects) -> str:

@@ -11,14 +11,17 @@ import numpy as np
 
 from spairkit.detections import Detections
 from spairkit.detector import Detector
+from spairkit.errors import InputError
 from spairkit.report.objects import Objects
 from spairkit.storage.durable import write_text
 from spairkit.survey import Survey
 
+AGREED = 0.3
+"""F1 with the watershed, at least."""
+
 _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
-_AGREED = 0.3  # F1 with the watershed, at least
 _REGULAR = 0.72  # median confidence, where it follows the shapes of masks
 _FEWEST = 5  # objects that an agreement is judged on
 _MAX_BYTES = 1 << 20
@@ -78,9 +81,9 @@ def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None)
             f"the network agrees with a watershed by an F1 of {floor.agreement:.2f} only "
             f"({objects.count} objects, watershed {floor.count})"
         )
-        if floor.agreement < _AGREED:
+        if floor.agreement < AGREED:
             failures.append(said)
-        elif floor.agreement < 2 * _AGREED:
+        elif floor.agreement < 2 * AGREED:
             warnings.append(f"{said}: look at both before you use one")
     return Signs(tuple(failures), tuple(warnings))
 
@@ -89,6 +92,15 @@ def write_signs(run: Path, signs: Signs) -> None:
     """Writes `signs.json`. Raises InputError if the folder cannot be written."""
     values = {"warnings": [*signs.failures, *signs.warnings], "failed": bool(signs.failures)}
     write_text(run / _FILE, f"{json.dumps(values, indent=2)}\n")
+
+
+def clear_signs(run: Path) -> None:
+    """Removes the signs of a run that is trained further. Raises InputError if they stay."""
+    path = run / _FILE
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
 def has_failed(run: Path) -> bool:

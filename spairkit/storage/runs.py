@@ -90,6 +90,28 @@ class Run:
         self.config = dataclasses.replace(self.config, train=train)
         durable.write_text(self.path / "config.toml", to_toml(self.config))
 
+    def restart(self, config: Config, record: Mapping[str, Any]) -> None:
+        """Gives up what was trained, and begins with another config at the first step.
+
+        A kill in between leaves a run that comes to the same restart again: with the old config and
+        fewer checkpoints, or none.
+
+        Args:
+            config: of the training that begins.
+            record: the line of metrics.jsonl that remains of the old one; its step is 0.
+        """
+        for link in ("best", "last"):
+            (self.path / link).unlink(missing_ok=True)
+        for _, path in self.checkpoints:
+            durable.remove_folder(path)
+        if (self.path / "pictures").is_dir():
+            durable.remove_folder(self.path / "pictures")
+        known = [old for old in self.metrics() if old.get("kind") == record["kind"]]
+        lines = [json.dumps(old) for old in known if old != record] + [json.dumps(dict(record))]
+        durable.write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+        durable.write_text(self.path / "config.toml", to_toml(config))
+        self.config = config
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Locks the run for training, and removes files that a killed process left half-written.

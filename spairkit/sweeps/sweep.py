@@ -31,7 +31,7 @@ from spairkit.experiments.shared_runs import Ended, Started, claimed, resume_or_
 from spairkit.storage.runs import Run, new_folder
 from spairkit.sweeps import search_space
 from spairkit.sweeps.search_space import Space
-from spairkit.training.loop import Step, Validation, fit
+from spairkit.training.loop import Event, fit
 from spairkit.training.trainer import criterion
 
 _JOURNAL, _LOCK = "journal.log", ".lock"
@@ -135,7 +135,7 @@ class Sweep:
         device: torch.device,
         stop: Callable[[], bool] = lambda: False,
         busy: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Started | Step | Validation | Ended]:
+    ) -> Iterator[Started | Event | Ended]:
         """Runs trials in this process until the sweep has `trials` of them, failures included.
 
         Args:
@@ -205,7 +205,7 @@ class Sweep:
 
     def _train(
         self, number: int, values: dict[str, Any], device: torch.device, stop: Callable[[], bool]
-    ) -> Iterator[Started | Step | Validation | Ended]:
+    ) -> Iterator[Started | Event | Ended]:
         """Trains a claimed trial and records its result, unless it is stopped."""
         path = self.run_path(number)
         try:

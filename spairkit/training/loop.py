@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,21 +18,25 @@ import torch
 from spairkit import presets
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config
-from spairkit.config_values import merge, nested
+from spairkit.config_values import from_toml, merge, nested, to_toml
 from spairkit.data.datasets import data_settings, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
 from spairkit.storage.runs import Run
-from spairkit.survey import survey_of
+from spairkit.survey import preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
 from spairkit.training.distributed import World
 from spairkit.training.process import keep_freed_memory
+from spairkit.training.restarts import Restart as Restart
+from spairkit.training.restarts import is_judged, restart_of
 from spairkit.training.update_graph import make_trainer
 from spairkit.training.validation import Step as Step
 from spairkit.training.validation import Validation as Validation
+
+Event = Step | Validation | Restart
 
 REPORT_EVERY = 20
 """Updates between two `Step`s with losses: reading losses waits for the device."""
@@ -77,8 +81,8 @@ def train(
     given = merge(*layers)
     # a preparation may need the contrast that is measured
     config = presets.resolve(preset, {k: v for k, v in given.items() if k != "prepare"})
-    survey = survey_of(config)
-    measured = survey.settings(config.model.kind, given) if survey else {}
+    survey = survey_of(config, chosen=preparation(given))
+    measured = survey.settings(config.model, given) if survey else {}
     config = presets.resolve(preset, measured, given)
     check(config, device, 1)
     images, _ = open_splits(config)  # mistakes show before a run is made
@@ -97,12 +101,15 @@ def train(
             print(text, file=sys.stderr, flush=True)
 
     if survey:
-        for line in survey.lines() + [f"warning: {doubt}" for doubt in survey.doubts()]:
+        lines = survey.lines(config.prepare, preparation(given))
+        for line in lines + [f"warning: {doubt}" for doubt in survey.doubts()]:
             say(line)
     say(f"training in {run.path} on {device.type}, {config.train.steps} steps")
     with run.lock():
         for event in fit(config, run, device, stop):
-            if isinstance(event, Validation):
+            if isinstance(event, Restart):
+                say(str(event))
+            elif isinstance(event, Validation):
                 figures = ", ".join(f"{name} {value:.3f}" for name, value in event.figures.items())
                 say(f"step {event.step}: {figures}")
             elif time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
@@ -140,7 +147,7 @@ def fit(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
     world: World | None = None,
-) -> Iterator[Step | Validation]:
+) -> Iterator[Event]:
     """Trains in the folder of `run`, resuming from its last checkpoint if there is one.
 
     Models without weights have no losses: `classical.fit_classical` yields the same events.
@@ -157,7 +164,9 @@ def fit(
 
     Yields:
         A `Step` for every update and, if there is a run, a `Validation` every `validation_every`
-        updates and at the end. Steps before a resumption are not yielded again.
+        updates and at the end. Steps before a resumption are not yielded again. A `Restart` in
+        place of a validation, if the training starts again with other settings (`train.retries`),
+        which the run takes; the next step is the first one again.
 
     Raises:
         InputError: as `check`; the data cannot be read, or has no boxes to select by; a scene found
@@ -185,7 +194,17 @@ def fit(
 
 def _fit(
     config: Config, run: Run | None, device: torch.device, stop: Callable[[], bool], world: World
-) -> Iterator[Step | Validation]:
+) -> Iterator[Event]:
+    """Trains, and starts again as long as there is reason to."""
+    following: Config | None = config
+    while following is not None:
+        following = yield from _attempt(following, run, device, stop, world)
+
+
+def _attempt(
+    config: Config, run: Run | None, device: torch.device, stop: Callable[[], bool], world: World
+) -> Generator[Event, None, Config | None]:
+    """Trains to the end; or returns the config to start again with."""
     train, validation = open_splits(config, device)
     trainer = make_trainer(config, run, train, device, world)
     if run:
@@ -196,7 +215,7 @@ def _fit(
         return 0 < settings.patience <= trainer.step - trainer.best_step
 
     if trainer.step % settings.validation_every == 0 and is_out_of_patience():
-        return  # it had ended here before
+        return None  # it had ended here before
     started = time.perf_counter()
     while trainer.step < settings.steps:
         with computing_in(config.train.precision, device):
@@ -221,13 +240,22 @@ def _fit(
                 run.log({"kind": "step", "step": step, **means})
         yield Step(step, settings.steps, means, time.perf_counter() - started)
         if validates:
+            if is_judged(config, step):
+                restart = restart_of(trainer, validation) if run else None
+                shared = world.from_first(to_toml(restart.config).encode() if restart else b"")
+                if run and restart:
+                    run.restart(restart.config, restart.record())
+                    yield restart
+                if shared:
+                    return from_toml(shared.decode())
             result = trainer.validate(validation)
             if result:
                 yield result
             if is_out_of_patience():
-                return
+                return None
             if stop():
-                return
+                return None
         elif stop():
             trainer.save(metrics={}, is_best=False)
-            return
+            return None
+    return None

@@ -46,7 +46,7 @@ class Validation:
 def box_figures(detector: Detector, dataset: Dataset, batch_size: int) -> dict[str, float]:
     """`ap`, `ap_spair`, `count_accuracy` and `count_error` on validation images of known boxes."""
     batches = validation_batches(dataset, batch_size, detector.config.prepare)
-    overall = evaluate(_of_prepared(detector), batches).overall
+    overall = evaluate(of_prepared(detector), batches).overall
     names = ("ap", "ap_spair", "count_accuracy", "count_error")
     return {name: getattr(overall, name) for name in names}
 
@@ -55,7 +55,7 @@ def draw(detector: Detector, dataset: Dataset, run: Run, step: int) -> Path:
     """Writes the picture of a validation into the run's folder."""
     batch = next(iter(validation_batches(dataset, _PICTURED, detector.config.prepare)))
     sheet = reconstruction_sheet(
-        _of_prepared(detector).explain_batch(
+        of_prepared(detector).explain_batch(
             batch.images, counts=batch.counts if detector.count_is_given else None
         ),
         batch.truth() if dataset.has_truth else None,
@@ -66,7 +66,7 @@ def draw(detector: Detector, dataset: Dataset, run: Run, step: int) -> Path:
     return path
 
 
-def _of_prepared(detector: Detector) -> Detector:
+def of_prepared(detector: Detector) -> Detector:
     """The detector for images that are prepared already."""
     config = replace(detector.config, prepare=PrepareConfig())
     return Detector(
