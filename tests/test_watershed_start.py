@@ -98,7 +98,10 @@ def test_a_large_part_replaces_fragments_and_not_objects_that_touch() -> None:
     halves = parts(np.s_[20:44, 20:32], np.s_[20:44, 32:44])
     assert _chosen(halves, whole, image, nobody).tolist() == halves.boxes.tolist()
     seen = torch.tensor([[20.0, 20, 44, 44]])
-    assert _chosen(halves, whole, image, seen).tolist() == [[20, 20, 44, 44]], "the encoder's"
+    assert _chosen(halves, whole, image, seen).tolist() == halves.boxes.tolist()
+    ragged = parts(np.s_[20:44, 20:24], np.s_[20:44, 24:28])
+    assert _chosen(ragged, whole, image, nobody).tolist() == ragged.boxes.tolist()
+    assert _chosen(ragged, whole, image, seen).tolist() == [[20, 20, 44, 44]], "the encoder's"
     empty = parts()
     assert _chosen(empty, whole, image, nobody).tolist() == [[20, 20, 44, 44]]
     assert _chosen(halves, empty, image, nobody).tolist() == halves.boxes.tolist()
