@@ -1,8 +1,8 @@
 """Reads untrusted images; takes arrays and tensors for images; writes PNG.
 
 PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF (plain, packbits, LZW or deflate) are read, nothing
-else, and no file is decoded before its header has given its size. Pictures that spairkit has drawn
-are marked, and are no images of a folder.
+else, and no file is decoded before its header has given its size. A layout that is not read right
+is refused by name. Pictures that spairkit has drawn are marked, and are no images of a folder.
 """
 
 import hashlib
@@ -15,23 +15,26 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from spairkit.deep_pixels import deep_png, netpbm, netpbm_has_more
 from spairkit.errors import ImageFileError, InputError
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
+from spairkit.tiff import MAGIC, Tiff
 
 MAX_PIXELS = 178_000_000
 """Largest image that is read, in pixels: Pillow's own limit, and 1.3 GB while it is decoded."""
 
-# Pillow logs what is wrong with a TIFF before it raises; without a handler that goes to stderr
+# Pillow logs what is wrong with a file before it raises; without a handler that goes to stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _MAX_BYTES = 1 << 30
@@ -41,9 +44,7 @@ _NAMED = 3  # files that a message about skipped ones names
 _SOFTWARE, _SOURCE = "Software", "Source"
 _MARK = b"tEXtSoftware\0spairkit"
 _HEAD_BYTES = 1024  # of a PNG, in which our marks stand
-_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF")
-# of TIFF's many, those that hold measurements; the other decoders are only an attack surface
-_COMPRESSIONS = ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate")
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM")
 SUFFIXES = frozenset(
     (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
 )
@@ -67,19 +68,14 @@ DAMAGED = (
 """Exceptions that the readers of images and archives raise on damaged files."""
 
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-_ORIENTATION = 0x0112
-# the turn that brings an image upright, by EXIF orientation
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ORIENTATION, _ORIENTATIONS = 0x0112, range(1, 9)
+# of EXIF's orientations, those whose rows and columns run backwards; from 5 on they then change
+# places
+_ROWS_BACKWARDS = (3, 4, 6, 7)
+_COLUMNS_BACKWARDS = (2, 3, 7, 8)
 _SIDEWAYS = (5, 6, 7, 8)
 
+_told_of_pages: list[str] = []
 
 Source = TypeVar("Source")
 ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
@@ -123,32 +119,108 @@ def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on th
 def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
     """The first frame of an image file, upright, in RGB; grey becomes three equal channels.
 
-    Transparent pixels are laid on black, palettes and other colour spaces are converted. Of 16-bit
-    grey, 0 to 65,535 becomes 0 to 1; 32-bit integers and floats, which have no such range, are
-    stretched from their least value to their greatest (a constant image is black).
+    Transparent pixels are laid on black, palettes and CMYK are converted. Of unsigned values of up
+    to 16 bits the whole range becomes 0 to 1: 0 to 65,535 of 16 bits. Signed integers, integers of
+    more bits and floats, which have no such range, are stretched from their least value to their
+    greatest (a constant image is black). Of a file with several pages (a stack, or an animation)
+    the first is read, with a warning; three such files are named.
 
     Raises:
-        ImageFileError: it is not there, not a regular file, not an image of a known format,
-            damaged, larger than 178 million pixels or 1 GiB, or holds values that are not finite.
+        ImageFileError: it is not there, not a regular file, not an image of a known format or of a
+            layout that is read, damaged, larger than 178 million pixels or 1 GiB, in memory too,
+            or holds values that are not finite.
     """
     return to_colour(read_pixels(path)).contiguous()
 
 
-def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, [1, H, W] uint16 or float32
+def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, uint16 or float32
     """The pixels of `read_image` as compactly as possible: one channel for grey.
 
-    They are bytes, uint16 of 16-bit grey, and float32 in [0, 1] of 32-bit grey; `to_colour` makes
+    They are bytes, uint16 of 16 bits, and float32 in [0, 1] of other types; `to_colour` makes
     `read_image`'s of all or of a part of them. Raises ImageFileError as `read_image`.
     """
     with _opened(path) as image:
-        orientation = _orientation(image)
-        upright = image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-        return _pixels(upright, printable(path))
+        orientation, has_more = image.orientation, image.has_more
+        pixels = image.pixels()
+    if has_more:
+        _tell_of_pages(printable(path))
+    return pixels if orientation == 1 else upright(pixels, orientation)
+
+
+class _Picture:
+    """An image file that Pillow has opened; members as of `Tiff`."""
+
+    def __init__(self, file: BinaryIO, image: ImageFile, name: str) -> None:
+        self._file, self._image, self._name = file, image, name
+        self.stored_size = image.height, image.width
+        # the method of the class: PNG's own decodes the picture to look behind it
+        orientation: Any = Image.Image.getexif(image).get(_ORIENTATION)
+        self.orientation: int = orientation if orientation in _ORIENTATIONS else 1
+
+    @property
+    def has_more(self) -> bool:
+        if self._image.format == "PPM":
+            return netpbm_has_more(self._file, self._image)
+        return getattr(self._image, "n_frames", 1) > 1
+
+    def pixels(self) -> Tensor:
+        deep = netpbm if self._image.format == "PPM" else deep_png
+        pixels = deep(self._file, self._image)
+        return _pixels(self._image, self._name) if pixels is None else pixels
+
+
+def _tell_of_pages(name: str) -> None:
+    """Warns of a file with several pages, once, and not of every file of a large folder."""
+    if name in _told_of_pages or len(_told_of_pages) == _NAMED:
+        return
+    _told_of_pages.append(name)
+    last = "; further such files are not named" if len(_told_of_pages) == _NAMED else ""
+    warnings.warn(
+        f"{name}: holds several pages (a stack, channels or an animation), of which only the first "
+        f"is read; save the others as files of their own{last}",
+        stacklevel=3,
+    )
+
+
+def upright(pixels: Tensor, orientation: int) -> Tensor:  # [C, H, W] -> [C, H', W']
+    """Pixels as they are stored, turned upright by an orientation of EXIF, 1 to 8."""
+    array = pixels.numpy()
+    rows, columns = _directions(orientation)
+    array = array[:, ::rows, ::columns]
+    return _tensor(array.swapaxes(1, 2) if orientation in _SIDEWAYS else array)
+
+
+def upright_boxes(boxes: Tensor, orientation: int, stored_size: tuple[int, int]) -> Tensor:
+    """Boxes [n, 4] of the stored pixels, in pixels of the upright image; see `upright`.
+
+    Args:
+        stored_size: height and width of the image as it is stored.
+    """
+    height, width = stored_size
+    rows, columns = _directions(orientation)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    if rows < 0:
+        y1, y2 = height - y2, height - y1
+    if columns < 0:
+        x1, x2 = width - x2, width - x1
+    if orientation in _SIDEWAYS:
+        x1, y1, x2, y2 = y1, x1, y2, x2
+    return torch.stack([x1, y1, x2, y2], 1)
+
+
+def _directions(orientation: int) -> tuple[int, int]:
+    """1 for rows, and for columns, that run forwards, else -1."""
+    return (
+        -1 if orientation in _ROWS_BACKWARDS else 1,
+        -1 if orientation in _COLUMNS_BACKWARDS else 1,
+    )
 
 
 def _pixels(image: Image.Image, name: str) -> Tensor:  # as `read_pixels`
     mode = image.mode
     if mode.startswith("I;16"):
+        return _converted(image, 1, np.uint16, np.asarray)
+    if mode == "I" and image.format == "PPM":  # Pillow's form of 16-bit grey
         return _converted(image, 1, np.uint16, np.asarray)
     if mode in ("I", "F"):
         low, high = _range(image, name)
@@ -306,8 +378,16 @@ def same_sized(
 def image_size(path: Path | str) -> tuple[int, int]:
     """Height and width of the upright image, from its header. Raises ImageFileError."""
     with _opened(path) as image:
-        width, height = image.size
-        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+        return _upright_size(image)
+
+
+def stored_form(path: Path | str) -> tuple[tuple[int, int], int]:
+    """Height and width of an image as it is stored, and its orientation as in EXIF, 1 to 8.
+
+    Both are from its header. Raises ImageFileError.
+    """
+    with _opened(path) as image:
+        return image.stored_size, image.orientation
 
 
 def write_png(path: Path | str, image: Tensor) -> None:
@@ -426,9 +506,14 @@ def skipped_files(reasons: Sequence[str], total: int) -> str:
     return f"skipped {len(reasons)} of {total}: {'; '.join(listed)}"
 
 
+def _upright_size(image: Tiff | _Picture) -> tuple[int, int]:
+    height, width = image.stored_size
+    return (width, height) if image.orientation in _SIDEWAYS else (height, width)
+
+
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
-    """The image, after its header was checked; Pillow's exceptions become ImageFileError."""
+def _opened(path: Path | str) -> Iterator[Tiff | _Picture]:
+    """The image, after its header was checked; exceptions of readers become ImageFileError."""
     path, name = Path(path), printable(path)
     try:
         # a pipe or a device would block or never end
@@ -437,24 +522,20 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
             raise ImageFileError(f"{name}: {missing}; name an image file")
         if path.stat().st_size > _MAX_BYTES:
             raise ImageFileError(f"{name}: larger than 1 GiB; cut it into smaller images")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with path.open("rb") as file, Image.open(file, formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageFileError(
-                        f"{name}: {width}x{height} pixels are more than 178 million; "
-                        "cut it into smaller images"
-                    )
-                if width * height == 0:
-                    raise ImageFileError(f"{name}: the image is empty ({width}x{height} pixels)")
-                compression = image.info.get("compression")
-                if image.format == "TIFF" and compression not in _COMPRESSIONS:
-                    raise ImageFileError(
-                        f"{name}: a TIFF compressed by {compression}; save it with LZW, deflate "
-                        "or no compression, or as PNG"
-                    )
+        with path.open("rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            if magic in MAGIC:
+                image: Tiff | _Picture = Tiff(file, name)
+                _check_size(image.stored_size, name)
                 yield image
+                return
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(file, formats=_FORMATS) as opened:
+                    _check_size((opened.height, opened.width), name)
+                    image = _Picture(file, opened, name)
+                    yield image
     except ImageFileError:
         raise
     except Image.DecompressionBombError:
@@ -470,13 +551,14 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise ImageFileError(f"{name}: a damaged image: {printable(reason[:200])}") from None
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation from the header; Pillow itself turns TIFF."""
-    if image.format == "TIFF":
-        return 1
-    # the method of the class: PNG's own decodes the picture to look behind it
-    orientation = Image.Image.getexif(image).get(_ORIENTATION)
-    return orientation if orientation in _TURNS else 1
+def _check_size(size: tuple[int, int], name: str) -> None:
+    height, width = size
+    if width * height > MAX_PIXELS:
+        raise ImageFileError(
+            f"{name}: {width}x{height} pixels are more than 178 million; cut it into smaller images"
+        )
+    if width * height == 0:
+        raise ImageFileError(f"{name}: the image is empty ({width}x{height} pixels)")
 
 
 def _range(image: Image.Image, name: str) -> tuple[float, float]:

@@ -14,11 +14,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from spairkit import deep_pixels
 from spairkit import images as images_module
 from spairkit.config import PrepareConfig
 from spairkit.errors import InputError
 from spairkit.images import (
     MAX_PIXELS,
+    as_image,
     commonest_colour,
     image_size,
     is_picture,
@@ -29,6 +31,9 @@ from spairkit.images import (
     read_pixels,
     shows,
     skipped_files,
+    stored_form,
+    upright,
+    upright_boxes,
     write_picture,
     write_png,
 )
@@ -141,7 +146,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
     exif[0x0112] = orientation
     options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
     path = saved(tmp_path / f"x.{suffix}", RGB, exif=exif, **options)
-    upright = {
+    turned = {
         1: RGB,
         2: RGB[:, ::-1],
         3: RGB[::-1, ::-1],
@@ -151,15 +156,43 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, suffix: s
         7: RGB[::-1, ::-1].swapaxes(0, 1),
         8: RGB[:, ::-1].swapaxes(0, 1),
     }[orientation]
-    assert read_image(path).shape[1:] == upright.shape[:2]
-    assert (read_image(path) - planes(upright)).abs().max() < 0.02
-    assert image_size(path) == upright.shape[:2]
+    assert read_image(path).shape[1:] == turned.shape[:2]
+    assert (read_image(path) - planes(turned)).abs().max() < 0.02
+    assert image_size(path) == turned.shape[:2]
+    assert stored_form(path) == ((5, 7), orientation)
 
 
-def test_first_frame_is_read(tmp_path: Path) -> None:
-    frames = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
-    frames[0].save(tmp_path / "x.tif", save_all=True, append_images=frames[1:])
-    torch.testing.assert_close(read_image(tmp_path / "x.tif"), planes(RGB))
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_the_image(orientation: int) -> None:
+    stored = torch.zeros(1, 5, 7, dtype=torch.uint8)
+    boxes = torch.tensor([[1.0, 2.0, 5.0, 3.0], [0.0, 0.0, 2.0, 4.0]])
+    found = upright_boxes(boxes, orientation, (5, 7))
+    for (x1, y1, x2, y2), (u1, v1, u2, v2) in zip(
+        boxes.int().tolist(), found.int().tolist(), strict=True
+    ):
+        marked = stored.clone()
+        marked[:, y1:y2, x1:x2] = 1
+        turned = upright(marked, orientation)
+        assert turned[:, v1:v2, u1:u2].all()
+        assert turned.sum() == marked.sum()
+
+
+@pytest.mark.parametrize("form", ["apng", "mpo", "ppm"])
+def test_first_frame_is_read_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setattr(images_module, "_told_of_pages", [])
+    flat = np.full((16, 16, 3), 90, np.uint8)
+    path = tmp_path / "x"
+    if form == "ppm":
+        path.write_bytes(encoded("PPM", flat) + b"\n" + encoded("PPM", 255 - flat))
+    else:
+        kind = {"apng": "PNG", "mpo": "MPO"}[form]
+        frames = [Image.fromarray(flat), Image.fromarray(255 - flat)]
+        frames[0].save(path, format=kind, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=r"x: holds several pages .* only the first is read"):
+        image = read_image(path)
+    assert (image - planes(flat)).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1)])
@@ -218,15 +251,134 @@ def test_size_limit_applies_to_pixels_not_sides(tmp_path: Path) -> None:
         image_size(path)
 
 
-def test_tiff_is_read_only_in_simple_compressions(tmp_path: Path) -> None:
-    path = tmp_path / "x.tif"
+def test_pillows_tiffs_are_read(tmp_path: Path) -> None:
     for compression in ("raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"):
-        torch.testing.assert_close(
-            read_image(saved(path, RGB, compression=compression)), planes(RGB)
-        )
-    for compression, array in (("jpeg", RGB), ("group4", GREY > 127)):
-        with pytest.raises(InputError, match=f"compressed by {compression}"):
-            read_image(saved(path, array, compression=compression))
+        path = saved(tmp_path / "x.tif", RGB, compression=compression)
+        torch.testing.assert_close(read_image(path), planes(RGB))
+
+
+DEEP = np.random.default_rng(3).integers(0, 65536, (6, 9, 4)).astype(np.uint16)
+
+
+def deep_png(levels: NDArray[Any], interlaced: bool = False, key: bytes = b"") -> bytes:
+    """A PNG of 16 bits written by hand, with a filter of its own in each row."""
+    height, width, channels = levels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    data = b""
+    # Adam7 in two of its passes: every eighth column and row, and the rest of one pixel's image
+    passes = [levels]
+    if interlaced:
+        steps = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2))
+        passes = [levels[y::down, x::across] for y, x, down, across in steps] + [levels[1::2]]
+    for part in passes:
+        if not part.size:
+            continue
+        raw = part.astype(">u2").view(np.uint8).reshape(len(part), -1).astype(int)
+        above = np.zeros_like(raw[0])
+        for number, row in enumerate(raw):
+            filter_ = number % 3
+            before = np.concatenate([np.zeros(2 * channels, int), row[: -2 * channels]])
+            other = (0, before, above)[filter_]
+            data += bytes([filter_]) + ((row - other) % 256).astype(np.uint8).tobytes()
+            above = row
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, interlaced))]
+    chunks += [(b"tRNS", key)] if key else []
+    compressed = zlib.compress(data)
+    chunks += [(b"IDAT", compressed[:40]), (b"IDAT", compressed[40:]), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_png_of_16_bits_keeps_its_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int, interlaced: bool
+) -> None:
+    path = tmp_path / "x.png"
+    levels = DEEP[..., :channels]
+    path.write_bytes(deep_png(levels, interlaced))
+    colours = levels[..., : 1 if channels < 3 else 3].astype(np.float64)
+    if channels in (2, 4):
+        colours *= levels[..., -1:] / 65535
+    found = read_pixels(path)
+    assert found.dtype == torch.uint16
+    assert np.abs(found.permute(1, 2, 0).numpy() - colours).max() <= 0.51
+    monkeypatch.setattr(deep_pixels, "_STRIP_PIXELS", 20)
+    assert torch.equal(read_pixels(path), found)
+
+
+def test_key_of_a_png_of_16_bits_is_transparent(tmp_path: Path) -> None:
+    levels = DEEP[..., :3].copy()
+    levels[2, 3] = levels[4, 5] = (300, 301, 302)
+    (tmp_path / "x.png").write_bytes(deep_png(levels, key=struct.pack(">HHH", 300, 301, 302)))
+    levels[2, 3] = levels[4, 5] = 0
+    assert np.array_equal(read_pixels(tmp_path / "x.png").permute(1, 2, 0).numpy(), levels)
+
+
+def test_damaged_png_of_16_bits_is_refused(tmp_path: Path) -> None:
+    whole = deep_png(DEEP)
+    for at in (20, 60, 90, len(whole) // 2, len(whole) - 20):
+        data = bytearray(whole)
+        data[at] ^= 0x41
+        (tmp_path / "x.png").write_bytes(data)
+        with pytest.raises(InputError, match=r"a damaged image|not an image"):
+            read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("full", [1, 7, 15, 100, 255, 256, 1023, 4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_netpbm_is_scaled_by_the_value_of_its_header(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: int, full: int
+) -> None:
+    path = tmp_path / "x.pnm"
+    levels = np.random.default_rng(full).integers(0, full + 1, (5, 7, channels))
+    levels[0, 0], levels[0, 1] = 0, full
+    head = b"# made by hand\n7 5\n%d\n" % full
+    data = levels.astype(">u2" if full > 255 else np.uint8).tobytes()
+    path.write_bytes((b"P5 " if channels == 1 else b"P6 ") + head + data)
+    expected = torch.tensor(levels / full).permute(2, 0, 1).float().expand(3, -1, -1)
+    torch.testing.assert_close(read_image(path), expected, rtol=0, atol=1e-7)
+    assert read_pixels(path).dtype == {
+        1: torch.uint8, 7: torch.float32, 15: torch.uint8, 255: torch.uint8, 65535: torch.uint16
+    }.get(full, torch.float32)  # fmt: skip
+    monkeypatch.setattr(deep_pixels, "_STRIP_PIXELS", 15)
+    torch.testing.assert_close(read_image(path), expected, rtol=0, atol=1e-7)
+    numbers = " ".join(map(str, levels.flatten())).encode()
+    path.write_bytes((b"P2 " if channels == 1 else b"P3 ") + head + numbers)
+    if channels == 3 and full > 255:
+        with pytest.raises(InputError, match="colours of more than 8 bits; save it as PNG"):
+            read_image(path)
+    else:
+        step = 0.51 / (65535 if full > 255 else 255)
+        torch.testing.assert_close(read_image(path), expected, rtol=0, atol=step)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"P5 2 2 15 \x01\x02\x10\x03", "a value is above 15"),
+        (b"P5 2 2 300 \x01\x02\x10\x03", "ends too early"),
+        (b"P6 2 2 255 \x01\x02\x10\x03", "ends too early"),
+        (b"P5 2 2 70000 \x01\x02\x10\x03", "less than 65536"),
+        (b"P2 9000 9000 255 1 2 3", "decimal numbers for over 16 million pixels"),
+    ],
+)
+def test_wrong_netpbm_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
+    (tmp_path / "x.pgm").write_bytes(data)
+    with pytest.raises(InputError, match=reason):
+        read_image(tmp_path / "x.pgm")
+
+
+def test_grey_of_16_bits_is_the_same_in_every_format(tmp_path: Path) -> None:
+    """The noise of a dark frame stays dark: case 04 of the reported ones."""
+    dark = (300 + 30 * np.random.default_rng(0).standard_normal((96, 96))).astype(np.uint16)
+    for suffix in ("png", "pgm", "tif"):
+        path = saved(tmp_path / f"x.{suffix}", dark)
+        assert np.array_equal(read_pixels(path)[0].numpy(), dark)
+    with Image.open(tmp_path / "x.pgm") as picture:
+        assert torch.equal(as_image(picture), read_image(tmp_path / "x.png"))
 
 
 def test_stretching_maps_levels_to_0_and_1() -> None:
@@ -334,7 +486,7 @@ def test_large_images_are_converted_in_strips(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """In strips of two rows the pixels are those of the whole."""
-    form = "tif" if mode in ("CMYK", "I", "F") else "png"
+    form = {"CMYK": "jpg", "I": "tif", "F": "tif"}.get(mode, "png")
     if mode in ("I;16", "I", "F"):
         dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
         picture = Image.fromarray(np.arange(35).reshape(5, 7).astype(dtype) ** 2 * 3)
@@ -346,9 +498,13 @@ def test_large_images_are_converted_in_strips(
     options: dict[str, Any] = {"transparency": 3} if mode == "P" else {}
     picture.save(path, **options)
     whole = read_pixels(path)
+    with Image.open(path) as opened:  # TIFF is not read by Pillow, but users may open one with it
+        unread = as_image(opened)
     monkeypatch.setattr(images_module, "_STRIP_PIXELS", 15)
     assert torch.equal(read_pixels(path), whole)
     assert whole.shape[1:] == (5, 7)
+    with Image.open(path) as opened:
+        assert torch.equal(as_image(opened), unread)
 
 
 def test_invalid_tensors_are_not_written(tmp_path: Path) -> None:

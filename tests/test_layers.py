@@ -14,6 +14,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
     ("storage",),
+    ("tiff", "deep_pixels"),
     ("images", "counts", "label_images", "detections", "metrics", "preparation"),
     ("data",),
     ("models",),

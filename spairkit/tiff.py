@@ -1,0 +1,430 @@
+"""Reads the first page of an untrusted TIFF, exactly, or refuses its layout by name.
+
+tifffile parses the tags; blocks are decoded here, into no more memory than the tags promise.
+"""
+
+import io
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NoReturn, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from spairkit.backends import runs_compiled
+from spairkit.errors import ImageFileError
+
+Array = NDArray[Any]
+Data = bytes | NDArray[np.uint8]
+
+# tifffile logs what is wrong with a file; without a handler that goes to stderr
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""The first four bytes of a TIFF."""
+
+_MAX_TAG_BYTES = 1 << 25
+_MAX_DECODED_BYTES = 1_068_000_000  # 178 million pixels of 16-bit RGB
+_MAX_RATIO = 1500  # of LZW 1,400, of deflate 1,032, of packbits 64
+_STRIP_PIXELS = 1 << 22
+_GREY, _RGB, _PALETTE, _CMYK = 1, 2, 3, 5
+_WHITE_IS_ZERO = 0
+_COMPRESSIONS = (1, 5, 8, 32773, 32946)  # none, LZW, deflate, packbits, deflate again
+_PREMULTIPLIED, _ALPHA = 1, 2
+_KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex float"}
+_COLOURS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4}
+_ORIENTATION, _COLORMAP, _PHOTOMETRIC, _INK_SET = 274, 320, 262, 332
+_REDUCED, _MASK = 1, 4  # of NewSubfileType: not a page
+_LOOKED_AT = 16  # pages in search of a second one
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+class Tiff:
+    """The first page of an open TIFF: its header is read and its layout checked.
+
+    Attributes:
+        stored_size: height and width before the page is turned upright.
+        orientation: as in EXIF, from 1 to 8.
+        has_more: whether further pages follow, or further planes of an ImageJ or MetaMorph stack;
+            thumbnails and masks do not count.
+
+    Raises:
+        ImageFileError: the layout is not supported; the message names it.
+        Exception: one of `images.DAMAGED`.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        from tifffile import TiffFile
+
+        self._file, self._name = file, name
+        with TiffFile(cast(Any, _Head(file)), name=name) as tiff:
+            page = tiff.pages.first
+            self._order = tiff.byteorder
+            tags = {
+                code: page.tags.valueof(code, 0)
+                for code in (_ORIENTATION, _COLORMAP, _PHOTOMETRIC, _INK_SET)
+                if code in page.tags
+            }
+            self.has_more = _has_more(tiff)
+        self.stored_size = _whole(page.imagelength), _whole(page.imagewidth)
+        turn = tags.get(_ORIENTATION, 1)
+        self.orientation = int(turn) if turn in range(1, 9) else 1
+        self._samples = _whole(page.samplesperpixel)
+        extra = tuple(page.extrasamples)
+        colours = self._samples - len(extra)
+        # a file without the tag is read as libtiff reads it
+        photometric = tags.get(_PHOTOMETRIC, _RGB if colours == 3 else _GREY)
+        self._inverted = photometric == _WHITE_IS_ZERO
+        self._photometric = _GREY if self._inverted else int(photometric)
+        self._kind = int(page.sampleformat) if isinstance(page.sampleformat, int) else 0
+        self._bits = page.bitspersample if isinstance(page.bitspersample, int) else 0
+        self._compression = page.compression
+        self._predictor = 1 if page.compression == 1 else int(page.predictor)
+        self._reversed = page.fillorder == 2
+        self._colormap = tags.get(_COLORMAP)
+        if page.imagedepth != 1 or page.tiledepth != 1:
+            self._refuse("volumes; save each plane as an image of its own")
+        if page.compression not in _COMPRESSIONS:
+            raise ImageFileError(
+                f"{name}: a TIFF compressed by {_called(page.compression)}; save it with LZW, "
+                "deflate or no compression, or as PNG"
+            )
+        if tags.get(_INK_SET, 1) != 1:
+            self._refuse("inks other than CMYK")
+        self._check_samples(page)
+        # with an unnamed fourth sample RGB is RGBX
+        others = self._samples - _COLOURS[self._photometric]
+        self._extra = int(extra[-1]) if others and extra else 0
+        self._check_channels(others)
+        self._separate = page.planarconfig == 2 and self._samples > 1
+        self._offsets, self._counts = page.dataoffsets, page.databytecounts
+        self._tiled = bool(page.tilewidth)
+        height, width = self.stored_size
+        self._block = (
+            (_whole(page.tilelength), _whole(page.tilewidth))
+            if self._tiled
+            else (min(_whole(page.rowsperstrip), height), width)
+        )
+
+    def pixels(self) -> Tensor:  # [1 or 3, H, W] uint8, uint16 or float32
+        """The page as it is stored, before it is turned; values as in `images.read_pixels`.
+
+        Raises:
+            ImageFileError: it holds values that are not finite, or takes over 1.07 GB.
+            Exception: one of `images.DAMAGED`.
+        """
+        values = self._planes()
+        colours = values[: _COLOURS[self._photometric]]
+        if not self._has_full_scale:
+            return torch.from_numpy(_stretched(colours, self._name, self._inverted))
+        full = (1 << self._bits) - 1
+        if self._inverted:
+            np.subtract(values.dtype.type(full), colours, out=colours)
+        if self._photometric == _PALETTE:
+            return torch.from_numpy(self._looked_up(colours))
+        if self._photometric == _CMYK:
+            colours = _in_strips(values, 3, values.dtype, _cmyk_to_rgb)
+        elif self._extra == _ALPHA:
+            colours = _in_strips(values, len(colours), values.dtype, on_black)
+        return torch.from_numpy(of_full_scale(colours, full))
+
+    @property
+    def _has_full_scale(self) -> bool:
+        """Whether the greatest value of the type is white."""
+        return _KINDS[self._kind] == "uint" and self._bits <= 16
+
+    def _check_samples(self, page: Any) -> None:
+        kind = _KINDS.get(self._kind)
+        if not isinstance(page.bitspersample, int):
+            self._refuse("samples of different bits")
+        if kind is None or kind.startswith("complex"):
+            self._refuse(f"{kind or 'undefined'} samples")
+        sizes = (16, 32, 64) if kind == "float" else (8, 16, 32, 64)
+        if self._bits not in (*sizes, *(range(1, 16) if kind == "uint" else ())):
+            self._refuse(f"{self._bits}-bit {kind} samples")
+        if self._photometric not in _COLOURS:
+            self._refuse(f"photometric interpretation {_called(page.photometric)}")
+        if self._predictor not in (1, 2, 3):
+            self._refuse(f"predictor {self._predictor}")
+        whole_bytes = self._bits in (8, 16, 32, 64)
+        if self._predictor != 1 and (
+            self._compression == 32773
+            or not whole_bytes
+            or (self._predictor == 3) > (kind == "float")
+        ):
+            self._refuse(f"predictor {self._predictor} on {self._bits}-bit {kind} samples")
+
+    def _check_channels(self, others: int) -> None:
+        kind, photometric = _KINDS[self._kind], self._photometric
+        if others < 0:
+            raise ValueError(f"{self._samples} samples are too few for its colours")
+        if others > 1 or (photometric == _GREY and others and not self._extra):
+            self._refuse(
+                f"{self._samples} channels, not marked as RGB or transparency; save the channel "
+                "to look at as grey"
+            )
+        if others and photometric in (_PALETTE, _CMYK):
+            self._refuse("a palette or CMYK with further channels")
+        special = photometric in (_PALETTE, _CMYK) or self._extra == _ALPHA
+        if special and not self._has_full_scale:
+            self._refuse(f"{self._bits}-bit {kind} samples with transparency, a palette or CMYK")
+        if photometric == _PALETTE:
+            if self._bits > 8:
+                self._refuse(f"a palette of {self._bits} bits")
+        elif self._samples > 1 and self._has_full_scale and self._bits not in (8, 16):
+            self._refuse(f"{self._bits}-bit colours")
+
+    def _refuse(self, layout: str) -> NoReturn:
+        remedy = "" if ";" in layout else "; save it as grey or RGB of 8 or 16 bits"
+        raise ImageFileError(f"{self._name}: a TIFF of {layout}{remedy}")
+
+    def _planes(self) -> Array:  # [S, H, W] in the machine's byte order
+        height, width = self.stored_size
+        dtype = self._dtype()
+        if height * width * self._samples * dtype.itemsize > _MAX_DECODED_BYTES:
+            raise ImageFileError(
+                f"{self._name}: {height}x{width} pixels of {self._samples * dtype.itemsize} bytes "
+                "are more than 1 GB; cut it into smaller images"
+            )
+        rows, columns = self._block
+        down, across = -(-height // rows), -(-width // columns)
+        planes = self._samples if self._separate else 1
+        if len(self._offsets) != down * across * planes:
+            raise ValueError(f"{len(self._offsets)} blocks of {down * across * planes} are there")
+        values = np.empty((self._samples, height, width), dtype)
+        block = 0
+        for plane in range(planes):
+            part = values[plane : plane + 1] if self._separate else values
+            for top in range(0, height, rows):
+                for left in range(0, width, columns):
+                    here = part[:, top : top + rows, left : left + columns]
+                    # strips end with the image, tiles go beyond it
+                    self._fill(here, rows if self._tiled else here.shape[1], columns, block)
+                    block += 1
+        return values
+
+    def _dtype(self) -> np.dtype[Any]:
+        bytes_ = next(size for size in (1, 2, 4, 8) if 8 * size >= self._bits)
+        return np.dtype(f"{ {'uint': 'u', 'int': 'i', 'float': 'f'}[_KINDS[self._kind]] }{bytes_}")
+
+    def _fill(self, values: Array, rows: int, columns: int, block: int) -> None:
+        """Decodes a block of rows and columns; `values` [S, h, w] are its part of the image."""
+        samples, height, width = values.shape
+        row_bytes = -(-columns * samples * self._bits // 8)
+        if rows * row_bytes > 2 * _MAX_DECODED_BYTES:
+            raise ValueError("a block is larger than 2 GB")
+        offset = int(self._offsets[block])
+        stored = int(self._counts[block]) if block < len(self._counts) else 0
+        plain = self._compression == 1
+        if offset == 0:
+            raise ValueError("a block is missing")
+        if plain and 0 < stored < rows * row_bytes:  # 0 and none: not told
+            raise ValueError("a block is too short")
+        whole = b"" if plain else self._decoded(offset, stored, rows * row_bytes)
+        step = max(_STRIP_PIXELS // (columns * samples), 1)
+        for top in range(0, height, step):
+            number = min(step, height - top)
+            start, size = top * row_bytes, number * row_bytes
+            data = self._stored(offset + start, size) if plain else whole[start : start + size]
+            found = self._unpacked(data, number, columns, samples)
+            values[:, top : top + number] = found[:, :width].transpose(2, 0, 1)
+
+    def _decoded(self, offset: int, stored: int, size: int) -> Data:
+        """The `size` bytes of a compressed block of `stored` bytes."""
+        if size > _MAX_RATIO * stored:
+            raise ValueError("a block is too short")
+        return _DECODERS[self._compression](self._stored(offset, stored), size, self._name)
+
+    def _stored(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        data = self._file.read(size)
+        if len(data) != size:
+            raise ValueError("the file ends too early")
+        return data.translate(_REVERSED) if self._reversed else data
+
+    def _unpacked(
+        self, data: Data, rows: int, columns: int, samples: int
+    ) -> Array:  # [rows, columns, samples]
+        dtype = self._dtype()
+        if self._bits % 8:
+            # each row begins at a byte
+            bits = np.unpackbits(np.frombuffer(data, np.uint8).reshape(rows, -1), axis=1)
+            bits = bits[:, : columns * samples * self._bits]
+            bits = bits.reshape(rows, columns, samples, self._bits)
+            weights = (1 << np.arange(self._bits)[::-1]).astype(dtype)
+            return cast(Array, bits @ weights)
+        if self._predictor == 3:
+            differences = np.frombuffer(data, np.uint8).reshape(rows, -1, samples)
+            summed = np.add.accumulate(differences, axis=1, dtype=np.uint8)
+            parts = summed.reshape(rows, dtype.itemsize, -1)  # most significant bytes first
+            whole = np.ascontiguousarray(parts.transpose(0, 2, 1)).view(dtype.newbyteorder(">"))
+            return whole.reshape(rows, columns, samples)
+        stored = np.frombuffer(data, dtype.newbyteorder(self._order))
+        stored = stored.reshape(rows, columns, samples)
+        if self._predictor == 1:
+            return stored
+        whole = stored.astype(dtype).view(f"u{dtype.itemsize}")
+        return np.add.accumulate(whole, axis=1, out=whole).view(dtype)
+
+    def _looked_up(self, values: Array) -> Array:  # [1, H, W] -> [3, H, W] uint8
+        colours = np.asarray(self._colormap).reshape(3, 1 << self._bits)
+        # some programs write bytes
+        colours = (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)
+        return _in_strips(values, 3, np.dtype(np.uint8), lambda part: colours[:, part[0]])
+
+
+class _Head(io.RawIOBase):
+    """A view of a file of which only so many bytes can be read: those of tags."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, _MAX_TAG_BYTES
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        self._left -= len(buffer)
+        if self._left < 0:
+            raise ValueError("more than 32 MiB of tags")
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def of_full_scale(values: Array, full: int) -> Array:
+    """Unsigned values of which `full` is white: uint8 or uint16 if that is exact, else float32.
+
+    Args:
+        values: uint8 or uint16, any shape, at most `full`; maybe overwritten.
+    """
+    for dtype in (np.uint8, np.uint16):
+        most = int(np.iinfo(dtype).max)
+        if most % full == 0:
+            values = values.astype(dtype, copy=False)
+            if most > full:
+                values *= dtype(most // full)
+            return values
+    return values / np.float32(full)
+
+
+def _whole(value: Any) -> int:
+    """The value of a tag that is a number from 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError("a size is missing or 0")
+    return value
+
+
+def _called(value: Any) -> str:
+    """The name of the value of a tag that is a number."""
+    return str(getattr(value, "name", int(value))).lower()
+
+
+def _has_more(tiff: Any) -> bool:
+    page = tiff.pages.first
+    if page.is_imagej and (tiff.imagej_metadata or {}).get("images", 1) > 1:
+        return True
+    if page.is_stk and page.tags[33629].count > 1:
+        return True
+    for index in range(1, _LOOKED_AT):  # thumbnails may come first
+        try:
+            other = tiff.pages[index]
+        except IndexError:
+            return False
+        except ValueError:  # it is there, but damaged
+            return True
+        if not int(other.subfiletype) & (_REDUCED | _MASK):
+            return True
+    return False
+
+
+def _in_strips(
+    values: Array, channels: int, dtype: np.dtype[Any], convert: Callable[[Array], Array]
+) -> Array:  # [S, H, W] -> [channels, H, W]
+    """`convert` of bands of rows, so that its scratch memory is small."""
+    converted = np.empty((channels, *values.shape[1:]), dtype)
+    for rows in _bands(values):
+        converted[:, rows] = convert(values[:, rows])
+    return converted
+
+
+def _bands(values: Array) -> Iterator[slice]:
+    _, height, width = values.shape
+    step = max(_STRIP_PIXELS // width, 1)
+    return (slice(top, top + step) for top in range(0, height, step))
+
+
+def _cmyk_to_rgb(part: Array) -> Array:  # [4, h, w] -> [3, h, w]
+    full = int(np.iinfo(part.dtype).max)
+    light = (full - part).astype(np.float32) / full
+    return cast(Array, (light[:3] * light[3:] * full).round())
+
+
+def on_black(part: Array) -> Array:  # [C + 1, h, w], alpha last -> [C, h, w]
+    """Colours on black: uint8 or uint16 times the share of the last channel."""
+    full = int(np.iinfo(part.dtype).max)
+    alpha = part[-1:].astype(np.float32) / full
+    return cast(Array, (part[:-1] * alpha).round())
+
+
+def _stretched(values: Array, name: str, inverted: bool) -> Array:  # -> float32 in [0, 1]
+    """From the least value of all channels to the greatest becomes 0 to 1."""
+    low, high = np.inf, -np.inf
+    for rows in _bands(values):
+        part = values[:, rows]
+        if not np.isfinite(part).all():
+            raise ImageFileError(f"{name}: contains NaN or infinity; replace them")
+        low, high = min(low, float(part.min())), max(high, float(part.max()))
+    # halves, because the difference of two numbers may be too large for one
+    half = high / 2 - low / 2
+
+    def convert(part: Array) -> Array:
+        ranged = (part.astype(np.float64) / 2 - low / 2) / (half if half > 0 else 1)
+        return 1 - ranged if inverted and half > 0 else ranged
+
+    return _in_strips(values, len(values), np.dtype(np.float32), convert)
+
+
+def _inflated(data: bytes, size: int, name: str) -> bytes:
+    decoder = zlib.decompressobj()
+    decoded = decoder.decompress(data, size)
+    if not decoder.eof:
+        decoder.decompress(decoder.unconsumed_tail, 1)  # checks the sum at the end
+    return _of_size(decoded, size)
+
+
+def _from_lzw(data: bytes, size: int, name: str) -> Data:
+    if data[:1] == b"\0" and data[1:2] and data[1] & 1:
+        raise ImageFileError(f"{name}: a TIFF of LZW as before 1991; save it anew")
+    if not runs_compiled(torch.zeros(1)):
+        raise ImageFileError(f"{name}: LZW needs Numba, which does not work here; save it as PNG")
+    from spairkit.kernels.lzw_cpu import decode
+
+    decoded = np.empty(size, np.uint8)
+    if decode(np.frombuffer(data, np.uint8), decoded) != size:
+        raise ValueError("a block of LZW is damaged")
+    return decoded
+
+
+def _from_packbits(data: bytes, size: int, name: str) -> bytes:
+    return Image.frombytes("L", (size, 1), data, "packbits", "L").tobytes()
+
+
+def _of_size(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        raise ValueError("a block is too short")
+    return data
+
+
+_DECODERS: dict[int, Callable[[bytes, int, str], Data]] = {
+    5: _from_lzw,
+    8: _inflated,
+    32946: _inflated,
+    32773: _from_packbits,
+}
