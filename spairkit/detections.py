@@ -28,6 +28,9 @@ class Truth:
 
     boxes: Tensor  # [n, 4] xyxy, pixels, half-open
     labels: Tensor  # [n] int64, the class of each object, -1 where it has none
+    crowds: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
+    """[m, 4], regions of objects without boxes of their own, COCO's `iscrowd`. What is found in one
+    is neither right nor wrong."""
 
     def __len__(self) -> int:
         """The number of objects."""
@@ -212,8 +215,8 @@ class Detections:
         data = base64.b64encode(png.getvalue()).decode()
         return f'<img alt="{self!r}" src="data:image/png;base64,{data}">'
 
-    def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Results in COCO's form: `bbox` is x, y, width, height in pixels; category 1.
+    def to_coco(self, image_id: int, category_id: int = 1) -> list[dict[str, Any]]:
+        """Results in COCO's form: `bbox` is x, y, width, height in pixels; all of one category.
 
         With masks there are `area` in pixels and `segmentation` in COCO's compressed RLE.
         """
@@ -221,7 +224,7 @@ class Detections:
         results: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
-                "category_id": 1,
+                "category_id": category_id,
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": score,
             }

@@ -82,7 +82,8 @@ def evaluate(
     """Runs the detector once over all images and compares its detections with the ground truth.
 
     `ap` and `ap_coco` rank every candidate with a score above 0.05, or above `threshold` if that is
-    lower; `ap_spair` and the counts use those above `threshold`. Images and masks are not kept;
+    lower; `ap_spair` and the counts use those above `threshold`. What lies in crowds is ignored,
+    and images with crowds have no part in the intervals of counts. Images and masks are not kept;
     boxes and scores are, in 24 bytes for each candidate and 16 for each true object, and so are the
     posteriors of the counts.
 
@@ -110,7 +111,10 @@ def evaluate(
             replace(item, what=item.what[:, :0].clone(), label_image=None, labels=None)
             for item in found
         ]
-        truth += [Truth(item.boxes.clone(), item.labels[:0]) for item in batch.truth()]
+        truth += [
+            Truth(item.boxes.clone(), item.labels[:0], item.crowds.clone())
+            for item in batch.truth()
+        ]
         if progress is not None:
             progress(len(truth))
     return report_on(
@@ -163,10 +167,13 @@ def report_on(
 def _figures(
     candidates: list[Detections], truth: list[Truth], threshold: float, whole_pixels: bool
 ) -> Figures:
-    found = [item[item.scores > threshold] for item in candidates]
+    found = metrics.without_crowds([item[item.scores > threshold] for item in candidates], truth)
     found_counts, true_counts = [len(item) for item in found], [len(item) for item in truth]
-    intervals = [item.counts.interval() for item in candidates if item.counts is not None]
-    have_intervals = len(intervals) == len(truth)
+    # a posterior counts the objects of crowds too
+    countable = [item for item, true in zip(candidates, truth, strict=True) if not len(true.crowds)]
+    intervals = [item.counts.interval() for item in countable if item.counts is not None]
+    interval_counts = [len(item) for item in truth if not len(item.crowds)]
+    have_intervals = len(intervals) == len(interval_counts) > 0
     coco = metrics.ap_coco(candidates, truth)
     return Figures(
         images=len(truth),
@@ -180,7 +187,7 @@ def _figures(
         count_error=metrics.count_error(found_counts, true_counts),
         count_bias=metrics.count_bias(found_counts, true_counts),
         interval_coverage=(
-            metrics.interval_coverage(intervals, true_counts) if have_intervals else None
+            metrics.interval_coverage(intervals, interval_counts) if have_intervals else None
         ),
         interval_width=metrics.interval_width(intervals) if have_intervals else None,
     )

@@ -7,7 +7,8 @@
 | `ap_spair` | .1 to .9 by .1 | IoU > t        | 11            | batches of 32     | ignored |
 
 All of them match greedily inside an image, in the order of the scores: a detection takes the free
-true box that it overlaps most. Areas are plain products of the sides, in float64.
+true box that it overlaps most. Detections in crowds are ignored as in pycocotools. Areas are plain
+products of the sides, in float64.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from torch import Tensor
 
 from spairkit.detections import Detections, Truth
 
@@ -75,6 +77,7 @@ NAMES = {
 }
 """What each figure is called in tables, charts and messages; its key is for JSON and code."""
 
+_HALF = np.array([0.5])
 _LAST_PIXEL = np.array([0.0, 0.0, 1.0, 1.0])  # from half-open boxes to the authors'
 _CHUNK_ROWS = 256  # boxes whose IoU with all others is computed at a time
 _CHUNK_TRUTH = 1 << 16
@@ -95,7 +98,9 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Truth]) -> fl
 
     Every detection counts, ranked by its score over the whole set; equal scores keep the order of
     images, and inside an image their own. So give all candidates, with a low threshold. Without a
-    true box in the whole set, AP is 1 if nothing was found and 0 otherwise.
+    true box in the whole set, AP is 1 if nothing was found and 0 otherwise. As in pycocotools, a
+    detection without a true box is ignored if the share of it that lies in a crowd reaches the
+    threshold.
 
     Args:
         found: one `Detections` per image, scores finite.
@@ -142,7 +147,8 @@ def ap_spair(
     - true boxes lose one pixel at their right and lower edges, because those of the authors' data
       span from the first to the last pixel of a glyph. With `whole_pixels` the found boxes lose it
       too, as those of the authors' ConnComp do, but not those of their SPAIR;
-    - AP is computed for batches of images in order, and averaged with their sizes as weights.
+    - AP is computed for batches of images in order, and averaged with their sizes as weights;
+    - the authors know no crowds: detections in them are left out first (`without_crowds`).
 
     A batch without detections, or without true boxes, has AP 0. (For no detection at all the
     authors' code gives NaN, where it means 0.)
@@ -164,7 +170,7 @@ def ap_spair(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     last_pixel = _LAST_PIXEL if whole_pixels else 0
-    found_boxes = [_boxes(item, "found") - last_pixel for item in found]
+    found_boxes = [_boxes(item, "found") - last_pixel for item in without_crowds(found, truth)]
     # of two true boxes that overlap a detection equally the authors take the first, COCO the last
     true_boxes = [(_boxes(item, "truth") - _LAST_PIXEL)[::-1] for item in truth]
     above = np.nextafter(IOU_THRESHOLDS, 1.0)
@@ -172,7 +178,7 @@ def ap_spair(
     for start in range(0, len(found), batch_size):
         part = slice(start, start + batch_size)
         found_here, true_here = found_boxes[part], true_boxes[part]
-        hits = _hits(found_here, true_here, above)
+        hits, _ = _matches(found_here, true_here, above)
         counted = np.concatenate(
             [
                 _counted(hit, len(true))
@@ -209,7 +215,8 @@ def agreement(found: Sequence[Detections], other: Sequence[Detections | Truth]) 
     """How many boxes of each image have a partner in the other set, scores ignored.
 
     The partners are as many as possible: an optimal, not a greedy matching. Against a `Truth` it
-    gives F1, and between two detectors it tells without labels how far they agree.
+    gives F1, without what lies in crowds, and between two detectors it tells without labels how far
+    they agree.
 
     Args:
         found: one `Detections` per image.
@@ -219,6 +226,10 @@ def agreement(found: Sequence[Detections], other: Sequence[Detections | Truth]) 
         ValueError: the two differ in length, or boxes are not finite.
     """
     _check_lengths(found, other)
+    found = [
+        without_crowds([item], [against])[0] if isinstance(against, Truth) else item
+        for item, against in zip(found, other, strict=True)
+    ]
     pairs = zip(
         (_boxes(item, "found") for item in found),
         (_boxes(item, "other") for item in other),
@@ -226,6 +237,32 @@ def agreement(found: Sequence[Detections], other: Sequence[Detections | Truth]) 
     )
     matched = sum(_most_pairs(ours, theirs) for ours, theirs in pairs)
     return Agreement(sum(map(len, found)), sum(map(len, other)), matched)
+
+
+def without_crowds(found: Sequence[Detections], truth: Sequence[Truth]) -> list[Detections]:
+    """The detections that count: those that COCO's matching at an IoU of .5 does not ignore.
+
+    It ignores a detection that takes no true box and lies with half of its area or more in a crowd.
+
+    Args:
+        found: one `Detections` per image, scores finite.
+        truth: one `Truth` per image.
+
+    Raises:
+        ValueError: as `average_precision`.
+    """
+    _check_lengths(found, truth)
+    kept = []
+    for item, true in zip(found, truth, strict=True):
+        if len(true.crowds) and len(item):
+            order = np.argsort(-_scores(item), kind="stable")
+            boxes = [_boxes(item, "found")[order]]
+            crowds = [_array(true.crowds, "crowds")]
+            _, ignored = _matches(boxes, [_boxes(true, "truth")], _HALF, crowds)
+            kept.append(item[np.sort(order[~ignored[:, 0]])])
+        else:
+            kept.append(item)
+    return kept
 
 
 def _most_pairs(ours: Array, theirs: Array) -> int:
@@ -298,29 +335,31 @@ def _coco_precision(
     num_true = sum(map(len, true_boxes))
     found_boxes, scores = [], []
     for item in found:
-        score = item.scores.detach().cpu().double().numpy()
-        if not np.isfinite(score).all():
-            raise ValueError("scores of found must be finite")
+        score = _scores(item)
         order = np.argsort(-score, kind="stable")
         found_boxes.append(_boxes(item, "found")[order])
         scores.append(score[order])
+    crowds = [_array(item.crowds, "crowds") for item in truth]
+    hits, ignored = _matches(found_boxes, true_boxes, thresholds, crowds)
     if num_true == 0:
-        return np.full(len(thresholds), 0.0 if any(map(len, found_boxes)) else 1.0)
-    hits = _hits(found_boxes, true_boxes, thresholds)
-    hits = hits[np.argsort(-np.concatenate(scores), kind="stable")]
+        return np.where(ignored.all(0), 1.0, 0.0)
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    hits, ignored = hits[order], ignored[order]
     # the least number of hits that reaches each recall point, in pycocotools' arithmetic
     needed = np.searchsorted(np.arange(num_true + 1) / num_true, RECALL_POINTS)
-    return _interpolated(hits, np.ones_like(hits), needed)
+    return _interpolated(hits, ~ignored, needed)
 
 
-def _hits(
+def _matches(
     found: Sequence[Array],  # I of [d, 4], best first
     truth: Sequence[Array],  # I of [g, 4]
     thresholds: Array,  # [T]
-) -> Array:  # [D, T] bool, D the sum of d
-    """Whether each detection hits: the free true box of highest IoU >= t, at a tie the last.
+    crowds: Sequence[Array] = (),  # I of [m, 4], or none at all
+) -> tuple[Array, Array]:  # [D, T] bool each, D the sum of d
+    """Whether each detection hits, and whether it is ignored, as it lies in a crowd.
 
-    All images and thresholds of a chunk are processed together, in descending order of score.
+    It hits the free true box of highest IoU >= t, at a tie the last. All images and thresholds of a
+    chunk are processed together, in descending order of score.
     """
     num_found = np.array([len(boxes) for boxes in found], dtype=np.int64)
     starts = np.cumsum(num_found) - num_found
@@ -344,7 +383,25 @@ def _hits(
             image, level = np.nonzero(fits.any(-1))
             free[alive[image], level, best[image, level]] = False
             hits[starts[chunk[alive[image]]] + rank, level] = True
-    return hits
+    ignored = np.zeros_like(hits)
+    for start, boxes, regions in zip(starts, found, crowds, strict=False):
+        if len(boxes) and len(regions):
+            rows = slice(start, start + len(boxes))
+            ignored[rows] = (_inside(boxes, regions)[:, None] >= thresholds) & ~hits[rows]
+    return hits, ignored
+
+
+def _inside(boxes: Array, regions: Array) -> Array:  # [d, 4], [m, 4] -> [d]
+    """The share of each box that lies in the region that holds most of it."""
+    share = np.zeros(len(boxes))
+    area = _area(boxes)
+    for region in regions:
+        low = np.maximum(boxes[:, :2], region[:2])
+        high = np.minimum(boxes[:, 2:], region[2:])
+        overlap = np.maximum(high - low, 0.0).prod(-1)
+        here = np.divide(overlap, area, out=np.zeros_like(overlap), where=overlap > 0)
+        share = np.maximum(share, here)
+    return share
 
 
 def _chunks(num_found: Array, num_true: Array) -> Iterator[Array]:
@@ -398,10 +455,21 @@ def _area(boxes: Array) -> Array:  # [..., 4] -> [...]
 
 
 def _boxes(item: Detections | Truth, name: str) -> Array:  # [n, 4] float64
-    boxes: Array = item.boxes.detach().cpu().double().numpy().reshape(-1, 4)
-    if not np.isfinite(boxes).all():
-        raise ValueError(f"boxes of {name} must be finite")
-    return boxes
+    return _array(item.boxes, f"boxes of {name}")
+
+
+def _array(boxes: Tensor, name: str) -> Array:  # [n, 4] float64
+    array: Array = boxes.detach().cpu().double().numpy().reshape(-1, 4)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite")
+    return array
+
+
+def _scores(item: Detections) -> Array:  # [n] float64
+    scores: Array = item.scores.detach().cpu().double().numpy()
+    if not np.isfinite(scores).all():
+        raise ValueError("scores of found must be finite")
+    return scores
 
 
 def _check_lengths(found: Sequence[Any], truth: Sequence[Any]) -> None:

@@ -240,3 +240,24 @@ def test_a_score_equal_to_the_threshold_is_not_found() -> None:
     found = evaluate(Oracle(known), batches, threshold=0.5).overall
     true = sum(int(batch.counts.sum()) for batch in batches)
     assert found.count_bias == pytest.approx(-true / 7)
+
+
+def test_crowds_count_in_no_figure() -> None:
+    """The object in the crowd is neither found nor missed, and the posterior counts it alone."""
+    boxes = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    posterior = CountPosterior.independent(torch.tensor([0.99, 0.99]))
+    known = Detections(boxes, torch.ones(2), torch.zeros(2, 0), torch.zeros(2), counts=posterior)
+    oracle = Oracle([known, known])
+    oracle.selects = False
+    crowds = torch.tensor([[[18.0, 18, 40, 40]], [[0.0] * 4]])
+    counts = torch.tensor([1, 2])
+    true = torch.stack([boxes * torch.tensor([[1.0], [0]]), boxes])
+    batch = Batch(numbered_images(0, 2), true, torch.zeros(2, 2).long(), counts, crowds)
+    report = evaluate(oracle, [batch])
+    assert (report.overall.ap, report.overall.ap_coco, report.overall.count_bias) == (1, 1, 0)
+    assert report.overall.count_accuracy == 1
+    assert report.overall.interval_coverage == 1, "of the second image only"
+    assert report.by_objects[1].interval_coverage is None
+    without = evaluate(oracle, [replace(batch, crowds=None)])
+    assert without.overall.count_bias == 0.5
+    assert without.by_objects[1].interval_coverage == 0

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spairkit.config import Config, DataConfig
+from spairkit.config import Config, DataConfig, PrepareConfig
 from spairkit.data import folder as folder_module
 from spairkit.data.annotations import read_annotations
+from spairkit.data.datasets import evaluation_batches, prepared
 from spairkit.data.folder import ImageFolder
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch
@@ -174,7 +177,7 @@ def test_length_is_that_of_the_split(tmp_path: Path) -> None:
         len(opened(tmp_path, "train"))
 
 
-def test_truth_is_clipped_to_the_image(tmp_path: Path) -> None:
+def test_truth_of_an_image_is_as_annotated(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 20), "b.png": (6, 6), "c.png": (6, 6)})
     objects = [one([-2, 3, 5, 4.5]), one([15, 8, 100, 100], 2, category_id=2)]
     objects.append(one([0, 0, 1, 1], 3, iscrowd=1))
@@ -191,7 +194,8 @@ def test_truth_is_clipped_to_the_image(tmp_path: Path) -> None:
     ]
     assert torch.equal(a[2], read_image(tmp_path / "a.png"))
     assert a[3] is not None
-    assert a[3].boxes.tolist() == [[0, 3, 3, 7.5], [15, 8, 20, 10]]
+    assert a[3].boxes.tolist() == [[-2, 3, 3, 7.5], [15, 8, 115, 108]]
+    assert a[3].crowds.tolist() == [[0, 0, 1, 1]]
     assert a[3].labels.tolist() == [5, 2]
     assert b[3] is not None
     assert len(b[3]) == 0
@@ -237,10 +241,11 @@ def test_image_ids_without_annotations_follow_file_order(tmp_path: Path) -> None
     ]
 
 
+NO_NAME = "no file_name is an image of this folder"
 WRONG: dict[str, tuple[Any, str]] = {
     "a list": ([], "it must be an object"),
     "no images": ({"annotations": []}, "images must be a list"),
-    "no annotations": ({"images": [IMAGE]}, "annotations must be a list"),
+    "no list of boxes": ({"images": [IMAGE], "annotations": 3}, "annotations must be a list"),
     "image not an object": (coco([3], []), r"images\[0\] must be an object"),
     "no id": (coco([{"file_name": "a.png"}], []), "id must be a whole number"),
     "bool id": (coco([IMAGE | {"id": True}], []), "got True"),
@@ -249,11 +254,9 @@ WRONG: dict[str, tuple[Any, str]] = {
     "long id": (coco([IMAGE | {"id": 10**300}], []), "got 1000"),
     "duplicate image": (coco([IMAGE, IMAGE], []), r"images\[1\]: the id 1 is used twice"),
     "duplicate name": (coco([IMAGE, IMAGE | {"id": 2}], []), "'a.png' is used twice"),
-    "bad height": (coco([IMAGE | {"height": "4"}], []), "height must be"),
     "other size": (coco([IMAGE | {"height": 4, "width": 5}], []), "has 10x10 pixels"),
     "duplicate object": (coco([IMAGE], [one([0, 0, 1, 1])] * 2), "the id 1 is used twice"),
-    "no image": (coco([], [one([0, 0, 1, 1])]), "image_id 1 is not among"),
-    "no category": (coco([IMAGE], [one([0, 0, 1, 1], category_id=9)]), "category_id 9 is not"),
+    "bad category": (coco([IMAGE], [one([0, 0, 1, 1], category_id="a")]), "category_id must be"),
     "bad crowd": (coco([IMAGE], [one([0, 0, 1, 1], iscrowd=2)]), "iscrowd must be"),
     "no box": (coco([IMAGE], [one(None)]), "bbox must be x, y"),
     "three numbers": (coco([IMAGE], [one([0, 0, 1])]), "bbox must be x, y"),
@@ -263,26 +266,26 @@ WRONG: dict[str, tuple[Any, str]] = {
     "infinite": (coco([IMAGE], [one([0, 0, float("inf"), 1])]), "bbox must be x, y"),
     "huge": (coco([IMAGE], [one([0, 0, 1e300, 1])]), "bbox must be x, y"),
     "huge int": (coco([IMAGE], [one([0, 0, 10**400, 1])]), "bbox must be x, y"),
-    "zero width": (coco([IMAGE], [one([0, 0, 0, 1])]), "above 0"),
-    "negative": (coco([IMAGE], [one([5, 5, 1, -1])]), "above 0"),
-    "underflow": (coco([IMAGE], [one([5, 5, 1e-20, 1])]), "above 0"),
+    "negative": (coco([IMAGE], [one([5, 5, 1, -1])]), "no negative side"),
     "outside": (coco([IMAGE], [one([10, 0, 3, 3])]), "lies outside its image"),
     "left of the image": (coco([IMAGE], [one([-3, 0, 3, 3])]), "lies outside its image"),
-    "parent folder": (coco([IMAGE | {"file_name": "../a.png"}], []), "leaves the folder"),
-    "nested parent folder": (
-        coco([IMAGE | {"file_name": "sub/../../a.png"}], []),
-        "leaves the folder",
-    ),
-    "absolute": (coco([IMAGE | {"file_name": "/etc/passwd"}], []), "leaves the folder"),
-    "link to outside": (coco([IMAGE | {"file_name": "out.png"}], []), "not a file in the folder"),
-    "absent": (coco([IMAGE | {"file_name": "z.png"}], []), "not a file in the folder"),
+    "parent folder": (coco([IMAGE | {"file_name": "../a.png"}], []), NO_NAME),
+    "nested parent folder": (coco([IMAGE | {"file_name": "sub/../../a.png"}], []), NO_NAME),
+    "absolute": (coco([IMAGE | {"file_name": "/etc/passwd"}], []), NO_NAME),
+    "absent": (coco([IMAGE | {"file_name": "z.png"}], []), NO_NAME),
     "newline": (coco([IMAGE | {"file_name": "a\nb.png"}], []), r"a\\nb.png"),
-    "nul": (coco([IMAGE | {"file_name": "a\0.png"}], []), "not a file in the folder"),
-    "surrogate": (coco([IMAGE | {"file_name": "\ud800.png"}], []), "not a file in the folder"),
-    "long name": (coco([IMAGE | {"file_name": "x" * 4096}], []), "not a file in the folder"),
+    "nul": (coco([IMAGE | {"file_name": "a\0.png"}], []), NO_NAME),
+    "surrogate": (coco([IMAGE | {"file_name": "\ud800.png"}], []), NO_NAME),
+    "long name": (coco([IMAGE | {"file_name": "x" * 4096}], []), NO_NAME),
     "longer name": (coco([IMAGE | {"file_name": "x" * 4097}], []), "must be the name of a file"),
     "no name": (coco([IMAGE | {"file_name": ""}], []), "must be the name of a file"),
-    "not a picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), "not an image"),
+    "not a picture": (coco([IMAGE | {"file_name": "notes.txt"}], []), NO_NAME),
+    "one file in two forms": (
+        coco(
+            [IMAGE | {"file_name": "u\u0308.png"}, IMAGE | {"id": 2, "file_name": "\xfc.png"}], []
+        ),
+        "images 1 and 2 are both",
+    ),
     "crowded image": (
         coco([IMAGE], [one([0, 0, 1, 1], n) for n in range(10_001)]),
         "over 10,000",
@@ -295,15 +298,184 @@ def test_wrong_annotations_give_one_line_errors(tmp_path: Path, kind: str) -> No
     content, reason = WRONG[kind]
     folder = tmp_path / "folder"
     folder.mkdir()
-    fill(folder, {"a.png": (10, 10)})
+    fill(folder, {"a.png": (10, 10), "\xfc.png": (10, 10)})
     fill(tmp_path, {"a.png": (10, 10)})
-    (folder / "out.png").symlink_to(tmp_path / "a.png")
     (folder / "notes.txt").write_text("")
     path = annotate(folder, content)
     with pytest.raises(InputError, match=reason) as caught:
         opened(folder)
     assert str(path) in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+# content, and what the warning says was passed over
+HARMLESS: dict[str, tuple[Any, str]] = {
+    "fractional size": (coco([IMAGE | {"height": 10.0, "width": 1e1}], [one([1, 2, 3, 4])]), ""),
+    "id as a fraction": (coco([IMAGE | {"id": 1.0}], [one([1, 2, 3, 4])]), ""),
+    "size null": (coco([IMAGE | {"height": None, "width": None}], [one([1, 2, 3, 4])]), ""),
+    "one side": (coco([IMAGE | {"width": 10}], [one([1, 2, 3, 4])]), ""),
+    "size as words": (coco([IMAGE | {"height": "?", "width": -1}], [one([1, 2, 3, 4])]), ""),
+    "no categories": ({"images": [IMAGE], "annotations": [one([1, 2, 3, 4])]}, ""),
+    "null categories": (coco([IMAGE], [one([1, 2, 3, 4])], categories=None), ""),
+    "other category": (coco([IMAGE], [one([1, 2, 3, 4], category_id=9)]), ""),
+    "no category": (coco([IMAGE], [one([1, 2, 3, 4], category_id=None)]), ""),
+    "iscrowd as a truth": (coco([IMAGE], [one([1, 2, 3, 4], iscrowd=False)]), ""),
+    "no area": (
+        coco([IMAGE], [one([1, 2, 3, 4]), one([5, 5, 0, 2], 2), one([5, 5, 2, 0.0], 3)]),
+        r"passed over boxes of no area \(2\)$",
+    ),
+    "underflow": (
+        coco([IMAGE], [one([1, 2, 3, 4]), one([5, 5, 1e-20, 1], 2)]),
+        r"boxes of no area \(1\)$",
+    ),
+    "crowd without a box": (
+        coco([IMAGE], [one([1, 2, 3, 4]), one([0] * 4, 2, iscrowd=1), one(None, 3, iscrowd=1)]),
+        r"boxes of no area \(2\)$",
+    ),
+    "image not listed": (
+        coco([IMAGE], [one([1, 2, 3, 4]), one([1, 1, 1, 1], 2) | {"image_id": 8}]),
+        r"boxes of images that are not listed \(1\)$",
+    ),
+    "absent file": (
+        coco([IMAGE, {"id": 2, "file_name": "z.png"}, {"id": 3, "file_name": "../a.png"}],
+             [one([1, 2, 3, 4]), one([5, 5, 0, 2], 2)]),
+        r"boxes of no area \(1\), names that are no image of the folder \(2\)$",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_harmless_entries_are_passed_over_and_counted(tmp_path: Path, kind: str) -> None:
+    content, told = HARMLESS[kind]
+    fill(tmp_path, {"a.png": (10, 10)})
+    annotate(tmp_path, content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for split in ("train", "validation", "test"):
+            ((_, number, _, truth),) = opened(tmp_path, split).images()
+    assert len(caught) == bool(told), "each folder is told of once"
+    if told:
+        assert re.search(told, str(caught[0].message))
+    assert number == 1
+    assert truth is not None
+    assert truth.boxes.tolist() == [[1, 2, 4, 6]]
+
+
+def test_file_without_annotations_gives_ids_only(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (10, 10), "b.png": (10, 10)})
+    annotate(tmp_path, {"images": [IMAGE | {"id": 7}], "categories": [{"id": 3, "name": "cell"}]})
+    folder = opened(tmp_path, "test")
+    assert not folder.has_truth
+    assert [number for _, number in folder.files()] == [7, 8]
+    assert folder.category_id == 3
+    assert folder.batch(torch.arange(3)).counts.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "category"),
+    [
+        (coco([IMAGE], []), 2),
+        (coco([IMAGE], [], categories=[{"id": 7, "name": "x"}]), 7),
+        ({"images": [IMAGE], "annotations": [one([1, 2, 3, 4], category_id=9)]}, 9),
+        ({"images": [IMAGE], "annotations": []}, 1),
+    ],
+)
+def test_category_of_results_is_that_of_the_annotations(
+    tmp_path: Path, content: Any, category: int
+) -> None:
+    fill(tmp_path, {"a.png": (10, 10)})
+    annotate(tmp_path, content)
+    assert opened(tmp_path).category_id == category
+
+
+def test_links_and_other_unicode_forms_are_found(tmp_path: Path) -> None:
+    """Case 19 of the reported ones, and data sets that are made of links."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fill(tmp_path, {"elsewhere.png": (10, 10)})
+    (folder / "link.png").symlink_to(tmp_path / "elsewhere.png")
+    fill(folder, {"zelle\u0301.png": (10, 10), "sub/\xfc.png": (10, 10)})
+    names = ("link.png", "zell\xe9.png", "sub/u\u0308.png")
+    annotate(
+        folder,
+        coco(
+            [{"id": n, "file_name": name} for n, name in enumerate(names)],
+            [one([n, 0, 1, 1], n, image_id=n) for n in range(3)],
+        ),
+    )
+    found = {number: truth for _, number, _, truth in opened(folder, "test").images()}
+    assert {n: truth.boxes.tolist() for n, truth in found.items() if truth is not None} == {
+        n: [[n, 0, n + 1, 1]] for n in range(3)
+    }
+
+
+def test_wrong_annotations_are_left_out_where_no_truth_is_needed(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (10, 10), "b.png": (10, 10)})
+    annotate(tmp_path, coco([IMAGE | {"id": 6}], [one([0, 0, float("nan"), 1], image_id=6)]))
+    config = DataConfig(name="folder", path=str(tmp_path))
+    with pytest.warns(UserWarning, match=r"bbox must be .*; the annotations are left out, and ids"):
+        folder = ImageFolder(config, "test", needs_truth=False)
+    assert [number for _, number in folder.files()] == [1, 2]
+    assert not folder.has_truth
+
+
+def test_crowds_follow_the_crop_and_the_scale(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.png": (16, 16)})
+    region = [2, 3, 10, 5]
+    annotate(tmp_path, coco([IMAGE], [one([4, 4, 2, 2]), one(region, 2, iscrowd=1)]))
+    image = read_image(tmp_path / "a.png")
+    batch = opened(tmp_path).batch(torch.arange(50))
+    for crop, truth in zip(batch.images, batch.truth(), strict=True):
+        ((top, left),) = place(crop, image)
+        x1, y1 = max(2 - left, 0), max(3 - top, 0)
+        x2, y2 = min(12 - left, 9), min(8 - top, 8)
+        assert truth.crowds.tolist() == ([[x1, y1, x2, y2]] if x1 < x2 and y1 < y2 else [])
+    config = DataConfig(name="folder", path=str(tmp_path))
+    whole = ImageFolder(config, "test", prepare=PrepareConfig(scale=2))
+    (truth,) = whole.crops().truth()
+    assert truth.crowds.tolist() == [[4, 6, 24, 16]]
+    (seen,) = (prepared(b, PrepareConfig(scale=2)) for b in evaluation_batches(whole, 4))
+    assert seen.truth()[0].crowds.tolist() == [[4, 6, 24, 16]]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_turn_with_the_image(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """The object stays in its box, whether the entry's size is the stored or the upright one."""
+    stored = np.zeros((24, 32), np.uint8)
+    stored[3:9, 20:24] = 240
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"quality": 100} if suffix == "jpg" else {}
+    name = f"p.{suffix}"
+    Image.fromarray(stored).save(tmp_path / name, exif=exif, **options)
+    entry = {"id": 1, "file_name": name}
+    boxes = [one([20, 3, 4, 6]), one([0, 0, 32, 24], 2, iscrowd=1)]
+    in_doubt = orientation in (2, 3, 4)
+    for size in ({"height": 24, "width": 32}, {}):
+        annotate(tmp_path, coco([entry | size], boxes))
+        told = in_doubt or (orientation > 1 and not size)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            folder_module._warn_once.cache_clear()
+            ((_, _, image, truth),) = opened(tmp_path, "test").images()
+        assert [str(w.message).endswith("as the images are (1)") for w in caught] == [True] * told
+        assert truth is not None
+        assert truth.crowds.tolist() == [[0, 0, image.shape[2], image.shape[1]]]
+        ((x1, y1, x2, y2),) = truth.boxes.int().tolist()
+        assert (image[:, y1:y2, x1:x2] > 0.8).all()
+        assert (image > 0.8).sum() == 3 * 24
+    if orientation > 4:
+        assert truth is not None
+        ((x1, y1, x2, y2),) = truth.boxes.tolist()
+        size = {"height": 32, "width": 24}
+        annotate(tmp_path, coco([entry | size], [one([x1, y1, x2 - x1, y2 - y1])]))
+        ((_, _, _, upright),) = opened(tmp_path, "test").images()
+        assert upright is not None
+        assert upright.boxes.tolist() == [[x1, y1, x2, y2]]
+        annotate(tmp_path, coco([entry | {"height": 31, "width": 24}], boxes))
+        with pytest.raises(InputError, match=r"has 32x24 pixels .*, not 31x24"):
+            opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -348,8 +520,9 @@ def test_damaged_annotations_load_or_are_refused(tmp_path: Path) -> None:
             data[rng.randrange(len(data))] = rng.choice(b'0123456789-.eE[]{},:"abc \xff')
         path.write_bytes(data)
         try:
-            for entry in read_annotations(path).values():
-                assert (entry.truth.boxes[:, 2:] > entry.truth.boxes[:, :2]).all()
+            for entry in read_annotations(path).images.values():
+                boxes = entry.truth.boxes if entry.truth else torch.zeros(0, 4)
+                assert (boxes[:, 2:] > boxes[:, :2]).all()
         except InputError as error:
             reasons.append(str(error))
     assert 100 < len(reasons) < 300

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -76,34 +77,47 @@ def random_scenes(seed: int, num_images: int) -> Scenes:
     return found, true
 
 
-def pycocotools_precision(scenes: Scenes, thresholds: list[float] | None = None) -> list[float]:
-    """AP at each IoU threshold, by default pycocotools' thresholds; ids start at 1."""
+def crowded(scenes: Scenes, seed: int) -> Scenes:
+    """The same with regions of crowds, in which detections lie wholly, by half or not at all."""
+    rng = np.random.default_rng(seed)
+    true = []
+    for item in scenes[1]:
+        corner = rng.integers(0, 35, (int(rng.integers(0, 3)), 2))
+        regions = np.concatenate([corner, corner + rng.integers(5, 30, corner.shape)], axis=1)
+        true.append(replace(item, crowds=torch.tensor(regions).float()))
+    return scenes[0], true
+
+
+def pycocotools_evaluation(scenes: Scenes, thresholds: list[float] | None = None) -> COCOeval:
+    """By default with pycocotools' thresholds; odd ids and several categories of one class."""
     found, true = scenes
-    results = [entry for i, item in enumerate(found) for entry in item.to_coco(i + 1)]
+    results = [entry for i, item in enumerate(found) for entry in item.to_coco(3 * i + 5, 11)]
     annotations = [
         {
             "id": 0,
-            "image_id": i + 1,
-            "category_id": 1,
+            "image_id": 3 * i + 5,
+            "category_id": 11 + i % 3,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": (x2 - x1) * (y2 - y1),
-            "iscrowd": 0,
+            "iscrowd": is_crowd,
         }
         for i, item in enumerate(true)
-        for x1, y1, x2, y2 in item.boxes.double().tolist()
+        for is_crowd, boxes in enumerate((item.boxes, item.crowds))
+        for x1, y1, x2, y2 in boxes.double().tolist()
     ]
     for number, annotation in enumerate(annotations, start=1):
-        annotation["id"] = number
+        annotation["id"] = 7 * number
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         coco.dataset = {
             "info": {},
-            "images": [{"id": i + 1} for i in range(len(true))],
+            "images": [{"id": 3 * i + 5} for i in range(len(true))],
             "annotations": annotations,
-            "categories": [{"id": 1, "name": "object"}],
+            "categories": [{"id": number, "name": "object"} for number in (13, 11, 12)],
         }
         coco.createIndex()
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
+        evaluation.params.useCats = 0
         if thresholds is not None:
             evaluation.params.iouThrs = np.array(thresholds)
         evaluation.params.areaRng = [[0, 1e10]]
@@ -111,6 +125,12 @@ def pycocotools_precision(scenes: Scenes, thresholds: list[float] | None = None)
         evaluation.params.maxDets = [10**6]
         evaluation.evaluate()
         evaluation.accumulate()
+    return evaluation
+
+
+def pycocotools_precision(scenes: Scenes, thresholds: list[float] | None = None) -> list[float]:
+    """AP at each IoU threshold."""
+    evaluation = pycocotools_evaluation(scenes, thresholds)
     precision: list[float] = evaluation.eval["precision"][:, :, 0, 0, 0].mean(axis=1).tolist()
     return precision
 
@@ -157,10 +177,13 @@ def plain_iou(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize("block", range(6))
-def test_ap_equals_pycocotools(block: int) -> None:
+@pytest.mark.parametrize("crowds", [False, True])
+def test_ap_equals_pycocotools(block: int, crowds: bool) -> None:
     tenths = [i / 10 for i in range(1, 10)]
     for seed in range(block * 50, block * 50 + 50):
         scenes = random_scenes(seed, num_images=1 + seed % 7)
+        if crowds:
+            scenes = crowded(scenes, seed)
         if not any(map(len, scenes[0])) or not any(map(len, scenes[1])):
             continue  # pycocotools refuses empty results, and has no AP without truth
         expected = pycocotools_precision(scenes, tenths)
@@ -170,6 +193,51 @@ def test_ap_equals_pycocotools(block: int) -> None:
         assert actual.ap == pytest.approx(np.mean(precision), abs=1e-9)
         assert actual.ap50 == pytest.approx(precision[0], abs=1e-9)
         assert actual.ap75 == pytest.approx(precision[5], abs=1e-9)
+
+
+def test_detections_in_crowds_are_those_that_pycocotools_ignores() -> None:
+    ignored = 0
+    for seed in range(60):
+        found, true = crowded(random_scenes(seed, num_images=4), seed)
+        if not any(map(len, found)) or not any(map(len, true)):
+            continue
+        evaluated = pycocotools_evaluation((found, true), [0.5]).evalImgs
+        kept = metrics.without_crowds(found, true)
+        for item, remains, image in zip(found, kept, evaluated, strict=True):
+            if image is None:  # neither found nor true
+                continue
+            counted = image["dtIds"] and ~image["dtIgnore"][0].astype(bool)
+            assert len(remains) == int(np.sum(counted))
+            assert remains.scores.sort().values.tolist() == sorted(
+                score for score, counts in zip(image["dtScores"], counted, strict=True) if counts
+            )
+            rows = iter(item)  # a subsequence: the order stays
+            assert all(
+                any(torch.equal(one.boxes[0], row.boxes[0]) for row in rows) for one in remains
+            )
+            ignored += len(item) - len(remains)
+    assert ignored > 100
+
+
+def test_what_lies_in_crowds_does_not_count() -> None:
+    boxes = torch.tensor(
+        [[0.0, 0.0, 10, 10], [20.0, 20, 30, 30], [22.0, 25, 32, 35], [50, 0, 60, 9]]
+    )
+    found = detections(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6]))
+    region = torch.tensor([[18.0, 18, 40, 40]])
+    true = replace(truth(boxes[:1]), crowds=region)
+    (left,) = metrics.without_crowds([found], [true])
+    assert left.boxes.tolist() == boxes[[0, 3]].tolist()
+    assert average_precision([found[:3]], [true]) == 1
+    assert ap_spair([found[:3]], [true]) == ap_spair([found[:1]], [truth(boxes[:1])]) > 0
+    assert metrics.agreement([found], [true]).found == 2
+    assert metrics.agreement([found], [found]).found == 4
+    only = replace(truth(boxes[:0]), crowds=region)
+    assert average_precision([found[1:3]], [only]) == 1
+    assert average_precision([found], [only]) == 0
+    assert ap_spair([found], [only]) == 0
+    inside = replace(truth(boxes[1:2]), crowds=region)  # a box of its own counts, in a crowd too
+    assert metrics.without_crowds([found[1:2]], [inside])[0].boxes.tolist() == boxes[1:2].tolist()
 
 
 def test_ap_equals_pycocotools_on_a_large_set() -> None:

@@ -140,7 +140,8 @@ def prepared(batch: Batch, config: PrepareConfig) -> Batch:
     images = prepare_images(batch.images, config)
     (rows, columns), (height, width) = images.shape[-2:], batch.images.shape[-2:]
     scale = batch.boxes.new_tensor([columns / width, rows / height] * 2)
-    return replace(batch, images=images, boxes=batch.boxes * scale)
+    crowds = None if batch.crowds is None else batch.crowds * scale
+    return replace(batch, images=images, boxes=batch.boxes * scale, crowds=crowds)
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spairkit.config import DataConfig, PrepareConfig
-from spairkit.data.annotations import Annotated, read_annotations
+from spairkit.data.annotations import NO_FILE, Annotated, read_annotations
 from spairkit.data.glyphs import Split
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scenes import Batch
@@ -25,7 +25,9 @@ from spairkit.images import (
     printable,
     read_pixels,
     skipped_files,
+    stored_form,
     to_colour,
+    upright_boxes,
 )
 from spairkit.preparation import of_prepared_pixels, prepare_pixels, prepared_size
 
@@ -64,8 +66,15 @@ class ImageFolder:
     some of them are annotated only these. Decoded images are cached, as compact as in the file, up
     to 512 MiB; if the split needs more, each 4,096 consecutive indices share as many files as fit.
 
-    Ground truth is read from `annotations.json` (COCO) in the folder. Boxes are clipped to the
-    image or the crop.
+    Ground truth is read from `annotations.json` (COCO) in the folder. Boxes are those of the stored
+    pixels, and turn with an image that EXIF turns, unless the size of its entry is the upright one.
+    In crops they are clipped. What is harmless in that file is passed over, with one warning that
+    counts it.
+
+    Attributes:
+        category_id: of objects found here, in COCO's results: that of the annotations, the first of
+            several, and 1 without any.
+        categories: the ids and names of the annotations' categories.
     """
 
     def __init__(
@@ -74,15 +83,18 @@ class ImageFolder:
         split: Split,
         device: torch.device | str = "cpu",
         prepare: PrepareConfig | None = None,
+        *,
+        needs_truth: bool = True,
     ) -> None:
         """Reads the header of every file.
 
         Args:
             prepare: of crops, which are cut from prepared images; None: none.
+            needs_truth: if not, annotations that are wrong are as good as none, with a warning.
 
         Raises:
             InputError: there is no such folder or no image in it, none of the split can be read, or
-                the annotations are wrong.
+                the annotations are wrong and needed.
         """
         self.config = config
         self.prepare = prepare or PrepareConfig()
@@ -92,27 +104,27 @@ class ImageFolder:
         alone = files == [Path(config.path)]
         self._folder = Path(config.path).parent if alone else Path(config.path)
         names = [path.relative_to(self._folder).as_posix() for path in files]
-        annotations = self._folder / ANNOTATIONS
-        annotated = read_annotations(annotations) if annotations.exists() else {}
-        if alone:
-            annotated = {name: annotated[name] for name in names if name in annotated}
-        self._annotated = annotated
-        self._numbers = _numbers(names, annotated)
-        for name in annotated.keys() - self._numbers.keys():
-            raise InputError(f"{printable(annotations)}: {name!r} is not an image that can be read")
         self.num_files = len(names)
         """Number of image files in the folder, skipped ones included."""
         self._broken: dict[str, str] = {}  # name, and reason
         sizes = self._measured(names)
+        self.categories: dict[int, str] = {}
+        self._annotated: dict[str, Annotated] = {}
+        if (self._folder / ANNOTATIONS).exists():
+            try:
+                self._annotate(names, sizes, alone)
+            except InputError as error:
+                if needs_truth:
+                    raise
+                _warn_once(f"{error}; the annotations are left out, and ids of images count from 1")
+        self.category_id = next(iter(self.categories), 1)
+        self._numbers = _numbers(names, self._annotated)
         names = list(sizes)
         self._names = _of_split(names, split)
-        self.has_truth = not annotated.keys().isdisjoint(self._names)
+        self.has_truth = any(self._truth(name) is not None for name in self._names)
         self._sizes = [sizes[name] for name in self._names]
         self.sizes = set(self._sizes)  # height and width, of whole images
         self._prepared_sizes = [prepared_size(*size, self.prepare.scale) for size in self._sizes]
-        for name, size in zip(self._names, self._sizes, strict=True):
-            if name in annotated:
-                _refuse_misfits(annotations, name, size, annotated[name])
         needed = [self._bytes(size) for size in self._prepared_sizes]
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cached_bytes = 0
@@ -123,7 +135,9 @@ class ImageFolder:
             seeded(config.seed, _SPLITS[split], purpose) for purpose in (_CROPS, _WINDOWS)
         )
         self._validated = [
-            file for file, name in enumerate(self._names) if name in annotated or not self.has_truth
+            file
+            for file, name in enumerate(self._names)
+            if self._truth(name) is not None or not self.has_truth
         ]
         self._crops: Batch | None = None
         damage = [_damage(self._folder / self._names[0])]
@@ -204,22 +218,49 @@ class ImageFolder:
     def images(self) -> Iterator[tuple[str, int, Tensor, Truth | None]]:
         """Path in the folder, id, whole image [3, H, W] and ground truth of each file of the split.
 
-        Ids are those of the annotations; without annotations they count from 1. The ground truth of
-        a file that is not annotated is None, and its id follows those of the annotations. Damaged
-        files are left out.
+        Boxes may leave the image. Ids are those of the annotations; without annotations they count
+        from 1. The ground truth of a file that is not annotated is None, and its id follows those
+        of the annotations. Damaged files are left out.
 
         Raises:
             InputError: a file has changed, or every file of the split is damaged.
         """
-        for file, (name, (rows, columns)) in enumerate(zip(self._names, self._sizes, strict=True)):
+        for file, name in enumerate(self._names):
             pixels = self._decoded(file)
             if pixels is None:
                 continue
-            truth = self._truth(name)
-            if truth is not None:
-                truth = _clipped(truth, (0, 0, columns, rows))
             image = to_colour(pixels).contiguous()
-            yield name, self._numbers[name], image.to(self.device), truth
+            yield name, self._numbers[name], image.to(self.device), self._truth(name)
+
+    def _annotate(self, names: list[str], sizes: dict[str, tuple[int, int]], alone: bool) -> None:
+        """Takes the annotations of the files, and warns of what was passed over."""
+        annotations = read_annotations(self._folder / ANNOTATIONS)
+        annotated = annotations.of_files(names)
+        passed_over = annotations.passed_over
+        if not alone:  # else the other entries are of the files beside it
+            passed_over[NO_FILE] += len(annotations.images) - len(annotated)
+            if annotations.images and not annotated:
+                example = next(iter(annotations.images))
+                raise InputError(
+                    f"{printable(annotations.path)}: no file_name is an image of this folder, as "
+                    f"{_shortened(example)}; correct the names"
+                )
+        turned = 0
+        for name, size in sizes.items():
+            if name in annotated:
+                given = annotated[name]
+                annotated[name], in_doubt = _upright(self._folder / name, size, given)
+                turned += in_doubt
+                _refuse_misfits(annotations.path, name, size, annotated[name])
+        self._annotated, self.categories = annotated, annotations.categories
+        counted = [f"{kind} ({number:,})" for kind, number in passed_over.items() if number]
+        notes = [f"passed over {', '.join(counted)}"] if counted else []
+        if turned:
+            notes.append(
+                f"images whose boxes are taken to be turned by EXIF, as the images are ({turned:,})"
+            )
+        if notes:
+            _warn_once(f"{printable(annotations.path)}: {'; '.join(notes)}")
 
     def _truth(self, name: str) -> Truth | None:
         return self._annotated[name].truth if name in self._annotated else None
@@ -229,9 +270,8 @@ class ImageFolder:
         if truth is None:
             return None
         (rows, columns), (height, width) = self._prepared_sizes[file], self._sizes[file]
-        return replace(
-            truth, boxes=truth.boxes * torch.tensor([columns / width, rows / height] * 2)
-        )
+        scale = torch.tensor([columns / width, rows / height] * 2)
+        return replace(truth, boxes=truth.boxes * scale, crowds=truth.crowds * scale)
 
     def _bytes(self, prepared_size: tuple[int, int]) -> int:
         """Bytes of a prepared image in the cache, of 8 bits where it keeps pixels and colours."""
@@ -311,6 +351,12 @@ class ImageFolder:
         return pixels
 
 
+@lru_cache(maxsize=1 << 10)
+def _warn_once(message: str) -> None:
+    """A folder is opened for each split, and told of once."""
+    warnings.warn(message, stacklevel=4)
+
+
 def _damage(path: Path) -> str:
     """What is wrong with the pixels of an image file; empty if nothing is."""
     try:
@@ -335,15 +381,20 @@ def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int,
     device = images[0].device if images else torch.device("cpu")
     counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
     most = int(counts.max()) if len(counts) else 0
+    most_crowds = max((len(truth.crowds) for truth in truths), default=0)
+    crowds = torch.zeros(len(truths), most_crowds, 4) if most_crowds else None
     boxes = torch.zeros(len(truths), most, 4)
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
+        if crowds is not None:
+            crowds[b, : len(truth.crowds)] = truth.crowds
     if len(images) == 1:
         stack = images[0][None]  # no copy of a large image
     else:
         stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
-    return Batch(stack, boxes.to(device), labels.to(device), counts.to(device))
+    crowds = None if crowds is None else crowds.to(device)
+    return Batch(stack, boxes.to(device), labels.to(device), counts.to(device), crowds)
 
 
 NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
@@ -359,9 +410,14 @@ def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:
     """The parts of boxes inside a frame (x1, y1, x2, y2), relative to its corner."""
     x1, y1, x2, y2 = frame
     least, most = torch.tensor([x1, y1, x1, y1]), torch.tensor([x2, y2, x2, y2])
-    boxes = torch.minimum(torch.maximum(truth.boxes, least), most) - least
-    kept = (boxes[:, 2:] - boxes[:, :2] > _THIN_PX).all(1)
-    return Truth(boxes[kept], truth.labels[kept])
+    (boxes, kept), (crowds, kept_crowds) = (
+        (inside, (inside[:, 2:] - inside[:, :2] > _THIN_PX).all(1))
+        for inside in (
+            torch.minimum(torch.maximum(given, least), most) - least
+            for given in (truth.boxes, truth.crowds)
+        )
+    )
+    return Truth(boxes[kept], truth.labels[kept], crowds[kept_crowds])
 
 
 def _numbers(names: list[str], annotated: dict[str, Annotated]) -> dict[str, int]:
@@ -390,6 +446,31 @@ def _of_split(names: list[str], split: Split) -> list[str]:
     return [name for name in names if (name in validation) == (split == "validation")]
 
 
+def _upright(path: Path, size: tuple[int, int], given: Annotated) -> tuple[Annotated, bool]:
+    """Annotations turned with an image of this upright size; whether they may have been upright.
+
+    They are of the stored pixels, which COCO's tools read, if the size that is given is not that of
+    the upright image alone.
+    """
+    stored, orientation = stored_form(path)
+    if orientation == 1 or (given.size == size and size != stored):
+        return given, False
+    upright_given = replace(given, size=size if given.size == stored else given.size)
+    truth = given.truth
+    if truth is None:
+        return upright_given, False
+    boxes, crowds = (
+        upright_boxes(some, orientation, stored) for some in (truth.boxes, truth.crowds)
+    )
+    turned = replace(truth, boxes=boxes, crowds=crowds)
+    in_doubt = (given.size is None or size == stored) and len(truth) + len(truth.crowds) > 0
+    return replace(upright_given, truth=turned), in_doubt
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
+
+
 def _refuse_misfits(path: Path, name: str, size: tuple[int, int], annotated: Annotated) -> None:
     height, width = size
     if annotated.size is not None and annotated.size != size:
@@ -397,7 +478,8 @@ def _refuse_misfits(path: Path, name: str, size: tuple[int, int], annotated: Ann
             f"{printable(path)}: {name!r} has {height}x{width} pixels (height x width), "
             f"not {annotated.size[0]}x{annotated.size[1]}; correct the entry"
         )
-    for x1, y1, x2, y2 in annotated.truth.boxes.tolist():
+    boxes = [] if annotated.truth is None else annotated.truth.boxes.tolist()
+    for x1, y1, x2, y2 in boxes:
         if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
             raise InputError(
                 f"{printable(path)}: the box {x1:g}, {y1:g}, {x2:g}, {y2:g} of {name!r} lies "

@@ -43,6 +43,8 @@ class Batch:
     boxes: Tensor  # [B, N, 4] float32 xyxy, pixels, half-open
     labels: Tensor  # [B, N] int64, -1 = none
     counts: Tensor  # [B] int64
+    crowds: Tensor | None = None
+    """[B, M, 4], as in `Truth`, empty beyond the number of an image; None where there are none."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
@@ -50,7 +52,11 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor changed by a function."""
-        return Batch(*map(change, (self.images, self.boxes, self.labels, self.counts)))
+        images, boxes, labels, counts = map(
+            change, (self.images, self.boxes, self.labels, self.counts)
+        )
+        crowds = None if self.crowds is None else change(self.crowds)
+        return Batch(images, boxes, labels, counts, crowds)
 
     def part(self, which: slice | Tensor) -> "Batch":
         """Some of its images, in the order of `which`."""
@@ -59,8 +65,10 @@ class Batch:
     def truth(self) -> list[Truth]:
         """The objects of each image, on the CPU."""
         boxes, labels = self.boxes.cpu(), self.labels.cpu()
+        crowds = boxes[:, :0] if self.crowds is None else self.crowds.cpu()
+        there = (crowds[..., 2:] > crowds[..., :2]).all(-1)
         return [
-            Truth(boxes[b, :count], labels[b, :count])
+            Truth(boxes[b, :count], labels[b, :count], crowds[b, there[b]])
             for b, count in enumerate(self.counts.tolist())
         ]
 
