@@ -54,8 +54,8 @@ def detect(
     """Find objects in images of any size. Boxes are in pixels from the upper left corner.
 
     Images are numbered from 1 in the order given, those of a folder in the order of their names. A
-    single folder with annotations.json keeps its image ids, as COCO's tools expect. Files of a
-    folder that cannot be read are skipped.
+    single folder with annotations.json keeps its image ids and its category, as COCO's tools
+    expect. Files of a folder that cannot be read are skipped.
     """
     from spairkit.counts import CountPosterior
     from spairkit.report.signs import misfit
@@ -67,6 +67,12 @@ def detect(
     if out is not None and out.exists() and any(out.samefile(path) for path in files.paths):
         raise InputError(f"--out {out}: is one of the images; name another file")
     detector = options.open_detector(checkpoint, device, box_contrast, search)
+    category = next(iter(files.categories), 1)
+    if format_ is Format.COCO and len(files.categories) > 1:
+        say(
+            f"the annotations have {len(files.categories)} categories: results have the first, "
+            f"{category}; compare them with useCats = 0"
+        )
     many = detector.detect_many(
         files.paths, threshold=threshold, count=count, on_unreadable=files.skip
     )
@@ -79,7 +85,8 @@ def detect(
         detector.on_progress = show_done.search
         for detections in many:
             path, number = next(pair for pair in numbered if pair[0] is detections.image)
-            rows += _rows(str(path), number, detections, format_)  # masks are not kept
+            # masks are not kept
+            rows += _rows(str(path), number, detections, format_, category)
             has_masks |= detections.label_image is not None
             objects += len(detections)
             images += 1
@@ -101,10 +108,12 @@ def detect(
     say(f"wrote {out}: {summary}")
 
 
-def _rows(name: str, number: int, detections: "Detections", format_: Format) -> list[str]:
+def _rows(
+    name: str, number: int, detections: "Detections", format_: Format, category: int
+) -> list[str]:
     """The COCO results, the lines of CSV or the line of JSON of one image, as text."""
     if format_ is Format.COCO:
-        return [json.dumps(result) for result in detections.to_coco(number)]
+        return [json.dumps(result) for result in detections.to_coco(number, category)]
     values = detections.to_json()
     if format_ is Format.JSONL:
         return [f"{json.dumps({'image': name, 'image_id': number, **values})}\n"]

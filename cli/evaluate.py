@@ -71,8 +71,8 @@ def evaluate(
     )
     if report is None:
         raise InputError(
-            f"{settings.path}: no annotations.json (COCO), so there is no ground truth; "
-            "`spairkit detect` needs none"
+            f"{settings.path}: no annotations in annotations.json (COCO), so there is no ground "
+            "truth; `spairkit detect` needs none"
         )
     figures = {
         "checkpoint": str(loaded.path),

@@ -20,6 +20,8 @@ class ImageFiles:
     total: int
     """Number of files, skipped ones included."""
     named: frozenset[Path] = frozenset()
+    categories: list[int] = field(default_factory=list)
+    """Ids of the categories of a folder's annotations."""
     skipped: list[str] = field(default_factory=list)
     """Why files were skipped, a line for each, which begins with its name."""
 
@@ -56,9 +58,12 @@ def image_files(words: list[Path]) -> ImageFiles:
         if not word.exists():
             raise InputError(f"{word}: no such image or folder")
     if len(words) == 1 and (words[0] / ANNOTATIONS).exists():
-        folder = ImageFolder(DataConfig(name="folder", path=str(words[0])), "test")
+        config = DataConfig(name="folder", path=str(words[0]))
+        folder = ImageFolder(config, "test", needs_truth=False)
         paths, ids = map(list, zip(*folder.files(), strict=True))
-        return ImageFiles(paths, ids, folder.num_files, skipped=folder.skipped)
+        return ImageFiles(
+            paths, ids, folder.num_files, categories=folder.categories, skipped=folder.skipped
+        )
     paths = [path for word in words for path in (list_images(word) if word.is_dir() else [word])]
     named = frozenset(word for word in words if not word.is_dir())
     files = ImageFiles([], [], len(paths), named)

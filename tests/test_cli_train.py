@@ -702,7 +702,7 @@ def test_eval_needs_annotations_but_train_does_not(run: Runner, tmp_path: Path) 
     assert f"spairkit detect {tmp_path} --out found.json --checkpoint own" in ended.out
     ended = run("eval", "--checkpoint", "own")
     assert ended.status == 2
-    assert "no annotations.json (COCO), so there is no ground truth" in ended.err
+    assert "no annotations in annotations.json (COCO), so there is no ground truth" in ended.err
 
 
 def test_levels_of_a_run_are_applied_to_all_images(run: Runner, tmp_path: Path) -> None:

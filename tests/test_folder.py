@@ -367,25 +367,25 @@ def test_file_without_annotations_gives_ids_only(tmp_path: Path) -> None:
     folder = opened(tmp_path, "test")
     assert not folder.has_truth
     assert [number for _, number in folder.files()] == [7, 8]
-    assert folder.category_id == 3
+    assert folder.categories == [3]
     assert folder.batch(torch.arange(3)).counts.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
-    ("content", "category"),
+    ("content", "categories"),
     [
-        (coco([IMAGE], []), 2),
-        (coco([IMAGE], [], categories=[{"id": 7, "name": "x"}]), 7),
-        ({"images": [IMAGE], "annotations": [one([1, 2, 3, 4], category_id=9)]}, 9),
-        ({"images": [IMAGE], "annotations": []}, 1),
+        (coco([IMAGE], []), [2, 5]),
+        (coco([IMAGE], [], categories=[{"id": 7, "name": "x"}, {"id": 3}, {"id": 7}]), [7, 3]),
+        ({"images": [IMAGE], "annotations": [one([1, 2, 3, 4], category_id=9)]}, [9]),
+        ({"images": [IMAGE], "annotations": []}, []),
     ],
 )
-def test_category_of_results_is_that_of_the_annotations(
-    tmp_path: Path, content: Any, category: int
+def test_categories_are_those_of_the_annotations(
+    tmp_path: Path, content: Any, categories: list[int]
 ) -> None:
     fill(tmp_path, {"a.png": (10, 10)})
     annotate(tmp_path, content)
-    assert opened(tmp_path).category_id == category
+    assert opened(tmp_path).categories == categories
 
 
 def test_links_and_other_unicode_forms_are_found(tmp_path: Path) -> None:

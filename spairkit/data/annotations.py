@@ -43,8 +43,8 @@ class Annotations:
     path: Path
     images: dict[str, Annotated]
     """By `file_name`, relative to the folder of the file, as it is written there."""
-    categories: dict[int, str]
-    """Name of each category by its id, in the order of the file; those of the boxes without it."""
+    categories: list[int]
+    """Ids in the order of the file; without a list of categories, those of the boxes."""
     passed_over: Counter[str]
     """Number of entries that were left out, by the kind."""
 
@@ -116,7 +116,7 @@ class _Reader:
         self._boxes: dict[int, list[list[float]]] = {}
         self._labels: dict[int, list[int]] = {}
         self._crowds: dict[int, list[list[float]]] = {}
-        self._categories: dict[int, str] = {}
+        self._categories: list[int] = []
         self._objects: set[int] = set()
         self._passed_over: Counter[str] = Counter()
 
@@ -133,7 +133,9 @@ class _Reader:
         self._boxes[number], self._labels[number], self._crowds[number] = [], [], []
 
     def add_category(self, where: str, entry: dict[str, Any]) -> None:
-        self._categories[self._id(where, entry, "id")] = str(entry.get("name", ""))
+        number = self._id(where, entry, "id")
+        if number not in self._categories:
+            self._categories.append(number)
 
     def add_object(self, where: str, entry: dict[str, Any]) -> None:
         number = self._id(where, entry, "id")
@@ -166,8 +168,7 @@ class _Reader:
             for name, number in self._names.items()
         }
         labels = sorted({label for labels in self._labels.values() for label in labels} - {-1})
-        categories = self._categories or dict.fromkeys(labels, "")
-        return Annotations(self._path, images, categories, self._passed_over)
+        return Annotations(self._path, images, self._categories or labels, self._passed_over)
 
     def _truth(self, image: int) -> Truth | None:
         if not self._has_truth:

@@ -72,9 +72,7 @@ class ImageFolder:
     counts it.
 
     Attributes:
-        category_id: of objects found here, in COCO's results: that of the annotations, the first of
-            several, and 1 without any.
-        categories: the ids and names of the annotations' categories.
+        categories: the ids of the annotations' categories.
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class ImageFolder:
         """Number of image files in the folder, skipped ones included."""
         self._broken: dict[str, str] = {}  # name, and reason
         sizes = self._measured(names)
-        self.categories: dict[int, str] = {}
+        self.categories: list[int] = []
         self._annotated: dict[str, Annotated] = {}
         if (self._folder / ANNOTATIONS).exists():
             try:
@@ -117,7 +115,6 @@ class ImageFolder:
                 if needs_truth:
                     raise
                 _warn_once(f"{error}; the annotations are left out, and ids of images count from 1")
-        self.category_id = next(iter(self.categories), 1)
         self._numbers = _numbers(names, self._annotated)
         names = list(sizes)
         self._names = _of_split(names, split)
