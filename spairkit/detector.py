@@ -260,7 +260,7 @@ class Detector:
             if self._cuts(images):
                 return [self._found(image, options) for image in images]
             seen = self._seen(images)
-            found = self.finder.detect(seen, **options)
+            found = self._finder(_size(seen)).detect(seen, **options)
         return [in_file_pixels(item, _size(seen), _size(images)) for item in found]
 
     def explain_batch(
@@ -273,11 +273,21 @@ class Detector:
             if self._cuts(images):
                 return [self._explained(image, options) for image in images]
             seen = self._seen(images)
-            explained = self.finder.explain(seen, **options)
+            explained = self._finder(_size(seen)).explain(seen, **options)
         return [
             _in_file(item, image, _size(seen))
             for item, image in zip(explained, images.float().cpu(), strict=True)
         ]
+
+    def _finder(self, size: tuple[int, int]) -> Network | PosteriorSearch:
+        """The search, but the network alone for prepared images thinner than a cell.
+
+        No object fits into one. The search would explain its noise by an object in each cell, and
+        take as long as for an image of whole cells.
+        """
+        network = self.network
+        thin = isinstance(network, SPAIR) and min(size) < network.config.cell
+        return network if thin else self.finder
 
     def _seen(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 3, h, w]
         """The prepared images, on the device."""
@@ -321,11 +331,12 @@ class Detector:
 
     def _joined(self, pixels: Tensor, options: dict[str, Any], *, explain: bool) -> Mosaic:
         """The objects of the tiles of an image [1 or 3, H, W]."""
-        network, finder, prepare = self.network, self.finder, self.config.prepare
-        assert isinstance(network, SPAIR)
-        assert isinstance(finder, (SPAIR, PosteriorSearch))
+        network, prepare = self.network, self.config.prepare
         prepared = prepare_pixels(pixels.cpu(), prepare)
         size = _size(prepared)
+        finder = self._finder(size)
+        assert isinstance(network, SPAIR)
+        assert isinstance(finder, (SPAIR, PosteriorSearch))
 
         def seen(tile: Tile) -> Tensor:  # [1, 3, h, w]
             return of_prepared_pixels(tile.of(prepared), prepare)[None].to(self.device)

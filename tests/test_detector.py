@@ -409,3 +409,17 @@ def test_damaged_pil_images_are_refused(detector: Detector, tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:500])
     with Image.open(path) as image, pytest.raises(InputError, match="PIL image is damaged"):
         detector.detect(image)
+
+
+def test_images_thinner_than_a_cell_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 40,000 pixels of noise took half a minute, and had an object in every other cell."""
+    noise = np.random.default_rng(0).integers(0, 255, (1, 2000)).astype(np.uint8)
+    detector, plain = spairkit.load(), spairkit.load(search="off")
+    for image in (noise, noise.T):
+        found, expected = detector.detect(image), plain.detect(image)
+        assert torch.equal(found.boxes, expected.boxes)
+        assert torch.equal(detector.explain(image).detections.boxes, expected.boxes)
+        assert len(found) < 10
+    assert detector.detect(noise.reshape(20, 100)).counts is not None
+    monkeypatch.setattr(detector_module, "WHOLE_PIXELS", 1000)
+    assert torch.equal(detector.detect(noise).boxes, plain.detect(noise).boxes)
