@@ -32,7 +32,7 @@ from spairkit.storage.runs import is_run
 from spairkit.tiff import MAGIC, Tiff
 
 MAX_PIXELS = 178_000_000
-"""Largest image that is read, in pixels: Pillow's own limit, and 1.3 GB while it is decoded."""
+"""Largest image that is read, in pixels: Pillow's own limit, and at most 2.7 GB while decoded."""
 
 # Pillow logs what is wrong with a file before it raises; without a handler that goes to stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())

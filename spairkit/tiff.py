@@ -374,7 +374,7 @@ def on_black(part: Array) -> Array:  # [C + 1, h, w], alpha last -> [C, h, w]
 
 
 def _stretched(values: Array, name: str, inverted: bool) -> Array:  # -> float32 in [0, 1]
-    """From the least value of all channels to the greatest becomes 0 to 1."""
+    """From the least value of all channels to the greatest becomes 0 to 1; float32 in place."""
     low, high = np.inf, -np.inf
     for rows in _bands(values):
         part = values[:, rows]
@@ -383,12 +383,11 @@ def _stretched(values: Array, name: str, inverted: bool) -> Array:  # -> float32
         low, high = min(low, float(part.min())), max(high, float(part.max()))
     # halves, because the difference of two numbers may be too large for one
     half = high / 2 - low / 2
-
-    def convert(part: Array) -> Array:
-        ranged = (part.astype(np.float64) / 2 - low / 2) / (half if half > 0 else 1)
-        return 1 - ranged if inverted and half > 0 else ranged
-
-    return _in_strips(values, len(values), np.dtype(np.float32), convert)
+    ranged = values if values.dtype == np.float32 else np.empty(values.shape, np.float32)
+    for rows in _bands(values):
+        part = (values[:, rows].astype(np.float64) / 2 - low / 2) / (half if half > 0 else 1)
+        ranged[:, rows] = 1 - part if inverted and half > 0 else part
+    return ranged
 
 
 def _inflated(data: bytes, size: int, name: str) -> bytes:

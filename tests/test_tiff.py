@@ -449,6 +449,13 @@ def test_more_tags_than_memory_are_refused(tmp_path: Path) -> None:
     assert "more than 32 MiB of tags" in refused(path)
 
 
+def test_lzw_without_numba_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, np.zeros((8, 8), np.uint8), compression="lzw")
+    monkeypatch.setattr(tiff_module, "runs_compiled", lambda tensor: False)
+    assert refused(path).endswith("LZW needs Numba, which does not work here; save it as PNG")
+
+
 def test_damaged_blocks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     array = Layout("uint8").array()[..., 0]
