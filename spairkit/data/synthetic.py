@@ -115,11 +115,10 @@ def _sprites(draws: Draws, size: tuple[int, int]) -> tuple[Array, Array]:
     texel = np.minimum(offset * _TEXELS // sides[:, None], _TEXELS - 1)
     rows, columns = texel[:, :, None], texel[:, None, :]
     masks = shapes[chosen[:, None, None], rows, columns] & inside[:, :, None] & inside[:, None, :]
-    # a pattern of two colours, finer than the shape is
-    second = draws.integers(0, 2, (len(sides), _TEXELS, _TEXELS))
-    pixels = colours[
-        chosen[:, None, None], second[np.arange(len(sides))[:, None, None], rows, columns]
-    ]
+    # a pattern of two tones, in squares of two texels
+    tones = draws.integers(0, 2, (len(sides), _TEXELS // 2, _TEXELS // 2))
+    tone = tones[np.arange(len(sides))[:, None, None], rows // 2, columns // 2]
+    pixels = colours[chosen[:, None, None], tone]
     n, i, j = np.nonzero(masks)
     image[corner[n, 0] + i, corner[n, 1] + j] = pixels[n, i, j]
     opaque = np.concatenate([np.clip(image, 0, 1), np.ones((*size, 1))], -1)
@@ -127,16 +126,22 @@ def _sprites(draws: Draws, size: tuple[int, int]) -> tuple[Array, Array]:
 
 
 def _sheet() -> tuple[Array, Array]:
-    """Shapes [6, 8, 8] bool, symmetric, touching all four sides; two colours [6, 2, 3] of each."""
+    """Shapes [6, 8, 8] bool and two tones [6, 2, 3] of each.
+
+    Shapes are symmetric, with a solid body of half their side and ragged limbs that touch all four
+    sides.
+    """
     draws = np.random.default_rng(_SHEET_SEED)
     half = draws.random((_COLOURS, _TEXELS, _TEXELS // 2)) > 0.35
     shapes = np.concatenate([half, half[..., ::-1]], -1)
     middle = slice(_TEXELS // 2 - 1, _TEXELS // 2 + 1)
+    body = slice(_TEXELS // 4, -_TEXELS // 4)
+    shapes[:, body, body] = True
     for side in (0, -1):
         shapes[:, side, middle] = shapes[:, middle, side] = True
     # red, green and blue sprites in turn, each with a tone of another colour
-    first = 0.25 + draws.uniform(0.5, 0.75, (_COLOURS, 3)) * np.eye(3)[np.arange(_COLOURS) % 3]
-    second = 0.85 * first + 0.15 * draws.uniform(0, 1, (_COLOURS, 3))
+    first = 0.25 + draws.uniform(0.6, 0.75, (_COLOURS, 3)) * np.eye(3)[np.arange(_COLOURS) % 3]
+    second = 0.75 * first + 0.25 * draws.uniform(0, 1, (_COLOURS, 3))
     return shapes, np.stack([first, second], 1)
 
 
