@@ -56,7 +56,8 @@ _LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
-_KEPT = 0.97  # of the share of the contrast that objects hold, when the diameter changes
+_KEPT = 0.97  # of the share of the contrast that objects hold: about as much
+_MORE = 1.2  # times as many objects as at the start: their parts
 _COMPACT = 0.6  # share of its box that a single object fills at least
 _FEWEST = 5  # objects that a diameter is measured on
 _SHARE = 0.35  # of the contrast of an image that lies in compact objects, at least
@@ -449,26 +450,31 @@ def _diameter(
     """The median side of compact objects, and these objects.
 
     Objects are found with a diameter that is assumed, and their median side is the next one, until
-    both agree. It starts at the diameter whose objects hold most of the contrast, of those that
-    nearly agree.
+    both agree. It starts, of the diameters that nearly agree, at the largest one whose objects hold
+    about as much of the contrast as those of any: objects, not the parts that they may have.
     """
     largest = max(max(image.shape[1:]) for image in images)
     diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, len(images))
     starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
+    agreeing = []
     for number, assumed in enumerate(starts):
         measured = _compact(images, config, assumed)
         on_progress((number + 1) / (len(starts) + 1))
         if len(measured.sides) < _FEWEST:
             continue
-        agrees = 1 / _NEAR < measured.median / assumed < _NEAR
-        if agrees and measured.share > best.share:
-            diameter, best = assumed, measured
+        if 1 / _NEAR < measured.median / assumed < _NEAR:
+            agreeing.append((assumed, measured))
+    if agreeing:
+        least = _KEPT * max(measured.share for _, measured in agreeing)
+        diameter, best = [pair for pair in agreeing if pair[1].share >= least][-1]
+    most = _MORE * len(best.sides)
     for _ in range(_ROUNDS):
         if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
             break
         following = min(max(best.median, _LEAST), _MOST)
         measured = _compact(images, config, following)
-        if following < diameter and measured.share < _KEPT * best.share:
+        parts = measured.share < _KEPT * best.share or len(measured.sides) > most
+        if following < diameter and parts:
             break  # it would go on to parts of objects
         diameter, best = following, measured
     return min(max(best.median if len(best.sides) else diameter, _LEAST), _MOST), best

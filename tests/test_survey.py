@@ -15,6 +15,7 @@ from torch import Tensor
 from spairkit import survey as survey_module
 from spairkit.config import Config, DataConfig, PrepareConfig, SPAIRConfig
 from spairkit.config_values import assignments
+from spairkit.data.synthetic import drawn, encoded
 from spairkit.errors import InputError
 from spairkit.images import write_png
 from spairkit.presets import resolve
@@ -101,6 +102,17 @@ def test_discs_of_any_size_and_polarity_are_measured(
     assert 0.6 < survey.contrast / step < 1.1, "blurred rims count"
     assert survey.share > 0.5
     assert survey.doubts() == []
+
+
+def test_parts_of_patterned_objects_are_not_measured(tmp_path: Path) -> None:
+    true: list[float] = []
+    for index in range(3):
+        image, boxes = drawn("sprites", 7, index)
+        (tmp_path / f"{index}.png").write_bytes(encoded("sprites", image))
+        true += np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)).tolist()
+    survey = look(sorted(tmp_path.iterdir()))
+    assert survey.diameter == pytest.approx(np.median(true), rel=0.2)
+    assert survey.prepare.contrast == "distance"
 
 
 def test_colours_on_all_sides_of_the_background_call_for_a_distance(tmp_path: Path) -> None:
