@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, print_json, say, several
+from spairkit.cli.console import counted, echo, print_json, say, several
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def list_(as_json: options.JsonOption = False) -> None:
     if as_json:
         print_json(about)
     else:
-        typer.echo("\n".join(f"{name:<12}{text}" for name, text in about.items()))
+        echo("\n".join(f"{name:<12}{text}" for name, text in about.items()))
 
 
 @app.command()
@@ -83,10 +83,10 @@ def look(
     if as_json:
         print_json({**survey.to_json(), "picture": str(picture)})
         return
-    typer.echo("\n".join(survey.lines()))
+    echo("\n".join(survey.lines()))
     for doubt in survey.doubts():
         say(f"warning: {doubt}")
-    typer.echo(f"picture: {picture}")
+    echo(f"picture: {picture}")
 
 
 @app.command()

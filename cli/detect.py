@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, say, several
+from spairkit.cli.console import counted, print_document, say, several
 from spairkit.cli.files import image_files
+from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def detect(
 
     if out is not None:
         options.check_output(out)
+    elif isinstance(sys.stdout, Closed):
+        raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
     if out is not None and out.exists() and any(out.samefile(path) for path in files.paths):
         raise InputError(f"--out {out}: is one of the images; name another file")
@@ -100,7 +104,7 @@ def detect(
     expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == images else ""
     summary = f"{several(objects, 'object')} in {several(images, 'image')}{expected}"
     if out is None:
-        typer.echo(text, nl=False)
+        print_document(text)
         if not quiet:
             say(summary)
         return

@@ -5,10 +5,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, say
+from spairkit.cli.console import echo, json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
 from spairkit.errors import InputError
 
@@ -88,9 +86,9 @@ def evaluate(
     if as_json:
         print_json(figures)
     else:
-        typer.echo(f"{loaded.path} (step {loaded.step})")
+        echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
         if box_contrast is not None:
             tight = f"drawn round the pixels above {box_contrast:g} of each object's contrast"
             boxes = tight if box_contrast else "the model's own"
-            typer.echo(f"Boxes: {boxes}.")
+            echo(f"Boxes: {boxes}.")

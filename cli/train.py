@@ -96,7 +96,8 @@ def train(
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
-    A checkpoint is written at every validation and on Ctrl-C; --resume continues from it.
+    A checkpoint is written at every validation and on Ctrl-C, SIGTERM and SIGHUP; --resume
+    continues from it.
 
     torchrun --nproc-per-node=N -m spairkit train ... shares each batch among N processes.
     """
@@ -108,9 +109,9 @@ def train(
     looks: list[Survey] = []
 
     def stop() -> int:
-        """0, the number of a signal, or 1 when the time is over; the same in all processes."""
+        """0, the exit status of a signal, or 1 when the time is over; the same in all processes."""
         over_time = minutes is not None and time.monotonic() - began >= minutes * 60
-        return world.greatest(interrupts.number or int(over_time))
+        return world.greatest(128 + interrupts.number if interrupts.number else int(over_time))
 
     with joined(options.choose_device(device)) as (world, chosen), ExitStack() as stack:
 
@@ -138,12 +139,12 @@ def train(
             )
         ending, step, validation = _train(run, settings, chosen, world, stop, quiet=quiet)
     if not run:
-        raise typer.Exit(128 + ending if ending > 1 else 0)
+        raise typer.Exit(ending if ending > 1 else 0)
     command = "spairkit" if world.size == 1 else "torchrun ... -m spairkit"
     continues = f"continue with: {command} train --resume {shlex.quote(str(run.path))}"
     if ending > 1:
         say(f"stopped after step {step}, checkpoint saved; {continues}")
-        raise typer.Exit(128 + ending)
+        raise typer.Exit(ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; {continues}")
     _finish(run, chosen, step, validation, looks, began, as_json=as_json, quiet=quiet)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, print_json, several
+from spairkit.cli.console import counted, echo, print_json, several
 from spairkit.cli.files import image_files
 from spairkit.errors import ImageFileError, InputError
 
@@ -72,7 +72,7 @@ def viz(
             if not as_json:
                 interval = "" if counts is None else f" ({counts})"
                 number = several(len(found), "object")
-                typer.echo(f"{path}: {number} found{interval}; picture: {output}")
+                echo(f"{path}: {number} found{interval}; picture: {output}")
             if reason := misfit(detector, found):
                 unfit.append(f"{path}: {reason}")
             values = {} if counts is None else counts.to_json()

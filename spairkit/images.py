@@ -27,6 +27,7 @@ from torch import Tensor
 
 from spairkit.deep_pixels import deep_png, netpbm, netpbm_has_more
 from spairkit.errors import ImageFileError, InputError
+from spairkit.names import printable
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
 from spairkit.tiff import MAGIC, Tiff
@@ -582,8 +583,3 @@ def _ranged(strip: Image.Image, low: float, high: float) -> NDArray[np.float64]:
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(np.array(array, order="C"))
-
-
-def printable(text: object) -> str:
-    """A name with unprintable characters escaped, for a message of one line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

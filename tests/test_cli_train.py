@@ -419,7 +419,9 @@ def test_unusable_data_leaves_no_run(run: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signal_saves_a_checkpoint_and_prints_how_to_resume(
     workplace: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
