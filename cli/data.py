@@ -11,6 +11,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, echo, print_json, say, several
+from spairkit.cli.files import check_output, refuse_input
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def look(
         raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
     whole = folder.resolve()
     picture = out or Path(f"{whole.name if whole.is_dir() else whole.stem}-look.png")
-    options.check_output(picture)
+    check_output(picture)
     from spairkit.images import is_picture, list_images, write_picture
     from spairkit.report.drawing import contact_sheet
     from spairkit.survey import look as measured
@@ -75,6 +76,7 @@ def look(
     if picture.exists() and not is_picture(picture):
         raise InputError(f"{picture} exists and is no picture by spairkit; name another with --out")
     paths = [folder] if folder.is_file() else list_images(folder)
+    refuse_input(picture, paths)
     with counted("looking at the images", 100, quiet=quiet) as show_done:
         survey = measured(paths, lambda share: show_done(round(100 * share)))
     shown = sample(paths, survey)

@@ -8,6 +8,7 @@ from typing import Annotated
 from spairkit.cli import options
 from spairkit.cli.console import echo, json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
+from spairkit.cli.files import check_output, refuse_input
 from spairkit.errors import InputError
 
 
@@ -41,24 +42,17 @@ def evaluate(
             f"--set {others[0]}: eval accepts only data settings, such as data.max_objects=5"
         )
     if out is not None:
-        options.check_output(out)
+        check_output(out)
     from spairkit.config_values import from_dict, merge, to_dict
-    from spairkit.detector import detector_of
-    from spairkit.storage.checkpoints import load_checkpoint
+    from spairkit.data.files import data_files
     from spairkit.storage.durable import write_text
 
-    loaded = load_checkpoint(options.choose_checkpoint(checkpoint))
-    detector = detector_of(
-        loaded,
-        options.choose_device(device),
-        box_contrast=box_contrast,
-        search=None if search is None else search.value,
-    )
-    options.say_if_failed(loaded.path)
-    options.say_if_uncalibrated(detector)
+    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
     mine = to_dict(loaded.config)
     del mine["prepare"]  # the detector's; other data may not go with it
     settings = from_dict(merge(mine, *over), "--set").data
+    if out is not None:
+        refuse_input(out, [*data_files(settings).values(), *loaded.files])
     report = measure(
         detector,
         settings,

@@ -166,7 +166,7 @@ def test_viz_does_not_overwrite_its_image(run: Runner, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"content")
     ended = run("viz", "x.png", "--out", "./x.png")
     assert ended.status == 2
-    assert "x.png is one of the images" in ended.err
+    assert "--out x.png: is an input (x.png); name another file" in ended.err
     assert (tmp_path / "x.png").read_bytes() == b"content"
 
 

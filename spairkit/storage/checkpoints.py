@@ -68,6 +68,13 @@ class Checkpoint:
     """That of the search, see `search.calibration`; empty if it was not calibrated."""
     path: Path
     """The folder itself, links resolved."""
+    sha256: str
+    """That of the manifest, which covers everything."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it was read from."""
+        return [self.path / name for name in (_MODEL, _OPTIMISER, _MANIFEST)]
 
 
 class _File(BaseModel):
@@ -210,7 +217,8 @@ def _find(path: Path) -> Path:
 
 def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
     source = folder / _MANIFEST
-    manifest = _parse(_read(source, _MAX_MANIFEST_BYTES), source)
+    data = _read(source, _MAX_MANIFEST_BYTES)
+    manifest = _parse(data, source)
     config = from_dict(manifest.config, str(source))
     model = _unpack(folder / _MODEL, manifest)
     optimiser = None
@@ -227,6 +235,7 @@ def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
         environment=manifest.environment,
         calibration=manifest.calibration,
         path=folder,
+        sha256=sha256(data).hexdigest(),
     )
 
 

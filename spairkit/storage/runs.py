@@ -31,6 +31,8 @@ from spairkit.storage.checkpoints import Checkpoint, Scalar
 ROOT = Path("runs")
 """The default folder of runs, below the current folder."""
 
+_CONFIG = "config.toml"
+_LOCK, _OWNER = ".lock", ".owner"
 _KEEP = 2
 _CHECKPOINT = re.compile(r"step-(\d{1,10})")
 
@@ -51,13 +53,16 @@ class Run:
         """
         model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
         stem = f"{config.data.name}-{config.preset}{model}"
-        if out is not None and (out / "config.toml").exists():
+        if out is not None and (out / _CONFIG).exists():
             raise InputError(
                 f"{out}: already holds a run; resume it (--resume), or name another folder (--out)"
             )
-        path = new_folder(out, stem)
-        durable.write_text(path / "config.toml", to_toml(config))
-        return cls(path, config)
+        run = cls(new_folder(out, stem, (_LOCK, _OWNER)), config)
+        with run.lock():  # of two processes that come at once, one gets the folder
+            if (run.path / _CONFIG).exists():
+                raise InputError(f"{run.path}: already holds a run; name another folder (--out)")
+            durable.write_text(run.path / _CONFIG, to_toml(config))
+        return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":
@@ -121,8 +126,8 @@ class Run:
         Raises:
             InputError: another process trains here; the message gives its pid and host.
         """
-        owner = self.path / ".owner"
-        lock = FileLock(self.path / ".lock")
+        owner = self.path / _OWNER
+        lock = FileLock(self.path / _LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -134,8 +139,6 @@ class Run:
         try:
             durable.write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
             durable.sweep(self.path)
-            if (self.path / "checkpoints").is_dir():
-                durable.sweep(self.path / "checkpoints")
             yield
         finally:
             lock.release()
@@ -262,7 +265,7 @@ def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Pa
 
     Args:
         stem: characters other than letters, digits, "_" and "-" become "-".
-        allowed: names of files that `out` may already hold.
+        allowed: names of files that `out` may already hold, besides half-written ones.
 
     Raises:
         InputError: `out` holds other files, or the system refuses.
@@ -271,7 +274,8 @@ def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Pa
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if any(entry.name not in allowed for entry in out.iterdir()):
+            left = [entry.name for entry in out.iterdir() if entry.name not in allowed]
+            if not all(map(durable.is_temporary, left)):
                 raise InputError(f"{out}: not empty; name another folder (--out)")
             return out
         ROOT.mkdir(exist_ok=True)
