@@ -1,6 +1,7 @@
 """`spairkit eval`: figures of a model, by protocol and by number of objects."""
 
 import dataclasses
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -44,22 +45,31 @@ def evaluate(
     if out is not None:
         check_output(out)
     from spairkit.config_values import from_dict, merge, to_dict
-    from spairkit.data.files import data_files
+    from spairkit.data.files import changed_files, data_files, sha256_of_files
     from spairkit.storage.durable import write_text
+    from spairkit.storage.runs import Run, recorded_data
 
     detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
     mine = to_dict(loaded.config)
     del mine["prepare"]  # the detector's; other data may not go with it
+    if loaded.run is not None:
+        with suppress(InputError):  # of a config that was edited, which the checkpoint is not
+            # images that have moved are named anew there
+            mine["data"]["path"] = Run.open(loaded.run).config.data.path
+    trained_on = mine["data"]["path"]
     settings = from_dict(merge(mine, *over), "--set").data
+    options.refuse_absent(settings)
+    files = data_files(settings)
     if out is not None:
-        refuse_input(out, [*data_files(settings).values(), *loaded.files])
+        refuse_input(out, [*files.values(), *loaded.files])
+    known = settings.path == trained_on
+    if loaded.run is not None and (hashes := recorded_data(loaded.run)) is not None:
+        now = sha256_of_files(files)
+        if known and (changes := changed_files(hashes, now)):
+            say(f"warning: the data have changed since the run began: {changes}")
+        known |= now == hashes  # under another path
     report = measure(
-        detector,
-        settings,
-        split.value,
-        threshold=threshold,
-        trained_on=settings.path == loaded.config.data.path,
-        quiet=quiet,
+        detector, settings, split.value, threshold=threshold, trained_on=known, quiet=quiet
     )
     if report is None:
         raise InputError(

@@ -14,7 +14,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from spairkit.config import Config
+    from spairkit.config import Config, DataConfig
     from spairkit.detector import Detector
     from spairkit.storage.checkpoints import Checkpoint
 
@@ -175,6 +175,15 @@ def open_detector(
     say_if_failed(loaded.path)
     say_if_uncalibrated(detector)
     return detector, loaded
+
+
+def refuse_absent(data: "DataConfig") -> None:
+    """Refuses the data of a run that are no longer there, with advice."""
+    if data.path and not Path(data.path).exists():
+        raise InputError(
+            f"{data.path}: the images of the run are not there; if they have moved, give them with "
+            "--data"
+        )
 
 
 def say_if_failed(checkpoint: Path) -> None:

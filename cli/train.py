@@ -175,8 +175,7 @@ def _opened(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # training itself warns of a damaged checkpoint
             run.latest()  # raises if all are damaged
-        if settings.train.steps != run.config.train.steps:
-            run.extend(settings.train.steps)
+        run.adopt(settings)
         clear_signs(run.path)  # they are judged again at the end
         yield run
 
@@ -403,13 +402,13 @@ def _surveyed(
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    """The config of the run in the folder `path`, with other `train.steps` if asked for.
+    """The config of the run in the folder `path`, with `train.steps` and `data.path` as asked for.
 
     Raises:
-        InputError: there is no run, or another setting is asked for.
+        InputError: there is no run, another setting is asked for, or its images are not there.
     """
-    from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
-    from spairkit.storage.runs import Run
+    from spairkit.config_values import from_dict, merge, model_kind, to_dict
+    from spairkit.storage.runs import Run, fixed_differences
 
     config = Run.open(path).config
     kind = model_kind(merge(*over))
@@ -419,12 +418,12 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
             "--model, or start a new run"
         )
     asked = from_dict(merge(to_dict(config), *over, {"preset": preset} if preset else {}))
-    changes = [line for line in differences(config, asked) if not line.startswith("train.steps:")]
-    if changes:
+    if changes := fixed_differences(config, asked):
         raise InputError(
             f"--resume {path}: a run keeps its settings, but these differ: {'; '.join(changes)}; "
             "leave them out, or start a new run"
         )
+    options.refuse_absent(asked.data)
     return asked
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 from spairkit.config import DataConfig
 from spairkit.data.folder import ANNOTATIONS
 from spairkit.images import list_images
+from spairkit.names import printable
+
+_NAMED = 3  # files of a kind of change that are named
 
 
 def data_files(config: DataConfig) -> dict[str, Path]:
@@ -26,6 +29,25 @@ def data_files(config: DataConfig) -> dict[str, Path]:
     folder = place if place.is_dir() else place.parent
     files = [*list_images(place), folder / ANNOTATIONS]
     return {path.relative_to(folder).as_posix(): path for path in files if path.exists()}
+
+
+def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Says how files have changed, by their hashes: `1 changed (a.png), 2 missing (b.png, c.png)`.
+
+    Empty if they have not.
+    """
+    kinds = {
+        "changed": [name for name in before if now.get(name, before[name]) != before[name]],
+        "missing": [name for name in before if name not in now],
+        "new": [name for name in now if name not in before],
+    }
+    said = []
+    for kind, names in kinds.items():
+        if names:
+            more = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
+            listed = ", ".join([*map(printable, names[:_NAMED]), *more])
+            said.append(f"{len(names)} {kind} ({listed})")
+    return ", ".join(said)
 
 
 def sha256_of(path: Path) -> str:

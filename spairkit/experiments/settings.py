@@ -18,7 +18,7 @@ from spairkit.errors import InputError
 from spairkit.experiments.shared_runs import read_json
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
-from spairkit.storage.runs import new_folder
+from spairkit.storage.runs import LINKS, new_folder
 from spairkit.survey import look, preparation
 
 MODELS = {
@@ -155,6 +155,7 @@ def open_comparison(
             not fit the data; or the folder cannot be used.
     """
     if out is not None and (path := out / "settings.json").exists():
+        durable.refuse_links(out, LINKS)
         saved = _parse(read_json(path, "pass another --out"), str(path))
         before = _plain(saved)
         after = _plain(_parse(merge(before, asked), "compare"))

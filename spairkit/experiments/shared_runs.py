@@ -18,6 +18,9 @@ from spairkit.errors import InputError
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 
+LEAST_AGE = 3600.0
+"""Seconds after which what is half-written in a shared folder is that of a killed process."""
+
 
 @dataclass(frozen=True)
 class Started:
