@@ -63,13 +63,18 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
     """
     values = merge({"model": {"kind": SPAIRConfig.kind}}, values)
     try:
-        return _ADAPTER.validate_json(json.dumps(values, allow_nan=True))
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error)}") from None
+        text = json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 20, 0) : error.end]
+        raise InputError(f"{source}: a value is not UTF-8 ({near}); choose another name") from None
     except (TypeError, RecursionError):
         raise InputError(
             f"{source}: only tables of numbers, strings and lists are allowed"
         ) from None
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:

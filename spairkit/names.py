@@ -13,3 +13,13 @@ def printable(text: object) -> str:
 def printable_lines(text: str) -> str:
     """`printable` of each line."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def in_utf8(name: str) -> str:
+    """A name with the bytes escaped that are not UTF-8, for files of text."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written into a file of text as it is."""
+    return in_utf8(name) == name

@@ -16,6 +16,7 @@ from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.errors import InputError
 from spairkit.experiments.shared_runs import read_json
+from spairkit.names import is_utf8
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
 from spairkit.storage.runs import LINKS, new_folder
@@ -254,6 +255,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _parse(values: Any, source: str) -> Settings:
+    if not is_utf8(json.dumps(values, ensure_ascii=False)):
+        raise InputError(f"{source}: a setting is not UTF-8; choose another name")
     try:
         return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:
