@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, results, say, several, table_of
+from spairkit.cli.console import echo, json_text, print_json, results, say, several, table_of
 from spairkit.cli.figures import AUTHORS_RULE
 from spairkit.cli.workers import WorkersOption, is_worker, resume_command, run_shared
 from spairkit.errors import InputError
@@ -134,7 +134,7 @@ def compare(
     if as_json:
         print_json(values)
     else:
-        typer.echo(f"{text}\nwritten to {folder}: table.txt, figure.png, results.json, runs/")
+        echo(f"{text}\nwritten to {folder}: table.txt, figure.png, results.json, runs/")
 
 
 def _on_digits(settings: "Settings", folder: Path) -> tuple[dict[str, Any], str, bytes]:

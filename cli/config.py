@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import print_json, say
+from spairkit.cli.console import print_document, print_json, say
 from spairkit.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, help="Show or copy the settings of a preset.")
@@ -26,7 +26,7 @@ def show(
     if as_json:
         print_json(to_dict(settings))
     else:
-        typer.echo(to_toml(settings), nl=False)
+        print_document(to_toml(settings))
 
 
 @app.command()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from spairkit.names import printable, printable_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -21,8 +23,17 @@ _LONG_SECONDS = 2.0  # of a search, after which its own progress is shown
 
 def say(message: str) -> None:
     """One line on stderr; unprintable characters, as in file names, are escaped."""
-    line = " ".join(message.split("\n"))
-    typer.echo("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), err=True)
+    typer.echo(printable(" ".join(message.split("\n"))), err=True)
+
+
+def echo(text: object) -> None:
+    """Lines for people on stdout; unprintable characters, as in file names, are escaped."""
+    typer.echo(printable_lines(str(text)))
+
+
+def print_document(text: str) -> None:
+    """A document for programs on stdout; on a terminal unprintable characters are escaped."""
+    typer.echo(printable_lines(text) if sys.stdout.isatty() else text, nl=False)
 
 
 def several(number: int, word: str) -> str:
@@ -37,16 +48,24 @@ def json_text(value: Any) -> str:
 
 def print_json(value: Any) -> None:
     """A JSON document on stdout."""
-    typer.echo(json_text(value))
+    print_document(f"{json_text(value)}\n")
 
 
 def results(least_width: int = _TABLE_WIDTH) -> "Console":
-    """A console on stdout for tables, wide enough that rich cuts no figure off."""
+    """A console on stdout for tables, wide enough that rich cuts no figure off.
+
+    It writes no styles, and escapes the unprintable characters of strings.
+    """
     from rich.console import Console
+
+    class Plain(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            shown = (printable_lines(item) if isinstance(item, str) else item for item in objects)
+            super().print(*shown, **options)
 
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
     width = max(columns, least_width)
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
+    return Plain(file=sys.stdout, width=width, color_system=None, highlight=False, markup=False)
 
 
 def table_of(columns: Iterable[str], first: str | None = None) -> "Table":
@@ -79,7 +98,7 @@ def progress_bar(*, quiet: bool = False) -> Any:
     class Noted(Progress):
         def say(self, text: str) -> None:
             if not quiet:
-                self.console.print(text, soft_wrap=True)
+                self.console.print(printable(text), soft_wrap=True)
 
         def get_renderables(self) -> Iterable[RenderableType]:
             yield self.make_tasks_table(self.tasks)

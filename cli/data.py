@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, print_json, say, several
+from spairkit.cli.console import counted, echo, print_json, say, several
+from spairkit.cli.files import check_output, refuse_input
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def list_(as_json: options.JsonOption = False) -> None:
     if as_json:
         print_json(about)
     else:
-        typer.echo("\n".join(f"{name:<12}{text}" for name, text in about.items()))
+        echo("\n".join(f"{name:<12}{text}" for name, text in about.items()))
 
 
 @app.command()
@@ -66,7 +67,7 @@ def look(
         raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
     whole = folder.resolve()
     picture = out or Path(f"{whole.name if whole.is_dir() else whole.stem}-look.png")
-    options.check_output(picture)
+    check_output(picture)
     from spairkit.images import is_picture, list_images, write_picture
     from spairkit.report.drawing import contact_sheet
     from spairkit.survey import look as measured
@@ -75,6 +76,7 @@ def look(
     if picture.exists() and not is_picture(picture):
         raise InputError(f"{picture} exists and is no picture by spairkit; name another with --out")
     paths = [folder] if folder.is_file() else list_images(folder)
+    refuse_input(picture, paths)
     with counted("looking at the images", 100, quiet=quiet) as show_done:
         survey = measured(paths, lambda share: show_done(round(100 * share)))
     shown = sample(paths, survey)
@@ -83,10 +85,10 @@ def look(
     if as_json:
         print_json({**survey.to_json(), "picture": str(picture)})
         return
-    typer.echo("\n".join(survey.lines()))
+    echo("\n".join(survey.lines()))
     for doubt in survey.doubts():
         say(f"warning: {doubt}")
-    typer.echo(f"picture: {picture}")
+    echo(f"picture: {picture}")
 
 
 @app.command()

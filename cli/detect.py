@@ -3,20 +3,25 @@
 import csv
 import io
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spairkit import __version__
 from spairkit.cli import options
-from spairkit.cli.console import counted, say, several
-from spairkit.cli.files import image_files
+from spairkit.cli.console import counted, print_document, say, several
+from spairkit.cli.files import ImageFiles, check_output, image_files, refuse_input
+from spairkit.cli.partial import Finished, Partial, partial_of
+from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.detections import Detections
+    from spairkit.detector import Detector
 
 _COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score")
 _MASK_COLUMNS = ("area", "intensity")
@@ -55,57 +60,122 @@ def detect(
 
     Images are numbered from 1 in the order given, those of a folder in the order of their names. A
     single folder with annotations.json keeps its image ids and its category, as COCO's tools
-    expect. Files of a folder that cannot be read are skipped.
+    expect. Files of a folder that cannot be read are skipped. The output is whole or absent: until all images are
+    done, results are kept in OUT.partial, and the same command goes on after a kill.
     """
     from spairkit.counts import CountPosterior
-    from spairkit.report.signs import misfit
     from spairkit.storage.durable import write_text
 
     if out is not None:
-        options.check_output(out)
+        check_output(out)
+    elif isinstance(sys.stdout, Closed):
+        raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
-    if out is not None and out.exists() and any(out.samefile(path) for path in files.paths):
-        raise InputError(f"--out {out}: is one of the images; name another file")
-    detector = options.open_detector(checkpoint, device, box_contrast, search)
+    if out is not None:
+        refuse_input(out, files.inputs)
+    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    if out is not None:
+        refuse_input(out, loaded.files)
     category = next(iter(files.categories), 1)
     if format_ is Format.COCO and len(files.categories) > 1:
         say(
             f"the annotations have {len(files.categories)} categories: results have the first, "
             f"{category}; compare them with useCats = 0"
         )
+    key = {
+        "version": __version__,
+        "checkpoint": loaded.sha256,
+        "search": detector.search,
+        "box_contrast": detector.box_contrast,
+        "threshold": threshold,
+        "count": count,
+        "device": detector.device.type,
+        "format": format_.value,
+        "category": category,
+    }
+
+
+    def rows(path: Path, number: int, detections: "Detections") -> list[str]:
+        return _rows(str(path), number, detections, format_, category)
+
+    with partial_of(out, key) as partial:
+        _detect(files, detector, partial, threshold, count, rows, quiet=quiet)
+        found = [partial.finished[n] for n in files.numbers if n in partial.finished]
+        text = _text(found, format_)
+        if out is not None:
+            write_text(out, text)
+    options.say_unfit([f"{item.name}: {item.misfit}" for item in found if item.misfit], len(found))
+    posteriors = [counts for item in found if (counts := item.counts())]
+    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(found) else ""
+    objects = several(sum(item.objects for item in found), "object")
+    summary = f"{objects} in {several(len(found), 'image')}{expected}"
+    if out is not None:
+        say(f"wrote {out}: {summary}")
+    else:
+        print_document(text)
+        if not quiet:
+            say(summary)
+    files.conclude()
+
+
+def _detect(
+    files: ImageFiles,
+    detector: "Detector",
+    partial: Partial,
+    threshold: float,
+    count: int | None,
+    rows: Callable[[Path, int, "Detections"], list[str]],
+    *,
+    quiet: bool,
+) -> None:
+    """Finds the objects of the images that are not finished."""
+    from spairkit.data.files import sha256_of
+    from spairkit.report.signs import misfit
+
+    left: list[tuple[Path, int]] = []
+    for path, number in zip(files.paths, files.numbers, strict=True):
+        before = partial.finished.pop(number, None)
+        if before is not None and (before.name, before.sha256) == (str(path), sha256_of(path)):
+            partial.finished[number] = before
+        else:
+            left.append((path, number))
+    done = len(files.paths) - len(left)
+    if done:
+        say(f"{several(done, 'image')} finished before, {len(left)} left")
+    batch: list[Finished] = []
+
+    def sources() -> Iterator[Path]:
+        for path, _ in left:
+            # the next image is asked for when a batch is over, and never in the middle of one
+            partial.add(batch)
+            batch.clear()
+            yield path
+
     many = detector.detect_many(
-        files.paths, threshold=threshold, count=count, on_unreadable=files.skip
+        sources(), threshold=threshold, count=count, on_unreadable=files.skip
     )
-    rows: list[str] = []
-    has_masks, objects, images = False, 0, 0
-    unfit: list[str] = []
-    posteriors: list[CountPosterior] = []
-    numbered = zip(files.paths, files.numbers, strict=True)
+    numbered = iter(left)
     with counted("images", len(files.paths), quiet=quiet) as show_done:
         detector.on_progress = show_done.search
         for detections in many:
             path, number = next(pair for pair in numbered if pair[0] is detections.image)
-            # masks are not kept
-            rows += _rows(str(path), number, detections, format_, category)
-            has_masks |= detections.label_image is not None
-            objects += len(detections)
-            images += 1
-            if reason := misfit(detector, detections):
-                unfit.append(f"{path}: {reason}")
-            posteriors += [] if detections.counts is None else [detections.counts]
-            show_done(images)
-    files.say_skipped()
-    options.say_unfit(unfit, images)
-    text = _text(rows, format_, has_masks)
-    expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == images else ""
-    summary = f"{several(objects, 'object')} in {several(images, 'image')}{expected}"
-    if out is None:
-        typer.echo(text, nl=False)
-        if not quiet:
-            say(summary)
-        return
-    write_text(out, text)
-    say(f"wrote {out}: {summary}")
+            counts = detections.counts
+            batch.append(
+                Finished(
+                    name=str(path),
+                    number=number,
+                    sha256=sha256_of(path),
+                    rows=rows(path, number, detections),
+                    objects=len(detections),
+                    has_masks=detections.label_image is not None,
+                    least_count=None if counts is None else counts.least,
+                    count_probabilities=[] if counts is None else counts.probabilities.tolist(),
+                    misfit=misfit(detector, detections),
+                )
+            )
+            done += 1
+            show_done(done)
+    partial.add(batch)
 
 
 def _rows(
@@ -122,10 +192,12 @@ def _rows(
     return [_csv_line([name, number, *box, *others]) for box, *others in boxes]
 
 
-def _text(rows: list[str], format_: Format, has_masks: bool) -> str:
+def _text(found: list[Finished], format_: Format) -> str:
     """The output file."""
+    rows = [row for item in found for row in item.rows]
     if format_ is Format.COCO:
         return f"[{', '.join(rows)}]\n"
+    has_masks = any(item.has_masks for item in found)
     header = [*_COLUMNS, *(_MASK_COLUMNS if has_masks else ())]
     return "".join([_csv_line(header), *rows] if format_ is Format.CSV else rows)
 

@@ -6,10 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import typer
-
 from spairkit import __version__
-from spairkit.cli.console import print_json
+from spairkit.cli.console import echo, print_json
 from spairkit.cli.options import JsonOption
 from spairkit.errors import InputError
 
@@ -41,7 +39,7 @@ def doctor(as_json: JsonOption = False) -> None:
         return
     width = max(len(name) for name in findings) + 2
     for name, finding in findings.items():
-        typer.echo(f"{name:<{width}}{finding}")
+        echo(f"{name:<{width}}{finding}")
 
 
 def _version(package: str) -> str:

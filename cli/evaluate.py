@@ -1,15 +1,15 @@
 """`spairkit eval`: figures of a model, by protocol and by number of objects."""
 
 import dataclasses
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from spairkit.cli import options
-from spairkit.cli.console import json_text, print_json, say
+from spairkit.cli.console import echo, json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
+from spairkit.cli.files import check_output, refuse_input
 from spairkit.errors import InputError
 
 
@@ -43,31 +43,33 @@ def evaluate(
             f"--set {others[0]}: eval accepts only data settings, such as data.max_objects=5"
         )
     if out is not None:
-        options.check_output(out)
+        check_output(out)
     from spairkit.config_values import from_dict, merge, to_dict
-    from spairkit.detector import detector_of
-    from spairkit.storage.checkpoints import load_checkpoint
+    from spairkit.data.files import changed_files, data_files, sha256_of_files
     from spairkit.storage.durable import write_text
+    from spairkit.storage.runs import Run, recorded_data
 
-    loaded = load_checkpoint(options.choose_checkpoint(checkpoint))
-    detector = detector_of(
-        loaded,
-        options.choose_device(device),
-        box_contrast=box_contrast,
-        search=None if search is None else search.value,
-    )
-    options.say_if_failed(loaded.path)
-    options.say_if_uncalibrated(detector)
+    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
     mine = to_dict(loaded.config)
     del mine["prepare"]  # the detector's; other data may not go with it
+    if loaded.run is not None:
+        with suppress(InputError):  # of a config that was edited, which the checkpoint is not
+            # images that have moved are named anew there
+            mine["data"]["path"] = Run.open(loaded.run).config.data.path
+    trained_on = mine["data"]["path"]
     settings = from_dict(merge(mine, *over), "--set").data
+    options.refuse_absent(settings)
+    files = data_files(settings)
+    if out is not None:
+        refuse_input(out, [*files.values(), *loaded.files])
+    known = settings.path == trained_on
+    if loaded.run is not None and (hashes := recorded_data(loaded.run)) is not None:
+        now = sha256_of_files(files)
+        if known and (changes := changed_files(hashes, now)):
+            say(f"warning: the data have changed since the run began: {changes}")
+        known |= now == hashes  # under another path
     report = measure(
-        detector,
-        settings,
-        split.value,
-        threshold=threshold,
-        trained_on=settings.path == loaded.config.data.path,
-        quiet=quiet,
+        detector, settings, split.value, threshold=threshold, trained_on=known, quiet=quiet
     )
     if report is None:
         raise InputError(
@@ -88,9 +90,9 @@ def evaluate(
     if as_json:
         print_json(figures)
     else:
-        typer.echo(f"{loaded.path} (step {loaded.step})")
+        echo(f"{loaded.path} (step {loaded.step})")
         print_report(report)
         if box_contrast is not None:
             tight = f"drawn round the pixels above {box_contrast:g} of each object's contrast"
             boxes = tight if box_contrast else "the model's own"
-            typer.echo(f"Boxes: {boxes}.")
+            echo(f"Boxes: {boxes}.")

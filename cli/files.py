@@ -1,5 +1,8 @@
-"""The image files that a command is given: named one by one, or found in folders."""
+"""The image files that a command is given, and the files that it writes: none of these."""
 
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +14,8 @@ from spairkit.errors import ImageFileError, InputError
 class ImageFiles:
     """Files in the order given, those of a folder in the order of their names.
 
-    A file of a folder that cannot be read is skipped; one that is named itself is an error.
+    A file of a folder that cannot be read is skipped. One that is named itself is an error: before
+    any work if its header tells, else after all other images are done.
     """
 
     paths: list[Path]
@@ -19,22 +23,28 @@ class ImageFiles:
     """Ids of `paths`: those of a folder's annotations, or counted from 1, skipped files too."""
     total: int
     """Number of files, skipped ones included."""
+    inputs: list[Path]
+    """All files that are read, skipped ones and annotations included."""
     named: frozenset[Path] = frozenset()
     categories: list[int] = field(default_factory=list)
     """Ids of the categories of a folder's annotations."""
     skipped: list[str] = field(default_factory=list)
     """Why files were skipped, a line for each, which begins with its name."""
+    _failed: bool = False
 
     def skip(self, path: object, error: ImageFileError) -> None:
-        """Notes that a file cannot be read. Raises InputError if it is named, or the last one."""
-        if path in self.named:
-            raise error
+        """Notes that a file cannot be read. Raises InputError if no other file is left."""
         self.skipped.append(str(error))
+        self._failed |= path in self.named
         if len(self.skipped) == self.total:
-            raise InputError(f"no image can be read: {self._listed()}")
+            raise (
+                error if self.total == 1 else InputError(f"no image can be read: {self._listed()}")
+            )
 
-    def say_skipped(self) -> None:
-        """Names the files that were skipped so far, if there are any."""
+    def conclude(self) -> None:
+        """Names the files that were skipped. Raises InputError if one of them was named."""
+        if self._failed:
+            raise InputError(self._listed())
         if self.skipped:
             say(self._listed())
 
@@ -57,22 +67,66 @@ def image_files(words: list[Path]) -> ImageFiles:
     for word in words:
         if not word.exists():
             raise InputError(f"{word}: no such image or folder")
-    if len(words) == 1 and (words[0] / ANNOTATIONS).exists():
+    annotations = [word / ANNOTATIONS for word in words if (word / ANNOTATIONS).exists()]
+    paths = [path for word in words for path in (list_images(word) if word.is_dir() else [word])]
+    inputs = [*paths, *annotations]
+    if len(words) == 1 and annotations:
         config = DataConfig(name="folder", path=str(words[0]))
         folder = ImageFolder(config, "test", needs_truth=False)
         paths, ids = map(list, zip(*folder.files(), strict=True))
         return ImageFiles(
-            paths, ids, folder.num_files, categories=folder.categories, skipped=folder.skipped
+            paths,
+            ids,
+            folder.num_files,
+            inputs,
+            categories=folder.categories,
+            skipped=folder.skipped,
         )
-    paths = [path for word in words for path in (list_images(word) if word.is_dir() else [word])]
     named = frozenset(word for word in words if not word.is_dir())
-    files = ImageFiles([], [], len(paths), named)
+    files = ImageFiles([], [], len(paths), inputs, named)
     for number, path in enumerate(paths, start=1):
         try:
             image_size(path)
         except ImageFileError as error:
+            if path in named:
+                raise
             files.skip(path, error)
         else:
             files.paths.append(path)
             files.numbers.append(number)
     return files
+
+
+FileId = tuple[int, int]
+
+
+def file_id(path: Path) -> FileId | None:
+    """Device and inode, the same for every name of a file and every link to it; None if absent."""
+    with suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
+
+
+def check_output(path: Path, option: str = "--out") -> None:
+    """Refuses an output file that could not be written, before any work is done."""
+    if path.is_dir():
+        raise InputError(f"{option} {path}: is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option} {path}: is not a regular file; name another")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: {path.parent} is not writable; name another file")
+
+
+def refuse_input(path: Path, inputs: Iterable[Path], option: str = "--out") -> None:
+    """Refuses an output that is one of the inputs, by this or any other name of the file.
+
+    Raises:
+        InputError: it is; the message names the input.
+    """
+    own = file_id(path)
+    for other in inputs:
+        if own is not None and own == file_id(other):
+            raise InputError(f"{option} {path}: is an input ({other}); name another file")

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM during work that is saved before it ends."""
+"""Ctrl-C, SIGTERM and SIGHUP during work that is saved before it ends."""
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -20,7 +21,7 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -38,4 +39,5 @@ class Interrupts:
         if not self.quiet:
             # print could be in the middle of printing
             below = "\n" if os.isatty(2) else ""  # the terminal has shown ^C on the line
-            os.write(2, f"{below}{self.doing}; press Ctrl-C again to quit now\n".encode())
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"{below}{self.doing}; press Ctrl-C again to quit now\n".encode())

@@ -23,6 +23,10 @@ def recorded(
     interrupted benchmark are marked as partial. `about` describes the machine and the options, and
     is part of every line. Raises InputError before the block runs if the ledger is not writable.
     """
+    if ledger.is_file() and not _is_ledger(ledger):
+        raise InputError(
+            f"--ledger {ledger}: holds no figures of spairkit bench; name another file"
+        )
     try:
         file = ledger.open("a", encoding="utf-8")
     except OSError as error:
@@ -51,6 +55,13 @@ def recorded(
                 show(figures)
             if figures:
                 say(f"added to {ledger}")
+
+
+def _is_ledger(path: Path) -> bool:
+    """Whether a file is empty, or begins as a line of JSON does."""
+    with path.open("rb") as file:
+        head = file.read(1)
+    return head in (b"", b"{")
 
 
 def print_table(columns: list[str], rows: list[list[str]], note: str) -> None:

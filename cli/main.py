@@ -1,16 +1,16 @@
 """The `spairkit` command: its subcommands, and the place where every error becomes one line.
 
-Exit status: 0; 2 for a user error; 1 for an internal error; 130 and 143 when stopped by Ctrl-C and
-SIGTERM.
+Exit status: 0; 2 for a user error; 1 for an internal error; 129, 130 and 143 when stopped by
+SIGHUP, Ctrl-C and SIGTERM.
 """
 
-import io
 import os
 import re
 import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from difflib import get_close_matches
 from types import FrameType
 from typing import Annotated, NoReturn, TextIO
@@ -20,15 +20,16 @@ import typer
 from spairkit import __version__
 from spairkit.cli import bench, config, data
 from spairkit.cli.compare import compare
-from spairkit.cli.console import say
+from spairkit.cli.console import echo, say
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
 from spairkit.cli.report import report
+from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
-from spairkit.errors import InputError
+from spairkit.errors import InputError, lacks_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -74,7 +75,7 @@ class _Stopped(SystemExit):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"spairkit {__version__}")
+        echo(f"spairkit {__version__}")
         raise typer.Exit
 
 
@@ -91,63 +92,66 @@ def _root(
 
     Start with `spairkit viz IMAGE` or `spairkit train --data FOLDER`.
 
-    Exit status: 0: success; 1: internal error; 2: user error (one-line message); 130 and 143:
-    stopped by Ctrl-C and SIGTERM.
+    Exit status: 0: success; 1: internal error; 2: user error (one-line message); 129, 130 and 143:
+    stopped by SIGHUP, Ctrl-C and SIGTERM.
     """
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs the command and ends the process with its exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            # file names may hold any bytes
-            stream.reconfigure(errors="backslashreplace")
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _stop)
     try:
-        with warnings.catch_warnings():
+        with guarded() as output_error, warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            sys.exit(_run(arguments))
+            sys.exit(_run(arguments, output_error))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _run(arguments: list[str] | None) -> int:
+def _run(arguments: list[str] | None, output_error: Callable[[], OSError | None]) -> int:
     """Runs the command, prints its error, and gives the exit status."""
     try:
         status = _exit_status(arguments)
-        sys.stdout.flush()
     except _Stopped as stopped:
         say(f"spairkit: stopped by {signal.Signals(stopped.number).name}")
         return 128 + stopped.number
-    except BrokenPipeError:
-        # the reader of our output has gone; Python would complain when it flushes at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
-        debug = os.environ.get("SPAIRKIT_DEBUG") == "1"
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, InputError):
-            say(f"spairkit: {error}")
-            return 2
-        if isinstance(error, _UsageError):
-            _say_usage(error)
-            return 2
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
-            return 2
-        if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):  # Python's and torch's
-            say("spairkit: not enough memory; try a lower train.batch_size, or smaller images")
-            return 2
-        advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
-        say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
-        return 1
-    return status
+        return _explained(error)
+    lost = output_error()
+    if lost is None or status:
+        return status
+    if isinstance(lost, BrokenPipeError):
+        return 1  # the reader of our output has gone, as `head` does
+    say(f"spairkit: standard output cannot be written: {lost.strerror}")
+    return 2
+
+
+def _explained(error: Exception) -> int:
+    """Prints an error as one line, and gives the exit status."""
+    debug = os.environ.get("SPAIRKIT_DEBUG") == "1"
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, InputError):
+        say(f"spairkit: {error}")
+        return 2
+    if isinstance(error, _UsageError):
+        _say_usage(error)
+        return 2
+    if lacks_memory(error):
+        say("spairkit: not enough memory; try a lower train.batch_size, or smaller images")
+        return 2
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
+        return 2
+    advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
+    say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
+    return 1
 
 
 def _say_usage(error: Exception) -> None:

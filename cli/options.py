@@ -1,6 +1,5 @@
 """Options shared by several commands, and the values that they stand for."""
 
-import os
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import partial
@@ -15,8 +14,9 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from spairkit.config import Config
+    from spairkit.config import Config, DataConfig
     from spairkit.detector import Detector
+    from spairkit.storage.checkpoints import Checkpoint
 
 
 class Device(StrEnum):
@@ -125,16 +125,6 @@ JsonOption = Annotated[bool, output_option("--json", help="Print the result as J
 QuietOption = Annotated[bool, output_option("--quiet", help="Show no progress.")]
 
 
-def check_output(path: Path) -> None:
-    """Refuses an output file that could not be written, before any work is done."""
-    if path.is_dir():
-        raise InputError(f"--out {path}: is a folder; name a file")
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"--out {path}: {path.parent} is not writable; name another file")
-
-
 def choose_checkpoint(given: Path | None) -> Path:
     """The checkpoint asked for, else that of the newest run, else the packaged one; says which.
 
@@ -170,19 +160,30 @@ def choose_device(device: Device) -> "torch.device":
 
 def open_detector(
     checkpoint: Path | None, device: Device, box_contrast: float | None, search: Search | None
-) -> "Detector":
+) -> "tuple[Detector, Checkpoint]":
     """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`."""
-    from spairkit.detector import load
+    from spairkit.detector import detector_of
+    from spairkit.storage.checkpoints import load_checkpoint
 
-    detector = load(
-        choose_checkpoint(checkpoint),
+    loaded = load_checkpoint(choose_checkpoint(checkpoint))
+    detector = detector_of(
+        loaded,
         choose_device(device),
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
-    say_if_failed(Path(detector.name))
+    say_if_failed(loaded.path)
     say_if_uncalibrated(detector)
-    return detector
+    return detector, loaded
+
+
+def refuse_absent(data: "DataConfig") -> None:
+    """Refuses the data of a run that are no longer there, with advice."""
+    if data.path and not Path(data.path).exists():
+        raise InputError(
+            f"{data.path}: the images of the run are not there; if they have moved, give them with "
+            "--data"
+        )
 
 
 def say_if_failed(checkpoint: Path) -> None:

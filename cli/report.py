@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from spairkit.cli.console import print_document
 from spairkit.errors import InputError
 
 
@@ -18,4 +19,4 @@ def report(
     folder = run or newest_run()
     if folder is None:
         raise InputError(f"there is no run under ./{ROOT}; name one, or run `spairkit train`")
-    typer.echo(write_report(folder))
+    print_document(f"{write_report(folder)}\n")

@@ -96,7 +96,8 @@ def train(
 ) -> None:
     """Train on images, without labels. Without options: digits, the quick preset.
 
-    A checkpoint is written at every validation and on Ctrl-C; --resume continues from it.
+    A checkpoint is written at every validation and on Ctrl-C, SIGTERM and SIGHUP; --resume
+    continues from it.
 
     torchrun --nproc-per-node=N -m spairkit train ... shares each batch among N processes.
     """
@@ -108,9 +109,9 @@ def train(
     looks: list[Survey] = []
 
     def stop() -> int:
-        """0, the number of a signal, or 1 when the time is over; the same in all processes."""
+        """0, the exit status of a signal, or 1 when the time is over; the same in all processes."""
         over_time = minutes is not None and time.monotonic() - began >= minutes * 60
-        return world.greatest(interrupts.number or int(over_time))
+        return world.greatest(128 + interrupts.number if interrupts.number else int(over_time))
 
     with joined(options.choose_device(device)) as (world, chosen), ExitStack() as stack:
 
@@ -138,12 +139,12 @@ def train(
             )
         ending, step, validation = _train(run, settings, chosen, world, stop, quiet=quiet)
     if not run:
-        raise typer.Exit(128 + ending if ending > 1 else 0)
+        raise typer.Exit(ending if ending > 1 else 0)
     command = "spairkit" if world.size == 1 else "torchrun ... -m spairkit"
     continues = f"continue with: {command} train --resume {shlex.quote(str(run.path))}"
     if ending > 1:
         say(f"stopped after step {step}, checkpoint saved; {continues}")
-        raise typer.Exit(128 + ending)
+        raise typer.Exit(ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; {continues}")
     _finish(run, chosen, step, validation, looks, began, as_json=as_json, quiet=quiet)
@@ -174,8 +175,7 @@ def _opened(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # training itself warns of a damaged checkpoint
             run.latest()  # raises if all are damaged
-        if settings.train.steps != run.config.train.steps:
-            run.extend(settings.train.steps)
+        run.adopt(settings)
         clear_signs(run.path)  # they are judged again at the end
         yield run
 
@@ -402,13 +402,13 @@ def _surveyed(
 
 
 def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "Config":
-    """The config of the run in the folder `path`, with other `train.steps` if asked for.
+    """The config of the run in the folder `path`, with `train.steps` and `data.path` as asked for.
 
     Raises:
-        InputError: there is no run, or another setting is asked for.
+        InputError: there is no run, another setting is asked for, or its images are not there.
     """
-    from spairkit.config_values import differences, from_dict, merge, model_kind, to_dict
-    from spairkit.storage.runs import Run
+    from spairkit.config_values import from_dict, merge, model_kind, to_dict
+    from spairkit.storage.runs import Run, fixed_differences
 
     config = Run.open(path).config
     kind = model_kind(merge(*over))
@@ -418,12 +418,12 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
             "--model, or start a new run"
         )
     asked = from_dict(merge(to_dict(config), *over, {"preset": preset} if preset else {}))
-    changes = [line for line in differences(config, asked) if not line.startswith("train.steps:")]
-    if changes:
+    if changes := fixed_differences(config, asked):
         raise InputError(
             f"--resume {path}: a run keeps its settings, but these differ: {'; '.join(changes)}; "
             "leave them out, or start a new run"
         )
+    options.refuse_absent(asked.data)
     return asked
 
 

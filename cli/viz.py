@@ -2,14 +2,15 @@
 
 import os
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import counted, print_json, several
-from spairkit.cli.files import image_files
+from spairkit.cli.console import counted, echo, print_json, several
+from spairkit.cli.files import FileId, check_output, file_id, image_files, refuse_input
 from spairkit.errors import ImageFileError, InputError
 
 _FOLDER = Path("viz")
@@ -47,15 +48,21 @@ def viz(
     one = len(images) == 1 and not images[0].is_dir()
     _check_out(out, images, one=one)
     files = image_files(images)  # a file that is no image shows before any work
-    if not one:
-        outputs = _outputs(images, files.paths, out or _FOLDER)
+    if out is not None and one:
+        refuse_input(out, files.inputs)
+        outputs = [out]
     else:
-        outputs = [out] if out else _free(files.paths, [Path(f"{images[0].stem}-spairkit.png")])
+        wanted = (
+            [Path(f"{images[0].stem}-spairkit.png")]
+            if one
+            else _mirrored(images, files.paths, out or _FOLDER)
+        )
+        outputs = _free(files.paths, wanted, {file_id(path) for path in files.inputs})
     from spairkit.images import write_picture
     from spairkit.report.drawing import panel
     from spairkit.report.signs import misfit
 
-    detector = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, _ = options.open_detector(checkpoint, device, box_contrast, search)
     drawn = []
     unfit: list[str] = []
     with counted("images", len(files.paths), quiet=as_json) as show_done:
@@ -72,7 +79,7 @@ def viz(
             if not as_json:
                 interval = "" if counts is None else f" ({counts})"
                 number = several(len(found), "object")
-                typer.echo(f"{path}: {number} found{interval}; picture: {output}")
+                echo(f"{path}: {number} found{interval}; picture: {output}")
             if reason := misfit(detector, found):
                 unfit.append(f"{path}: {reason}")
             values = {} if counts is None else counts.to_json()
@@ -80,7 +87,6 @@ def viz(
                 {"image": str(path), "picture": str(output), "count": len(found), **values}
             )
             show_done(len(drawn))
-    files.say_skipped()
     options.say_unfit(unfit, len(drawn))
     if as_json:
         print_json(
@@ -91,6 +97,7 @@ def viz(
                 "pictures": drawn,
             }
         )
+    files.conclude()
 
 
 def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
@@ -100,12 +107,10 @@ def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
     if one:
         if out is not None and out.suffix.lower() != ".png":
             raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
-        options.check_output(out or Path("x.png"))
+        check_output(out or Path("x.png"))
         if out is not None and out.exists() and not is_picture(out):
-            what = (
-                "is one of the images" if out.samefile(images[0]) else "is no picture by spairkit"
-            )
-            raise InputError(f"{out} {what}; name another file with --out")
+            refuse_input(out, images)
+            raise InputError(f"{out} is no picture by spairkit; name another file with --out")
         return
     if out is not None and out.suffix.lower() == ".png":
         raise InputError(
@@ -115,31 +120,33 @@ def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; name a folder with --out")
     if not folder.exists():
-        options.check_output(folder)
+        check_output(folder)
 
 
-def _outputs(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
+def _mirrored(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
     """The file of each picture in a folder that mirrors what all images lie in."""
     places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
     root = Path(os.path.commonpath(places))
     inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
     sharing = Counter(path.with_suffix("") for path in inside)
     names = [path.stem if sharing[path.with_suffix("")] == 1 else path.name for path in inside]
-    wanted = [
+    return [
         folder / path.parent / f"{name}-spairkit.png"
         for path, name in zip(inside, names, strict=True)
     ]
-    return _free(paths, wanted)
 
 
-def _free(paths: list[Path], wanted: list[Path]) -> list[Path]:
+def _free(paths: list[Path], wanted: list[Path], inputs: Set[FileId | None]) -> list[Path]:
     """The file of each picture: the wanted one, or numbered where that is another file."""
     from spairkit.images import shows
+
+    def is_taken(output: Path, path: Path) -> bool:
+        return output.exists() and (file_id(output) in inputs or not shows(output, path))
 
     taken: list[Path] = []
     for path, output in zip(paths, wanted, strict=True):
         number, free = 1, output
-        while free in taken or (free.exists() and not shows(free, path)):
+        while free in taken or is_taken(free, path):
             number += 1
             free = output.with_stem(f"{output.stem}-{number}")
         taken.append(free)

@@ -2,10 +2,13 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 from spairkit.cli.console import progress_bar, say
@@ -24,6 +27,7 @@ WorkersOption = Annotated[
 ]
 
 _LINE_EVERY_SECONDS = 10
+_GRACE_SECONDS = 5.0  # in which an orphan saves its run
 _PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that started it
 
 
@@ -40,16 +44,30 @@ def run_shared(
     `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
     the number of runs. Returns the signal that interrupted it, or None.
     """
-    parent = os.environ.get(_PARENT)
+    orphaned = threading.Event()
+    if is_worker():
+        threading.Thread(target=_watch_parent, args=(orphaned,), daemon=True).start()
     with Interrupts(quiet=is_worker()) as interrupts:
 
         def stop() -> bool:
-            is_orphan = parent is not None and parent != str(os.getppid())
-            return interrupts.number is not None or is_orphan
+            return interrupts.number is not None or orphaned.is_set()
 
         with _processes(workers - 1, [*words, "--device", device.value, "--quiet"]) as busy:
             _show(work(stop, busy), total, quiet=quiet)
     return interrupts.number
+
+
+def _watch_parent(orphaned: threading.Event) -> None:
+    """Waits for the end of the parent, which holds the other end of stdin; then ends the worker.
+
+    A run is saved between two updates; an evaluation, or whatever takes longer, is broken off.
+    """
+    with suppress(OSError):
+        while os.read(0, 1):
+            pass
+    orphaned.set()
+    time.sleep(_GRACE_SECONDS)
+    os._exit(128 + signal.SIGTERM)
 
 
 def resume_command(*words: object) -> str:
@@ -74,7 +92,7 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
             started.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "spairkit", *words],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # the system closes it when this process ends
                     stdout=subprocess.DEVNULL,
                     env=environment,
                     start_new_session=True,  # or Ctrl-C would reach them too
@@ -86,7 +104,10 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
         for process in running:
             process.terminate()
         for process in started:
-            if process.wait() and process not in running:
+            status = process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+            if status and process not in running:
                 say(f"worker process {process.pid} ended with status {process.returncode}")
 
 

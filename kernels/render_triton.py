@@ -17,7 +17,7 @@ from spairkit.kernels.launch import on
 
 MIN_SIDE = tl.constexpr(constants.MIN_SIDE)
 _MIN_IMPORTANCE = tl.constexpr(constants.MIN_IMPORTANCE)
-_HUGE = tl.constexpr(3e38)  # the greatest coordinate: infinity and NaN fail the comparison
+_HUGE = tl.constexpr(3.4028234663852886e38)  # the greatest float; infinity and NaN exceed it
 
 
 @triton.jit

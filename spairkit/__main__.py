@@ -1,7 +1,6 @@
 """`python -m spairkit` is `spairkit`."""
 
 import os
-import sys
 
 from spairkit.cli.main import main
 
@@ -12,6 +11,4 @@ except SystemExit as ended:
         raise
     # gloo's threads outlive a training by torchrun, and one that frees a tensor while Python shuts
     # down would abort the process
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(int(ended.code or 0))

@@ -25,8 +25,17 @@ from spairkit.config import (
 )
 from spairkit.errors import InputError
 
-_MAX_FILE_BYTES = 1 << 20
 _SHORT_NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")  # not in TOML: .5 and 5.
+_MAX_FILE_BYTES = 1 << 18  # more could take seconds
+_MAX_DEPTH = 16  # parts of a key, and tables or lists inside each other
+# strings, also such as never end, and comments of TOML; three quotes may be five at the end
+_UNSTRUCTURED = re.compile(
+    r'''"""(?:\\.|[^\\])*?(?:"{3,5}|\Z)|"(?:\\.|[^"\\\n])*+"?|#[^\n]*+'''
+    r"""|'''.*?(?:'{3,5}|\Z)|'[^'\n]*+'?""",
+    re.DOTALL,
+)
+_MAX_MISTAKES = 10  # that a message lists
+_MAX_SHOWN = 80  # characters of a wrong value
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -54,13 +63,18 @@ def from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
     """
     values = merge({"model": {"kind": SPAIRConfig.kind}}, values)
     try:
-        return _ADAPTER.validate_json(json.dumps(values, allow_nan=True))
-    except ValidationError as error:
-        raise InputError(f"{source}: {_explain(error)}") from None
+        text = json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        near = error.object[max(error.start - 20, 0) : error.end]
+        raise InputError(f"{source}: a value is not UTF-8 ({near}); choose another name") from None
     except (TypeError, RecursionError):
         raise InputError(
             f"{source}: only tables of numbers, strings and lists are allowed"
         ) from None
+    try:
+        return _ADAPTER.validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -80,7 +94,7 @@ def from_toml(text: str, source: str = "config") -> Config:
 
 
 def load_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file of at most 1 MB.
+    """The tables of a TOML file of at most 256 KB, nested at most 16 deep.
 
     Raises:
         InputError: it cannot be read, or is not TOML (the message has line and column).
@@ -91,7 +105,7 @@ def load_toml(path: Path) -> dict[str, Any]:
                 f"{path}: no such config file; create one with `spairkit config copy FILE`"
             )
         if path.stat().st_size > _MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than 1 MB; this is not a config file")
+            raise InputError(f"{path}: larger than 256 KB; this is not a config file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text; save the config as UTF-8") from None
@@ -110,7 +124,9 @@ def assignments(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not all(key.strip().split(".")):
-            raise InputError(f"--set {word}: write key=value, for example train.steps=2000")
+            raise InputError(f"--set {word[:200]}: write key=value, for example train.steps=2000")
+        if key.count(".") >= _MAX_DEPTH:
+            raise _too_deep("--set")
         values[key.strip()] = _value(text.strip())
     return nested(values)
 
@@ -168,6 +184,7 @@ def differences(first: Config, second: Config) -> list[str]:
 
 
 def _parse_toml(text: str, source: str) -> dict[str, Any]:
+    _refuse_depth(text, source)
     try:
         return tomllib.loads(text)
     # a number with thousands of digits raises ValueError, too
@@ -175,23 +192,44 @@ def _parse_toml(text: str, source: str) -> dict[str, Any]:
         raise InputError(f"{source}: not TOML: {error}") from None
 
 
+def _refuse_depth(text: str, source: str) -> None:
+    """Refuses deep keys and nesting unparsed: time and memory grow with the square of the depth."""
+    bare = _UNSTRUCTURED.sub('""', text)
+    parts = 1 + max(piece.count(".") for piece in re.split(r"[=,\[\]{}\n]", bare))
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", bare):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    if max(parts, deepest) > _MAX_DEPTH:
+        raise _too_deep(source)
+
+
+def _too_deep(source: str) -> InputError:
+    return InputError(f"{source}: keys or values are nested more than {_MAX_DEPTH} deep")
+
+
 def _value(text: str) -> Any:
     if _SHORT_NUMBER.fullmatch(text):
         return float(text)
+    line = f"value = {text}"
+    if {"[", "{", "\n"} & set(text):
+        _refuse_depth(line, "--set")
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return tomllib.loads(line)["value"]
     except (ValueError, RecursionError):
         return text
 
 
 def _explain(error: ValidationError) -> str:
-    """All mistakes on one line."""
+    """The mistakes on one line."""
     lines = []
-    for item in error.errors(include_url=False):
+    mistakes = error.errors(include_url=False)
+    for item in mistakes[:_MAX_MISTAKES]:
         location = [str(part) for part in item["loc"]]
         if item["type"] == "union_tag_invalid":
             came = item["ctx"]["tag"]
-            lines.append(f"model.kind: must be one of {', '.join(model_kinds())} (got {came!r})")
+            known = ", ".join(model_kinds())
+            lines.append(f"model.kind: must be one of {known} (got {_shown(came)})")
             continue
         kind = ""
         if location[:1] == ["model"] and len(location) > 1:
@@ -201,9 +239,15 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{key}: unknown key{_suggest(location, kind)}")
             continue
         reason = item["msg"].removeprefix("Value error, ")
-        came = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+        came = "" if isinstance(item["input"], dict) else f" (got {_shown(item['input'])})"
         lines.append(f"{key}: {reason[:1].lower()}{reason[1:]}{came}")
-    return "; ".join(lines)
+    more = len(mistakes) - _MAX_MISTAKES
+    return "; ".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _suggest(location: list[str], kind: str) -> str:

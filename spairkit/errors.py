@@ -1,4 +1,6 @@
-"""The exception for errors that the user can fix."""
+"""The exception for errors that the user can fix, and how lack of memory is told."""
+
+import errno
 
 
 class InputError(ValueError):
@@ -15,3 +17,13 @@ class ImageFileError(InputError):
 
 class DivergedError(InputError):
     """Training has diverged: its losses are no longer finite."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether Python, NumPy, torch or the system says that there is not enough memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch has no type of its own for the memory of CPUs
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from spairkit.deep_pixels import deep_png, netpbm, netpbm_has_more
 from spairkit.errors import ImageFileError, InputError
+from spairkit.names import printable
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
 from spairkit.tiff import MAGIC, Tiff
@@ -421,21 +422,29 @@ def write_picture(path: Path | str, picture: Tensor, source: Path | str | None =
 
 def is_picture(path: Path | str) -> bool:
     """Whether the file is a PNG that spairkit has drawn; false if it cannot be read."""
-    return _MARK in _head(path)
+    return _MARK in _chunks(path)
 
 
 def shows(path: Path | str, source: Path | str) -> bool:
     """Whether the file is a picture that `write_picture` has drawn of the image file `source`."""
-    return is_picture(path) and f"tEXt{_SOURCE}\0{_fingerprint(source)}".encode() in _head(path)
+    mark = f"tEXt{_SOURCE}\0{_fingerprint(source)}".encode()
+    return {_MARK, mark} <= set(_chunks(path))
 
 
-def _head(path: Path | str) -> bytes:
+def _chunks(path: Path | str) -> list[bytes]:
+    """Type and content of the chunks with which a PNG begins; none if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             head = file.read(_HEAD_BYTES)
     except OSError:
-        return b""
-    return head if head.startswith(b"\x89PNG") else b""
+        return []
+    chunks: list[bytes] = []
+    at = 8
+    while head.startswith(b"\x89PNG") and at + 8 <= len(head):
+        end = at + 8 + int.from_bytes(head[at : at + 4], "big")
+        chunks.append(head[at + 4 : end])
+        at = end + 4  # behind the checksum
+    return chunks
 
 
 def _fingerprint(source: Path | str) -> str:
@@ -582,8 +591,3 @@ def _ranged(strip: Image.Image, low: float, high: float) -> NDArray[np.float64]:
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(np.array(array, order="C"))
-
-
-def printable(text: object) -> str:
-    """A name with unprintable characters escaped, for a message of one line."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

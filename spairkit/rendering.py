@@ -189,6 +189,7 @@ def taps(low: Tensor, high: Tensor, empty: Tensor, num_texels: int, num_pixels: 
     side = torch.where(empty, torch.ones_like(low), high - low)[..., None]
     pixel = torch.arange(num_pixels, dtype=low.dtype, device=low.device) + 0.5
     texel = torch.arange(num_texels, dtype=low.dtype, device=low.device)
-    position = (pixel - low[..., None]) * (num_texels / side) - 0.5  # [B, N, pixels]
+    # divided first: the gradient of num_texels / side would overflow at sides of 1e38
+    position = (pixel - low[..., None]) / side * num_texels - 0.5  # [B, N, pixels]
     weight = torch.relu(1 - (position[..., None] - texel).abs())
     return torch.where(empty[..., None, None], torch.zeros_like(weight), weight)

@@ -23,7 +23,7 @@ from spairkit.search.calibration import (
     fit_scores,
     fit_temperature,
 )
-from spairkit.storage.checkpoints import load_checkpoint, save_calibration
+from spairkit.storage.checkpoints import load_checkpoint, save_calibration, sealed
 from spairkit.storage.runs import pretrained
 from spairkit.training.calibration import matches
 
@@ -148,7 +148,7 @@ def test_bad_calibrations_give_one_line_that_names_the_key(
 ) -> None:
     source = checkpoint / "manifest.json"
     manifest = json.loads(source.read_text()) | {"calibration": values}
-    source.write_text(json.dumps(manifest))
+    source.write_bytes(sealed(manifest))
     with pytest.raises(InputError) as raised:
         spairkit.load(checkpoint, "cpu")
     assert "\n" not in str(raised.value)

@@ -93,7 +93,7 @@ def test_resumed_search_is_bit_identical(tmp_path: Path) -> None:
 
 def test_search_restarts_for_other_thresholds(tmp_path: Path) -> None:
     run, _ = fitted(tmp_path / "run", config())
-    run.extend(7)
+    run.adopt(replace(run.config, train=replace(run.config.train, steps=7)))
     with run.lock():
         events = list(fit(run.config, run, CPU))
     assert [event.step for event in events] == [*range(1, 8), 7]

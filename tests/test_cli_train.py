@@ -419,7 +419,9 @@ def test_unusable_data_leaves_no_run(run: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signal_saves_a_checkpoint_and_prints_how_to_resume(
     workplace: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
@@ -618,7 +620,7 @@ def test_detect_writes_names_that_are_not_utf8_but_not_over_an_image(
     before = image.read_bytes()
     refused = run("detect", image, "--out", image)
     assert refused.status == 2
-    assert "is one of the images" in refused.err
+    assert "is an input" in refused.err
     assert image.read_bytes() == before
     options = ("--format", "csv", "--threshold", "0", "--out", table)
     assert run("detect", image, *options).status == 0
@@ -800,13 +802,18 @@ def test_damaged_files_of_a_folder_are_named_and_skipped(run: Runner, tmp_path: 
 
 
 def test_damaged_files_that_are_named_are_errors(run: Runner, tmp_path: Path) -> None:
-    good = images_in(tmp_path, "good.png") / "good.png"
+    good = images_in(tmp_path / "good", "good.png") / "good.png"
     bad = truncate(images_in(tmp_path, "bad.png") / "bad.png")
-    for words in (["detect", good, bad], ["viz", bad], ["detect", tmp_path, bad]):
-        ended = run(*words, "--out", tmp_path / "found.png")
+    ended = run("viz", bad, "--out", tmp_path / "found.png")
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1].startswith(f"spairkit: {bad}: a damaged image")
+    assert not (tmp_path / "found.png").exists()
+    for words in (["detect", good, bad], ["detect", tmp_path / "good", bad]):
+        ended = run(*words, "--out", tmp_path / "found.csv", "--format", "csv")
         assert ended.status == 2
-        assert "bad.png: a damaged image" in ended.err
-        assert not (tmp_path / "found.png").exists()
+        assert ended.err.splitlines()[-1].startswith(f"spairkit: skipped 1 of 2: {bad}: a damaged")
+        assert (tmp_path / "found.csv").read_text().startswith("image,"), "of the others"
+        (tmp_path / "found.csv").unlink()
 
 
 def test_folder_of_damaged_files_is_an_error(run: Runner, tmp_path: Path) -> None:

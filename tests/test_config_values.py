@@ -2,6 +2,7 @@
 
 import random
 import tomllib
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,9 @@ def test_differences_list_keys_with_both_values() -> None:
     [
         (b"steps = \na = 1", r"not TOML: .*line 1"),
         (b"a = 1\na = 2\n", r"not TOML: .*line 2"),
-        (b"a = " + b"[" * 5000, "not TOML"),
+        (b"a = " + b"[" * 5000, "nested more than 16 deep"),
         ("name = 'né'".encode("latin-1"), "not UTF-8 text"),
-        (b"#" * ((1 << 20) + 1), "larger than 1 MB"),
+        (b"#" * ((1 << 18) + 1), "larger than 256 KB"),
         (b"\x00", "not TOML"),
     ],
     ids=["incomplete", "duplicate key", "nested", "Latin-1", "large", "NUL"],
@@ -179,6 +180,63 @@ def test_invalid_config_files_are_refused(tmp_path: Path, content: bytes, messag
     assert str(path) in str(caught.value)
     with pytest.raises(InputError, match="no such config file"):
         load_toml(tmp_path)
+
+
+def test_deep_keys_and_values_are_refused_unparsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser takes time and memory that grow with the square of a key's parts."""
+    monkeypatch.setattr(tomllib, "loads", lambda _: pytest.fail("parsed"))
+    many = 100_000
+    key = ".".join("a" * many)
+    for text in (
+        f"{key} = 1",
+        f"x = {{{key} = 1}}",
+        f"[{key}]",
+        f"[[{key}]]",
+        ".".join(['"="'] * many) + " = 1",
+        ".".join(["'['"] * many) + " = 1",
+        "x = " + "[" * many,
+        "x = " + "{a=" * many,
+        "x = " + '[["]]", ' * many,
+        "x = " + "[[']]', " * many,
+        'x = ["""y"""", ' + "[" * many + ', "z"]',
+        "x = ['''y'''', " + "[" * many + ", 'z']",
+        "x = [ # ]\n" * many,
+        'x = "a\\"]", ' + "[" * many,
+    ):
+        with pytest.raises(InputError, match="config: keys or values are nested more than 16 deep"):
+            from_toml(text)
+    for word in (f"{key}=1", f'"{key}"=1', f"x={'[' * many}", f"x={{{key}=1}}", f"x=1\n{key}=2"):
+        with pytest.raises(InputError, match="--set: keys or values are nested more than 16 deep"):
+            assignments([word])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'x = "' + '\\"' * 60_000,
+        "x = " + "'" * 200_001,
+        "x = " + '"""\\' * 50_000,
+        "x = " + "\"\"\"'''" * 30_000,
+        "#" * 200_000,
+    ],
+)
+def test_unparsed_look_takes_linear_time(text: str) -> None:
+    """The square of these lengths would take hours, and the suite would stop the test."""
+    with suppress(InputError):
+        from_toml(text)
+
+
+def test_dots_and_brackets_in_strings_are_not_depth() -> None:
+    path = "/data/" + "a.b." * 40 + "[" * 40
+    assert from_toml(f"data.path = '{path}'").data.path == path
+    assert from_toml(f'data.path = """{path}"""\n# {path}').data.path == path
+    assert assignments([f"data.path={'a.b.' * 40}"]) == {"data": {"path": "a.b." * 40}}
+
+
+def test_long_lists_of_mistakes_are_cut() -> None:
+    message = refusal({f"key{n}": 1 for n in range(20_000)})
+    assert message.endswith("key9: unknown key; and 19990 more mistakes")
+    assert len(refusal({"preset": ["x" * 10_000]})) < 300
 
 
 def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:

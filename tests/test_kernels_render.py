@@ -312,3 +312,50 @@ def test_unusable_backend_is_named() -> None:
     double = {name: tensor.double() for name, tensor in scene.items()}
     with pytest.raises(ValueError, match="rgba is float64, which backend"):
         render(**double, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # in the interpreter
+def test_extreme_inputs_give_finite_images_and_gradients(
+    kernel: Backend, kernel_device: torch.device
+) -> None:
+    """Sides from the least float to the greatest, next to ordinary ones, in every combination."""
+    sizes = [
+        0,
+        1e-45,
+        1e-38,
+        1e-7,
+        1e-6,
+        2e-6,
+        0.5,
+        1,
+        3,
+        16,
+        1e4,
+        1e10,
+        1e20,
+        1e30,
+        1.7e38,
+        3.4e38,
+    ]
+    extremes = torch.tensor([*sizes, *(-size for size in sizes)])
+    for backend, number in (("torch", 10_000), (kernel, 200 if kernel == "triton" else 10_000)):
+        random = torch.Generator().manual_seed(number)
+
+        def drawn(values: Tensor, *shape: int, random: torch.Generator = random) -> Tensor:
+            return values[torch.randint(len(values), shape, generator=random)]
+
+        ordinary = torch.rand(number, 1, 4, generator=random) * 20 - 4
+        is_extreme = torch.rand(number, 1, 4, generator=random) < 0.5
+        scene = {
+            "rgba": torch.rand(number, 1, 3, 3, 4, generator=random),
+            "boxes": torch.where(is_extreme, drawn(extremes, number, 1, 4), ordinary),
+            "depth": drawn(extremes, number, 1),
+            "presence": drawn(torch.tensor([1, 0.5, 1e-3, 1e-8, 0]), number, 1),
+            "background": torch.rand(number, 3, 8, 8, generator=random),
+        }
+        scene = {name: tensor.to(kernel_device) for name, tensor in scene.items()}
+        image, gradients = image_and_gradients(scene, backend=backend)
+        assert image.isfinite().all()
+        for name, gradient in zip(scene, gradients, strict=True):
+            wrong = ~gradient.isfinite().flatten(1).all(1)
+            assert not wrong.any(), (backend, name, scene["boxes"][wrong][:3].tolist())

@@ -12,7 +12,17 @@ ROOT = Path(__file__).parent.parent
 # a module imports from its own rung and the rungs below it; a folder stands for all its modules
 LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels",),
-    ("errors", "boxes", "config", "config_values", "presets", "backends", "rendering", "presence"),
+    (
+        "errors",
+        "names",
+        "boxes",
+        "config",
+        "config_values",
+        "presets",
+        "backends",
+        "rendering",
+        "presence",
+    ),
     ("storage",),
     ("tiff", "deep_pixels"),
     ("images", "counts", "label_images", "detections", "metrics", "preparation"),

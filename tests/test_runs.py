@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def damage(path: Path) -> None:
 def test_config_of_a_run_is_saved(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     assert Run.open(run.path).config == CONFIG
-    run.extend(900)
+    run.adopt(replace(CONFIG, train=TrainConfig(steps=900)))
     assert load_toml(run.path / "config.toml")["train"]["steps"] == 900
     assert Run.open(run.path).config.train == TrainConfig(steps=900)
 
@@ -70,8 +71,8 @@ def test_newest_run_is_the_one_that_saved_last(
     first, second, _empty = (Run.create(None, CONFIG) for _ in range(3))
     save(second, 1)
     save(first, 1)
-    os.utime(first.path / "last", ns=(10, 10), follow_symlinks=False)
-    os.utime(second.path / "last", ns=(5, 5), follow_symlinks=False)
+    os.utime(first.path / "checkpoints" / "step-1", ns=(10, 10))
+    os.utime(second.path / "checkpoints" / "step-1", ns=(5, 5))
     assert newest_run() == first.path
     save(second, 2)
     assert newest_run() == second.path

@@ -157,3 +157,10 @@ def test_unusable_space_file_is_refused(tmp_path: Path, text: str | None, messag
         file.write_text(text)
     with pytest.raises(InputError, match=message):
         load_space(file, QUICK)
+
+
+def test_deep_keys_are_refused_unparsed(tmp_path: Path) -> None:
+    path = tmp_path / "space.toml"
+    path.write_text(".".join("a" * 100_000) + " = [1, 2]\n")
+    with pytest.raises(InputError, match="nested more than 16 deep"):
+        load_space(path, Config())

@@ -14,7 +14,7 @@ import torch
 
 from spairkit.detections import Truth
 from spairkit.errors import InputError
-from spairkit.images import printable
+from spairkit.names import printable
 
 _MAX_BYTES = 1 << 28
 _MAX_OBJECTS = 10_000

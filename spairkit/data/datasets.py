@@ -14,6 +14,7 @@ from spairkit.data.scenes import Batch, Scenes
 from spairkit.data.synthetic import KINDS
 from spairkit.errors import InputError
 from spairkit.images import SUFFIXES, same_sized
+from spairkit.names import is_utf8
 from spairkit.preparation import prepare_images
 
 Dataset = Scenes | ImageFolder
@@ -59,6 +60,10 @@ def data_settings(word: str) -> dict[str, Any]:
     path = Path(word)
     if word in names:
         return {"data": {"name": word}}
+    if path.exists() and not is_utf8(str(path.resolve())):
+        raise InputError(
+            f"{path.resolve()}: this name is not UTF-8, so a config cannot hold it; rename it"
+        )
     if path.is_dir():
         return {"data": {"name": "folder", "path": str(path.resolve())}}
     if path.suffix.lower() in SUFFIXES and path.is_file():

@@ -22,13 +22,13 @@ from spairkit.errors import ImageFileError, InputError
 from spairkit.images import (
     image_size,
     list_images,
-    printable,
     read_pixels,
     skipped_files,
     stored_form,
     to_colour,
     upright_boxes,
 )
+from spairkit.names import printable
 from spairkit.preparation import of_prepared_pixels, prepare_pixels, prepared_size
 
 ANNOTATIONS = "annotations.json"

@@ -30,7 +30,14 @@ from spairkit.experiments.settings import (
     config_of,
     parse_budget,
 )
-from spairkit.experiments.shared_runs import Ended, Started, claimed, read_json, resume_or_create
+from spairkit.experiments.shared_runs import (
+    LEAST_AGE,
+    Ended,
+    Started,
+    claimed,
+    read_json,
+    resume_or_create,
+)
 from spairkit.storage import durable
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.loop import Event, Step, fit
@@ -68,6 +75,7 @@ def compare(
     """
     runs = folder / "runs"
     durable.make_folder(runs)
+    durable.sweep(folder, LEAST_AGE)
     left = settings.tasks()
     while True:
         others = busy()  # before looking at the runs, or a worker's last one could be missed

@@ -16,9 +16,10 @@ from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.errors import InputError
 from spairkit.experiments.shared_runs import read_json
+from spairkit.names import is_utf8
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
-from spairkit.storage.runs import new_folder
+from spairkit.storage.runs import LINKS, new_folder
 from spairkit.survey import look, preparation
 
 MODELS = {
@@ -155,6 +156,7 @@ def open_comparison(
             not fit the data; or the folder cannot be used.
     """
     if out is not None and (path := out / "settings.json").exists():
+        durable.refuse_links(out, LINKS)
         saved = _parse(read_json(path, "pass another --out"), str(path))
         before = _plain(saved)
         after = _plain(_parse(merge(before, asked), "compare"))
@@ -253,6 +255,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _parse(values: Any, source: str) -> Settings:
+    if not is_utf8(json.dumps(values, ensure_ascii=False)):
+        raise InputError(f"{source}: a setting is not UTF-8; choose another name")
     try:
         return _ADAPTER.validate_json(json.dumps(values))
     except ValidationError as error:

@@ -18,6 +18,11 @@ from spairkit.errors import InputError
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 
+_MAX_BYTES = 1 << 28  # of a JSON file
+
+LEAST_AGE = 3600.0
+"""Seconds after which what is half-written in a shared folder is that of a killed process."""
+
 
 @dataclass(frozen=True)
 class Started:
@@ -82,7 +87,11 @@ def read_json(path: Path, remedy: str) -> Any:
         InputError: the file cannot be read or is not JSON; the message ends with `remedy`.
     """
     try:
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: not a file of at most 256 MB; {remedy}")
         return json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
     except (ValueError, RecursionError):

@@ -1,6 +1,7 @@
 """The picture of a comparison on a folder: a few images with the boxes of each model."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from spairkit.data.datasets import open_dataset
 from spairkit.data.folder import ImageFolder
 from spairkit.experiments.found import Found
 from spairkit.experiments.settings import MODELS, Settings, config_of
+from spairkit.names import printable, printable_lines
 from spairkit.report.curves import STYLE
 from spairkit.report.drawing import COLOURS
 
@@ -75,7 +77,7 @@ def draw_side_by_side(panels: Sequence[Panel], side: int, note: str) -> bytes:
     """
     models = list(panels[0].found)
     size = (_PANEL_INCHES * len(models), _PANEL_INCHES * len(panels) + 0.4)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         grid = figure.subplots(len(panels), len(models), squeeze=False)
         for row, panel in zip(grid, panels, strict=True):
@@ -93,9 +95,12 @@ def draw_side_by_side(panels: Sequence[Panel], side: int, note: str) -> bytes:
                 known = "" if panel.true is None else f" of {len(panel.true)}"
                 axes.set_title(f"{model}: {len(panel.found[model])}{known}", fontsize=8)
             is_whole = (height, width) == panel.image.shape[1:]
-            row[0].set_ylabel(f"{panel.name}{'' if is_whole else ' (a part)'}", fontsize=6)
-        figure.supxlabel(note, fontsize=7, color="#596070")
+            name = f"{printable(panel.name)}{'' if is_whole else ' (a part)'}"
+            row[0].set_ylabel(name, fontsize=6, parse_math=False)
+        figure.supxlabel(printable_lines(note), fontsize=7, color="#596070", parse_math=False)
         buffer = io.BytesIO()
+        # the font lacks most scripts in which images are named
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
     return buffer.getvalue()
 

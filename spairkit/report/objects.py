@@ -24,6 +24,7 @@ from spairkit.detector import Detector
 from spairkit.errors import InputError
 from spairkit.floor import floor_of
 from spairkit.metrics import agreement
+from spairkit.names import in_utf8
 from spairkit.report.drawing import display_levels, draw_boxes, encoded, picture_scale
 from spairkit.report.groups import grouped
 from spairkit.storage import durable
@@ -154,7 +155,7 @@ def write_objects(
             own = items if encoder is detector else encoder.detect_batch(batch)
             alone += [_without_masks(item) for item in own]
         for name, image, truth, item in zip(names, batch.cpu(), truths, items, strict=True):
-            entry: dict[str, Any] = {"name": name, "size": tuple(wholes.shape[2:])}
+            entry: dict[str, Any] = {"name": in_utf8(name), "size": tuple(wholes.shape[2:])}
             if len(images) < _PICTURES:
                 entry["picture"] = f"image-{len(images) + 1}.png"
                 files[entry["picture"]] = _picture(image, item)

@@ -1,13 +1,18 @@
 """Checkpoints: a folder of safetensors files and a manifest with their sha256. Never a pickle.
 
 A checkpoint is the folder `step-N/`: `model.safetensors`, `optimiser.safetensors` (absent in a
-packaged model) and `manifest.json`. Checkpoints are untrusted: sizes are bounded, hashes are
-checked, and nothing in them can run. `models.loading` checks whether the tensors fit the model.
+packaged model) and `manifest.json`, which begins with a sha256 of the rest of itself. Checkpoints
+are untrusted: sizes are bounded, hashes are checked, and nothing in them can run. `models.loading`
+checks whether the tensors fit the model.
+
+The checkpoints of a run are `RUN/checkpoints/step-N/`. The last one is that of the highest step,
+and its manifest names the best one, so that a run needs no links, which copies lose.
 """
 
 import json
 import os
 import platform
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +33,7 @@ from spairkit.config_values import from_dict, to_dict
 from spairkit.errors import InputError
 from spairkit.storage import durable
 
-FORMAT = 1
+FORMAT = 2
 """Version of the format; a spairkit reads its own version only."""
 
 MAX_BYTES = 1 << 30
@@ -36,7 +41,11 @@ MAX_BYTES = 1 << 30
 
 Scalar = str | int | float | bool | None
 
+_FOLDER = "checkpoints"
+_NAME = re.compile(r"step-(\d{1,10})")
 _MAX_MANIFEST_BYTES = 1 << 20
+_HEAD = b'{\n  "sha256": "'  # of a manifest; the hash and all that it covers follow
+_HEX = 64
 _MODEL, _OPTIMISER, _MANIFEST = "model.safetensors", "optimiser.safetensors", "manifest.json"
 _PICKLES = {".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".joblib", ".npz", ".npy"}
 _DTYPES = {
@@ -68,6 +77,18 @@ class Checkpoint:
     """That of the search, see `search.calibration`; empty if it was not calibrated."""
     path: Path
     """The folder itself, links resolved."""
+    sha256: str
+    """That of the manifest, which covers all files."""
+
+    @property
+    def run(self) -> Path | None:
+        """The folder of its run; None if it does not lie in one."""
+        return self.path.parent.parent if self.path.parent.name == _FOLDER else None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it was read from."""
+        return [self.path / name for name in (_MODEL, _OPTIMISER, _MANIFEST)]
 
 
 class _File(BaseModel):
@@ -78,8 +99,10 @@ class _File(BaseModel):
 
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    format: Literal[1]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    format: Literal[2]
     step: Annotated[int, Field(ge=0, le=10**9)]
+    best: Annotated[int, Field(ge=0, le=10**9)] | None
     config: dict[str, Any]
     metrics: dict[str, float | None]
     environment: dict[str, Scalar]
@@ -107,12 +130,14 @@ def save_checkpoint(
     optimiser: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, float] | None = None,
     environment: Mapping[str, Scalar],
+    best: int | None = None,
 ) -> Path:
     """Writes `folder/step-N/` durably, replacing one of that name, and returns its path.
 
     Args:
         model, optimiser: state dicts. metrics: figures of a validation, by name.
         environment: versions and machine, for the record.
+        best: the step of the run's best checkpoint so far.
 
     Raises:
         InputError: the model is not finite or the optimiser holds NaN (nothing is written), or the
@@ -124,6 +149,7 @@ def save_checkpoint(
     manifest = {
         "format": FORMAT,
         "step": step,
+        "best": best,
         "config": to_dict(config),
         "metrics": {k: v if isfinite(v) else None for k, v in (metrics or {}).items()},
         "environment": dict(environment),
@@ -132,7 +158,7 @@ def save_checkpoint(
             for name, data in files.items()
         },
     }
-    files[_MANIFEST] = json.dumps(manifest, indent=2, allow_nan=False).encode()
+    files[_MANIFEST] = sealed(manifest)
     path = folder / f"step-{step}"
     durable.write_folder(path, files)
     return path
@@ -151,17 +177,16 @@ def save_calibration(path: Path, calibration: Mapping[str, float]) -> None:
     source = _find(path) / _MANIFEST
     data = _read(source, _MAX_MANIFEST_BYTES)
     _parse(data, source)
-    manifest = json.loads(data) | {"calibration": dict(calibration)}
-    durable.write_text(source, json.dumps(manifest, indent=2, allow_nan=False))
+    durable.write_bytes(source, sealed(json.loads(data) | {"calibration": dict(calibration)}))
 
 
 def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
     """Loads a checkpoint.
 
     Args:
-        path: the folder of a checkpoint, a file in it, a link to it, or the folder of a run, whose
-            `best` is taken, or `last` if there is no best. If another process replaces the
-            checkpoint meanwhile, it is looked up again.
+        path: the folder of a checkpoint, a file in it, a link to it, RUN/best or RUN/last (whether
+            there is such a link or not), or a run, whose best is taken, or the last if there is no
+            best. If another process replaces the checkpoint meanwhile, it is looked up again.
         with_optimiser: also load the state of the optimiser.
 
     Raises:
@@ -180,6 +205,8 @@ def load_checkpoint(path: Path, *, with_optimiser: bool = False) -> Checkpoint:
 
 def _find(path: Path) -> Path:
     """The folder of the checkpoint at `path`, with links resolved."""
+    if path.name in ("best", "last") and (path.parent / _FOLDER).is_dir():
+        return _of_run(path.parent, path.name)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -189,12 +216,14 @@ def _find(path: Path) -> Path:
     if stat.S_ISDIR(mode):
         if (path / _MANIFEST).exists():
             return _resolved(path)
+        if (path / _FOLDER).is_dir():
+            return _of_run(path, "best")
         for name in ("best", "last"):
-            if os.path.lexists(path / name):
+            if (path / name / _MANIFEST).exists():
                 return _resolved(path / name)
         raise InputError(
-            f"{path}: neither a checkpoint nor a run (no {_MANIFEST}, best or last in it); "
-            "create one with `spairkit train`"
+            f"{path}: neither a checkpoint nor a run (no {_MANIFEST}, {_FOLDER}, best or last in "
+            "it); create one with `spairkit train`"
         )
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: neither a file nor a folder; name a checkpoint or a run")
@@ -206,6 +235,44 @@ def _find(path: Path) -> Path:
     if path.name not in (_MODEL, _OPTIMISER, _MANIFEST):
         raise InputError(f"{path}: not a checkpoint; name a run, or a folder with {_MODEL} in it")
     return _resolved(path.parent)
+
+
+def checkpoints_of(run: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint of a run, the newest first."""
+    folder = run / _FOLDER
+    if not folder.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted([(int(m[1]), path) for m, path in matches if m], reverse=True)
+
+
+def best_step(run: Path, up_to: int | None = None) -> int | None:
+    """The step of a run's best checkpoint, as named by the newest one whose manifest is whole.
+
+    Args:
+        run: its folder.
+        up_to: later checkpoints do not count.
+
+    Returns:
+        None if there is no checkpoint, or no best one.
+    """
+    for step, path in checkpoints_of(run):
+        if up_to is None or step <= up_to:
+            source = path / _MANIFEST
+            try:
+                return _parse(_read(source, _MAX_MANIFEST_BYTES), source).best
+            except InputError:
+                continue
+    return None
+
+
+def _of_run(run: Path, name: str) -> Path:
+    """The best or the last checkpoint of a run; without a best one the last."""
+    found = dict(checkpoints_of(run))
+    if not found:
+        raise InputError(f"{run}: has no checkpoint yet; continue with `spairkit train --resume`")
+    step = best_step(run) if name == "best" else None
+    return _resolved(found[max(found) if step not in found else step])
 
 
 def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
@@ -227,14 +294,31 @@ def _load(folder: Path, with_optimiser: bool) -> Checkpoint:
         environment=manifest.environment,
         calibration=manifest.calibration,
         path=folder,
+        sha256=manifest.sha256,
     )
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as JSON, with the sha256 of all that follows the hash."""
+    values = {"sha256": "0" * _HEX} | {k: v for k, v in manifest.items() if k != "sha256"}
+    text = json.dumps(values, indent=2, allow_nan=False).encode()
+    rest = text[len(_HEAD) + _HEX :]
+    return _HEAD + sha256(rest).hexdigest().encode() + rest
 
 
 def _parse(data: bytes, source: Path) -> _Manifest:
     try:
-        return _Manifest.model_validate_json(data)
+        manifest = _Manifest.model_validate_json(data)
     except ValidationError as error:
         mistakes = error.errors(include_url=False)
+    else:
+        end = len(_HEAD) + _HEX
+        if data[:end] != _HEAD + sha256(data[end:]).hexdigest().encode():
+            raise InputError(
+                f"{source}: damaged or edited: its sha256 is not that of its content; use another "
+                "checkpoint"
+            )
+        return manifest
     for item in mistakes:
         if item["loc"] == ("format",) and isinstance(item["input"], int):
             raise InputError(

@@ -12,13 +12,16 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spairkit.errors import InputError
 
 _PREFIX = ".spairkit-tmp-"
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _ADVICE = {
     errno.ENOSPC: "free some space or write elsewhere",
@@ -88,19 +91,27 @@ def remove_folder(path: Path) -> None:
 
 
 def replace_link(link: Path, target: str) -> None:
-    """Points the symbolic link `link` at `target`, a path relative to its folder."""
-    with _refusals(link), _replacing(link) as temporary:
-        os.symlink(target, temporary)
+    """Points the symbolic link `link` at `target`, a path relative to its folder.
+
+    On a file system without links it does nothing.
+    """
+    with _refusals(link), suppress(_NoLinks), _replacing(link) as temporary:
+        try:
+            os.symlink(target, temporary)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise _NoLinks from error
+            raise
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends `line` and a line feed to a file, which is created if it is missing.
+    """Appends `line` and a line feed to a file, which is created if it is missing; no link.
 
     If the system refuses, the file keeps its length; a crash may leave a part of the line.
     """
     with _refusals(path):
         new = not path.exists()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             try:
@@ -115,14 +126,50 @@ def append_line(path: Path, line: str) -> None:
             _flush_folder(path.parent)
 
 
-def sweep(folder: Path) -> None:
-    """Removes temporary files of killed processes in `folder`; no other process may write to it."""
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is what a killed process left half-written."""
+    return name.startswith(_PREFIX)
+
+
+def sweep(folder: Path, least_age: float = 0.0) -> None:
+    """Removes what killed processes left half-written in `folder` and its subfolders.
+
+    Args:
+        folder: no other process may write to it, unless there is a least age.
+        least_age: in seconds; what changed later may be in use.
+    """
+    before = time.time() - least_age
     with _refusals(folder):
-        for path in folder.glob(f"{_PREFIX}*"):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        for root, folders, files in os.walk(folder):
+            for name in filter(is_temporary, [*folders, *files]):
+                path = Path(root, name)
+                if path.lstat().st_mtime > before:
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+            folders[:] = [name for name in folders if not is_temporary(name)]
+
+
+def refuse_links(folder: Path, but: Collection[str] = ()) -> None:
+    """Refuses a folder of ours that holds links, which could lead writes and deletions elsewhere.
+
+    Args:
+        folder: may itself be a link; what is below it, at any depth, may not.
+        but: names of links that are never followed.
+
+    Raises:
+        InputError: there is a link, which is named.
+    """
+    for root, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            path = Path(root, name)
+            if name not in but and path.is_symlink():
+                raise InputError(
+                    f"{path}: is a link, and spairkit follows none in its own folders; replace it "
+                    "by what it points to, or remove it"
+                )
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -135,6 +182,10 @@ def _exchange(new: Path, old: Path) -> None:
         os.rename(aside, old)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+class _NoLinks(Exception):
+    """The file system has no symbolic links."""
 
 
 @contextmanager

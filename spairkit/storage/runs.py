@@ -1,19 +1,22 @@
 """A run: a folder with the config, the metrics and the checkpoints of a training.
 
 RUN/config.toml
+RUN/data.json               sha256 of the files that it was trained on, by name
 RUN/metrics.jsonl
 RUN/checkpoints/step-N/     the last two and the best
-RUN/best, RUN/last          links to checkpoints
+RUN/best, RUN/last          links to checkpoints, for people: spairkit itself follows none
+
+Runs are untrusted. One that holds other links is not opened, so nothing is written or deleted
+elsewhere.
 """
 
-import dataclasses
 import json
 import os
 import re
 import socket
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from torch import Tensor
 
 import spairkit
 from spairkit.config import Config
-from spairkit.config_values import from_dict, load_toml, to_toml
+from spairkit.config_values import differences, from_dict, load_toml, to_toml
 from spairkit.errors import InputError
 from spairkit.storage import checkpoints, durable
 from spairkit.storage.checkpoints import Checkpoint, Scalar
@@ -31,8 +34,14 @@ from spairkit.storage.checkpoints import Checkpoint, Scalar
 ROOT = Path("runs")
 """The default folder of runs, below the current folder."""
 
+LINKS = "best", "last"
+"""The links in the folder of a run; no other is accepted, and none is followed."""
+
+_CONFIG = "config.toml"
+_LOCK, _OWNER = ".lock", ".owner"
 _KEEP = 2
-_CHECKPOINT = re.compile(r"step-(\d{1,10})")
+_DATA = "data.json"
+_MAX_BYTES = 1 << 28  # of data.json and of metrics.jsonl
 
 
 class Run:
@@ -51,44 +60,58 @@ class Run:
         """
         model = "" if config.model.kind == "spair" else f"-{config.model.kind}"
         stem = f"{config.data.name}-{config.preset}{model}"
-        if out is not None and (out / "config.toml").exists():
+        if out is not None and (out / _CONFIG).exists():
             raise InputError(
                 f"{out}: already holds a run; resume it (--resume), or name another folder (--out)"
             )
-        path = new_folder(out, stem)
-        durable.write_text(path / "config.toml", to_toml(config))
-        return cls(path, config)
+        run = cls(new_folder(out, stem, (_LOCK, _OWNER)), config)
+        durable.refuse_links(run.path)
+        with run.lock():  # of two processes that come at once, one gets the folder
+            if (run.path / _CONFIG).exists():
+                raise InputError(f"{run.path}: already holds a run; name another folder (--out)")
+            durable.write_text(run.path / _CONFIG, to_toml(config))
+        return run
 
     @classmethod
     def open(cls, path: Path) -> "Run":
         """Opens the run in the folder `path`.
 
         Raises:
-            InputError: there is no run, or its config cannot be used.
+            InputError: there is no run, its config cannot be used, or it holds links that a run
+                does not have.
         """
-        source = path / "config.toml"
+        source = path / _CONFIG
         if not source.is_file():
             raise InputError(f"{path}: not a run (no config.toml in it); name the folder of a run")
+        durable.refuse_links(path, LINKS)
         return cls(path, from_dict(load_toml(source), str(source)))
 
     @property
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and folder of each checkpoint, the newest first."""
-        folder = self.path / "checkpoints"
-        if not folder.is_dir():
-            return []
-        matches = [(_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir()]
-        return sorted([(int(m[1]), path) for m, path in matches if m], reverse=True)
+        return checkpoints.checkpoints_of(self.path)
 
-    def extend(self, steps: int) -> None:
-        """Changes the number of updates, the only setting of a run that may change.
+    def adopt(self, config: Config) -> None:
+        """Takes over the settings of a run that may change: `train.steps` and `data.path`.
 
-        The learning rate is then linear to the new last step, so it may rise on resumption, and the
-        result differs from a run that was started with this number.
+        With other steps the learning rate is linear to the new last step, so it may rise on
+        resumption, and the result differs from a run that was started with this number.
+
+        Raises:
+            InputError: another setting differs, or the folder cannot be written.
         """
-        train = dataclasses.replace(self.config.train, steps=steps)
-        self.config = dataclasses.replace(self.config, train=train)
-        durable.write_text(self.path / "config.toml", to_toml(self.config))
+        if changes := fixed_differences(self.config, config):
+            raise InputError(
+                f"{self.path}: a run keeps its settings, but these differ: {'; '.join(changes)}; "
+                "leave them out, or start a new run"
+            )
+        if config != self.config:
+            self.config = config
+            durable.write_text(self.path / _CONFIG, to_toml(config))
+
+    def record_data(self, hashes: Mapping[str, str]) -> None:
+        """Writes data.json. Raises InputError if the folder cannot be written."""
+        durable.write_text(self.path / _DATA, f"{json.dumps(hashes, indent=1)}\n")
 
     def restart(self, config: Config, record: Mapping[str, Any]) -> None:
         """Gives up what was trained, and begins with another config at the first step.
@@ -100,8 +123,9 @@ class Run:
             config: of the training that begins.
             record: the line of metrics.jsonl that remains of the old one; its step is 0.
         """
-        for link in ("best", "last"):
-            (self.path / link).unlink(missing_ok=True)
+        for name in LINKS:
+            self._clear(self.path / name)
+            (self.path / name).unlink(missing_ok=True)
         for _, path in self.checkpoints:
             durable.remove_folder(path)
         if (self.path / "pictures").is_dir():
@@ -109,7 +133,7 @@ class Run:
         known = [old for old in self.metrics() if old.get("kind") == record["kind"]]
         lines = [json.dumps(old) for old in known if old != record] + [json.dumps(dict(record))]
         durable.write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-        durable.write_text(self.path / "config.toml", to_toml(config))
+        durable.write_text(self.path / _CONFIG, to_toml(config))
         self.config = config
 
     @contextmanager
@@ -121,8 +145,8 @@ class Run:
         Raises:
             InputError: another process trains here; the message gives its pid and host.
         """
-        owner = self.path / ".owner"
-        lock = FileLock(self.path / ".lock")
+        owner = self.path / _OWNER
+        lock = FileLock(self.path / _LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -134,8 +158,6 @@ class Run:
         try:
             durable.write_text(owner, f"process {os.getpid()} on {socket.gethostname()}")
             durable.sweep(self.path)
-            if (self.path / "checkpoints").is_dir():
-                durable.sweep(self.path / "checkpoints")
             yield
         finally:
             lock.release()
@@ -150,7 +172,7 @@ class Run:
         environment: Mapping[str, Scalar],
         is_best: bool,
     ) -> Path:
-        """Writes a checkpoint, points `last` (and `best`) at it, and removes old ones.
+        """Writes a checkpoint, makes it the last (and the best) one, and removes old ones.
 
         The last two and the best are kept. Checkpoints of later steps are removed: resuming from
         an earlier step has abandoned them. Arguments as in `save_checkpoint`.
@@ -161,6 +183,7 @@ class Run:
         folder = self.path / "checkpoints"
         if not folder.is_dir():
             durable.write_folder(folder, {})
+        best = step if is_best else checkpoints.best_step(self.path, step)
         path = checkpoints.save_checkpoint(
             folder,
             step=step,
@@ -169,22 +192,31 @@ class Run:
             optimiser=optimiser,
             metrics=metrics,
             environment=environment,
+            best=best,
         )
-        durable.replace_link(self.path / "last", f"checkpoints/{path.name}")
+        self._link("last", step)
         if is_best:
             self.mark_best(step)
-        past = [old for old_step, old in self.checkpoints if old_step <= step]
-        kept = {old.name for old in past[:_KEEP]}
-        if (self.path / "best").is_symlink():
-            kept.add(Path(os.readlink(self.path / "best")).name)
-        for _, old in self.checkpoints:
-            if old.name not in kept:
+        past = [old_step for old_step, _ in self.checkpoints if old_step <= step]
+        for old_step, old in self.checkpoints:
+            if old_step not in (*past[:_KEEP], best):
                 durable.remove_folder(old)
         return path
 
     def mark_best(self, step: int) -> None:
-        """Points `best` at the checkpoint of `step`, which must exist."""
-        durable.replace_link(self.path / "best", f"checkpoints/step-{step}")
+        """Points the link `best` at the checkpoint of `step`, which must exist."""
+        self._link("best", step)
+
+    def _link(self, name: str, step: int) -> None:
+        self._clear(self.path / name)
+        durable.replace_link(self.path / name, f"checkpoints/step-{step}")
+
+    def _clear(self, link: Path) -> None:
+        """Removes the folder that a copy which follows links has made of one."""
+        if link.is_dir() and not link.is_symlink():
+            if not (link / "manifest.json").exists():
+                raise InputError(f"{link}: no checkpoint, which spairkit writes here; move it away")
+            durable.remove_folder(link)
 
     def latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint, with the optimiser; None if there is none yet.
@@ -192,7 +224,7 @@ class Run:
         Warns of each damaged checkpoint that is skipped.
 
         Raises:
-            InputError: all checkpoints are damaged.
+            InputError: all checkpoints are damaged, or config.toml was edited.
         """
         damage: list[InputError] = []
         for step, path in self.checkpoints:
@@ -201,6 +233,11 @@ class Run:
             except InputError as error:
                 damage.append(error)
                 continue
+            if changes := fixed_differences(checkpoint.config, self.config):
+                raise InputError(
+                    f"{self.path / _CONFIG}: was edited, and differs from the checkpoint of step "
+                    f"{step}: {'; '.join(changes)}; undo this, or start a new run"
+                )
             for reason in damage:
                 warnings.warn(f"{reason}; resuming from step {step} instead", stacklevel=2)
             return checkpoint
@@ -215,10 +252,16 @@ class Run:
         durable.append_line(self.path / "metrics.jsonl", json.dumps(plain, allow_nan=False))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without a line that a crash cut short."""
+        """The lines of metrics.jsonl, without a line that a crash cut short.
+
+        Raises:
+            InputError: it is not a file, or larger than 256 MB.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
+        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
+            raise InputError(f"{path}: not the metrics of a run; remove it")
         records = []
         for line in path.read_text(errors="replace").splitlines():
             try:
@@ -235,19 +278,45 @@ class Run:
         durable.write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
+def recorded_data(run: Path) -> dict[str, str] | None:
+    """The sha256 of each file that a run was trained on, by name; None if there is no record.
+
+    Raises:
+        InputError: data.json is not of this form.
+    """
+    path = run / _DATA
+    if not path.exists():
+        return None
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= _MAX_BYTES:
+            hashes = json.loads(path.read_bytes())
+            if isinstance(hashes, dict) and all(isinstance(v, str) for v in hashes.values()):
+                return hashes
+    raise InputError(f"{path}: not a list of hashes; remove it to record the data anew")
+
+
+def fixed_differences(first: Config, second: Config) -> list[str]:
+    """The `differences` of settings that a run keeps."""
+    free = ("train.steps:", "data.path:")
+    return [line for line in differences(first, second) if not line.startswith(free)]
+
+
 def newest_run(root: Path = ROOT) -> Path | None:
     """The run below `root` that saved a checkpoint last; None if there is none."""
-    links = [link for link in root.glob("*/last") if link.is_symlink() and link.exists()]
-    newest = max(links, key=lambda link: (link.lstat().st_mtime_ns, link), default=None)
-    return newest.parent if newest else None
+    saved: list[tuple[int, Path]] = []
+    for folder in root.glob("*/checkpoints"):
+        for _, path in checkpoints.checkpoints_of(folder.parent)[:1]:
+            with suppress(OSError):  # another process may replace it
+                saved.append((path.stat().st_mtime_ns, folder.parent))
+    return max(saved)[1] if saved else None
 
 
 def is_run(folder: Path) -> bool:
     """Whether the folder holds a run that has begun, whatever its name."""
-    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.toml").is_file():
+    if not (folder / "metrics.jsonl").is_file() or not (folder / _CONFIG).is_file():
         return False
     try:
-        return {"data", "model", "train"} <= load_toml(folder / "config.toml").keys()
+        return {"data", "model", "train"} <= load_toml(folder / _CONFIG).keys()
     except InputError:
         return False
 
@@ -262,7 +331,7 @@ def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Pa
 
     Args:
         stem: characters other than letters, digits, "_" and "-" become "-".
-        allowed: names of files that `out` may already hold.
+        allowed: names of files that `out` may already hold, besides half-written ones.
 
     Raises:
         InputError: `out` holds other files, or the system refuses.
@@ -271,7 +340,8 @@ def new_folder(out: Path | None, stem: str, allowed: Collection[str] = ()) -> Pa
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if any(entry.name not in allowed for entry in out.iterdir()):
+            left = [entry.name for entry in out.iterdir() if entry.name not in allowed]
+            if not all(map(durable.is_temporary, left)):
                 raise InputError(f"{out}: not empty; name another folder (--out)")
             return out
         ROOT.mkdir(exist_ok=True)

@@ -27,14 +27,22 @@ from optuna.trial import FrozenTrial, TrialState
 from spairkit.config import Config
 from spairkit.config_values import differences, from_dict, to_dict
 from spairkit.errors import DivergedError, InputError
-from spairkit.experiments.shared_runs import Ended, Started, claimed, resume_or_create
-from spairkit.storage.runs import Run, new_folder
+from spairkit.experiments.shared_runs import (
+    LEAST_AGE,
+    Ended,
+    Started,
+    claimed,
+    resume_or_create,
+)
+from spairkit.storage import durable
+from spairkit.storage.runs import LINKS, Run, new_folder
 from spairkit.sweeps import search_space
 from spairkit.sweeps.search_space import Space
 from spairkit.training.loop import Event, fit
 from spairkit.training.trainer import criterion
 
 _JOURNAL, _LOCK = "journal.log", ".lock"
+_LOCKS = _LOCK, f"{_JOURNAL}.lock"  # Optuna's is a link, which it does not follow
 _STUDY, _DEFINITION = "sweep", "definition"
 _POLL_SECONDS = 0.5
 
@@ -85,7 +93,8 @@ class Sweep:
         Raises:
             InputError: the folder is not empty or cannot be written.
         """
-        path = new_folder(out, "sweep", {_JOURNAL, f"{_JOURNAL}.lock", _LOCK})
+        path = new_folder(out, "sweep", {_JOURNAL, *_LOCKS})
+        durable.refuse_links(path, _LOCKS[1:])
         with FileLock(path / _LOCK):
             study = _open_study(path)
             if not study.user_attrs:
@@ -108,6 +117,8 @@ class Sweep:
         """
         if not (path / _JOURNAL).is_file():
             return None
+        durable.refuse_links(path, (*LINKS, *_LOCKS[1:]))
+        durable.sweep(path, LEAST_AGE)
         with FileLock(path / _LOCK):
             study = _open_study(path)
         return cls(path, study) if study.user_attrs else None  # None: killed during its creation
@@ -269,7 +280,14 @@ def _open_study(path: Path) -> optuna.Study:
             direction="maximize",
             load_if_exists=True,
         )
-    except (OptunaError, LookupError, TypeError, ValueError, AssertionError) as error:
+    except (
+        OptunaError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AssertionError,
+        RecursionError,
+    ) as error:
         raise InputError(
             f"{journal}: not a journal that Optuna can read: {error}; pass another --out"
         ) from error

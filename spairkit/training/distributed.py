@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spairkit.errors import InputError
+from spairkit.errors import InputError, lacks_memory
 
 _PATIENCE = timedelta(hours=1)  # the other ranks wait this long while rank 0 validates
 
@@ -87,9 +87,9 @@ class World:
             return
         try:
             exchange()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if lacks_memory(error):
+                raise
             raise InputError(
                 "another process of this training has ended: see its message, or it was killed; "
                 f"restart all processes with --resume ({str(error).splitlines()[0][:200]})"

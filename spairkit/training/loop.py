@@ -20,11 +20,12 @@ from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import from_toml, merge, nested, to_toml
 from spairkit.data.datasets import data_settings, open_splits
+from spairkit.data.files import changed_files, data_files, sha256_of_files
 from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
-from spairkit.storage.runs import Run
+from spairkit.storage.runs import Run, recorded_data
 from spairkit.survey import preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
@@ -182,6 +183,8 @@ def fit(
     try:
         if device.type == "cpu":
             keep_freed_memory()
+        if run:
+            _note_data(config, run)
         if not isinstance(config.model, ClassicalConfig):
             yield from _fit(config, run, device, stop, world)
         elif run:
@@ -190,6 +193,20 @@ def fit(
             raise ValueError(f"{config.model.kind} is fitted in a run; run must not be None")
     finally:
         torch.set_num_threads(threads)
+
+
+def _note_data(config: Config, run: Run) -> None:
+    """Records the files that the run is trained on, or warns if they are no longer the same."""
+    now = sha256_of_files(data_files(config.data))
+    before = recorded_data(run.path)
+    if before is None:
+        run.record_data(now)
+    elif changes := changed_files(before, now):
+        warnings.warn(
+            f"{run.path}: the data have changed since the run began, so the result will differ: "
+            f"{changes}",
+            stacklevel=2,
+        )
 
 
 def _fit(
