@@ -22,7 +22,7 @@ AGREED = 0.3
 _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
-_REGULAR = 0.55  # median confidence, where it follows the trust in objects
+_REGULAR = 0.59  # median confidence, where it follows the trust in objects
 _FEWEST = 5  # objects that an agreement is judged on
 _MAX_BYTES = 1 << 20
 

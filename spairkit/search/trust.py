@@ -15,7 +15,7 @@ from spairkit.boxes import box_iou
 from spairkit.detections import Detections
 from spairkit.preparation import OBJECT_PX
 
-LEAST_TRUST = 0.1
+LEAST_TRUST = 0.32
 """Objects with less have a confidence below 1/2."""
 
 _FULL_AREA = 0.55 * OBJECT_PX**2  # of a mask that is not small, px^2
@@ -27,7 +27,8 @@ _CORNERS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 
 
 def trust(found: Detections, image: Tensor, encoded: Tensor) -> Tensor:  # [n] in [0, 1]
-    """The product of the mask's regularity, the root of its contrast, and the encoder's agreement.
+    """The root of: the mask's regularity, times the root of its contrast, times the encoder's
+    agreement.
 
     Args:
         found: n objects with masks, in the prepared image.
@@ -42,7 +43,7 @@ def trust(found: Detections, image: Tensor, encoded: Tensor) -> Tensor:  # [n] i
     contrast = contrasts(found.label_image, found.labels, torch.from_numpy(local))
     nothing = torch.zeros(1, 4)  # so that there is a greatest IoU
     agreed = box_iou(found.boxes, torch.cat([encoded.cpu(), nothing])).amax(1)
-    return shape * contrast.sqrt() * (_ALONE + (1 - _ALONE) * agreed)
+    return (shape * contrast.sqrt() * (_ALONE + (1 - _ALONE) * agreed)).sqrt()
 
 
 def regularity(

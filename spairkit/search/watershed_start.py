@@ -17,7 +17,7 @@ from spairkit.search.trust import LEAST_TRUST, trust
 
 _LARGE = 2.0  # diameter of large objects, in that of typical ones
 _INSIDE = 0.3  # share of a typical part that lies in the large part that replaces it, at least
-_HANDICAP = 0.5  # factor of the trust in large parts
+_HANDICAP = 0.7  # factor of the trust in large parts
 
 
 def watershed_slots(
