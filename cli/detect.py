@@ -60,8 +60,8 @@ def detect(
 
     Images are numbered from 1 in the order given, those of a folder in the order of their names. A
     single folder with annotations.json keeps its image ids and its category, as COCO's tools
-    expect. Files of a folder that cannot be read are skipped. The output is whole or absent: until all images are
-    done, results are kept in OUT.partial, and the same command goes on after a kill.
+    expect. Files of a folder that cannot be read are skipped. The output is whole or absent: until
+    all images are done, results are kept in OUT.partial, and the same command goes on after a kill.
     """
     from spairkit.counts import CountPosterior
     from spairkit.storage.durable import write_text
@@ -93,7 +93,6 @@ def detect(
         "format": format_.value,
         "category": category,
     }
-
 
     def rows(path: Path, number: int, detections: "Detections") -> list[str]:
         return _rows(str(path), number, detections, format_, category)

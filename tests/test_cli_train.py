@@ -276,7 +276,7 @@ def test_failing_training_says_that_it_starts_again(
     assert "starting again" not in again.err
 
     own = ["--seed", "0", "--set", "model.least_noise=.1", "--set", "prepare.background=image"]
-    ended = run(*words, "--out", "own", *own, "--json")
+    ended = run(*words, "--out", "their own", *own, "--json")
     assert ended.status == 0
     assert "starting again" not in ended.err
     assert json.loads(ended.out)["step"] == 6
