@@ -2,13 +2,19 @@
 
 import errno
 
+from spairkit.names import printable
+
 
 class InputError(ValueError):
     """A file, option, config or checkpoint cannot be used.
 
     The message is one line: the name of the thing, the reason, and the remedy. The command line
-    prints it and exits with status 2; other exceptions are internal errors (1).
+    prints it and exits with status 2; other exceptions are internal errors (1). Unprintable
+    characters, as in names of files, are escaped.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(" ".join(str(message).split("\n"))))
 
 
 class ImageFileError(InputError):

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import resource
 import shutil
+import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -356,3 +359,56 @@ def test_leftovers_of_killed_processes_are_swept_everywhere(run: Runner) -> None
         (path / place / ".spairkit-tmp-2" / "x").touch()
     assert run("train", "--resume", path, "--steps", 5, "--quiet").status == 0
     assert not list(path.rglob(".spairkit-tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["figure.png", "runs", "runs/watershed-seed-0", "settings.json"])
+def test_nothing_follows_a_link_out_of_a_comparison(run: Runner, name: str) -> None:
+    words = ["compare", "--out", "compared", "--quiet"]
+    assert run(*words, "--data", "cells", "--models", "watershed,conncomp").status == 0
+    target = aim(name, Path("compared"))
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    ended = run(*words)
+    assert ended.status == 2
+    message = f"spairkit: compared/{name}: is a link, and spairkit follows none"
+    assert ended.err.splitlines()[-1].startswith(message)
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
+    assert target.exists()
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "sweep.png", "trial-0000", ".lock"])
+def test_nothing_follows_a_link_out_of_a_sweep(run: Runner, name: str) -> None:
+    words = ["sweep", "--out", "swept", "--trials", 1, "--quiet"]
+    sets = ["--config", "tiny.toml", "--data", "cells", "--set", "train.steps=2"]
+    ended = run(*words, *sets)
+    assert ended.status == 0, ended.err
+    target = aim(name, Path("swept"))
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    ended = run(*words)
+    assert ended.status == 2
+    message = f"spairkit: swept/{name}: is a link, and spairkit follows none"
+    assert ended.err.splitlines()[-1].startswith(message)
+    assert {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()} == before
+    assert target.exists()
+
+
+def test_full_disk_keeps_the_previous_checkpoint(run: Runner) -> None:
+    path = trained(run)
+    before = load_checkpoint(path / "last", with_optimiser=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+        ended = run("train", "--resume", path, "--steps", 8, "--quiet")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert ended.status == 2
+    assert re.fullmatch(
+        r"spairkit: cannot write run/\S+: File too large; the system limits the size of files here",
+        ended.err.splitlines()[-1],
+    )
+    after = load_checkpoint(path / "last", with_optimiser=True)
+    assert after.sha256 == before.sha256
+    assert not list(path.rglob(".spairkit-tmp-*"))
+    assert run("train", "--resume", path, "--steps", 8, "--quiet").status == 0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from spairkit.errors import DivergedError, InputError
 from spairkit.names import printable, printable_lines
 
 
@@ -23,3 +24,8 @@ def test_only_printable_characters_are_shown(name: str, shown: str) -> None:
 
 def test_lines_stay_lines() -> None:
     assert printable_lines("a\x07\nb\n") == "a\\x07\nb\n"
+
+
+def test_errors_are_one_printable_line() -> None:
+    assert str(InputError("evil\n\x1b[31mname\udcff.png: é")) == "evil \\x1b[31mname\\udcff.png: é"
+    assert str(DivergedError("a\x07")) == "a\\x07"

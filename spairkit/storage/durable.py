@@ -143,12 +143,13 @@ def sweep(folder: Path, least_age: float = 0.0) -> None:
         for root, folders, files in os.walk(folder):
             for name in filter(is_temporary, [*folders, *files]):
                 path = Path(root, name)
-                if path.lstat().st_mtime > before:
-                    continue
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # it was in use
+                    if path.lstat().st_mtime > before:
+                        continue
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
             folders[:] = [name for name in folders if not is_temporary(name)]
 
 

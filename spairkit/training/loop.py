@@ -25,6 +25,7 @@ from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
+from spairkit.names import printable
 from spairkit.storage.runs import Run, recorded_data
 from spairkit.survey import preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
@@ -99,7 +100,7 @@ def train(
         nonlocal said
         if verbose:
             said = time.monotonic()
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     if survey:
         lines = survey.lines(config.prepare, preparation(given))
@@ -202,11 +203,8 @@ def _note_data(config: Config, run: Run) -> None:
     if before is None:
         run.record_data(now)
     elif changes := changed_files(before, now):
-        warnings.warn(
-            f"{run.path}: the data have changed since the run began, so the result will differ: "
-            f"{changes}",
-            stacklevel=2,
-        )
+        said = "the data have changed since the run began, so the result will differ"
+        warnings.warn(printable(f"{run.path}: {said}: {changes}"), stacklevel=2)
 
 
 def _fit(

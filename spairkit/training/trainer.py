@@ -22,6 +22,7 @@ from spairkit.models.loading import build, from_checkpoint
 from spairkit.models.noise import Part, Source, uniform
 from spairkit.models.spair import SPAIR
 from spairkit.models.watershed import Watershed
+from spairkit.names import printable
 from spairkit.preparation import fixed_levels
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
@@ -310,10 +311,8 @@ class Trainer:
             if before != here.get(name)
         ]
         if changed:
-            warnings.warn(
-                f"{run.path}: the result will not be bit-identical: {', '.join(changed)}",
-                stacklevel=2,
-            )
+            said = f"{run.path}: the result will not be bit-identical: {', '.join(changed)}"
+            warnings.warn(printable(said), stacklevel=2)
         if self.best_step == self.step:  # the process may have been killed before the link was made
             run.mark_best(self.step)
 
