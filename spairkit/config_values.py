@@ -35,7 +35,7 @@ _UNSTRUCTURED = re.compile(
     re.DOTALL,
 )
 _MAX_MISTAKES = 10  # that a message lists
-_MAX_SHOWN = 80  # characters of a wrong value
+_MAX_SHOWN = 80  # characters of a wrong key or value
 
 _ADAPTER = TypeAdapter(Config)
 
@@ -144,7 +144,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
-                raise InputError(f"{key}: {part} is a value, not a table")
+                raise InputError(f"{_cut(key)}: {_cut(part)} is a value, not a table")
         table[last] = merge(table.get(last, {}), value) if isinstance(value, Mapping) else value
     return tables
 
@@ -229,24 +229,23 @@ def _explain(error: ValidationError) -> str:
         if item["type"] == "union_tag_invalid":
             came = item["ctx"]["tag"]
             known = ", ".join(model_kinds())
-            lines.append(f"model.kind: must be one of {known} (got {_shown(came)})")
+            lines.append(f"model.kind: must be one of {known} (got {_cut(repr(came))})")
             continue
         kind = ""
         if location[:1] == ["model"] and len(location) > 1:
             kind = location.pop(1)  # pydantic's word for the member of the union
-        key = ".".join(location) or "config"
+        key = _cut(".".join(location))
         if item["type"] == "unexpected_keyword_argument":
             lines.append(f"{key}: unknown key{_suggest(location, kind)}")
             continue
         reason = item["msg"].removeprefix("Value error, ")
-        came = "" if isinstance(item["input"], dict) else f" (got {_shown(item['input'])})"
-        lines.append(f"{key}: {reason[:1].lower()}{reason[1:]}{came}")
+        came = "" if isinstance(item["input"], dict) else f" (got {_cut(repr(item['input']))})"
+        lines.append(f"{key and f'{key}: '}{reason[:1].lower()}{reason[1:]}{came}")
     more = len(mistakes) - _MAX_MISTAKES
     return "; ".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def _cut(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 

@@ -1,20 +1,26 @@
 """Shared fixtures: uninitialised memory is NaN; `kernel` runs over this machine's backends;
-`discs` is a SPAIR made by hand."""
+`discs` is a SPAIR made by hand; `command` runs a command and holds it to the contract of errors;
+`workplace` has images and a run of a tiny SPAIR."""
 
 import gc
+import json
 import os
+import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spairkit.cli.main import main
 from spairkit.config import SPAIRConfig
-from spairkit.images import num_channels
+from spairkit.images import num_channels, write_png
 from spairkit.models.latents import Latents
 from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
@@ -22,6 +28,10 @@ from spairkit.search.energy import Energy, Scene
 
 # otherwise every compilation by Triton warns that this default will change
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+# torch remembers the functions that a default device applies to: those before the patches below
+with torch.device("meta"):
+    torch.empty(0)
 
 # processes that a shell starts in the background ignore Ctrl-C, which some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -263,3 +273,95 @@ class Discs:
 def discs() -> type[Discs]:
     """A SPAIR made by hand, with settings, and states and scenes for it."""
     return Discs
+
+
+class Ended(NamedTuple):
+    """The end of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs a command in this process: it succeeds, or prints one line and its status is 2."""
+
+    def run(*words: object) -> Ended:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # the command prints them
+            with pytest.raises(SystemExit) as ended:
+                main([str(word) for word in words])
+        out, err = capfd.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith("spairkit: warning: ")]
+        assert all(line.isprintable() for line in lines), err
+        assert ended.value.code in (0, 2), err
+        if ended.value.code == 2:
+            assert out == ""
+            assert len(lines) == 1, err
+            assert lines[0].startswith("spairkit: "), err
+            assert len(lines[0]) < 2000, err
+        return Ended(ended.value.code, out, err)
+
+    return run
+
+
+_TINY = """
+preset = "quick"
+[data]
+image_height = 24
+image_width = 24
+validation_images = 4
+[prepare]
+contrast = "none"
+[model]
+background = "black"
+backbone_channels = [4, 4, 4]
+features = 4
+hidden = 4
+passthrough = 2
+what = 2
+encoder_hidden = [4]
+decoder_hidden = [4]
+[search]
+mode = "off"
+[train]
+batch_size = 2
+training_wheels = 0
+validation_every = 1
+threads = 1
+"""
+
+
+@pytest.fixture(scope="session")
+def _workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "tiny.toml").write_text(_TINY)
+    (folder / "cells").mkdir()
+    images, annotations = [], []
+    for n in range(4):
+        image = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(n)) / 4
+        image[:, 4 : 12 + n, 6:14] = 1.0
+        write_png(folder / "cells" / f"{n}.png", image)
+        images.append({"id": n, "file_name": f"{n}.png", "width": 24, "height": 24})
+        box = {"id": n + 1, "image_id": n, "category_id": 1, "bbox": [6, 4, 8, 8 + n]}
+        annotations.append(box | {"area": 64, "iscrowd": 0})
+    truth = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
+    (folder / "cells" / "annotations.json").write_text(json.dumps(truth))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        words = ["--config", "tiny.toml", "--data", "cells", "--out", "run", "--steps", "3"]
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *words, "--quiet"])
+    assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(_workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with cells/ of four annotated images of 24 x 24 px, tiny.toml and run/,
+    which ends at step 3 and has a checkpoint of each step."""
+    folder = tmp_path / "workplace"
+    shutil.copytree(_workplace, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder

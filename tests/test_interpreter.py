@@ -17,18 +17,32 @@ FILES = [
     "tests/test_kernels_presence.py",
     "tests/test_kernels_scenes.py",
     "tests/test_update_graph.py",  # only the tests of scenes
+    "tests/test_extreme_inputs.py",  # only those of rendering and of the count prior
 ]
+CHOSEN = "test_kernels or scene or rendered_images or count_priors"
 
 
 @pytest.mark.timeout(900)
 def test_kernels_pass_in_the_interpreter() -> None:
+    interpret(CHOSEN, "not long", FILES)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_200_extreme_inputs_are_finite_in_the_interpreter() -> None:
+    interpret(CHOSEN, "long", FILES[-1:])
+
+
+def interpret(chosen: str, marks: str, files: list[str]) -> None:
+    """Runs the chosen tests of each of the files."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rp", "-k", chosen, "-m", marks]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-rp", "-k", "test_kernels or scene", *FILES],
+        [*command, *files],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-6000:]
-    for file in FILES:
+    for file in files:
         assert f"PASSED {file}::" in run.stdout

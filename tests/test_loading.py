@@ -1,5 +1,6 @@
 """Models from seeds and checkpoints: equal models, or an InputError that names the tensor."""
 
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,21 @@ def test_mismatched_tensors_are_named(
     )
     with pytest.raises(InputError, match=message):
         from_checkpoint(load_checkpoint(path))
+
+
+def test_sizes_of_a_strangers_config_take_no_memory(tmp_path: Path) -> None:
+    huge = replace(SMALL, cell=64, backbone_channels=(2048,) * 8, features=2048, hidden=4096)
+    path = save_checkpoint(
+        tmp_path,
+        step=0,
+        config=Config(model=huge),
+        model=spair(SMALL).state_dict(),
+        environment=environment(),
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="its tensors do not fit its config"):
+        from_checkpoint(load_checkpoint(path))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 def test_background_colour_is_saved_with_the_model(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The spatial transformer that cuts glimpses out of images (docs/model.md 3.4)."""
 
-import math
 from functools import cache
 
 import torch
@@ -8,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spairkit.models.parts import Part
+
+_FAR = 1e9  # halves of the image; float32 has no place inside a box that goes so far
 
 
 def extract_glimpses(
@@ -37,12 +38,13 @@ def extract_glimpses(
             factors.append(2 * (length - 1) / (length * most))
             shifts.append(2 * start / (length * most) + 1)
         corners = boxes * boxes.new_tensor(factors[::-1] * 2) - boxes.new_tensor(shifts[::-1] * 2)
-    low, high = corners.unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
+    # infinity times the 0 of an image of one pixel would be NaN
+    low, high = corners.clamp(-_FAR, _FAR).unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
     # one tall grid for all boxes of an image avoids a copy of the image for each box
     grid = grid.reshape(batch, -1, size, 2)
     # torch's gradient on the CPU would use NaN as an address
-    grid = grid.nan_to_num(-1.0, math.inf, -math.inf)
+    grid = grid.nan_to_num(-1.0)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
 

@@ -36,13 +36,15 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device | str = "cpu") 
     Raises:
         InputError: the tensors are not those of the network that its config describes.
     """
-    network = build(checkpoint.config)
-    mistakes = _mismatches(network.state_dict(), checkpoint.model)
+    with torch.device("meta"):  # no memory for whatever sizes a stranger's config names
+        expected = build(checkpoint.config).state_dict()
+    mistakes = _mismatches(expected, checkpoint.model)
     if mistakes:
         raise InputError(
             f"{checkpoint.path}: its tensors do not fit its config: {mistakes[0]}"
             + (f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else "")
         )
+    network = build(checkpoint.config)
     network.load_state_dict(checkpoint.model)
     return network.to(device).eval()
 

@@ -22,6 +22,7 @@ from spairkit.models.densities import (
     Group,
     bernoulli_cross_entropy,
     concrete_sample,
+    limited,
     normal_nll,
     scaled_squash,
     squash,
@@ -546,7 +547,8 @@ class SPAIR(nn.Module):
         elif kind == "mlp":
             pooled = F.adaptive_avg_pool2d(images, _BACKGROUND_POOL).flatten(1)
             mean, log_std = self.background_network(pooled).chunk(2, dim=-1)
-            colour = squash(mean if noise is None else mean + log_std.exp() * noise.background)
+            std = limited(log_std, LOGIT_LIMIT).exp()  # an infinite one has no gradient
+            colour = squash(mean if noise is None else mean + std * noise.background)
         else:
             colour = images.new_zeros(batch, 3)
         return colour[:, :, None, None]
