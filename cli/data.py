@@ -117,17 +117,18 @@ def make(
     source = _source(data, count, preset, config, set_)
     if out.exists():
         raise InputError(f"{out} already exists; name a new folder")
-    from spairkit.storage.durable import write_bytes, write_folder, write_text
+    from spairkit.storage.durable import appearing, write_bytes, write_text
 
     first = next(source.images)  # a dataset that cannot be used leaves no folder
-    write_folder(out, source.beside)
     truth: list[Truth] = []
-    with counted("images", source.count, quiet=quiet) as show_done:
+    with appearing(out) as folder, counted("images", source.count, quiet=quiet) as show_done:
+        for name, content in source.beside.items():
+            write_bytes(folder / name, content)
         for content, boxes in islice(chain([first], source.images), source.count):
-            write_bytes(out / source.name(len(truth)), content)
+            write_bytes(folder / source.name(len(truth)), content)
             truth.append(boxes)
             show_done(len(truth))
-    write_text(out / "annotations.json", json.dumps(_coco(source, truth)))
+        write_text(folder / "annotations.json", json.dumps(_coco(source, truth)))
     *names, last = [several(len(truth), "image"), *source.beside, "annotations.json"]
     say(f"wrote {', '.join(names)} and {last} to {out}")
 

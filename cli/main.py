@@ -149,6 +149,9 @@ def _explained(error: Exception) -> int:
         reason = error.strerror or str(error)
         say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
         return 2
+    if isinstance(error, ImportError) and not (error.name or "").startswith("spairkit"):
+        say(f"spairkit: a package that it needs is missing or broken: {error}; install it again")
+        return 2
     advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
     say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
     return 1

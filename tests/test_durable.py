@@ -169,6 +169,24 @@ def test_failed_append_leaves_the_file_unchanged(
     assert path.read_text() == "first\nthird\n"
 
 
+def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with durable.appearing(tmp_path / "made") as folder:
+        (folder / "a").write_bytes(b"1")
+        assert not (tmp_path / "made").exists()
+    assert (tmp_path / "made" / "a").read_bytes() == b"1"
+    unfinished = durable.appearing(tmp_path / "unfinished")
+    (unfinished.__enter__() / "a").write_bytes(b"1")
+    assert len(list(tmp_path.iterdir())) == 2
+    stopped = KeyboardInterrupt()
+    assert not unfinished.__exit__(KeyboardInterrupt, stopped, None)
+    with (
+        pytest.raises(InputError, match=r"cannot write .*made: Directory not empty"),
+        durable.appearing(tmp_path / "made"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_missing_or_wrong_parent_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent/thing: No such file .*; create its folder first"):
         durable.write_bytes(tmp_path / "absent" / "thing", b"")

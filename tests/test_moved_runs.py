@@ -391,6 +391,18 @@ def test_nothing_follows_a_link_out_of_a_sweep(run: Runner, name: str) -> None:
     assert target.exists()
 
 
+@pytest.mark.parametrize("name", ["config.toml", "data.json", "checkpoints/step-4/manifest.json"])
+def test_figures_do_not_replace_files_of_the_run(run: Runner, name: str) -> None:
+    path = trained(run)
+    before = (path / name).read_bytes()
+    ended = run("eval", "--checkpoint", path, "--out", path / name)
+    assert ended.status == 2
+    assert f"--out run/{name}: is an input" in ended.err
+    assert (path / name).read_bytes() == before
+    assert run("eval", "--checkpoint", path, "--out", path / "figures.json").status == 0
+    assert run("eval", "--checkpoint", path, "--out", path / "figures.json").status == 0
+
+
 def test_full_disk_keeps_the_previous_checkpoint(run: Runner) -> None:
     path = trained(run)
     before = load_checkpoint(path / "last", with_optimiser=True)

@@ -87,8 +87,11 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """The files that it was read from."""
-        return [self.path / name for name in (_MODEL, _OPTIMISER, _MANIFEST)]
+        """The files that it was read from, and those of its run that commands read."""
+        if self.run is None:
+            return [self.path / name for name in (_MODEL, _OPTIMISER, _MANIFEST)]
+        beside = ("config.toml", "data.json", "metrics.jsonl", "signs.json")
+        return [*self.run.glob(f"{_FOLDER}/*/*"), *(self.run / name for name in beside)]
 
 
 class _File(BaseModel):

@@ -76,6 +76,26 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         _flush_folder(path.parent)
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yields a new folder of another name; it becomes `path` if the block ends well, or is removed.
+
+    Raises:
+        InputError: the system refuses, or there is something at `path`.
+    """
+    temporary = _temporary(path)
+    with _refusals(path):
+        os.mkdir(temporary)
+    try:
+        yield temporary
+        with _refusals(path):
+            _flush_folder(temporary)
+            os.rename(temporary, path)
+            _flush_folder(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def make_folder(path: Path) -> None:
     """Makes the folder `path` if it is missing. Raises InputError if the system refuses."""
     with _refusals(path):
