@@ -145,16 +145,29 @@ def _explained(error: Exception) -> int:
     if lacks_memory(error):
         say("spairkit: not enough memory; try a lower train.batch_size, or smaller images")
         return 2
+    if package := _broken_package(error):
+        reason = f"{type(error).__name__}: {error}"
+        say(f"spairkit: {package} does not work here: {reason}; reinstall it")
+        return 2
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         say(f"spairkit: {f'{error.filename}: ' if error.filename else ''}{reason}")
         return 2
-    if isinstance(error, ImportError) and not (error.name or "").startswith("spairkit"):
-        say(f"spairkit: a package that it needs is missing or broken: {error}; install it again")
-        return 2
     advice = "" if debug else "; set SPAIRKIT_DEBUG=1 for the traceback"
     say(f"spairkit: internal error: {type(error).__name__}: {error}{advice}")
     return 1
+
+
+def _broken_package(error: Exception) -> str | None:
+    """The installed package that failed, or was not found, when it was imported; None if none."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if frame.f_code.co_name == "<module>" and package != "spairkit":
+            return package
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return None if package == "spairkit" else package
+    return None
 
 
 def _say_usage(error: Exception) -> None:

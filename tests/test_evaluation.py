@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from spairkit import metrics
-from spairkit.config import Config, DataConfig
+from spairkit.config import Config, DataConfig, SearchMode
 from spairkit.counts import CountPosterior
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detections import Detections, Truth
-from spairkit.detector import Detector
+from spairkit.detector import Detector, load
 from spairkit.evaluation import Figures, evaluate
 from spairkit.models.loading import build
 
@@ -261,3 +261,40 @@ def test_crowds_count_in_no_figure() -> None:
     without = evaluate(oracle, [replace(batch, crowds=None)])
     assert without.overall.count_bias == 0.5
     assert without.by_objects[1].interval_coverage == 0
+
+
+@pytest.mark.parametrize(
+    ("search", "box_contrast", "images"),
+    [
+        ("off", None, 40),
+        ("refine", 0.0, 4),
+        pytest.param("off", 0.0, 1000, marks=pytest.mark.long),
+        pytest.param("refine", 0.0, 100, marks=pytest.mark.long),
+        pytest.param("full", None, 40, marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.timeout(3600)
+def test_batch_size_does_not_change_figures(
+    search: SearchMode, box_contrast: float | None, images: int
+) -> None:
+    """Boxes agree to 1e-4 px, scores to 1e-6; the masks, and all figures, are the same."""
+    detector = load(device="cpu", box_contrast=box_contrast, search=search)
+    scenes = Scenes(DataConfig(), "test")
+
+    def in_batches(size: int) -> list[Batch]:
+        starts = range(0, images, size)
+        return [scenes.batch(torch.arange(i, min(i + size, images))) for i in starts]
+
+    def found_in(size: int) -> list[Detections]:
+        return [item for b in in_batches(size) for item in detector.detect_batch(b.images, 0.05)]
+
+    expected, whole = found_in(images), evaluate(detector, in_batches(images))
+    assert sum(len(item) for item in expected) > images
+    for size in (1, 7, 32):
+        for one, other in zip(found_in(size), expected, strict=True):
+            torch.testing.assert_close(one.boxes, other.boxes, rtol=0, atol=1e-4)
+            torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-6)
+            assert one.label_image is not None
+            assert other.label_image is not None
+            assert torch.equal(one.label_image, other.label_image)
+        assert evaluate(detector, in_batches(size)) == whole
