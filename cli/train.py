@@ -293,11 +293,12 @@ def _finish(
 def _answer(objects: "Objects") -> str:
     """How many objects the model finds, and the watershed beside it, in one line."""
     images = several(len(objects.images), "image")
-    found = f"found: {several(objects.count, 'object')} in {images}"
+    middle = "the middle of " if any(image.part for image in objects.images) else ""
+    found = f"found: {several(objects.count, 'object')} in {middle}{images}"
     if objects.floor is None:
         return found
     beside = f"a watershed finds {objects.floor.count}"
-    return f"{found}; {beside} (agreement with the network: F1 {objects.floor.agreement:.2f})"
+    return f"{found}; {beside} (agreement with the encoder: F1 {objects.floor.agreement:.2f})"
 
 
 def _find(run: "Run", detector: "Detector", *, quiet: bool) -> "Objects":
@@ -448,6 +449,7 @@ def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int,
 
     step = _last_step(run)
     figures: dict[str, float] = {}
+    place = "a crop" if run.config.data.name == "folder" else "an image"
     losses, line_at = "", 0.0
     rate_from = step, 0.0
     with progress_bar(quiet=quiet) as bar:
@@ -462,11 +464,11 @@ def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int,
             if not isinstance(event, Step):
                 figures = event.figures
                 best = ", the best so far" if event.is_best else ""
-                bar.say(f"step {event.step}: validation {_validation(figures)}{best}")
+                bar.say(f"step {event.step}: validation {_validation(figures, place)}{best}")
                 continue
             step = event.step
             if event.losses:
-                losses = _elbo(event.losses)
+                losses = _elbo(event.losses, place)
             if not rate_from[1]:
                 # the first step compiles, so its time says nothing of the others
                 rate_from = step, event.seconds
@@ -481,24 +483,24 @@ def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int,
     return step, figures
 
 
-def _validation(figures: dict[str, float]) -> str:
-    """Objects an image, if the model counts them, and the other figures."""
+def _validation(figures: dict[str, float], place: str) -> str:
+    """Objects in a place, if the model counts them, and the other figures."""
     rest = {name: value for name, value in figures.items() if name != "found"}
-    return _found(figures, ", " if rest else "") + listed(rest)
+    return _found(figures, place, ", " if rest else "") + listed(rest)
 
 
-def _found(figures: dict[str, float], end: str) -> str:
-    return f"{figures['found']:.1f} objects an image{end}" if "found" in figures else ""
+def _found(figures: dict[str, float], place: str, end: str) -> str:
+    return f"{figures['found']:.1f} objects {place}{end}" if "found" in figures else ""
 
 
-def _elbo(losses: dict[str, float]) -> str:
-    """Objects an image, the ELBO and its terms in nats."""
+def _elbo(losses: dict[str, float], place: str) -> str:
+    """Objects in a place, the ELBO and its terms in nats."""
     terms = ", ".join(
         f"{name.removeprefix('kl_')} {value:.1f}"
         for name, value in losses.items()
         if name not in ("total", "elbo", "found")
     )
-    return f"{_found(losses, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
+    return f"{_found(losses, place, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
 
 
 def _print_next(run: "Run", page: Path, image: Path, *, has_truth: bool) -> None:

@@ -225,6 +225,11 @@ def test_warnings_and_next_commands_are_shown(tmp_path: Path) -> None:
     assert page.count("script") == 0
     assert f"spairkit viz '/my cells/a.png' --checkpoint {folder}" in page.text
     assert f"spairkit detect '/my cells' --out found.json --checkpoint {folder}" in page.text
+    failed = {"warnings": ["Every cell is on."], "failed": True}
+    (folder / "signs.json").write_text(json.dumps(failed))
+    page = read(write_report(folder))
+    assert page.text.index("This training failed") < page.text.index("1,212 objects")
+    assert "spairkit viz" not in page.text
     (folder / "signs.json").unlink()
     assert "Warnings" not in read(write_report(folder)).text
 

@@ -259,10 +259,20 @@ def test_changes_help_against_what_is_wrong() -> None:
     smooth = tiny(Path("images"), {"prepare": {"background": "surface"}})
     assert _change("background", smooth, "many") == {}
     assert _change("prior", config, "many") == {"model.least_noise": 0.3}
-    assert _change("prior", config, "few")["model.least_noise"] == 0.0333
+    assert _change("prior", config, "few") == {}
     noisy = tiny(Path("images"), {"model": {"least_noise": 0.5}})
     assert _change("prior", noisy, "many") == {}, "out of bounds"
     assert _change("seed", config, "few") == {"train.seed": 1}
+
+
+@pytest.mark.usefixtures("from_the_first")
+def test_few_objects_are_a_failure_only_after_a_third(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "_sign", lambda *words: ("few", "no object is found"))
+    _, events = train(tiny(folder), tmp_path / "run")
+    (restart,) = (event for event in events if isinstance(event, Restart))
+    assert (restart.step, restart.changed) == (6, {"train.seed": 1})
 
 
 def test_signs_at_a_validation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

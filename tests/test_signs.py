@@ -162,8 +162,8 @@ def test_agreement_with_a_watershed_is_judged(
     assert (len(signs.failures), len(signs.warnings)) == (failures, warnings)
     for line in signs.failures + signs.warnings:
         assert line.startswith(
-            f"the network agrees with a watershed by an F1 of {agreement:.2f} only "
-            "(17 objects, watershed 20)"
+            "the encoder, before any search, agrees with a watershed by an F1 of "
+            f"{agreement:.2f} only"
         )
 
 

@@ -20,6 +20,7 @@ from spairkit.metrics import NAMES, PROTOCOLS
 from spairkit.report.curves import chart, histogram, line
 from spairkit.report.drawing import encoded, reduced
 from spairkit.report.objects import Objects, picture_path, read_objects
+from spairkit.report.signs import has_failed
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
 
@@ -84,6 +85,7 @@ def write_report(run_folder: Path) -> Path:
     )
     environment.filters["figure"] = _figure
     found = read_objects(run.path)
+    failed = has_failed(run.path)
     page = environment.get_template("page.html.j2").render(
         name=run.path.resolve().name,
         config=run.config,
@@ -100,7 +102,8 @@ def write_report(run_folder: Path) -> Path:
         counts=None if found is None else _counts(found),
         groups=[] if found is None else _groups(run, found),
         warnings=_warnings(run.path / "signs.json"),
-        commands=_commands(run, found, has_truth=test is not None),
+        failed=failed,
+        commands=() if failed else _commands(run, found, has_truth=test is not None),
         test=test,
         names=NAMES,
         shown=_shown(test),
@@ -143,10 +146,12 @@ def _restarts(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def _headline(found: Objects) -> str:
     """`231 objects in 4 images`."""
     seen, available = len(found.images), found.available
-    objects = f"{found.count:,} object{'s' * (found.count != 1)}"
+    objects = f"{found.count:,} object{'s' * (found.count != 1)} in"
+    if any(image.part is not None for image in found.images):
+        objects += " the middle of"
     if seen < available:
-        return f"{objects} in the first {seen} of {available:,} images"
-    return f"{objects} in {seen} image{'s' * (seen != 1)}"
+        return f"{objects} the first {seen} of {available:,} images"
+    return f"{objects} {seen} image{'s' * (seen != 1)}"
 
 
 def _notes(found: Objects) -> list[str]:

@@ -78,8 +78,8 @@ def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None)
     floor = objects.floor
     if floor is not None and max(floor.count, objects.count) >= _FEWEST:
         said = (
-            f"the network agrees with a watershed by an F1 of {floor.agreement:.2f} only "
-            f"({objects.count} objects, watershed {floor.count})"
+            f"the encoder, before any search, agrees with a watershed by an F1 of "
+            f"{floor.agreement:.2f} only"
         )
         if floor.agreement < AGREED:
             failures.append(said)

@@ -35,13 +35,14 @@ Way = Literal["many", "few"]
 
 _BATCHES = 4  # of crops that are judged
 _FIRST_STEP = 200
+_FEW_SHARE = 0.3  # of the updates, before which few objects are only slow to appear
 _LAST_SHARE = 0.5  # of the updates, after which a training is judged at its end only
 _INFORMED = 0.5  # s of the count prior from which empty cells are at least as likely as objects
 _CELLS_ON = 0.9  # share of the cells of the grid
 _DARK, _PAINTED = 0.15, 0.5  # mean contrast of an object on the background; share of these
 _RECONSTRUCTED = 0.95  # of the squared error of the background alone
 _FEWEST = 20  # objects that an agreement is judged on
-_FACTOR = 3.0  # by which the noise of a pixel changes
+_FACTOR = 3.0  # by which the noise of a pixel grows
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ def restart_of(trainer: Trainer, dataset: Dataset) -> Restart | None:
     if sign is None:
         return None
     way, reason = sign
+    if way == "few" and trainer.step < _FEW_SHARE * config.train.steps:
+        return None
     for number, name in enumerate(config.train.retries, start=1):
         change = _change(name, config, way)
         if change:
@@ -121,9 +124,8 @@ def _change(name: str, config: Config, way: Way) -> dict[str, Any]:
         helps = way == "many" and config.prepare.background == "image"
         return {"prepare.background": "surface"} if helps else {}
     assert isinstance(config.model, SPAIRConfig)
-    noise = config.model.least_noise * (_FACTOR if way == "many" else 1 / _FACTOR)
-    noise = float(f"{noise:.3g}")
-    return {"model.least_noise": noise} if 1e-3 <= noise <= 1 else {}
+    noise = float(f"{config.model.least_noise * _FACTOR:.3g}")
+    return {"model.least_noise": noise} if way == "many" and noise <= 1 else {}
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ class Validation:
 
     step: int
     figures: dict[str, float]
-    """`elbo` in nats and `found`, objects an image, or `threshold`; and those of `box_figures` if
-    boxes are known."""
+    """`elbo` in nats and `found`, objects in an image or a crop of one, or `threshold`; and those
+    of `box_figures` if boxes are known."""
     picture: Path
     """Path of the picture: images, reconstructions and boxes."""
     is_best: bool
