@@ -14,6 +14,7 @@ from spairkit.models.densities import (
     normal_kl,
     normal_nll,
     squash,
+    weighted_kls,
 )
 
 
@@ -66,7 +67,25 @@ def test_normal_nll_matches_torch_and_finite_differences() -> None:
     std = torch.tensor(0.2, dtype=torch.float64)
     expected = -torch.distributions.Normal(image, std).log_prob(target).flatten(1).sum(1)
     torch.testing.assert_close(normal_nll(image, target, std), expected)
-    assert torch.autograd.gradcheck(normal_nll, [x.requires_grad_() for x in (image, target, std)])
+    leaves = [x.requires_grad_() for x in (image, target, std)]
+    assert torch.autograd.gradcheck(normal_nll, leaves, atol=1e-6, rtol=1e-5)
+
+
+def test_divergences_and_cross_entropy_match_finite_differences() -> None:
+    torch.manual_seed(0)
+    mean, std, weight = (torch.rand(*shape).double() for shape in ((2, 3, 4), (2, 3, 4), (2, 3)))
+    leaves = [x.requires_grad_() for x in (mean, std + 0.1, weight)]
+
+    def kls(mean: torch.Tensor, std: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weighted_kls(mean, std, weight, (1, 0.0, 1.0), (3, -2.0, 0.5))
+
+    assert torch.autograd.gradcheck(kls, leaves, atol=1e-6, rtol=1e-5)
+    image, target = (torch.rand(2, 3, 4, 4).double().clamp(0.1, 0.9) for _ in range(2))
+
+    def entropy(image: torch.Tensor) -> torch.Tensor:
+        return bernoulli_cross_entropy(image, target, 1e-9)
+
+    assert torch.autograd.gradcheck(entropy, image.requires_grad_(), atol=1e-6, rtol=1e-5)
 
 
 def test_noise_of_the_rms_residual_is_the_most_likely() -> None:

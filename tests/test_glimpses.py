@@ -53,7 +53,9 @@ def test_gradients_match_finite_differences() -> None:
     torch.manual_seed(0)
     images = torch.rand(1, 2, 7, 9, dtype=torch.float64)
     boxes = torch.tensor([[[1.37, 0.71, 6.13, 5.9]]], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda b: extract_glimpses(images, b, 4), (boxes,))
+    assert torch.autograd.gradcheck(
+        lambda b: extract_glimpses(images, b, 4), (boxes,), atol=1e-6, rtol=1e-5
+    )
 
 
 def compiled_glimpses(images: Tensor, boxes: Tensor, size: int) -> Tensor:
