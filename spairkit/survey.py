@@ -163,7 +163,7 @@ class Survey:
             "prior": not _has(given, "model.least_noise"),
             "seed": not _has(given, "train.seed"),
         }
-        return [name for name, is_free in free.items() if is_free][:2]
+        return [name for name, is_free in free.items() if is_free]
 
     def lines(
         self, prepare: PrepareConfig | None = None, chosen: Collection[str] = ()

@@ -310,7 +310,7 @@ def test_failing_training_may_change_what_the_user_has_not_set() -> None:
         return resolved(survey_with(prepare=prepare), "spair", *words).train.retries
 
     assert retries() == ("prior", "seed")
-    assert retries(background="image") == ("background", "prior")
+    assert retries(background="image") == ("background", "prior", "seed")
     assert retries("prepare.background='image'", background="image") == ("prior", "seed")
     assert retries("train.seed=3") == ("prior",)
     assert retries("train.seed=3", "model.least_noise=.2") == ()
