@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from spairkit import __version__
 from spairkit.cli import options
 from spairkit.cli.console import counted, csv_line, print_document, say, several
 from spairkit.cli.detect_table import measured, table_text
-from spairkit.cli.files import ImageFiles, check_output, image_files, refuse_input
+from spairkit.cli.files import ImageFiles, check_outputs, image_files, refuse_input
 from spairkit.cli.partial import Finished, Partial, partial_of
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
@@ -21,6 +21,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     from spairkit.detections import Detections
     from spairkit.detector import Detector
+    from spairkit.storage.checkpoints import Checkpoint
 
 _COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score")
 _MASK_COLUMNS = ("area", "intensity")
@@ -77,17 +78,12 @@ def detect(
     from spairkit.counts import CountPosterior
     from spairkit.storage.durable import write_text
 
-    if out is not None:
-        check_output(out)
-    if table is not None:
-        check_output(table, "--table")
-        if out is not None and table.resolve() == out.resolve():
-            raise InputError(f"--table {table}: is the output of --out too; name another file")
-    elif out is None and isinstance(sys.stdout, Closed):
-        raise InputError("standard output is closed; name a file with --out")
-    files = image_files(paths)  # a file that is no image shows before any work
     outputs = {"--out": out, "--table": table}
     written = {option: path for option, path in outputs.items() if path is not None}
+    check_outputs(written)
+    if not written and isinstance(sys.stdout, Closed):
+        raise InputError("standard output is closed; name a file with --out")
+    files = image_files(paths)  # a file that is no image shows before any work
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
     detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
@@ -100,13 +96,7 @@ def detect(
             f"{category}; compare them with useCats = 0"
         )
     key = {
-        "version": __version__,
-        "checkpoint": loaded.sha256,
-        "search": detector.search,
-        "box_contrast": detector.box_contrast,
-        "threshold": threshold,
-        "count": count,
-        "device": detector.device.type,
+        **settings_of(detector, loaded, threshold, count),
         "format": format_.value,
         "category": category,
         "table": table is not None,
@@ -119,7 +109,9 @@ def detect(
         return "" if table is None else measured(detections)
 
     with partial_of(out or table, key) as partial:
-        _detect(files, detector, partial, threshold, count, rows, measure, quiet=quiet)
+        detect_images(
+            files, detector, partial, threshold, count, rows=rows, measure=measure, quiet=quiet
+        )
         found = [partial.finished[n] for n in files.numbers if n in partial.finished]
         text = _text(found, format_)
         if table is not None:
@@ -140,18 +132,33 @@ def detect(
     files.conclude()
 
 
-def _detect(
+def settings_of(
+    detector: "Detector", loaded: "Checkpoint", threshold: float, count: int | None
+) -> dict[str, Any]:
+    """What the objects depend on besides the images: the key of a partial result."""
+    return {
+        "version": __version__,
+        "checkpoint": loaded.sha256,
+        "search": detector.search,
+        "box_contrast": detector.box_contrast,
+        "threshold": threshold,
+        "count": count,
+        "device": detector.device.type,
+    }
+
+
+def detect_images(
     files: ImageFiles,
     detector: "Detector",
     partial: Partial,
     threshold: float,
     count: int | None,
-    rows: Callable[[Path, int, "Detections"], list[str]],
-    measure: Callable[["Detections"], str],
     *,
+    rows: Callable[[Path, int, "Detections"], list[str]] = lambda *_: [],
+    measure: Callable[["Detections"], str] = lambda _: "",
     quiet: bool,
 ) -> None:
-    """Finds the objects of the images that are not finished."""
+    """Finds the objects of the images that are not finished, and adds them to `partial`."""
     from spairkit.data.files import sha256_of
     from spairkit.report.signs import misfit
 
