@@ -1,5 +1,7 @@
 """Messages and progress on stderr, results on stdout."""
 
+import csv
+import io
 import json
 import shutil
 import sys
@@ -39,6 +41,13 @@ def print_document(text: str) -> None:
 def several(number: int, word: str) -> str:
     """1 run, 2 runs."""
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def csv_line(values: Iterable[object]) -> str:
+    """A line of CSV."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(values)
+    return line.getvalue()
 
 
 def json_text(value: Any) -> str:

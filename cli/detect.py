@@ -1,20 +1,19 @@
 """`spairkit detect`: boxes, scores and counts for other programs."""
 
-import csv
-import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spairkit import __version__
 from spairkit.cli import options
-from spairkit.cli.console import counted, print_document, say, several
-from spairkit.cli.files import ImageFiles, check_output, image_files, refuse_input
+from spairkit.cli.console import counted, csv_line, print_document, say, several
+from spairkit.cli.detect_table import measured, table_text
+from spairkit.cli.files import ImageFiles, check_outputs, image_files, refuse_input
 from spairkit.cli.partial import Finished, Partial, partial_of
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
@@ -22,6 +21,7 @@ from spairkit.errors import InputError
 if TYPE_CHECKING:
     from spairkit.detections import Detections
     from spairkit.detector import Detector
+    from spairkit.storage.checkpoints import Checkpoint
 
 _COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score")
 _MASK_COLUMNS = ("area", "intensity")
@@ -39,7 +39,10 @@ def detect(
     paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images or folders.")],
     checkpoint: options.CheckpointOption = None,
     out: Annotated[
-        Path | None, options.output_option(help="The file to write. Default: standard output.")
+        Path | None,
+        options.output_option(
+            help="The file to write. Default: standard output, or nothing with --table."
+        ),
     ] = None,
     format_: Annotated[
         Format,
@@ -49,6 +52,14 @@ def detect(
             "jsonl: a line for each image, with appearance embeddings and the count's posterior.",
         ),
     ] = Format.COCO,
+    table: Annotated[
+        Path | None,
+        options.output_option(
+            metavar="FILE",
+            help="Also write measurements as CSV, a row for each object: size, shape, intensities, "
+            "cluster.",
+        ),
+    ] = None,
     threshold: options.ThresholdOption = 0.5,
     box_contrast: options.BoxContrastOption = None,
     search: options.SearchOption = None,
@@ -61,21 +72,23 @@ def detect(
     Images are numbered from 1 in the order given, those of a folder in the order of their names. A
     single folder with annotations.json keeps its image ids and its category, as COCO's tools
     expect. Files of a folder that cannot be read are skipped. The output is whole or absent: until
-    all images are done, results are kept in OUT.partial, and the same command goes on after a kill.
+    all images are done, results are kept in OUT.partial (without --out, beside the table), and the
+    same command goes on after a kill.
     """
     from spairkit.counts import CountPosterior
     from spairkit.storage.durable import write_text
 
-    if out is not None:
-        check_output(out)
-    elif isinstance(sys.stdout, Closed):
+    outputs = {"--out": out, "--table": table}
+    written = {option: path for option, path in outputs.items() if path is not None}
+    check_outputs(written)
+    if not written and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
-    if out is not None:
-        refuse_input(out, files.inputs)
+    for option, path in written.items():
+        refuse_input(path, files.inputs, option)
     detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
-    if out is not None:
-        refuse_input(out, loaded.files)
+    for option, path in written.items():
+        refuse_input(path, loaded.files, option)
     category = next(iter(files.categories), 1)
     if format_ is Format.COCO and len(files.categories) > 1:
         say(
@@ -83,24 +96,26 @@ def detect(
             f"{category}; compare them with useCats = 0"
         )
     key = {
-        "version": __version__,
-        "checkpoint": loaded.sha256,
-        "search": detector.search,
-        "box_contrast": detector.box_contrast,
-        "threshold": threshold,
-        "count": count,
-        "device": detector.device.type,
+        **settings_of(detector, loaded, threshold, count),
         "format": format_.value,
         "category": category,
+        "table": table is not None,
     }
 
     def rows(path: Path, number: int, detections: "Detections") -> list[str]:
         return _rows(str(path), number, detections, format_, category)
 
-    with partial_of(out, key) as partial:
-        _detect(files, detector, partial, threshold, count, rows, quiet=quiet)
+    def measure(detections: "Detections") -> str:
+        return "" if table is None else measured(detections)
+
+    with partial_of(out or table, key) as partial:
+        detect_images(
+            files, detector, partial, threshold, count, rows=rows, measure=measure, quiet=quiet
+        )
         found = [partial.finished[n] for n in files.numbers if n in partial.finished]
         text = _text(found, format_)
+        if table is not None:
+            write_text(table, table_text(found))
         if out is not None:
             write_text(out, text)
     options.say_unfit([f"{item.name}: {item.misfit}" for item in found if item.misfit], len(found))
@@ -108,8 +123,8 @@ def detect(
     expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(found) else ""
     objects = several(sum(item.objects for item in found), "object")
     summary = f"{objects} in {several(len(found), 'image')}{expected}"
-    if out is not None:
-        say(f"wrote {out}: {summary}")
+    if written:
+        say(f"wrote {' and '.join(map(str, written.values()))}: {summary}")
     else:
         print_document(text)
         if not quiet:
@@ -117,17 +132,33 @@ def detect(
     files.conclude()
 
 
-def _detect(
+def settings_of(
+    detector: "Detector", loaded: "Checkpoint", threshold: float, count: int | None
+) -> dict[str, Any]:
+    """What the objects depend on besides the images: the key of a partial result."""
+    return {
+        "version": __version__,
+        "checkpoint": loaded.sha256,
+        "search": detector.search,
+        "box_contrast": detector.box_contrast,
+        "threshold": threshold,
+        "count": count,
+        "device": detector.device.type,
+    }
+
+
+def detect_images(
     files: ImageFiles,
     detector: "Detector",
     partial: Partial,
     threshold: float,
     count: int | None,
-    rows: Callable[[Path, int, "Detections"], list[str]],
     *,
+    rows: Callable[[Path, int, "Detections"], list[str]] = lambda *_: [],
+    measure: Callable[["Detections"], str] = lambda _: "",
     quiet: bool,
 ) -> None:
-    """Finds the objects of the images that are not finished."""
+    """Finds the objects of the images that are not finished, and adds them to `partial`."""
     from spairkit.data.files import sha256_of
     from spairkit.report.signs import misfit
 
@@ -170,6 +201,7 @@ def _detect(
                     least_count=None if counts is None else counts.least,
                     count_probabilities=[] if counts is None else counts.probabilities.tolist(),
                     misfit=misfit(detector, detections),
+                    measured=measure(detections),
                 )
             )
             done += 1
@@ -188,7 +220,7 @@ def _rows(
         return [f"{json.dumps({'image': name, 'image_id': number, **values})}\n"]
     columns = [values["scores"], *(values[name] for name in _MASK_COLUMNS if name in values)]
     boxes = zip(values["boxes"], *columns, strict=True)
-    return [_csv_line([name, number, *box, *others]) for box, *others in boxes]
+    return [csv_line([name, number, *box, *others]) for box, *others in boxes]
 
 
 def _text(found: list[Finished], format_: Format) -> str:
@@ -198,10 +230,4 @@ def _text(found: list[Finished], format_: Format) -> str:
         return f"[{', '.join(rows)}]\n"
     has_masks = any(item.has_masks for item in found)
     header = [*_COLUMNS, *(_MASK_COLUMNS if has_masks else ())]
-    return "".join([_csv_line(header), *rows] if format_ is Format.CSV else rows)
-
-
-def _csv_line(values: Iterable[object]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(values)
-    return line.getvalue()
+    return "".join([csv_line(header), *rows] if format_ is Format.CSV else rows)

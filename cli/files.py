@@ -1,7 +1,7 @@
 """The image files that a command is given, and the files that it writes: none of these."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,6 +118,16 @@ def check_output(path: Path, option: str = "--out") -> None:
         raise InputError(f"{option} {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InputError(f"{option} {path}: {path.parent} is not writable; name another file")
+
+
+def check_outputs(outputs: Mapping[str, Path]) -> None:
+    """`check_output` of several, by their options; no two may be the same file."""
+    seen: dict[Path, str] = {}
+    for option, path in outputs.items():
+        check_output(path, option)
+        if other := seen.get(path.resolve()):
+            raise InputError(f"{option} {path}: is the output of {other} too; name another file")
+        seen[path.resolve()] = option
 
 
 def refuse_input(path: Path, inputs: Iterable[Path], option: str = "--out") -> None:

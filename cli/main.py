@@ -21,6 +21,7 @@ from spairkit import __version__
 from spairkit.cli import bench, config, data
 from spairkit.cli.compare import compare
 from spairkit.cli.console import echo, say
+from spairkit.cli.count import count_objects
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
@@ -41,6 +42,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
+app.command("count")(count_objects)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)
@@ -56,7 +58,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 # names that people try, and the commands that they mean
 _SYNONYMS = {
-    **dict.fromkeys(("predict", "infer", "find", "segment", "count", "run"), "detect"),
+    **dict.fromkeys(("predict", "infer", "find", "segment", "run"), "detect"),
     **dict.fromkeys(("evaluate", "test", "validate"), "eval"),
     **dict.fromkeys(("visualize", "visualise", "show", "plot", "draw"), "viz"),
     **dict.fromkeys(("fit", "learn"), "train"),

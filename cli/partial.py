@@ -41,6 +41,8 @@ class Finished:
     count_probabilities: list[float]
     misfit: str | None
     """Why the model does not fit it."""
+    measured: str = ""
+    """Its part of the table of objects, if there is to be one."""
 
     def counts(self) -> "CountPosterior | None":
         """The posterior of the count, if the model gives one."""

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spairkit.counts import CountPosterior
 from spairkit.errors import InputError
-from spairkit.images import ImageLike, as_image, read_pixels
+from spairkit.groups import clusters
+from spairkit.images import ImageLike, as_image, pixel_size, read_pixels
 from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
+from spairkit.measurements import measurements
 
 _PLOT_INCHES = 6.0
 _OUTLINE_PIXELS = 512  # least length of the longer side that outlines are drawn on
@@ -256,6 +259,51 @@ class Detections:
                 intensity = self.intensity.tolist()
                 values["intensity"] = [None if math.isnan(x) else x for x in intensity]
         return values
+
+    def measurements(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Columns [n] float64 by name, NaN where a value is not known.
+
+        `x`, `y` (centre of the box), `x1`, `y1`, `x2`, `y2`, in pixels, and `score`. With masks:
+        `area` in pixels, `equivalent_diameter`, of the disc of this area, and `eccentricity`, of
+        the ellipse with the mask's second moments, from 0 (round) to 1. With masks and an image:
+        `mean` and `sum` of the mask's pixels, each in [0, 1] of the file's range, before levels,
+        and `corrected_mean`, the mean less that of the pixels without an object around: in the box
+        widened on each side by half of its longer side, 5 px at least. In a coloured image these
+        three are by channel: `mean_red`, `mean_green`, `mean_blue` and so on.
+
+        If the image is a file that has a resolution, see `images.pixel_size`, there are also
+        `x_um`, `y_um`, `width_um`, `height_um` (of the box), `area_um2` and
+        `equivalent_diameter_um`, in micrometres. An image file is read again.
+
+        Raises:
+            ValueError: the image has another size than the masks.
+            InputError: the image file cannot be read.
+        """
+        image, size = None, None
+        if isinstance(self.image, (str, os.PathLike)):
+            path = os.fspath(self.image)
+            size = pixel_size(path)
+            image = None if self.label_image is None else read_pixels(path)
+        elif self.image is not None:
+            image = as_image(self.image)
+        masks = None if self.label_image is None else self._labelled()
+        return measurements(self.boxes, self.scores, masks, image, size)
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each object: `measurements`, and `cluster`.
+
+        `cluster` numbers the groups of objects that look alike by their embeddings `what`, from 1,
+        the largest; it is not known (NA) without embeddings.
+
+        Raises:
+            ImportError: pandas is missing.
+            ValueError, InputError: as `measurements`.
+        """
+        import pandas
+
+        frame = pandas.DataFrame(self.measurements())
+        frame["cluster"] = pandas.Series(clusters(self.what), dtype="Int64")  # short: NA
+        return frame
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`. Raises ImportError where that package is missing.

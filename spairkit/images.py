@@ -30,7 +30,7 @@ from spairkit.errors import ImageFileError, InputError
 from spairkit.names import printable
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
-from spairkit.tiff import MAGIC, Tiff
+from spairkit.tiff import MAGIC, Tiff, micrometres
 
 MAX_PIXELS = 178_000_000
 """Largest image that is read, in pixels: Pillow's own limit, and at most 2.7 GB while decoded."""
@@ -157,6 +157,12 @@ class _Picture:
         # the method of the class: PNG's own decodes the picture to look behind it
         orientation: Any = Image.Image.getexif(image).get(_ORIENTATION)
         self.orientation: int = orientation if orientation in _ORIENTATIONS else 1
+
+    @property
+    def pixel_size(self) -> tuple[float, float] | None:
+        # that of JPEG and BMP is of paper or a screen
+        per_inch = self._image.info.get("dpi") if self._image.format == "PNG" else None
+        return None if per_inch is None else micrometres(per_inch, 25_400)
 
     @property
     def has_more(self) -> bool:
@@ -389,6 +395,17 @@ def stored_form(path: Path | str) -> tuple[tuple[int, int], int]:
     """
     with _opened(path) as image:
         return image.stored_size, image.orientation
+
+
+def pixel_size(path: Path | str) -> tuple[float, float] | None:
+    """Width and height of a pixel of the upright image in µm; None if the file does not say.
+
+    They are those of a TIFF's XResolution, YResolution and ResolutionUnit, of ImageJ's unit, or of
+    a PNG's pHYs. 72 and 96 pixels per inch count as not said. Raises ImageFileError.
+    """
+    with _opened(path) as image:
+        size = image.pixel_size
+        return (size[1], size[0]) if size and image.orientation in _SIDEWAYS else size
 
 
 def write_png(path: Path | str, image: Tensor) -> None:

@@ -5,6 +5,7 @@ tifffile parses the tags; blocks are decoded here, into no more memory than the 
 
 import io
 import logging
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn, cast
@@ -38,7 +39,19 @@ _PREMULTIPLIED, _ALPHA = 1, 2
 _KINDS = {1: "uint", 2: "int", 3: "float", 5: "complex int", 6: "complex float"}
 _COLOURS = {_GREY: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4}
 _ORIENTATION, _COLORMAP, _PHOTOMETRIC, _INK_SET = 274, 320, 262, 332
+_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 282, 283, 296
+_RESOLUTION_UNITS = {2: 25_400.0, 3: 10_000.0}  # inch and centimetre, in µm
+_IMAGEJ_UNITS = {
+    "nm": 1e-3,
+    **dict.fromkeys(("um", "\u00b5m", "\u03bcm", "\\u00B5m", "micron", "microns"), 1.0),
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    **dict.fromkeys(("inch", "in"), 25_400.0),
+}
+_SCREENS = (72.0, 96.0)  # pixels per inch that programs write where they know nothing
 _REDUCED, _MASK = 1, 4  # of NewSubfileType: not a page
+_LEAST_UM, _MOST_UM = 1e-6, 1e9  # of the side of a pixel, else the tag means nothing
 _LOOKED_AT = 16  # pages in search of a second one
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -51,6 +64,8 @@ class Tiff:
         orientation: as in EXIF, from 1 to 8.
         has_more: whether further pages follow, or further planes of an ImageJ or MetaMorph stack;
             thumbnails and masks do not count.
+        pixel_size: width and height of a stored pixel in µm, from the tags of resolution and the
+            unit of ImageJ; None where there are none, see `micrometres`.
 
     Raises:
         ImageFileError: the layout is not supported; the message names it.
@@ -70,6 +85,7 @@ class Tiff:
                 if code in page.tags
             }
             self.has_more = _has_more(tiff)
+            self.pixel_size = _pixel_size(tiff)
         self.stored_size = _whole(page.imagelength), _whole(page.imagewidth)
         turn = tags.get(_ORIENTATION, 1)
         self.orientation = int(turn) if turn in range(1, 9) else 1
@@ -324,6 +340,37 @@ def _whole(value: Any) -> int:
 def _called(value: Any) -> str:
     """The name of the value of a tag that is a number."""
     return str(getattr(value, "name", int(value))).lower()
+
+
+def micrometres(per_unit: tuple[float, float], unit: float) -> tuple[float, float] | None:
+    """The width and height of a pixel in µm, from the pixels per `unit`, which is in µm.
+
+    None if they are no sizes, or 72 or 96 per inch, which many programs write by default.
+    """
+    if not all(math.isfinite(number) and number > 0 for number in per_unit):
+        return None
+    width, height = (unit / number for number in per_unit)
+    if any(abs(25_400 / width - screen) < 0.1 for screen in _SCREENS):
+        return None
+    return (
+        (width, height) if _LEAST_UM < min(width, height) <= max(width, height) < _MOST_UM else None
+    )
+
+
+def _pixel_size(tiff: Any) -> tuple[float, float] | None:
+    try:
+        page = tiff.pages.first
+        stored = [page.tags.valueof(code) for code in (_X_RESOLUTION, _Y_RESOLUTION)]
+        unit = _RESOLUTION_UNITS.get(page.tags.valueof(_RESOLUTION_UNIT, 2))
+        if page.is_imagej:
+            named = (tiff.imagej_metadata or {}).get("unit")
+            unit = unit if named is None else _IMAGEJ_UNITS.get(named)
+        if unit is None or None in stored:
+            return None
+        x, y = (numerator / denominator for numerator, denominator in stored)
+        return micrometres((x, y), unit)
+    except Exception:  # tifffile's on damaged tags, which no pixel depends on
+        return None
 
 
 def _has_more(tiff: Any) -> bool:

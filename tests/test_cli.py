@@ -30,7 +30,7 @@ from spairkit.images import is_picture, write_png
 from spairkit.presets import names, resolve
 from spairkit.storage.runs import Run, pretrained
 
-COMMANDS = ("train", "eval", "viz", "detect", "doctor", "data", "config", "report")
+COMMANDS = ("train", "eval", "viz", "detect", "count", "doctor", "data", "config", "report")
 
 
 @dataclass(frozen=True)

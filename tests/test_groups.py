@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.report.groups import grouped
+from spairkit.groups import grouped
 
 
 def clusters(sizes: list[int], spread: float) -> Tensor:

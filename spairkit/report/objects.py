@@ -23,10 +23,10 @@ from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
 from spairkit.errors import InputError
 from spairkit.floor import floor_of
+from spairkit.groups import grouped
 from spairkit.metrics import agreement
 from spairkit.names import in_utf8
 from spairkit.report.drawing import display_levels, draw_boxes, encoded, picture_scale
-from spairkit.report.groups import grouped
 from spairkit.storage import durable
 
 MAX_IMAGES = 64

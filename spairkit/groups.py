@@ -36,6 +36,16 @@ def grouped(embeddings: Tensor) -> list[list[int]]:  # [n, A]
     return sorted(groups, key=len, reverse=True)
 
 
+def clusters(embeddings: Tensor) -> list[int]:  # [n, A]
+    """The number of each row's group in `grouped`, from 1, the largest; empty if n or A is 0."""
+    if not embeddings.numel():
+        return []
+    numbers = torch.zeros(len(embeddings), dtype=torch.int64)
+    for number, rows in enumerate(grouped(embeddings), start=1):
+        numbers[rows] = number
+    return numbers.tolist()
+
+
 def _centres(points: Tensor, k: int) -> Tensor:  # [k, A]
     """k-means, which starts at points drawn by their squared distance to those before."""
     generator = torch.Generator().manual_seed(_SEED)
