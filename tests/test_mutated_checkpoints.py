@@ -26,17 +26,20 @@ _VALUES: list[Any] = [
 def damaged(whole: bytes, rng: random.Random) -> bytes:
     """Other bytes than `whole`: some changed, inserted or cut out, or the end cut off."""
     data = bytearray(whole)
+    digits = [at for at, byte in enumerate(whole) if byte in b"0123456789"]
     while data == whole:
         for _ in range(rng.choice((1, 1, 2, 8))):
-            at, way = rng.randrange(len(whole)), rng.randrange(6)
-            if way < 3:
+            at, way = rng.randrange(len(whole)), rng.randrange(9)
+            if way > 5:  # another number, which a manifest may well hold
+                data[rng.choice(digits) % len(data)] = rng.choice(b"0123456789")
+            elif way < 3:
                 data[at : at + 1] = bytes([rng.randrange(256)])
             elif way == 3:
                 data[at:at] = rng.randbytes(rng.choice((1, 8, 100)))
             elif way == 4:
                 del data[at : at + rng.choice((1, 8, 100))]
             else:
-                del data[at:]
+                del data[max(at, 1) :]
     return bytes(data)
 
 
