@@ -385,7 +385,8 @@ class TrainConfig:
     retries: Annotated[tuple[Literal["background", "prior", "seed"], ...], Field(max_length=3)] = ()
     """What a training of SPAIR on images with a contrast may change, each once and in this order,
     to start again when it shows signs of failure in its first half: `prepare.background`,
-    `model.least_noise` and `train.seed`. A look at a folder takes those that the user has not set."""
+    `model.least_noise` and `train.seed`. A look at a folder takes those that the user has not
+    set."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Precision of products and convolutions in training. `tf32` (NVIDIA GPUs only) keeps 10 bits
     of the mantissa. `bf16` (7 bits) applies to SPAIR's backbone and decoder, and to all networks of
