@@ -119,6 +119,19 @@ def test_many_objects_for_the_cells_are_a_misfit() -> None:
     assert misfit(watershed(), squares(71, 6, size)) is None
 
 
+@pytest.mark.parametrize("level", [0.2, 0.34, 0.36, 1.0])
+def test_dim_objects_are_a_misfit_of_a_model_of_white_digits(level: float) -> None:
+    found = replace(squares(8, 6, (60, 60)), image=torch.full((3, 60, 60), level))
+    scenes = Detector(SPAIR(SMALL).eval(), Config(model=SMALL), name="spair")
+    said = misfit(scenes, found)
+    assert (said is not None) == (level < 0.35)
+    assert said is None or said.startswith(f"objects have {level:.0%} of the intensity of white")
+    assert misfit(spair(), found) is None, "trained on a folder"
+    assert misfit(scenes, replace(found, image=None)) is None
+    coloured = Config(model=SMALL, data=DataConfig(colour="random"))
+    assert misfit(Detector(SPAIR(SMALL).eval(), coloured, name="spair"), found) is None
+
+
 def test_masks_on_most_of_the_image_are_a_misfit() -> None:
     size = (120, 120)
     assert misfit(spair(), squares(20, 24, size)) is None

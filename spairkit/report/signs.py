@@ -23,6 +23,9 @@ _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
 _REGULAR = 0.59  # median confidence, where it follows the trust in objects
+_DIM = (
+    0.35  # of white: median intensity of objects, at least, where training scenes have white ones
+)
 _FEWEST = 5  # objects that an agreement is judged on
 _MAX_BYTES = 1 << 20
 
@@ -50,6 +53,13 @@ def misfit(detector: Detector, found: Detections) -> str | None:
     covered = np.count_nonzero(labels.numpy()) / labels.numel()
     if covered > _COVERED:
         return f"objects cover {covered:.0%} of the image: they paint the background"
+    data = detector.config.data
+    if found.image is not None and data.name != "folder" and data.colour == "white":
+        dim = float(found.intensity.nanmedian())
+        if dim < _DIM:
+            return (
+                f"objects have {dim:.0%} of the intensity of white, and those of training had all"
+            )
     return None
 
 
