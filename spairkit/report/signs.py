@@ -23,9 +23,7 @@ _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
 _REGULAR = 0.59  # median confidence, where it follows the trust in objects
-_DIM = (
-    0.35  # of white: median intensity of objects, at least, where training scenes have white ones
-)
+_DIM = 0.35  # of white: median intensity of objects, at least, of a model of white ones
 _FEWEST = 5  # objects that an agreement is judged on
 _MAX_BYTES = 1 << 20
 
@@ -57,9 +55,7 @@ def misfit(detector: Detector, found: Detections) -> str | None:
     if found.image is not None and data.name != "folder" and data.colour == "white":
         dim = float(found.intensity.nanmedian())
         if dim < _DIM:
-            return (
-                f"objects have {dim:.0%} of the intensity of white, and those of training had all"
-            )
+            return f"objects have {dim:.0%} of the intensity of white; the model knows white ones"
     return None
 
 
