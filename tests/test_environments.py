@@ -133,6 +133,7 @@ for folder, words in json.loads(sys.argv[1]):
 )
 def test_broken_packages_are_replaced_or_named(kind: str, workplace: Path) -> None:
     cases = {"numba": DETECT, "triton": TRAIN, "scipy": DETECT, "optuna": SWEEP, "tifffile": DETECT}
+    cases["matplotlib"] = [*TRAIN[:-1], "not drawn"]
     for package in cases:
         Path(f"broken-{package}", package).mkdir(parents=True)
         Path(f"broken-{package}", package, "__init__.py").write_text(BROKEN[kind])
@@ -162,4 +163,5 @@ def test_broken_packages_are_replaced_or_named(kind: str, workplace: Path) -> No
             assert len(named) == 1
             assert said[-1].startswith("spairkit: ")
             assert said[-1].endswith("; reinstall it")
+    assert weights("not drawn") == weights("run"), "a training is saved before it is drawn"
     assert not list(workplace.rglob(".spairkit-tmp-*"))

@@ -20,10 +20,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-SUFFIXES = [".pt", ".npz", ".safetensors"]
+SUFFIXES = [".pt", ".safetensors"]
 FURTHER = [
-    ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".joblib", ".npy", ".PT", ".json", ".toml", ".zip",
-    ".png", "",
+    ".npz", ".pth", ".ckpt", ".pkl", ".pickle", ".bin", ".joblib", ".npy", ".PT", ".json", ".toml",
+    ".zip", ".png", "",
 ]  # fmt: skip
 
 
