@@ -126,7 +126,9 @@ def check(workplace: Path, command: Callable[..., Any], number: int) -> float:
         forged(case.folder, rng)
         statuses[case.detect()] += 1
         case.put_back()
-    assert min(statuses[0], statuses[2]) > number / 50, statuses
+    assert set(statuses) <= {0, 2}
+    assert statuses[2] > number / 50
+    assert statuses[0] > 0 or number < 1000, "of few forged ones all may be refused"
     assert case.detect() == 0
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < _GREATEST_GROWTH, f"{grown} KiB more"
