@@ -1,8 +1,8 @@
 """The finished images of `detect`, kept beside its output until all are done: OUT.partial.
 
 The first line has a hash of everything that results depend on besides the images; each further line
-holds a batch of finished images. So a second start after a kill goes on with the batch that the
-first one was at, and the result is the same to the bit.
+holds a batch of finished images. The same command, run again after a kill, continues with
+the batch that was interrupted, and the result is identical to the bit.
 """
 
 import fcntl

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix, and how lack of memory is told."""
+"""The exception for errors that the user can fix, and the message for lack of memory."""
 
 import errno
 
