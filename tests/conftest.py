@@ -284,6 +284,20 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
+def in_process(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs a command in this process, whatever its exit status."""
+
+    def run(*words: object) -> Ended:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        assert isinstance(ended.value.code, int)
+        captured = capsys.readouterr()
+        return Ended(ended.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
 def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Runs a command in this process: it succeeds, or prints one line and its status is 2."""
 

@@ -9,16 +9,18 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from spairkit.cli.main import main
 from spairkit.config_values import load_toml
 from spairkit.images import write_png
 from spairkit.storage.checkpoints import best_step, load_checkpoint
 from spairkit.storage.runs import Run, recorded_data
+
+if TYPE_CHECKING:
+    from conftest import Ended
 
 # SPAIR of a few weights, which trains in a blink
 TINY = """
@@ -48,21 +50,11 @@ select = "ap"
 """
 
 
-class Ended(NamedTuple):
-    """The end of a command."""
-
-    status: object
-    out: str
-    err: str
-
-
-Runner = Callable[..., Ended]
+Runner = Callable[..., "Ended"]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Runner:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Runner) -> Runner:
     """Runs a command in this process, in a folder with tiny.toml and `cells/`: annotated images."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
@@ -78,13 +70,7 @@ def run(
     truth = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "x"}]}
     Path("cells/annotations.json").write_text(json.dumps(truth))
 
-    def run_command(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ended(ended.value.code, captured.out, captured.err)
-
-    return run_command
+    return in_process
 
 
 def trained(run: Runner, steps: int = 4, out: str = "run") -> Path:

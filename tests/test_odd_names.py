@@ -5,35 +5,27 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from spairkit.cli.main import main
 from spairkit.images import is_picture, write_png
 from spairkit.report.objects import read_objects
+
+if TYPE_CHECKING:
+    from conftest import Ended
 
 LATIN = os.fsdecode(b"n\xfcclei.png")
 NAMES = (LATIN, "\x1b[31m\nb.png", "$x^$.png", "核.png", "<b>&.png", "a b'\".png")
 QUICKLY = ("--search", "off", "--device", "cpu")
 
 
-class Ended(NamedTuple):
-    """The end of a command."""
-
-    status: object
-    out: str
-    err: str
-
-
-Runner = Callable[..., Ended]
+Runner = Callable[..., "Ended"]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Runner:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Runner) -> Runner:
     """Runs a command in this process, in a folder with `odd/`: images with odd names."""
     monkeypatch.chdir(tmp_path)
     Path("odd").mkdir()
@@ -42,13 +34,11 @@ def run(
     for name in NAMES:
         write_png(Path("odd", name), (0.2 + 0.5 * discs).expand(3, -1, -1))
 
-    def run_command(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "internal error" not in captured.err
-        assert "\x1b" not in captured.out + captured.err
-        return Ended(ended.value.code, captured.out, captured.err)
+    def run_command(*arguments: object) -> "Ended":
+        ended = in_process(*arguments)
+        assert "internal error" not in ended.err
+        assert "\x1b" not in ended.out + ended.err
+        return ended
 
     return run_command
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -14,29 +14,21 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spairkit.cli.main import main
 from spairkit.images import is_picture, list_images, write_picture, write_png
 from spairkit.storage.runs import pretrained
+
+if TYPE_CHECKING:
+    from conftest import Ended
 
 QUICKLY = ("--search", "off", "--device", "cpu")
 CASES = Path(__file__).parent
 
 
-class Ended(NamedTuple):
-    """The end of a command."""
-
-    status: object
-    out: str
-    err: str
-
-
-Runner = Callable[..., Ended]
+Runner = Callable[..., "Ended"]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Runner:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Runner) -> Runner:
     """Runs a command in this process, in a folder with `cells/`: annotated images."""
     monkeypatch.chdir(tmp_path)
     Path("cells/sub").mkdir(parents=True)
@@ -55,13 +47,7 @@ def run(
     }
     Path("cells/annotations.json").write_text(json.dumps(truth))
 
-    def run_command(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ended(ended.value.code, captured.out, captured.err)
-
-    return run_command
+    return in_process
 
 
 def contents(folder: Path = Path()) -> dict[str, bytes]:

@@ -10,46 +10,32 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image
 
 from spairkit.cli import detect as detect_command
-from spairkit.cli.main import main
 from spairkit.cli.partial import Partial
 from spairkit.detector import Detector
 from spairkit.images import write_png
 
+if TYPE_CHECKING:
+    from conftest import Ended
+
 QUICKLY = ("--search", "off", "--device", "cpu", "--quiet")
 
 
-class Ended(NamedTuple):
-    """The end of a command."""
-
-    status: object
-    out: str
-    err: str
-
-
-Runner = Callable[..., Ended]
+Runner = Callable[..., "Ended"]
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Runner:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Runner) -> Runner:
     """Runs a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def run_command(*arguments: object) -> Ended:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ended(ended.value.code, captured.out, captured.err)
-
-    return run_command
+    return in_process
 
 
 def scenes(folder: Path, number: int) -> Path:
