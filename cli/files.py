@@ -1,6 +1,7 @@
 """The image files that a command is given, and the files that it writes: none of these."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -95,6 +96,22 @@ def image_files(words: list[Path]) -> ImageFiles:
             files.paths.append(path)
             files.numbers.append(number)
     return files
+
+
+def mirrored(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
+    """A name without suffix for each image, in a folder that mirrors what all images lie in.
+
+    Images whose names differ by their suffix only keep it.
+    """
+    places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
+    root = Path(os.path.commonpath(places))
+    inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
+    short = [path.with_suffix("") for path in inside]
+    sharing = Counter(short)
+    names = [name if sharing[name] == 1 else path for name, path in zip(short, inside, strict=True)]
+    if len(set(names)) < len(set(inside)):  # as of a.png, a.tif and a.png.png
+        names = inside
+    return [folder / name for name in names]
 
 
 FileId = tuple[int, int]

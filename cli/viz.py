@@ -1,7 +1,5 @@
 """`spairkit viz`: a picture of each image, its boxes, its reconstruction and its objects."""
 
-import os
-from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, echo, print_json, several
-from spairkit.cli.files import FileId, check_output, file_id, image_files, refuse_input
+from spairkit.cli.files import FileId, check_output, file_id, image_files, mirrored, refuse_input
 from spairkit.errors import ImageFileError, InputError
 
 _FOLDER = Path("viz")
@@ -55,7 +53,10 @@ def viz(
         wanted = (
             [Path(f"{images[0].stem}-spairkit.png")]
             if one
-            else _mirrored(images, files.paths, out or _FOLDER)
+            else [
+                path.with_name(f"{path.name}-spairkit.png")
+                for path in mirrored(images, files.paths, out or _FOLDER)
+            ]
         )
         outputs = _free(files.paths, wanted, {file_id(path) for path in files.inputs})
     from spairkit.images import write_picture
@@ -121,19 +122,6 @@ def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
         raise InputError(f"{folder}: is a file; name a folder with --out")
     if not folder.exists():
         check_output(folder)
-
-
-def _mirrored(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
-    """The file of each picture in a folder that mirrors what all images lie in."""
-    places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
-    root = Path(os.path.commonpath(places))
-    inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
-    sharing = Counter(path.with_suffix("") for path in inside)
-    names = [path.stem if sharing[path.with_suffix("")] == 1 else path.name for path in inside]
-    return [
-        folder / path.parent / f"{name}-spairkit.png"
-        for path, name in zip(inside, names, strict=True)
-    ]
 
 
 def _free(paths: list[Path], wanted: list[Path], inputs: Set[FileId | None]) -> list[Path]:

@@ -29,6 +29,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "images",
         "counts",
         "label_images",
+        "polygons",
+        "formats",
         "groups",
         "measurements",
         "detections",
