@@ -63,14 +63,16 @@ def image_files(words: list[Path]) -> ImageFiles:
     """
     from spairkit.config import DataConfig
     from spairkit.data.folder import ANNOTATIONS, ImageFolder
+    from spairkit.frames import file_of, frames_of
     from spairkit.images import image_size, list_images
 
     for word in words:
-        if not word.exists():
+        if not file_of(word)[0].exists():
             raise InputError(f"{word}: no such image or folder")
     annotations = [word / ANNOTATIONS for word in words if (word / ANNOTATIONS).exists()]
-    paths = [path for word in words for path in (list_images(word) if word.is_dir() else [word])]
-    inputs = [*paths, *annotations]
+    listed = [list_images(word) if word.is_dir() else frames_of(word) for word in words]
+    paths = [path for some in listed for path in some]
+    inputs = [*dict.fromkeys(file_of(path)[0] for path in paths), *annotations]
     if len(words) == 1 and annotations:
         config = DataConfig(name="folder", path=str(words[0]))
         folder = ImageFolder(config, "test", needs_truth=False)
@@ -83,7 +85,9 @@ def image_files(words: list[Path]) -> ImageFiles:
             categories=folder.categories,
             skipped=folder.skipped,
         )
-    named = frozenset(word for word in words if not word.is_dir())
+    named = frozenset(
+        path for word, some in zip(words, listed, strict=True) for path in some if not word.is_dir()
+    )
     files = ImageFiles([], [], len(paths), inputs, named)
     for number, path in enumerate(paths, start=1):
         try:

@@ -43,7 +43,9 @@ def viz(
     Files of a folder that cannot be read are skipped. No file is overwritten, except an earlier
     picture of the same image.
     """
-    one = len(images) == 1 and not images[0].is_dir()
+    from spairkit.frames import frames_of
+
+    one = len(images) == 1 and not images[0].is_dir() and len(frames_of(images[0])) == 1
     _check_out(out, images, one=one)
     files = image_files(images)  # a file that is no image shows before any work
     if out is not None and one:
@@ -51,7 +53,7 @@ def viz(
         outputs = [out]
     else:
         wanted = (
-            [Path(f"{images[0].stem}-spairkit.png")]
+            [Path(f"{_stem(images[0])}-spairkit.png")]
             if one
             else [
                 path.with_name(f"{path.name}-spairkit.png")
@@ -122,6 +124,14 @@ def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
         raise InputError(f"{folder}: is a file; name a folder with --out")
     if not folder.exists():
         check_output(folder)
+
+
+def _stem(image: Path) -> str:
+    """The name of a picture of an image: `cells-03` of the frame `cells.tif/03`."""
+    from spairkit.frames import file_of
+
+    file, frame = file_of(image)
+    return file.stem if frame is None else f"{file.stem}-{image.name}"
 
 
 def _free(paths: list[Path], wanted: list[Path], inputs: Set[FileId | None]) -> list[Path]:

@@ -123,8 +123,8 @@ def label_tiff(masks: Tensor, objects: int) -> bytes:  # [H, W] int32
     Of 16 bits, or of 32 for more than 65,535 objects; compressed by deflate.
     """
     data = io.BytesIO()
-    dtype = np.uint16 if objects <= _MAX_16_BITS else np.uint32
-    tifffile.imwrite(data, masks.numpy().astype(dtype), compression="zlib", metadata=None)
+    pixels = masks.numpy().astype(np.uint16 if objects <= _MAX_16_BITS else np.uint32)
+    tifffile.imwrite(data, pixels, photometric="minisblack", compression="zlib", metadata=None)
     return data.getvalue()
 
 

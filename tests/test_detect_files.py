@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -66,6 +67,17 @@ def test_each_image_has_a_file(run: Runner, format_: str, suffix: str) -> None:
             scores = [item["score"] for item in coco if item["image_id"] == number]
             assert [f["properties"]["measurements"]["score"] for f in features] == scores
             assert scores
+
+
+def test_each_frame_of_a_stack_has_a_file(run: Runner) -> None:
+    frames = (torch.rand(3, 48, 50, generator=torch.Generator().manual_seed(1)) > 0.9).float()
+    tifffile.imwrite("stack.tif", (frames * 255).byte().numpy(), photometric="minisblack")
+    words = ["detect", "stack.tif", "cells", "--format", "yolo", "--out", "found"]
+    assert run(*words, "--annotated", "drawn", *QUICKLY).status == 0
+    names = [name for name in files("found") if name.startswith("stack")]
+    assert sorted(names) == [f"stack.tif/{number}.txt" for number in (1, 2, 3)]
+    assert len({files("found")[name] for name in names}) == 3
+    assert len(files("drawn")) == 8
 
 
 def test_overlays_are_pictures_of_each_image(run: Runner) -> None:

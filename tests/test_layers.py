@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "presence",
     ),
     ("storage",),
-    ("tiff", "deep_pixels"),
+    ("tiff", "frames", "deep_pixels"),
     (
         "images",
         "counts",
