@@ -8,6 +8,7 @@ one colour throughout a picture, for its box or outline and its frame in the gal
 import io
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -226,9 +227,13 @@ def contact_sheet(
         drawn = draw_boxes(image, item, scale, levels=display_levels(image))
         if number % _SHEET_COLUMNS == 0:
             rows.append([])
-        caption = f"{name[-_MAX_CAPTION:]}: {_count(len(item), 'found')}"
+        caption = f"{_shortened(name)}: {_count(len(item), 'found')}"
         rows[-1].append(_captioned(drawn, caption))
     return _tensor(_below([_beside(row) for row in rows]))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_CAPTION else f"...{name[3 - _MAX_CAPTION :]}"
 
 
 def reconstruction_sheet(
@@ -487,11 +492,11 @@ def _count(number: int, word: str) -> str:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType, which draws its text")
-    return font
+    """Matplotlib's font, as Pillow's own lacks most letters but those of English."""
+    from matplotlib import get_data_path  # only where text is drawn, so that trainings are saved
+
+    path = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, size)
 
 
 def _tensor(picture: Image.Image) -> Tensor:
