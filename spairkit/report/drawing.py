@@ -459,7 +459,7 @@ def _captioned(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def _line(text: str) -> Image.Image:
-    font = _font(14)
+    font = _font(14, every_letter=not text.isascii())
     ascent, descent = font.getmetrics()
     line = Image.new("RGB", (round(font.getlength(text)) + 2, ascent + descent + 2), _PAPER)
     ImageDraw.Draw(line).text((0, 0), text, fill=_INK, font=font)
@@ -491,12 +491,16 @@ def _count(number: int, word: str) -> str:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's font, as Pillow's own lacks most letters but those of English."""
-    from matplotlib import get_data_path  # only where text is drawn, so that trainings are saved
+def _font(size: int, *, every_letter: bool = False) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, or Matplotlib's, which has more letters than those of English."""
+    if every_letter:
+        from matplotlib import get_data_path  # takes long to import
 
-    path = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(path, size)
+        return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("Pillow was built without FreeType, which draws its text")
+    return font
 
 
 def _tensor(picture: Image.Image) -> Tensor:
