@@ -1,4 +1,4 @@
-"""Worker processes for `sweep` and `compare`: the same command, on the same folder."""
+"""Worker processes of `sweep`, `compare` and `experiment`: the same command on the same folder."""
 
 import os
 import shlex
@@ -41,8 +41,8 @@ def run_shared(
 ) -> int | None:
     """Runs `work` here and in `workers - 1` processes of the command `words`; shows progress.
 
-    `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
-    the number of runs. Returns the signal that interrupted it, or None.
+    `work` takes `stop` and `busy` and yields the events of `Sweep.work`; `total` is the number of
+    runs. Returns the signal that interrupted it, or None.
     """
     orphaned = threading.Event()
     if is_worker():
@@ -124,8 +124,9 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
         for event in events:
             if isinstance(event, Started):
                 name, line_at = event.name, 0.0
-                bar.reset(current, description=name, total=event.steps, visible=True)
-                bar.say(f"{name}: {event.steps} steps; {done} of {total} runs finished")
+                bar.reset(current, description=name, total=event.steps or None, visible=True)
+                doing = f"{event.steps} steps" if event.steps else "measuring"
+                bar.say(f"{name}: {doing}; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
