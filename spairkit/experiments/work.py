@@ -14,7 +14,7 @@ import torch
 
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
-from spairkit.experiments import fig2
+from spairkit.experiments import fig2, fig3, fig6, fig7
 from spairkit.experiments.experiment import (
     Conclusion,
     Experiment,
@@ -30,7 +30,7 @@ from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import LINKS, new_folder
 from spairkit.training.loop import Event
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (fig2.EXPERIMENT,)}
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig6, fig7)}
 """All experiments by name."""
 
 DEFAULT: Scale = "cpu"
@@ -95,7 +95,7 @@ def open_experiment(
         trials = experiment.trials(settings, folder)
         open_dataset(trials[0].config.data, "test")
         durable.write_text(folder / _SETTINGS, f"{json.dumps(asdict(settings), indent=2)}\n")
-    except InputError:
+    except BaseException:  # Ctrl-C too: nothing could resume it
         if is_new:
             durable.remove_folder(folder)
         raise
