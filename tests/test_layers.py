@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "presence",
     ),
     ("storage",),
-    ("tiff", "frames", "deep_pixels"),
+    ("tiff", "frames", "deep_pixels", "remote"),
     (
         "images",
         "counts",
@@ -43,7 +43,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("detector", "tiles", "evaluation", "floor"),
     ("report",),
     ("training",),
-    ("benchmarks", "experiments", "sweeps"),
+    ("benchmarks", "experiments", "parts", "sweeps"),
     ("cli",),
 )
 RUNG = {place: rung for rung, places in enumerate(LADDER) for place in places}
