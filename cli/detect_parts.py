@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -171,10 +172,14 @@ def do_parts(
     elif kept.has_others() and where.shard is None:
         say(f"{kept.folder} is of other images or settings: starting anew")
     try:
-        with counted("images", total, quiet=quiet) as show_done:
+        # a thread waits for the disk meanwhile
+        with counted("images", total, quiet=quiet) as show_done, ThreadPoolExecutor(1) as disk:
+            writes = disk.submit(lambda: None)
             for part, result in _results(left, total - images, job, detector, where, show_done):
-                kept.add(part, result)
+                writes.result()
+                writes = disk.submit(kept.add, part, result)
                 known[part] = result
+            writes.result()
     except BaseException:
         if kept.images and kept.folder is not None:
             said = several(kept.images, "image")

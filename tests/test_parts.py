@@ -123,8 +123,8 @@ def test_parts_hold_consecutive_images_within_the_bounds() -> None:
     items = [Item(str(i), i, size) for i, size in enumerate(sizes)]
     found = planned(items)
     assert [item for part in found for item in part] == items
-    assert [len(part) for part in found] == [32, 32, 21, 2, 1, 1, 1, 1]
-    assert planned(items[:64]) == found[:2], "later images change nothing"
+    assert [len(part) for part in found] == [64, 21, 2, 1, 1, 1, 1]
+    assert planned(items[:64]) == found[:1], "later images change nothing"
     assert planned([]) == []
 
 
@@ -591,7 +591,7 @@ def killed_twice(words: list[object], after: int) -> None:
 
 @pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.long)])
 def test_kills_lose_no_finished_part(run: Runner, kills: int) -> None:
-    words = ["detect", scenes(Path("many"), 320), *ALL, *QUICKLY[:-1]]
+    words = ["detect", scenes(Path("many"), 640), *ALL, *QUICKLY[:-1]]
     assert run(*words, "--out", "whole").status == 0
     delay = torch.Generator().manual_seed(0)
     for _ in range(kills):

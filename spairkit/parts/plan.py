@@ -12,8 +12,8 @@ import torch
 
 from spairkit.counts import CountPosterior
 
-MAX_IMAGES = 32
-"""Images in a part, at most: a batch of the detector, half a second of a search in small ones."""
+MAX_IMAGES = 64
+"""Images in a part, at most: a batch of the detector, a second of the full search in small ones."""
 
 MAX_PIXELS = 1 << 20
 """Pixels in a part, at most, unless it has one image. The full search takes ten seconds for them,

@@ -17,10 +17,10 @@ from spairkit.config import SearchMode
 from spairkit.detections import Detections
 from spairkit.detector import Detector, chosen_device, detector_of
 from spairkit.errors import ImageFileError, InputError
-from spairkit.images import ImageLike
+from spairkit.images import ImageLike, reading_once
 from spairkit.names import printable
 from spairkit.parts.files import in_place, version
-from spairkit.parts.plan import Found, Item, Part, Result
+from spairkit.parts.plan import MAX_IMAGES, Found, Item, Part, Result
 from spairkit.report.signs import misfit
 from spairkit.storage.checkpoints import load_checkpoint
 
@@ -78,7 +78,11 @@ class Worker:
         # before they are read: if one changes meanwhile, its part is computed again
         versions = [version(item, job.folder) for item in part]
         found: list[Found] = []
-        with in_place(part, job.folder) as (places, skipped), _threads(job.threads):
+        with (
+            in_place(part, job.folder) as (places, skipped),
+            _threads(job.threads),
+            reading_once(),
+        ):
 
             def skip(place: ImageLike, error: ImageFileError) -> None:
                 name = next(item.name for other, item in places if other is place)
@@ -89,6 +93,7 @@ class Worker:
                 [place for place, _ in places],
                 threshold=job.threshold,
                 count=job.count,
+                batch_size=MAX_IMAGES,
                 on_unreadable=skip,
             )
             rest = iter(places)
