@@ -92,7 +92,9 @@ def count_objects(
     files = local_or_remote_files(paths)
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
-    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
     parts = parts_of(files, {})

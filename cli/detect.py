@@ -114,14 +114,16 @@ def detect(
         for option, path in outputs.items()
         if path is not None and option not in folders
     }
-    check_outputs(written)
+    check_outputs(written, {option: folder for option, (folder, _) in folders.items()})
     if not (written or folders) and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = local_or_remote_files(paths)  # a file that is no image shows before any work
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
     each = files_of_images([Path(word) for word in paths], files, folders)
-    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
     category = next(iter(files.categories), 1)

@@ -25,9 +25,11 @@ from spairkit.cli.count import count_objects
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
+from spairkit.cli.export import export
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
+from spairkit.cli.track import track
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError, lacks_memory
@@ -43,9 +45,11 @@ app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
 app.command("count")(count_objects)
+app.command()(track)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)
+app.command()(export)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)

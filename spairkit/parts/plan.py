@@ -60,21 +60,22 @@ class Found:
     objects: int
     has_masks: bool
     least_count: int | None
-    """With `count_probabilities`, the posterior of the count; None without one."""
+    """With the next two, the posterior of the count; None without one."""
     count_probabilities: list[float]
+    count_is_shared: bool
     misfit: str | None
     """Why the model does not fit it."""
     rows: list[str]
     """Its part of the output."""
     measured: str
-    """Its part of the table of objects, if there is to be one."""
+    """Its part of a table of objects, or of tracks, if there is to be one."""
 
     def counts(self) -> CountPosterior | None:
         """The posterior of the count, if the model gives one."""
         if self.least_count is None:
             return None
         probabilities = torch.tensor(self.count_probabilities, dtype=torch.float64)
-        return CountPosterior(self.least_count, probabilities)
+        return CountPosterior(self.least_count, probabilities, self.count_is_shared)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ class Worker:
             has_masks=detections.label_image is not None,
             least_count=None if counts is None else counts.least,
             count_probabilities=[] if counts is None else counts.probabilities.tolist(),
+            count_is_shared=counts is not None and counts.is_shared,
             misfit=misfit(self.detector, detections),
             rows=rows,
             measured=measured,
