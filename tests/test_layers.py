@@ -44,7 +44,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("detector", "tiles", "evaluation", "floor", "export"),
     ("report",),
     ("training",),
-    ("benchmarks", "experiments", "parts", "sweeps"),
+    ("parts",),
+    ("benchmarks", "experiments", "sweeps"),
     ("cli",),
 )
 RUNG = {place: rung for rung, places in enumerate(LADDER) for place in places}
