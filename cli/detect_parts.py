@@ -155,17 +155,15 @@ def do_parts(
     Raises:
         InputError: as the parts do, or no image can be read.
     """
-    from spairkit.parts.work import without_rows
-
     own = where.share_of(parts)
-    known: dict[Part, Result] = {}
+    known: dict[Part, Result] = {}  # without rows, which may be large
     left = []
     for part in own:
         before = kept.unchanged(part)
         if before is None:
             left.append(part)
         else:
-            known[part] = before
+            known[part] = before.without_rows()
     total, images = sum(map(len, own)), sum(map(len, left))
     if known:
         say(f"{several(total - images, 'image')} finished before, {images} left")
@@ -178,7 +176,7 @@ def do_parts(
             for part, result in _results(left, total - images, job, detector, where, show_done):
                 writes.result()
                 writes = disk.submit(kept.add, part, result)
-                known[part] = result
+                known[part] = result.without_rows()
             writes.result()
     except BaseException:
         if kept.images and kept.folder is not None:
@@ -190,7 +188,7 @@ def do_parts(
         result = known.pop(part)
         for name, reason in result.skipped:
             files.skip(name if files.urls else Path(name), ImageFileError(reason))
-        found += without_rows(result)
+        found += result.found
     return found
 
 
@@ -215,10 +213,9 @@ def _results(
         for part, result in on_cluster(job, parts, where.scheduler):
             show(len(part))
             yield part, result
-    elif where.workers > 1 and parts:
+    elif (workers := min(where.workers, len(parts))) > 1:
         from spairkit.parts.processes import in_processes
 
-        workers = min(where.workers, len(parts))
         yield from in_processes(job, parts, workers, on_images=show, say=say)
     else:
         from spairkit.parts.work import Worker

@@ -561,19 +561,28 @@ def children(pid: int) -> list[int]:
     return list(map(int, text.split()))
 
 
-def test_workers_end_with_their_parent(run: Runner) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(run: Runner, number: signal.Signals) -> None:
     words = ["detect", scenes(Path("many"), 640), *ALL, *QUICKLY]
     process = started(*words, "--workers", "2", "--out", "found")
     while process.poll() is None and not parts("found.parts"):
         time.sleep(0.002)
     workers = children(process.pid)
     assert len(workers) >= 2
-    process.kill()
-    process.communicate()
+    if number == signal.SIGINT:  # a terminal sends it to all
+        for pid in workers:
+            os.kill(pid, number)
+    process.send_signal(number)
+    _, said = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"finished, kept in found.parts; the same command goes on" in said
+        assert b"Traceback" not in said
     end = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
         time.sleep(0.02)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert parts("found.parts")
 
 
 def killed_twice(words: list[object], after: int) -> None:

@@ -6,7 +6,7 @@ checkpoint and the settings, whichever process computes it.
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -87,6 +87,10 @@ class Result:
     found: list[Found]
     skipped: list[list[str]]
     """Name of each image that cannot be read, and the reason."""
+
+    def without_rows(self) -> "Result":
+        """The same without the images' parts of the output."""
+        return replace(self, found=[replace(item, rows=[]) for item in self.found])
 
 
 def described(part: Part) -> str:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -107,6 +107,31 @@ def _blame(part: Part, status: str) -> str:
     )
 
 
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Sets variables for processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back; processes that are started in the block never see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Process:
     """A process, and the part that it works on."""
 
@@ -120,16 +145,8 @@ class _Process:
         self._process: BaseProcess = context.Process(
             target=_serve, args=(theirs, job, index), daemon=True
         )
-        # torch reads it when it is imported
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(job.threads)
-        try:
+        with _environment(OMP_NUM_THREADS=str(job.threads)), _interrupts_held():
             self._process.start()
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
         theirs.close()  # so that the end of the process ends the connection
         self.pid = self._process.pid
 
@@ -152,8 +169,10 @@ class _Process:
 
 
 def _serve(connection: Connection, job: Job, index: int) -> None:
-    """The whole life of a worker process: computes the parts that come, until none comes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    """The whole life of a worker process: computes the parts that come, until none comes.
+
+    Ctrl-C is for the parent, which then ends it.
+    """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -139,8 +139,3 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def without_rows(result: Result) -> list[Found]:
-    """What a result says of its images, without their parts of the output."""
-    return [replace(item, rows=[]) for item in result.found]
