@@ -25,6 +25,7 @@ from spairkit.cli.count import count_objects
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
+from spairkit.cli.export import export
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
@@ -46,6 +47,7 @@ app.command("count")(count_objects)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)
+app.command()(export)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)
