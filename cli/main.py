@@ -29,6 +29,7 @@ from spairkit.cli.export import export
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
+from spairkit.cli.track import track
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError, lacks_memory
@@ -44,6 +45,7 @@ app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
 app.command("count")(count_objects)
+app.command()(track)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)

@@ -504,7 +504,7 @@ def list_images(folder: Path | str) -> list[Path]:
     file, frame = file_of(folder)
     if frame is not None:
         return [Path(folder)]
-    if file.suffix.lower() in SUFFIXES and file.is_file():
+    if file.is_file():
         return frames_of(file)
     refusals: list[OSError] = []
     found: list[Path] = []

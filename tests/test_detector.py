@@ -322,10 +322,10 @@ def test_unusable_devices_are_refused(
         spairkit.load(device=device)
 
 
-def test_detect_many_refuses_one_file(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
+def test_detect_many_takes_one_file(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", scenes[0])
-    with pytest.raises(InputError, match=r"a\.png: is a file; use detect"):
-        next(detector.detect_many(tmp_path / "a.png"))
+    (found,) = detector.detect_many(tmp_path / "a.png")
+    assert torch.equal(found.boxes, detector.detect(tmp_path / "a.png").boxes)
 
 
 @pytest.mark.parametrize(

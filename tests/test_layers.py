@@ -34,6 +34,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "groups",
         "measurements",
         "detections",
+        "tracking",
         "metrics",
         "preparation",
     ),
