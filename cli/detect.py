@@ -99,7 +99,7 @@ def detect(
         for option, path in outputs.items()
         if path is not None and option not in folders
     }
-    check_outputs(written)
+    check_outputs(written, {option: folder for option, (folder, _) in folders.items()})
     if not (written or folders) and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
