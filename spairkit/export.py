@@ -112,7 +112,6 @@ def metadata(detector: Detector, size: tuple[int, int]) -> dict[str, Any]:
     rows, columns = network.grid(*size)
     return {
         "spairkit": __version__,
-        "source": Path(detector.name).name,
         "height": size[0],
         "width": size[1],
         "rows": rows,
@@ -145,12 +144,14 @@ def _traced(network: SPAIR, size: tuple[int, int]) -> torch.export.ExportedProgr
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch says of its own insides and of packages that are not needed."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
