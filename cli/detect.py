@@ -106,7 +106,9 @@ def detect(
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
     each = files_of_images(paths, files, folders)
-    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
     category = next(iter(files.categories), 1)
