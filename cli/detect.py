@@ -225,6 +225,7 @@ def detect_images(
                     has_masks=detections.label_image is not None,
                     least_count=None if counts is None else counts.least,
                     count_probabilities=[] if counts is None else counts.probabilities.tolist(),
+                    count_is_shared=counts is not None and counts.is_shared,
                     misfit=misfit(detector, detections),
                     measured=measure(detections),
                 )
