@@ -1,0 +1,360 @@
+// The canvas: an image with its objects, zoom and pan, selection, and boxes drawn by hand.
+// All coordinates are pixels of the file; `scale` is CSS pixels per pixel of the file.
+
+export const COLOURS = ["#ffcf4a", "#56b4e9", "#e3739f", "#3fc79a", "#f2884b", "#b69cff"];
+const ADDED = "#4fe0e6";
+const HALO = "rgba(0, 0, 0, .55)";
+const MAX_SCALE = 64;
+const SMOOTH_BELOW = 2; // larger pixels are drawn as squares
+const DRAG_PX = 4;
+const SHARP_AFTER_MS = 180;
+
+export class View {
+  // `on` has select(index or null), add([x1, y1, x2, y2] or a point) and place(x, y, scale).
+  // An index counts the objects found, then the boxes added.
+  constructor(canvas, on) {
+    this.canvas = canvas;
+    this.on = on;
+    this.adds = false;
+    this.outlines = true;
+    this.boxes = false;
+    this.selected = null;
+    this.pointers = new Map();
+    this.clear();
+    new ResizeObserver(() => this.resize()).observe(canvas);
+    canvas.addEventListener("pointerdown", (event) => this.down(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    for (const kind of ["pointerup", "pointercancel"]) {
+      canvas.addEventListener(kind, (event) => this.up(event));
+    }
+    canvas.addEventListener("pointerleave", () => this.on.place(null));
+    canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+  }
+
+  clear() {
+    this.size = null;
+    this.picture = null;
+    this.detail = null;
+    this.objects = null;
+    this.shown = [];
+    this.added = [];
+    this.selected = null;
+    this.box = null;
+    this.redraw();
+  }
+
+  // picture: an Image that shows the whole file, perhaps reduced; source(region, side): the
+  // address of a part of it
+  setPicture(picture, [height, width], source) {
+    this.size = { width, height };
+    this.picture = picture;
+    this.source = source;
+    this.detail = null;
+    this.fit();
+  }
+
+  setObjects(objects) {
+    this.objects = objects;
+    this.paths = objects.boxes.map((box, index) => outline(box, objects.outlines[index]));
+    this.rectangles = objects.boxes.map((box) => rectangle(box));
+  }
+
+  // shown: the rows of the objects that are drawn; added: boxes
+  show(shown, added) {
+    this.shown = shown;
+    this.added = added;
+    this.layers = new Map();
+    for (const index of shown) {
+      const colour = COLOURS[((this.objects.groups[index] ?? 1) - 1) % COLOURS.length];
+      if (!this.layers.has(colour)) {
+        this.layers.set(colour, { outlines: new Path2D(), boxes: new Path2D() });
+      }
+      const layer = this.layers.get(colour);
+      layer.outlines.addPath(this.paths[index]);
+      layer.boxes.addPath(this.rectangles[index]);
+    }
+    this.redraw();
+  }
+
+  boxOf(index) {
+    const found = this.objects?.boxes.length ?? 0;
+    return index < found ? this.objects.boxes[index] : this.added[index - found];
+  }
+
+  select(index) {
+    this.selected = index;
+    if (index !== null) this.reveal(this.boxOf(index));
+    this.redraw();
+  }
+
+  // ---- the window on the image
+
+  fit() {
+    if (!this.size) return;
+    const { width, height } = this.viewport();
+    const margin = 16;
+    this.fitted = Math.min((width - margin) / this.size.width, (height - margin) / this.size.height);
+    this.fitted = Math.max(this.fitted, 1e-3);
+    this.scale = Math.min(this.fitted, MAX_SCALE);
+    this.x = this.size.width / 2;
+    this.y = this.size.height / 2;
+    this.isFitted = true;
+    this.redraw();
+  }
+
+  viewport() {
+    return { width: this.canvas.clientWidth || 1, height: this.canvas.clientHeight || 1 };
+  }
+
+  resize() {
+    const ratio = window.devicePixelRatio || 1;
+    const { width, height } = this.viewport();
+    this.canvas.width = Math.round(width * ratio);
+    this.canvas.height = Math.round(height * ratio);
+    if (this.isFitted) this.fit();
+    this.draw(); // at once, as a new size has cleared the canvas
+  }
+
+  toFile(clientX, clientY) {
+    const { left, top } = this.canvas.getBoundingClientRect();
+    const { width, height } = this.viewport();
+    return [
+      this.x + (clientX - left - width / 2) / this.scale,
+      this.y + (clientY - top - height / 2) / this.scale,
+    ];
+  }
+
+  // keeps the point of the file at (clientX, clientY) where it is
+  zoomAt(factor, clientX, clientY) {
+    if (!this.size) return;
+    const [x, y] = this.toFile(clientX, clientY);
+    const scale = Math.min(Math.max(this.scale * factor, this.fitted / 2), MAX_SCALE);
+    this.x = x + ((this.x - x) * this.scale) / scale;
+    this.y = y + ((this.y - y) * this.scale) / scale;
+    this.scale = scale;
+    this.moved();
+  }
+
+  zoom(factor) {
+    const { left, top, width, height } = this.canvas.getBoundingClientRect();
+    this.zoomAt(factor, left + width / 2, top + height / 2);
+  }
+
+  pan(dx, dy) {
+    this.x -= dx / this.scale;
+    this.y -= dy / this.scale;
+    this.moved();
+  }
+
+  moved() {
+    this.isFitted = false;
+    this.x = Math.min(Math.max(this.x, 0), this.size.width);
+    this.y = Math.min(Math.max(this.y, 0), this.size.height);
+    this.redraw();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.sharpen(), SHARP_AFTER_MS);
+  }
+
+  reveal([x1, y1, x2, y2]) {
+    const { width, height } = this.viewport();
+    const inside =
+      Math.abs((x1 + x2) / 2 - this.x) * this.scale < width / 2 &&
+      Math.abs((y1 + y2) / 2 - this.y) * this.scale < height / 2;
+    if (!inside) {
+      this.x = (x1 + x2) / 2;
+      this.y = (y1 + y2) / 2;
+      this.moved();
+    }
+  }
+
+  // asks for the visible part of the file if the picture is too coarse for it
+  sharpen() {
+    if (!this.size || !this.picture) return;
+    const ratio = window.devicePixelRatio || 1;
+    const coarse = this.picture.naturalWidth / this.size.width;
+    if (coarse >= Math.min(1, this.scale * ratio)) return;
+    const { width, height } = this.viewport();
+    const x = Math.max(0, Math.floor(this.x - width / this.scale / 2));
+    const y = Math.max(0, Math.floor(this.y - height / this.scale / 2));
+    const w = Math.min(this.size.width - x, Math.ceil(width / this.scale) + 2);
+    const h = Math.min(this.size.height - y, Math.ceil(height / this.scale) + 2);
+    if (w < 1 || h < 1) return;
+    const image = new Image();
+    const size = this.size;
+    image.onload = () => {
+      if (this.size !== size) return;
+      this.detail = { image, x, y, w, h };
+      this.redraw();
+    };
+    image.src = this.source(`${x},${y},${w},${h}`);
+  }
+
+  // ---- pointers
+
+  down(event) {
+    if (!this.size || (event.pointerType === "mouse" && event.button > 1)) return;
+    this.canvas.focus({ preventScroll: true });
+    this.canvas.setPointerCapture(event.pointerId);
+    this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
+    if (this.pointers.size > 1) {
+      this.gesture = "pinch";
+      this.box = null;
+      return;
+    }
+    this.start = [event.clientX, event.clientY];
+    const draws = event.button === 0 && (this.adds || event.shiftKey);
+    this.gesture = draws ? "box" : "press";
+  }
+
+  move(event) {
+    if (!this.size) return;
+    const [x, y] = this.toFile(event.clientX, event.clientY);
+    this.on.place(x, y, this.scale);
+    const before = this.pointers.get(event.pointerId);
+    if (!before) return;
+    if (this.gesture === "pinch" && this.pointers.size === 2) {
+      const old = [...this.pointers.values()];
+      this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
+      const now = [...this.pointers.values()];
+      const [mx, my] = middle(now);
+      const [ox, oy] = middle(old);
+      this.pan(mx - ox, my - oy);
+      this.zoomAt(distance(now) / Math.max(distance(old), 1), mx, my);
+      return;
+    }
+    this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
+    const far = Math.hypot(event.clientX - this.start[0], event.clientY - this.start[1]) > DRAG_PX;
+    if (this.gesture === "press" && far) {
+      this.gesture = "pan";
+      this.canvas.classList.add("pans");
+    }
+    if (this.gesture === "pan") this.pan(event.clientX - before[0], event.clientY - before[1]);
+    if (this.gesture === "box" && (far || this.box)) {
+      const [a, b] = this.toFile(...this.start);
+      this.box = [Math.min(a, x), Math.min(b, y), Math.max(a, x), Math.max(b, y)];
+      this.redraw();
+    }
+  }
+
+  up(event) {
+    if (!this.pointers.delete(event.pointerId)) return;
+    this.canvas.classList.remove("pans");
+    const { gesture, box } = this;
+    if (this.pointers.size === 0) {
+      this.gesture = null;
+      this.box = null;
+    }
+    if (event.type === "pointercancel" || gesture === "pinch") return;
+    const point = this.toFile(event.clientX, event.clientY);
+    if (gesture === "press") this.on.select(this.at(point));
+    if (gesture === "box") this.on.add(box, point);
+    this.redraw();
+  }
+
+  wheel(event) {
+    event.preventDefault();
+    const lines = event.deltaMode === 1 ? 16 : 1;
+    this.zoomAt(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0016)), event.clientX, event.clientY);
+  }
+
+  // the smallest object at a point: by its outline, else by its box
+  at([x, y]) {
+    const found = this.objects?.boxes.length ?? 0;
+    const candidates = [...this.shown, ...this.added.map((_, index) => found + index)];
+    const slack = 3 / this.scale;
+    let best = null;
+    let least = Infinity;
+    for (const index of candidates) {
+      const [x1, y1, x2, y2] = this.boxOf(index);
+      if (x < x1 - slack || x > x2 + slack || y < y1 - slack || y > y2 + slack) continue;
+      let size = (x2 - x1) * (y2 - y1);
+      if (index < found && this.objects.outlines[index]?.length) {
+        const inside = scratch.isPointInPath(this.paths[index], x, y, "evenodd");
+        if (!inside) size += 1e9; // its box only
+      }
+      if (size < least) [best, least] = [index, size];
+    }
+    return best;
+  }
+
+  // ---- drawing
+
+  context() {
+    return this.canvas.getContext("2d");
+  }
+
+  redraw() {
+    this.frame ??= requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
+    const ratio = window.devicePixelRatio || 1;
+    const ctx = this.context();
+    ctx.setTransform(1, 0, 0, 1, 0, 0);
+    ctx.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    if (!this.size || !this.picture) return;
+    const { width, height } = this.viewport();
+    const scale = this.scale * ratio;
+    ctx.setTransform(
+      scale, 0, 0, scale,
+      Math.round((width / 2 - this.x * this.scale) * ratio),
+      Math.round((height / 2 - this.y * this.scale) * ratio),
+    );
+    ctx.imageSmoothingEnabled = this.scale < SMOOTH_BELOW;
+    ctx.imageSmoothingQuality = "high";
+    ctx.drawImage(this.picture, 0, 0, this.size.width, this.size.height);
+    if (this.detail) {
+      const { image, x, y, w, h } = this.detail;
+      ctx.drawImage(image, x, y, w, h);
+    }
+    const thin = 1 / this.scale;
+    ctx.lineJoin = "round";
+    for (const [colour, layer] of this.layers ?? []) {
+      if (this.outlines) this.line(ctx, layer.outlines, colour, 1.4 * thin);
+      if (this.boxes) this.line(ctx, layer.boxes, colour, thin);
+    }
+    for (const box of this.added) this.line(ctx, rectangle(box), ADDED, 1.6 * thin);
+    if (this.box) this.line(ctx, rectangle(this.box), ADDED, 1.6 * thin);
+    if (this.selected !== null) {
+      const found = this.objects.boxes.length;
+      const path = this.selected < found ? this.paths[this.selected] : rectangle(this.boxOf(this.selected));
+      ctx.fillStyle = "rgba(255, 255, 255, .22)";
+      ctx.fill(path, "evenodd");
+      this.line(ctx, path, "#ffffff", 2.6 * thin);
+    }
+  }
+
+  line(ctx, path, colour, width) {
+    ctx.strokeStyle = HALO;
+    ctx.lineWidth = width + 1.4 / this.scale;
+    ctx.stroke(path);
+    ctx.strokeStyle = colour;
+    ctx.lineWidth = width;
+    ctx.stroke(path);
+  }
+}
+
+const scratch = document.createElement("canvas").getContext("2d");
+
+function rectangle([x1, y1, x2, y2]) {
+  const path = new Path2D();
+  path.rect(x1, y1, x2 - x1, y2 - y1);
+  return path;
+}
+
+// polygons in half pixels; an object without a mask has its box
+function outline(box, polygons) {
+  if (!polygons?.length) return rectangle(box);
+  const path = new Path2D();
+  for (const points of polygons) {
+    path.moveTo(points[0] / 2, points[1] / 2);
+    for (let i = 2; i < points.length; i += 2) path.lineTo(points[i] / 2, points[i + 1] / 2);
+    path.closePath();
+  }
+  return path;
+}
+
+const middle = ([[a, b], [c, d]]) => [(a + c) / 2, (b + d) / 2];
+const distance = ([[a, b], [c, d]]) => Math.hypot(a - c, b - d);

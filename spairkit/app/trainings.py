@@ -1,0 +1,112 @@
+"""A training of SPAIR on the folder, as a process of its own, and how it goes."""
+
+import re
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from spairkit.errors import InputError
+from spairkit.report.signs import has_failed
+from spairkit.storage.runs import Run, new_folder
+
+_LINES = 200  # of its output that are kept
+_MAX_LINE = 2000  # characters
+_POINTS = 240  # of a curve
+_FAILED = 3  # the exit status of a training that ends with signs of failure
+_STEP = re.compile(r"step (\d{1,12}) of (\d{1,12})")
+
+Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
+"""Starts `spairkit` with these words, its output in one pipe; it ends when this process ends."""
+
+Status = Literal["running", "stopping", "done", "stopped", "failed"]
+
+
+class Training:
+    """`spairkit train --data FOLDER` and its run, `runs/folder-quick-N`.
+
+    Raises:
+        InputError: the folder of the run cannot be made.
+    """
+
+    def __init__(self, folder: Path, start: Start) -> None:
+        self.run = new_folder(None, "folder-quick")
+        self._lines: deque[str] = deque(maxlen=_LINES)
+        self._stops = False
+        self._progress = 0, 0
+        self._process = start(["train", "--data", str(folder), "--out", str(self.run)])
+        assert self._process.stdout is not None
+        self._reader = threading.Thread(
+            target=self._read, args=(self._process.stdout,), daemon=True
+        )
+        self._reader.start()
+
+    @property
+    def status(self) -> Status:
+        """`failed` if it ended with an error, or in a model that is no good."""
+        code = self._process.poll()
+        if code is None:
+            return "stopping" if self._stops else "running"
+        if code == 0:
+            return "done"
+        return "stopped" if self._stops and code != _FAILED else "failed"
+
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a checkpoint."""
+        return any((self.run / "checkpoints").glob("step-*"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Where it is, for the page."""
+        step, steps = self._progress
+        return {
+            "run": str(self.run),
+            "status": self.status,
+            "step": step,
+            "steps": steps,
+            "lines": list(self._lines)[-8:],
+            "curve": self._curve(),
+            "has_model": self.status not in ("running", "stopping") and self.has_model,
+            "is_doubtful": has_failed(self.run),
+        }
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+        if self._process.poll() is None:
+            self._stops = True
+            self._process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Stops it, and waits until it has saved."""
+        self.stop()
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _read(self, output: IO[bytes]) -> None:
+        for data in iter(lambda: output.readline(_MAX_LINE), b""):
+            line = data.decode(errors="replace").strip()
+            if line:
+                self._lines.append(line)
+            if match := _STEP.search(line):
+                self._progress = int(match[1]), int(match[2])
+
+    def _curve(self) -> list[dict[str, Any]]:
+        """Objects and the ELBO at each validation, and AP where boxes are known."""
+        try:
+            run = Run.open(self.run)
+            records = [r for r in run.metrics() if r.get("kind") == "validation"]
+        except InputError:  # it has not begun
+            return []
+        self._progress = (
+            max([self._progress[0], *(record["step"] for record in records)]),
+            run.config.train.steps,
+        )
+        every = -(-len(records) // _POINTS) or 1
+        names = ("step", "found", "elbo", "ap")
+        return [{name: record.get(name) for name in names} for record in records[::every]]
