@@ -182,7 +182,7 @@ class Finder:
             scores=found.scores.double().numpy().round(4),
             sides=np.sqrt(area).round(2),
             areas=found.area.numpy() if has_masks else np.zeros(0, np.int64),
-            embeddings=found.what.numpy().astype(np.float16),
+            embeddings=found.what.nan_to_num().clamp(-6e4, 6e4).numpy().astype(np.float16),
             counts=found.counts,
             misfit=reason,
         )

@@ -24,6 +24,8 @@ class Group:
     """Index of the image in which it lies."""
     box: tuple[float, float, float, float]
     """x1, y1, x2, y2, px."""
+    count: int
+    """Objects with confidences above .5."""
 
 
 def groups_of(
@@ -52,13 +54,18 @@ def groups_of(
     parts = grouped(points)
     if len(parts) < 2:
         return [], {}
-    groups = []
-    for part in parts:
-        image, row = rows[part[0]]
-        groups.append(Group(image, tuple(objects[image][2][row].tolist())))
     means = torch.stack([points[part].mean(0) for part in parts])
     numbers = {}
     for image in images:
         embeddings = torch.from_numpy(objects[image][0].astype(float))
         numbers[image] = 1 + torch.cdist(embeddings, means).argmin(1).numpy()
+    sizes = sum(
+        np.bincount(numbers[image][objects[image][1] > _CONFIDENT], minlength=len(parts) + 1)
+        for image in images
+    )
+    groups = []
+    for number, part in enumerate(parts, start=1):
+        image, row = rows[part[0]]
+        x1, y1, x2, y2 = objects[image][2][row].tolist()
+        groups.append(Group(image, (x1, y1, x2, y2), int(sizes[number])))
     return groups, numbers

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ class Session:
             "misfit": misfits[0] if misfits else None,
             "unreadable": failures[:3],
             "num_unreadable": len(failures),
-            "groups": [{"image": group.image, "box": list(group.box)} for group in finder.groups],
+            "groups": [asdict(group) for group in finder.groups],
             "training": None if training is None else training.to_json(),
         }
 

@@ -14,6 +14,9 @@ const byId = (id) => document.getElementById(id);
 const several = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
 const round = (value) => Math.round(value * 100) / 100;
 
+const interval = ([low, high]) =>
+  low === high ? low.toLocaleString("en") : `${low.toLocaleString("en")} to ${high.toLocaleString("en")}`;
+
 const page = {
   names: [],
   state: null,
@@ -116,9 +119,8 @@ function showProgress(state) {
   if (state.num_unreadable) words.push(`${state.num_unreadable} cannot be read`);
   byId("progress-words").textContent = words.join("; ");
   byId("progress-words").title = state.unreadable.join("\n");
-  byId("total-interval").textContent = state.interval
-    ? `by the model ${state.interval[0].toLocaleString("en")} to ${state.interval[1].toLocaleString("en")} (90 %)`
-    : "";
+  byId("total-interval").textContent = state.interval ? `model, 90 %: ${interval(state.interval)}` : "";
+  byId("total-interval").title = "The model's 90 % interval, before filters and corrections";
   const isDone = state.done === state.images;
   for (const id of ["save-coco", "save-csv"]) {
     byId(id).disabled = !isDone;
@@ -250,6 +252,12 @@ function filter() {
   };
 }
 
+function isFiltered() {
+  const { threshold, least, largest } = filter();
+  const usual = Math.max(0.5, page.state.least_threshold);
+  return threshold !== usual || least > 0 || Number.isFinite(largest) || page.without.size > 0;
+}
+
 function shownRows() {
   const { objects, without } = page;
   if (!objects) return [];
@@ -281,14 +289,15 @@ function refresh() {
 function showCount(number) {
   const { objects, state } = page;
   byId("count").textContent = number === undefined ? "–" : number.toLocaleString("en");
-  byId("count-words").textContent = number === 1 ? "object in this image" : "objects in this image";
+  byId("count-words").textContent = "in this image";
   let words = "";
   if (objects?.interval) {
-    const [low, high] = objects.interval;
-    words = `By the model ${low.toLocaleString("en")} to ${high.toLocaleString("en")} at 90 %`;
-    if (objects.removed.length || objects.added.length) words += ", before corrections";
-    if (state.rough) words += "; a rough interval, as the model is not calibrated";
-    words += ".";
+    words = `Model, 90 % interval: ${interval(objects.interval)}`;
+    const before = [];
+    if (isFiltered()) before.push("filters");
+    if (objects.removed.length || objects.added.length) before.push("corrections");
+    if (before.length) words += `, before ${before.join(" and ")}`;
+    if (state.rough) words += " (rough: not calibrated)";
   }
   byId("interval").textContent = words;
 }
@@ -300,12 +309,23 @@ function showEditing() {
   byId("undo").disabled = !(page.undo.get(page.index)?.length);
   byId("reset").disabled = !changes;
   byId("add").disabled = !objects;
+  byId("selection").textContent = selection();
   const made = [];
   if (objects?.removed.length) made.push(`${objects.removed.length} removed`);
   if (objects?.added.length) made.push(`${objects.added.length} added`);
   byId("saved").textContent = made.length
     ? `${made.join(", ")}; saved in ${state.corrections}`
     : `Corrections are saved in ${state?.corrections ?? "a file"}`;
+}
+
+// says what is selected
+function selection() {
+  const { objects } = page;
+  if (view.selected === null || !objects) return "";
+  const [x1, y1, x2, y2] = view.boxOf(view.selected);
+  const size = `${(x2 - x1).toFixed(1)} × ${(y2 - y1).toFixed(1)} px`;
+  const score = objects.scores[view.selected];
+  return score === undefined ? `Added by hand, ${size}` : `Confidence ${score.toFixed(2)}, ${size}`;
 }
 
 // ---- corrections
@@ -459,14 +479,15 @@ function showGroups(state) {
     const chip = document.createElement("button");
     chip.type = "button";
     chip.setAttribute("aria-pressed", "true");
-    chip.title = "Objects that look alike: switch them off or on";
+    chip.title = "Switch these objects off or on";
+    chip.setAttribute("aria-label", `Look ${index + 1}, ${several(group.count, "object")}`);
     const image = new Image(28, 28);
     image.alt = "";
     image.src = `api/images/${group.image}/picture?side=64&region=${corner.join(",")},${side},${side}`;
     const dot = document.createElement("span");
     dot.className = "dot";
     dot.style.background = COLOURS[index % COLOURS.length];
-    chip.append(image, dot, `Look ${index + 1}`);
+    chip.append(image, dot, group.count.toLocaleString("en"));
     chip.addEventListener("click", () => {
       const number = index + 1;
       if (!page.without.delete(number)) page.without.add(number);
@@ -553,7 +574,8 @@ document.addEventListener("keydown", (event) => {
     undo();
     return;
   }
-  if (event.target.matches("select, input")) return;
+  // sliders and lists have keys of their own
+  if (event.target.matches("select, [type=range]") && /^(Arrow|Page)/.test(event.key)) return;
   const onCanvas = event.target === byId("canvas") || event.target === document.body;
   const act = KEYS[event.key] ?? (onCanvas ? CANVAS_KEYS[event.key] : undefined);
   if (!act) return;

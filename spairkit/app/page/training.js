@@ -34,7 +34,7 @@ export function showTraining(training) {
 
 function words(training) {
   if (!training) {
-    return "SPAIR learns the objects of this folder without labels, in minutes on a CPU. Corrections are not needed for it.";
+    return "SPAIR learns the objects of this folder without labels, in minutes on a CPU.";
   }
   const step = training.steps ? ` Step ${training.step} of ${training.steps}.` : "";
   return {

@@ -4,6 +4,7 @@
 export const COLOURS = ["#ffcf4a", "#56b4e9", "#e3739f", "#3fc79a", "#f2884b", "#b69cff"];
 const ADDED = "#4fe0e6";
 const HALO = "rgba(0, 0, 0, .55)";
+const HALO_ABOVE = 0.5; // at smaller scales it would hide the objects
 const MAX_SCALE = 64;
 const SMOOTH_BELOW = 2; // larger pixels are drawn as squares
 const DRAG_PX = 4;
@@ -193,7 +194,6 @@ export class View {
 
   down(event) {
     if (!this.size || (event.pointerType === "mouse" && event.button > 1)) return;
-    this.canvas.focus({ preventScroll: true });
     this.canvas.setPointerCapture(event.pointerId);
     this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
     if (this.pointers.size > 1) {
@@ -255,6 +255,7 @@ export class View {
     event.preventDefault();
     const lines = event.deltaMode === 1 ? 16 : 1;
     this.zoomAt(Math.exp(-event.deltaY * lines * (event.ctrlKey ? 0.01 : 0.0016)), event.clientX, event.clientY);
+    if (this.size) this.on.place(...this.toFile(event.clientX, event.clientY), this.scale);
   }
 
   // the smallest object at a point: by its outline, else by its box
@@ -309,7 +310,8 @@ export class View {
       const { image, x, y, w, h } = this.detail;
       ctx.drawImage(image, x, y, w, h);
     }
-    const thin = 1 / this.scale;
+    // lines are thinner than a pixel of the screen where objects are tiny
+    const thin = Math.min(1, Math.max(0.45, Math.sqrt(this.scale))) / this.scale;
     ctx.lineJoin = "round";
     for (const [colour, layer] of this.layers ?? []) {
       if (this.outlines) this.line(ctx, layer.outlines, colour, 1.4 * thin);
@@ -327,9 +329,11 @@ export class View {
   }
 
   line(ctx, path, colour, width) {
-    ctx.strokeStyle = HALO;
-    ctx.lineWidth = width + 1.4 / this.scale;
-    ctx.stroke(path);
+    if (this.scale > HALO_ABOVE) {
+      ctx.strokeStyle = HALO;
+      ctx.lineWidth = width + 1.4 / this.scale;
+      ctx.stroke(path);
+    }
     ctx.strokeStyle = colour;
     ctx.lineWidth = width;
     ctx.stroke(path);
