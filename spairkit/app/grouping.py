@@ -59,10 +59,8 @@ def groups_of(
     for image in images:
         embeddings = torch.from_numpy(objects[image][0].astype(float))
         numbers[image] = 1 + torch.cdist(embeddings, means).argmin(1).numpy()
-    sizes = sum(
-        np.bincount(numbers[image][objects[image][1] > _CONFIDENT], minlength=len(parts) + 1)
-        for image in images
-    )
+    confident = [numbers[image][objects[image][1] > _CONFIDENT] for image in images]
+    sizes = np.bincount(np.concatenate(confident), minlength=len(parts) + 1)
     groups = []
     for number, part in enumerate(parts, start=1):
         image, row = rows[part[0]]

@@ -122,6 +122,7 @@ class Session:
             "num_unreadable": len(failures),
             "groups": [asdict(group) for group in finder.groups],
             "training": None if training is None else training.to_json(),
+            "uses_training": training is not None and self._models[self._chosen] == training.run,
         }
 
     def picked(self, chosen: Filter) -> Picked:

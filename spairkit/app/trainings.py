@@ -13,11 +13,11 @@ from spairkit.errors import InputError
 from spairkit.report.signs import has_failed
 from spairkit.storage.runs import Run, new_folder
 
-_LINES = 200  # of its output that are kept
+_LINES, _SHOWN = 200, 8  # of its output that are kept, and shown
 _MAX_LINE = 2000  # characters
 _POINTS = 240  # of a curve
 _FAILED = 3  # the exit status of a training that ends with signs of failure
-_STEP = re.compile(r"step (\d{1,12}) of (\d{1,12})")
+_STEP = re.compile(r"(?:^|after )step (\d{1,12})\b")
 
 Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
 """Starts `spairkit` with these words, its output in one pipe; it ends when this process ends."""
@@ -36,7 +36,7 @@ class Training:
         self.run = new_folder(None, "folder-quick")
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._stops = False
-        self._progress = 0, 0
+        self._step = 0
         self._process = start(["train", "--data", str(folder), "--out", str(self.run)])
         assert self._process.stdout is not None
         self._reader = threading.Thread(
@@ -61,14 +61,16 @@ class Training:
 
     def to_json(self) -> dict[str, Any]:
         """Where it is, for the page."""
-        step, steps = self._progress
+        steps, records = self._validations()
+        every = -(-len(records) // _POINTS) or 1
+        names = ("step", "found", "elbo", "ap")
         return {
             "run": str(self.run),
             "status": self.status,
-            "step": step,
+            "step": max([self._step, *(record["step"] for record in records)]),
             "steps": steps,
-            "lines": list(self._lines)[-8:],
-            "curve": self._curve(),
+            "lines": list(self._lines)[-_SHOWN:],
+            "curve": [{name: r.get(name) for name in names} for r in records[::every]],
             "has_model": self.status not in ("running", "stopping") and self.has_model,
             "is_doubtful": has_failed(self.run),
         }
@@ -94,19 +96,13 @@ class Training:
             if line:
                 self._lines.append(line)
             if match := _STEP.search(line):
-                self._progress = int(match[1]), int(match[2])
+                self._step = max(self._step, int(match[1]))
 
-    def _curve(self) -> list[dict[str, Any]]:
-        """Objects and the ELBO at each validation, and AP where boxes are known."""
+    def _validations(self) -> tuple[int, list[dict[str, Any]]]:
+        """The number of updates, 0 before it has begun, and the figures of each validation."""
         try:
             run = Run.open(self.run)
             records = [r for r in run.metrics() if r.get("kind") == "validation"]
         except InputError:  # it has not begun
-            return []
-        self._progress = (
-            max([self._progress[0], *(record["step"] for record in records)]),
-            run.config.train.steps,
-        )
-        every = -(-len(records) // _POINTS) or 1
-        names = ("step", "found", "elbo", "ap")
-        return [{name: record.get(name) for name in names} for record in records[::every]]
+            return 0, []
+        return run.config.train.steps, records

@@ -80,7 +80,7 @@ async function takeState(state) {
     byId("threshold").value = Math.max(0.5, state.least_threshold);
   }
   showModels(state);
-  showTraining(state.training);
+  showTraining(state.training, state.uses_training);
   showProgress(state);
   const anew = before && (before.model !== state.model || before.generation !== state.generation);
   if (anew) forget();
@@ -321,7 +321,9 @@ function showEditing() {
 // says what is selected
 function selection() {
   const { objects } = page;
-  if (view.selected === null || !objects) return "";
+  if (!objects) return "";
+  if (view.adds) return "Click to add an object, or drag a box.";
+  if (view.selected === null) return "Click an object to select it.";
   const [x1, y1, x2, y2] = view.boxOf(view.selected);
   const size = `${(x2 - x1).toFixed(1)} × ${(y2 - y1).toFixed(1)} px`;
   const score = objects.scores[view.selected];
@@ -414,6 +416,7 @@ function setAdding(adds) {
   view.adds = adds;
   byId("add").setAttribute("aria-pressed", String(adds));
   byId("canvas").classList.toggle("adds", adds);
+  showEditing();
 }
 
 // selects the next object in reading order

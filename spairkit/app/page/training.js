@@ -7,12 +7,12 @@ const BOTTOM = 16;
 
 const byId = (id) => document.getElementById(id);
 
-export function showTraining(training) {
+export function showTraining(training, isUsed) {
   const runs = training?.status === "running" || training?.status === "stopping";
   byId("train").hidden = runs;
   byId("stop").hidden = !runs;
   byId("stop").disabled = training?.status === "stopping";
-  byId("take").hidden = !training?.has_model;
+  byId("take").hidden = !training?.has_model || isUsed;
   byId("training-progress").hidden = !runs;
   byId("lines").hidden = !training?.lines.length;
   byId("training-words").textContent = words(training);
@@ -41,7 +41,7 @@ function words(training) {
     running: `Training in ${training.run}.${step}`,
     stopping: "Saving …",
     done: `Done: ${training.run}.${training.is_doubtful ? " It shows signs of failure: look before you trust it." : ""}`,
-    stopped: `Stopped and saved in ${training.run}.${step} Continue with: spairkit train --resume ${training.run}`,
+    stopped: `Stopped and saved in ${training.run}.${step}`,
     failed: training.is_doubtful
       ? `Done, but the model shows signs of failure: ${training.run}/report.html says which.`
       : "The training ended with an error:",
