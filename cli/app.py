@@ -35,7 +35,7 @@ def app_page(
         Path | None,
         options.model_option(
             help="A run or a checkpoint. Default: the newest run under ./runs that was trained on "
-            "the folder, or else a watershed, which needs no training."
+            "the folder and did not fail, or else a watershed, which needs no training."
         ),
     ] = None,
     out: Annotated[
@@ -85,6 +85,7 @@ def _session(
     folder: Path, checkpoint: Path | None, out: Path | None, device: options.Device
 ) -> "Session":
     from spairkit.app.session import CORRECTIONS, Session
+    from spairkit.report.signs import failed_run
     from spairkit.storage.runs import newest_run
 
     if not folder.is_dir():
@@ -92,11 +93,10 @@ def _session(
     path = folder / CORRECTIONS if out is None else out
     check_output(path)
     if checkpoint is None:
-        checkpoint = newest_run(data=folder)
+        newest = newest_run(data=folder)
+        checkpoint = newest if newest is None or failed_run(newest) is None else None
     else:
         checkpoint = options.choose_checkpoint(checkpoint)
-    if checkpoint is not None:
-        options.say_if_failed(checkpoint)
     return Session(folder, path, checkpoint, options.choose_device(device), _start)
 
 

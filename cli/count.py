@@ -74,7 +74,9 @@ def count_objects(
     files = image_files(paths)
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
-    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
     key = {**settings_of(detector, loaded, threshold, count), "command": "count"}

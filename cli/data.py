@@ -75,7 +75,7 @@ def look(
 
     if picture.exists() and not is_picture(picture):
         raise InputError(f"{picture} exists and is no picture by spairkit; name another with --out")
-    paths = [folder] if folder.is_file() else list_images(folder)
+    paths = list_images(folder)
     refuse_input(picture, paths)
     with counted("looking at the images", 100, quiet=quiet) as show_done:
         survey = measured(paths, lambda share: show_done(round(100 * share)))

@@ -12,6 +12,7 @@ import typer
 from spairkit import __version__
 from spairkit.cli import options
 from spairkit.cli.console import counted, csv_line, print_document, say, several
+from spairkit.cli.detect_files import files_of_images, folders_of
 from spairkit.cli.detect_table import measured, table_text
 from spairkit.cli.files import ImageFiles, check_outputs, image_files, refuse_input
 from spairkit.cli.partial import Finished, Partial, partial_of
@@ -33,6 +34,10 @@ class Format(StrEnum):
     COCO = "coco"
     CSV = "csv"
     JSONL = "jsonl"
+    ROIS = "rois"
+    GEOJSON = "geojson"
+    YOLO = "yolo"
+    LABELS = "labels"
 
 
 def detect(
@@ -41,7 +46,8 @@ def detect(
     out: Annotated[
         Path | None,
         options.output_option(
-            help="The file to write. Default: standard output, or nothing with --table."
+            help="The file to write; of rois, geojson, yolo and labels the folder. Default: "
+            "standard output, or nothing with --table or --annotated."
         ),
     ] = None,
     format_: Annotated[
@@ -49,7 +55,9 @@ def detect(
         options.output_option(
             "--format",
             help="coco: a list of COCO results. csv: a line for each box. "
-            "jsonl: a line for each image, with appearance embeddings and the count's posterior.",
+            "jsonl: a line for each image, with appearance embeddings and the count's posterior. "
+            "A file for each image: rois: a ZIP for ImageJ. geojson: for QuPath. yolo: text. "
+            "labels: a TIFF, each pixel the number of its object.",
         ),
     ] = Format.COCO,
     table: Annotated[
@@ -58,6 +66,12 @@ def detect(
             metavar="FILE",
             help="Also write measurements as CSV, a row for each object: size, shape, intensities, "
             "cluster.",
+        ),
+    ] = None,
+    annotated: Annotated[
+        Path | None,
+        options.output_option(
+            metavar="FOLDER", help="Also draw each image with its objects, as PNG."
         ),
     ] = None,
     threshold: options.ThresholdOption = 0.5,
@@ -78,15 +92,23 @@ def detect(
     from spairkit.counts import CountPosterior
     from spairkit.storage.durable import write_text
 
+    folders = folders_of(format_.value, out, annotated)
     outputs = {"--out": out, "--table": table}
-    written = {option: path for option, path in outputs.items() if path is not None}
+    written = {
+        option: path
+        for option, path in outputs.items()
+        if path is not None and option not in folders
+    }
     check_outputs(written)
-    if not written and isinstance(sys.stdout, Closed):
+    if not (written or folders) and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
-    detector, loaded = options.open_detector(checkpoint, device, box_contrast, search)
+    each = files_of_images(paths, files, folders)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
     category = next(iter(files.categories), 1)
@@ -100,15 +122,18 @@ def detect(
         "format": format_.value,
         "category": category,
         "table": table is not None,
+        "annotated": annotated is not None,
     }
 
     def rows(path: Path, number: int, detections: "Detections") -> list[str]:
+        each.write(path, detections)  # before the image counts as finished
         return _rows(str(path), number, detections, format_, category)
 
     def measure(detections: "Detections") -> str:
         return "" if table is None else measured(detections)
 
-    with partial_of(out or table, key) as partial:
+    with partial_of(out or table or annotated, key) as partial:
+        each.forget_lost(partial)
         detect_images(
             files, detector, partial, threshold, count, rows=rows, measure=measure, quiet=quiet
         )
@@ -116,15 +141,15 @@ def detect(
         text = _text(found, format_)
         if table is not None:
             write_text(table, table_text(found))
-        if out is not None:
-            write_text(out, text)
+        if "--out" in written:
+            write_text(written["--out"], text)
     options.say_unfit([f"{item.name}: {item.misfit}" for item in found if item.misfit], len(found))
     posteriors = [counts for item in found if (counts := item.counts())]
     expected = f" ({CountPosterior.total(posteriors)})" if len(posteriors) == len(found) else ""
     objects = several(sum(item.objects for item in found), "object")
     summary = f"{objects} in {several(len(found), 'image')}{expected}"
-    if written:
-        say(f"wrote {' and '.join(map(str, written.values()))}: {summary}")
+    if named := [str(path) for path in (out, table, annotated) if path is not None]:
+        say(f"wrote {' and '.join(named)}: {summary}")
     else:
         print_document(text)
         if not quiet:
@@ -215,6 +240,8 @@ def _rows(
     """The COCO results, the lines of CSV or the line of JSON of one image, as text."""
     if format_ is Format.COCO:
         return [json.dumps(result) for result in detections.to_coco(number, category)]
+    if format_ not in (Format.CSV, Format.JSONL):
+        return []  # it has a file of its own
     values = detections.to_json()
     if format_ is Format.JSONL:
         return [f"{json.dumps({'image': name, 'image_id': number, **values})}\n"]

@@ -1,6 +1,7 @@
 """The image files that a command is given, and the files that it writes: none of these."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,14 +63,16 @@ def image_files(words: list[Path]) -> ImageFiles:
     """
     from spairkit.config import DataConfig
     from spairkit.data.folder import ANNOTATIONS, ImageFolder
+    from spairkit.frames import file_of, frames_of
     from spairkit.images import image_size, list_images
 
     for word in words:
-        if not word.exists():
+        if not file_of(word)[0].exists():
             raise InputError(f"{word}: no such image or folder")
     annotations = [word / ANNOTATIONS for word in words if (word / ANNOTATIONS).exists()]
-    paths = [path for word in words for path in (list_images(word) if word.is_dir() else [word])]
-    inputs = [*paths, *annotations]
+    listed = [list_images(word) if word.is_dir() else frames_of(word) for word in words]
+    paths = [path for some in listed for path in some]
+    inputs = [*dict.fromkeys(file_of(path)[0] for path in paths), *annotations]
     if len(words) == 1 and annotations:
         config = DataConfig(name="folder", path=str(words[0]))
         folder = ImageFolder(config, "test", needs_truth=False)
@@ -82,7 +85,9 @@ def image_files(words: list[Path]) -> ImageFiles:
             categories=folder.categories,
             skipped=folder.skipped,
         )
-    named = frozenset(word for word in words if not word.is_dir())
+    named = frozenset(
+        path for word, some in zip(words, listed, strict=True) for path in some if not word.is_dir()
+    )
     files = ImageFiles([], [], len(paths), inputs, named)
     for number, path in enumerate(paths, start=1):
         try:
@@ -95,6 +100,22 @@ def image_files(words: list[Path]) -> ImageFiles:
             files.paths.append(path)
             files.numbers.append(number)
     return files
+
+
+def mirrored(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
+    """A name without suffix for each image, in a folder that mirrors what all images lie in.
+
+    Images whose names differ by their suffix only keep it.
+    """
+    places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
+    root = Path(os.path.commonpath(places))
+    inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
+    short = [path.with_suffix("") for path in inside]
+    sharing = Counter(short)
+    names = [name if sharing[name] == 1 else path for name, path in zip(short, inside, strict=True)]
+    if len(set(names)) < len(set(inside)):  # as of a.png, a.tif and a.png.png
+        names = inside
+    return [folder / name for name in names]
 
 
 FileId = tuple[int, int]

@@ -29,6 +29,7 @@ from spairkit.cli.evaluate import evaluate
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
+from spairkit.cli.track import track
 from spairkit.cli.train import train
 from spairkit.cli.viz import viz
 from spairkit.errors import InputError, lacks_memory
@@ -45,6 +46,7 @@ app.command()(viz)
 app.command()(detect)
 app.command("count")(count_objects)
 app.command("app")(app_page)
+app.command()(track)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from spairkit.storage.checkpoints import Checkpoint
 
 
+FAILED = 3
+"""Exit status of a training that has ended with signs of failure, and of commands that need its
+objects."""
+
+
 class Device(StrEnum):
     """The device to compute on."""
 
@@ -159,9 +164,17 @@ def choose_device(device: Device) -> "torch.device":
 
 
 def open_detector(
-    checkpoint: Path | None, device: Device, box_contrast: float | None, search: Search | None
+    checkpoint: Path | None,
+    device: Device,
+    box_contrast: float | None,
+    search: Search | None,
+    *,
+    refuse_failed: bool = False,
 ) -> "tuple[Detector, Checkpoint]":
-    """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`."""
+    """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`.
+
+    Warns of a run whose training failed or, with `refuse_failed`, ends with status 3.
+    """
     from spairkit.detector import detector_of
     from spairkit.storage.checkpoints import load_checkpoint
 
@@ -172,7 +185,7 @@ def open_detector(
         box_contrast=box_contrast,
         search=None if search is None else search.value,
     )
-    say_if_failed(loaded.path)
+    _judge(loaded.path, refuse=refuse_failed)
     say_if_uncalibrated(detector)
     return detector, loaded
 
@@ -186,14 +199,21 @@ def refuse_absent(data: "DataConfig") -> None:
         )
 
 
-def say_if_failed(checkpoint: Path) -> None:
-    """Says that the run of a checkpoint was marked as failed at its end."""
-    from spairkit.report.signs import has_failed
+def _judge(checkpoint: Path, *, refuse: bool) -> None:
+    """Says that the training of a checkpoint's run failed; ends with status 3 if it is refused."""
+    from spairkit.report.signs import failed_run
 
-    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
-        if has_failed(folder):
-            say(f"warning: the training of {folder} failed, see its report.html; do not trust it")
-            return
+    run = failed_run(checkpoint)
+    if run is None:
+        return
+    if not refuse:
+        say(f"warning: the training of {run} failed, see its report.html; do not trust it")
+        return
+    say(
+        f"the training of {run} failed, so what it finds are no objects: see its report.html and "
+        "spairkit viz; train again with another --seed, or with --model watershed"
+    )
+    raise typer.Exit(FAILED)
 
 
 def say_unfit(reasons: list[str], images: int) -> None:

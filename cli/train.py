@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from spairkit.training.distributed import World
     from spairkit.training.loop import Event
 
-FAILED = 3
-"""Exit status of a training that has ended with signs of failure."""
-
-_JUDGED_STEPS = 200  # the signs of a shorter training are warnings
 _LINE_EVERY_SECONDS = 10
 _COMPILING_SECONDS = 3.0  # between lines about kernels
 
@@ -245,7 +241,7 @@ def _finish(
     """Calibrates and measures the best checkpoint, writes the report and prints both."""
     from spairkit.detector import load
     from spairkit.report.page import write_report
-    from spairkit.report.signs import Signs, signs_of, write_signs
+    from spairkit.report.signs import signs_of, write_signs
     from spairkit.storage.durable import write_text
 
     _calibrate(run, device, quiet=quiet)
@@ -255,9 +251,7 @@ def _finish(
         write_text(run.path / "test.json", f"{json_text(report.to_json())}\n")
     image = _example(run)
     objects = _find(run, detector, quiet=quiet)
-    signs = signs_of(detector, objects, looks[0] if looks else None)
-    if step < _JUDGED_STEPS:
-        signs = Signs(warnings=signs.failures + signs.warnings)
+    signs = signs_of(detector, objects, looks[0] if looks else None, step)
     write_signs(run.path, signs)
     page = write_report(run.path)
     if as_json:
@@ -275,7 +269,7 @@ def _finish(
             }
         )
         if signs.failures:
-            raise typer.Exit(FAILED)
+            raise typer.Exit(options.FAILED)
         return
     for warning in signs.warnings:
         say(f"warning: {warning}")
@@ -285,7 +279,7 @@ def _finish(
             f"see {page}; try another --seed, `spairkit data look` and its settings, or "
             "--model watershed"
         )
-        raise typer.Exit(FAILED)
+        raise typer.Exit(options.FAILED)
     if report:
         print_report(report)
     else:

@@ -1,7 +1,5 @@
 """`spairkit viz`: a picture of each image, its boxes, its reconstruction and its objects."""
 
-import os
-from collections import Counter
 from collections.abc import Set
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +8,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, echo, print_json, several
-from spairkit.cli.files import FileId, check_output, file_id, image_files, refuse_input
+from spairkit.cli.files import FileId, check_output, file_id, image_files, mirrored, refuse_input
 from spairkit.errors import ImageFileError, InputError
 
 _FOLDER = Path("viz")
@@ -45,7 +43,9 @@ def viz(
     Files of a folder that cannot be read are skipped. No file is overwritten, except an earlier
     picture of the same image.
     """
-    one = len(images) == 1 and not images[0].is_dir()
+    from spairkit.frames import frames_of
+
+    one = len(images) == 1 and not images[0].is_dir() and len(frames_of(images[0])) == 1
     _check_out(out, images, one=one)
     files = image_files(images)  # a file that is no image shows before any work
     if out is not None and one:
@@ -53,9 +53,12 @@ def viz(
         outputs = [out]
     else:
         wanted = (
-            [Path(f"{images[0].stem}-spairkit.png")]
+            [Path(f"{_stem(images[0])}-spairkit.png")]
             if one
-            else _mirrored(images, files.paths, out or _FOLDER)
+            else [
+                path.with_name(f"{path.name}-spairkit.png")
+                for path in mirrored(images, files.paths, out or _FOLDER)
+            ]
         )
         outputs = _free(files.paths, wanted, {file_id(path) for path in files.inputs})
     from spairkit.images import write_picture
@@ -123,17 +126,12 @@ def _check_out(out: Path | None, images: list[Path], *, one: bool) -> None:
         check_output(folder)
 
 
-def _mirrored(words: list[Path], paths: list[Path], folder: Path) -> list[Path]:
-    """The file of each picture in a folder that mirrors what all images lie in."""
-    places = [os.path.abspath(word if word.is_dir() else word.parent) for word in words]
-    root = Path(os.path.commonpath(places))
-    inside = [Path(os.path.abspath(path)).relative_to(root) for path in paths]
-    sharing = Counter(path.with_suffix("") for path in inside)
-    names = [path.stem if sharing[path.with_suffix("")] == 1 else path.name for path in inside]
-    return [
-        folder / path.parent / f"{name}-spairkit.png"
-        for path, name in zip(inside, names, strict=True)
-    ]
+def _stem(image: Path) -> str:
+    """The name of a picture of an image: `cells-03` of the frame `cells.tif/03`."""
+    from spairkit.frames import file_of
+
+    file, frame = file_of(image)
+    return file.stem if frame is None else f"{file.stem}-{image.name}"
 
 
 def _free(paths: list[Path], wanted: list[Path], inputs: Set[FileId | None]) -> list[Path]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from spairkit.presence import presence_kl as presence_kl
     from spairkit.presence import presence_prior as presence_prior
     from spairkit.rendering import render as render
+    from spairkit.tracking import Tracks as Tracks
+    from spairkit.tracking import track as track
     from spairkit.training.loop import train as train
 
 __version__ = "0.1.0"
@@ -31,10 +33,12 @@ _PUBLIC = {
     "Detector": "detector",
     "Explanation": "detections",
     "InputError": "errors",
+    "Tracks": "tracking",
     "load": "detector",
     "presence_kl": "presence",
     "presence_prior": "presence",
     "render": "rendering",
+    "track": "tracking",
     "train": "training.loop",
 }
 __all__ = ["__version__", *_PUBLIC]  # names of the table

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from spairkit import formats
 from spairkit.counts import CountPosterior
 from spairkit.errors import InputError
 from spairkit.groups import clusters
-from spairkit.images import ImageLike, as_image, pixel_size, read_pixels
+from spairkit.images import ImageLike, as_image, image_size, pixel_size, read_pixels
 from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
 from spairkit.measurements import measurements
+from spairkit.storage.durable import write_bytes
 
 _PLOT_INCHES = 6.0
 _OUTLINE_PIXELS = 512  # least length of the longer side that outlines are drawn on
@@ -304,6 +307,59 @@ class Detections:
         frame = pandas.DataFrame(self.measurements())
         frame["cluster"] = pandas.Series(clusters(self.what), dtype="Int64")  # short: NA
         return frame
+
+    def to_geojson(self) -> dict[str, Any]:
+        """A GeoJSON FeatureCollection of QuPath's detections, in pixels; see `formats.geojson`."""
+        return formats.geojson(self.boxes, self.scores, self._masks())
+
+    def to_yolo(self) -> str:
+        """YOLO's lines: class 0, centre, width, height and score; see `formats.yolo`.
+
+        Raises:
+            ValueError: there are no masks, and no image is known, which would tell the size.
+            InputError: the image file cannot be read.
+        """
+        return formats.yolo(self.boxes, self.scores, self._size())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the objects as a file of another tool, which the suffix tells (docs/formats.md).
+
+        .zip: ImageJ's ROIs, outlines of masks or boxes. .geojson: `to_geojson`, for QuPath. .txt:
+        `to_yolo`. .tif: `masks` as a label image of 16 bits, or of 32 for more than 65,535 objects.
+
+        Raises:
+            ValueError: the suffix is another one; .tif: the model gave no masks; .txt: as
+                `to_yolo`.
+            InputError: the file cannot be written; .zip: the package roifile is missing.
+        """
+        suffix = os.path.splitext(path)[1].lower()
+        if suffix == ".zip":
+            data = formats.rois(self.boxes, self.scores, self._masks())
+        elif suffix == ".geojson":
+            data = formats.geojson_file(self.boxes, self.scores, self._masks())
+        elif suffix == ".txt":
+            data = self.to_yolo().encode()
+        elif suffix == ".tif":
+            data = formats.label_tiff(self.masks, len(self))
+        else:
+            known = ", ".join(formats.SUFFIXES.values())
+            raise ValueError(f"the name must end in one of {known}, got {os.fspath(path)!r}")
+        write_bytes(Path(path), data)
+
+    def _masks(self) -> formats.Masks | None:
+        return None if self.label_image is None else self._labelled()
+
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the image."""
+        if self.label_image is not None:
+            height, width = self.label_image.shape
+        elif isinstance(self.image, (str, os.PathLike)):
+            height, width = image_size(os.fspath(self.image))
+        elif self.image is not None:
+            height, width = as_image(self.image).shape[1:]
+        else:
+            raise ValueError("these detections have no image; set it: replace(found, image=image)")
+        return height, width
 
     def to_supervision(self) -> Any:
         """A `supervision.Detections`. Raises ImportError where that package is missing.

@@ -192,8 +192,8 @@ class Detector:
         folder that cannot be read are skipped, with a warning.
 
         Args:
-            images: a folder, whose image files are taken in the order of their paths, or images as
-                `detect` takes them. They may differ in size.
+            images: a folder, whose image files are taken in the order of their paths, a stack (a
+                file of several images), or images as `detect` takes them. They may differ in size.
             threshold: as in `detect`.
             count: the true number of objects in every image, as in `detect`.
             batch_size: images in a batch, at most; large images make smaller batches.
@@ -206,8 +206,6 @@ class Detector:
         """
         sources: Iterable[ImageLike] = ()
         if isinstance(images, (str, os.PathLike)):
-            if os.path.isfile(images):
-                raise InputError(f"{os.fspath(images)}: is a file; use detect")
             sources = files = list_images(Path(images))
             on_unreadable = on_unreadable or _warned_of(len(files))
         elif isinstance(images, Iterable) and getattr(images, "ndim", 4) == 4:

@@ -1,8 +1,9 @@
 """Reads untrusted images; takes arrays and tensors for images; writes PNG.
 
-PNG, JPEG, BMP, PPM (with PGM and PBM) and TIFF (plain, packbits, LZW or deflate) are read, nothing
-else, and no file is decoded before its header has given its size. A layout that is not read right
-is refused by name. Pictures that spairkit has drawn are marked, and are no images of a folder.
+PNG, JPEG, BMP, PPM (with PGM and PBM), TIFF (plain, packbits, LZW or deflate) and NumPy's .npy are
+read, nothing else, and no file is decoded before its header has given its size. A layout that is
+not read right is refused by name. The frames of stacks have paths of their own, see `frames.py`.
+Pictures that spairkit has drawn are marked, and are no images of a folder.
 """
 
 import hashlib
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from spairkit.deep_pixels import deep_png, netpbm, netpbm_has_more
 from spairkit.errors import ImageFileError, InputError
+from spairkit.frames import NUMPY, NumpyImages, check_one, file_of, frames_of, open_stack
 from spairkit.names import printable
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
-from spairkit.tiff import MAGIC, Tiff, micrometres
+from spairkit.tiff import Tiff, micrometres
 
 MAX_PIXELS = 178_000_000
 """Largest image that is read, in pixels: Pillow's own limit, and at most 2.7 GB while decoded."""
@@ -47,8 +49,9 @@ _MARK = b"tEXtSoftware\0spairkit"
 _HEAD_BYTES = 1024  # of a PNG, in which our marks stand
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM")
 SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff")
+    (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", NUMPY)
 )
+_STACKS = (".tif", ".tiff", NUMPY)
 DAMAGED = (
     OSError,
     EOFError,
@@ -118,18 +121,19 @@ def as_image(source: ImageLike) -> Tensor:  # [3, H, W] float32 in [0, 1], on th
 
 
 def read_image(path: Path | str) -> Tensor:  # [3, H, W] float32 in [0, 1]
-    """The first frame of an image file, upright, in RGB; grey becomes three equal channels.
+    """An image file, or a frame of a stack, upright, in RGB; grey becomes three equal channels.
 
     Transparent pixels are laid on black, palettes and CMYK are converted. Of unsigned values of up
     to 16 bits the whole range becomes 0 to 1: 0 to 65,535 of 16 bits. Signed integers, integers of
     more bits and floats, which have no such range, are stretched from their least value to their
-    greatest (a constant image is black). Of a file with several pages (a stack, or an animation)
-    the first is read, with a warning; three such files are named.
+    greatest (a constant image is black). A frame of a stack (a TIFF of several pages, or a NumPy
+    array of several images) is named, as `stack.tif/03`. Of an animation, and of pages that differ
+    in size, the first is read, with a warning; three such files are named.
 
     Raises:
         ImageFileError: it is not there, not a regular file, not an image of a known format or of a
-            layout that is read, damaged, larger than 178 million pixels or 1 GiB, in memory too,
-            or holds values that are not finite.
+            layout that is read, a stack of which no frame is named, damaged, larger than 178
+            million pixels or 1 GiB, in memory too, or holds values that are not finite.
     """
     return to_colour(read_pixels(path)).contiguous()
 
@@ -183,8 +187,8 @@ def _tell_of_pages(name: str) -> None:
     _told_of_pages.append(name)
     last = "; further such files are not named" if len(_told_of_pages) == _NAMED else ""
     warnings.warn(
-        f"{name}: holds several pages (a stack, channels or an animation), of which only the first "
-        f"is read; save the others as files of their own{last}",
+        f"{name}: holds further images (an animation, or pages that are damaged or of another "
+        f"size), which are not read; save them as files of their own{last}",
         stacklevel=3,
     )
 
@@ -466,7 +470,8 @@ def _chunks(path: Path | str) -> list[bytes]:
 
 def _fingerprint(source: Path | str) -> str:
     """Stands for the place of a file, which a picture that is passed on should not tell."""
-    place = os.fsencode(Path(source).resolve())
+    file, frame = file_of(source)
+    place = os.fsencode(file.resolve() / ("" if frame is None else str(frame)))
     return hashlib.sha256(place).hexdigest()[:32]
 
 
@@ -489,15 +494,22 @@ def list_images(folder: Path | str) -> list[Path]:
     """The image files in a folder and its subfolders, by suffix, sorted by path.
 
     Names that start with a dot are skipped; links to folders are not followed. So is what spairkit
-    has written: its pictures, and the folders of its runs. An image file is a folder of one.
+    has written: its pictures, and the folders of its runs. The frames of a stack stand for it. An
+    image file is a folder of its frames. NumPy files count only where there are no others, as
+    programs write masks beside images in this format.
 
     Raises:
         InputError: it is no folder, cannot be read, or holds no image.
     """
-    if Path(folder).suffix.lower() in SUFFIXES and Path(folder).is_file():
+    file, frame = file_of(folder)
+    if frame is not None:
         return [Path(folder)]
+    if file.is_file():
+        return frames_of(file)
     refusals: list[OSError] = []
-    found, drawn = [], 0
+    found: list[Path] = []
+    arrays: list[Path] = []
+    drawn = 0
     for root, folders, files in os.walk(folder, onerror=refusals.append):
         folders[:] = [
             name for name in folders if not (name.startswith(".") or is_run(Path(root, name)))
@@ -509,16 +521,23 @@ def list_images(folder: Path | str) -> list[Path]:
             if path.suffix.lower() == ".png" and is_picture(path):
                 drawn += 1
             else:
-                found.append(path)
+                (arrays if path.suffix.lower() == NUMPY else found).append(path)
     if refusals:
         refused = refusals[0]
         where = refused.filename or folder
         raise InputError(f"{printable(where)}: cannot be read as a folder: {refused.strerror}")
+    found = found or arrays
     if not found:
-        kinds = "PNG, JPEG, BMP, PPM or TIFF"
+        kinds = "PNG, JPEG, BMP, PPM, TIFF or .npy"
         besides = f" besides {drawn} that spairkit drew" if drawn else ""
         raise InputError(f"{printable(folder)}: no images in this folder{besides} ({kinds})")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    found.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return [frame for path in found for frame in _listed(path)]
+
+
+def _listed(path: Path) -> list[Path]:
+    """The frames of a file of a folder; only TIFF and NumPy files have several."""
+    return frames_of(path) if path.suffix.lower() in _STACKS else [path]
 
 
 def skipped_files(reasons: Sequence[str], total: int) -> str:
@@ -532,36 +551,38 @@ def skipped_files(reasons: Sequence[str], total: int) -> str:
     return f"skipped {len(reasons)} of {total}: {'; '.join(listed)}"
 
 
-def _upright_size(image: Tiff | _Picture) -> tuple[int, int]:
+def _upright_size(image: Tiff | NumpyImages | _Picture) -> tuple[int, int]:
     height, width = image.stored_size
     return (width, height) if image.orientation in _SIDEWAYS else (height, width)
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Tiff | _Picture]:
+def _opened(path: Path | str) -> Iterator[Tiff | NumpyImages | _Picture]:
     """The image, after its header was checked; exceptions of readers become ImageFileError."""
-    path, name = Path(path), printable(path)
+    name = printable(path)
+    path, frame = file_of(path)
     try:
         # a pipe or a device would block or never end
         if not path.is_file():
             missing = "not a regular file" if path.exists() else "no such file"
             raise ImageFileError(f"{name}: {missing}; name an image file")
-        if path.stat().st_size > _MAX_BYTES:
-            raise ImageFileError(f"{name}: larger than 1 GiB; cut it into smaller images")
         with path.open("rb") as file:
-            magic = file.read(4)
-            file.seek(0)
-            if magic in MAGIC:
-                image: Tiff | _Picture = Tiff(file, name)
-                _check_size(image.stored_size, name)
-                yield image
+            stack = open_stack(path, file, frame)
+            if stack is not None:
+                if frame is None:
+                    check_one(stack, name)
+                _check_size(stack.stored_size, name)
+                yield stack
                 return
+            if frame is not None:
+                raise ImageFileError(f"{name}: {printable(path)} is no stack; name the file itself")
+            if path.stat().st_size > _MAX_BYTES:
+                raise ImageFileError(f"{name}: larger than 1 GiB; cut it into smaller images")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(file, formats=_FORMATS) as opened:
                     _check_size((opened.height, opened.width), name)
-                    image = _Picture(file, opened, name)
-                    yield image
+                    yield _Picture(file, opened, name)
     except ImageFileError:
         raise
     except Image.DecompressionBombError:
@@ -570,7 +591,7 @@ def _opened(path: Path | str) -> Iterator[Tiff | _Picture]:
         ) from None
     except UnidentifiedImageError:
         raise ImageFileError(
-            f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM or TIFF)"
+            f"{name}: not an image that can be read (PNG, JPEG, BMP, PPM, TIFF or .npy)"
         ) from None
     except DAMAGED as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -282,7 +282,7 @@ def survey_of(
     if config.data.name != "folder" or isinstance(config.model, AIRConfig):
         return None
     path = Path(config.data.path)
-    return look([path] if path.is_file() else list_images(path), on_progress, chosen)
+    return look(list_images(path), on_progress, chosen)
 
 
 def look(

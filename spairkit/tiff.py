@@ -1,4 +1,4 @@
-"""Reads the first page of an untrusted TIFF, exactly, or refuses its layout by name.
+"""Reads a page of an untrusted TIFF, exactly, or refuses its layout by name.
 
 tifffile parses the tags; blocks are decoded here, into no more memory than the tags promise.
 """
@@ -6,8 +6,11 @@ tifffile parses the tags; blocks are decoded here, into no more memory than the 
 import io
 import logging
 import math
+import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy as np
@@ -52,18 +55,28 @@ _IMAGEJ_UNITS = {
 _SCREENS = (72.0, 96.0)  # pixels per inch that programs write where they know nothing
 _REDUCED, _MASK = 1, 4  # of NewSubfileType: not a page
 _LEAST_UM, _MOST_UM = 1e-6, 1e9  # of the side of a pixel, else the tag means nothing
-_LOOKED_AT = 16  # pages in search of a second one
+_MOST_PAGES = 100_000
+_SUBFILE_TYPE, _WIDTH, _LENGTH = 254, 256, 257
+_SIZE_C = re.compile(r"""\bSizeC\s*=\s*["']\s*0*([1-9]\d{0,5})["']""")  # in OME's XML
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Tiff:
-    """The first page of an open TIFF: its header is read and its layout checked.
+    """A page of an open TIFF: its header is read and its layout checked.
+
+    Args:
+        file: the open file.
+        name: its name in messages.
+        pages: the `page_offsets` of the file.
+        frame: the number of the page, from 1.
 
     Attributes:
         stored_size: height and width before the page is turned upright.
         orientation: as in EXIF, from 1 to 8.
-        has_more: whether further pages follow, or further planes of an ImageJ or MetaMorph stack;
-            thumbnails and masks do not count.
+        num_frames: the number of pages, or of the planes of an ImageJ stack that has one page.
+        num_channels: of a stack by OME or ImageJ, whose pages are of one channel each; else 1.
+        has_more: whether there are planes of a MetaMorph stack besides, or pages of another size,
+            which are not read.
         pixel_size: width and height of a stored pixel in µm, from the tags of resolution and the
             unit of ImageJ; None where there are none, see `micrometres`.
 
@@ -72,19 +85,31 @@ class Tiff:
         Exception: one of `images.DAMAGED`.
     """
 
-    def __init__(self, file: BinaryIO, name: str) -> None:
-        from tifffile import TiffFile
+    def __init__(self, file: BinaryIO, name: str, pages: "Pages", frame: int = 1) -> None:
+        from tifffile import TiffFile, TiffPage
 
         self._file, self._name = file, name
         with TiffFile(cast(Any, _Head(file)), name=name) as tiff:
             page = tiff.pages.first
+            planes = _planes_of_imagej(tiff)
+            in_pages = len(pages.offsets) > 1 or planes == 1
+            self.num_frames = len(pages.offsets) if in_pages else planes
+            if not 1 <= frame <= self.num_frames:
+                raise ImageFileError(
+                    f"{name}: there is no page {frame}; it has {several_pages(self.num_frames)}"
+                )
+            self.num_channels = _num_channels(tiff) if self.num_frames > 1 else 1
+            if frame > 1 and in_pages:
+                tiff.filehandle.seek(pages.offsets[frame - 1])
+                page = TiffPage(tiff, index=frame - 1)
             self._order = tiff.byteorder
             tags = {
                 code: page.tags.valueof(code, 0)
                 for code in (_ORIENTATION, _COLORMAP, _PHOTOMETRIC, _INK_SET)
                 if code in page.tags
             }
-            self.has_more = _has_more(tiff)
+            first = tiff.pages.first
+            self.has_more = pages.others or (first.is_stk and first.tags[33629].count > 1)
             self.pixel_size = _pixel_size(tiff)
         self.stored_size = _whole(page.imagelength), _whole(page.imagewidth)
         turn = tags.get(_ORIENTATION, 1)
@@ -117,9 +142,12 @@ class Tiff:
         self._extra = int(extra[-1]) if others and extra else 0
         self._check_channels(others)
         self._separate = page.planarconfig == 2 and self._samples > 1
-        self._offsets, self._counts = page.dataoffsets, page.databytecounts
+        self._offsets = list(page.dataoffsets)
+        self._counts = page.databytecounts
         self._tiled = bool(page.tilewidth)
         height, width = self.stored_size
+        if frame > 1 and not in_pages:
+            self._step_to_plane(frame - 1)
         self._block = (
             (_whole(page.tilelength), _whole(page.tilewidth))
             if self._tiled
@@ -136,7 +164,7 @@ class Tiff:
         values = self._planes()
         colours = values[: _COLOURS[self._photometric]]
         if not self._has_full_scale:
-            return torch.from_numpy(_stretched(colours, self._name, self._inverted))
+            return torch.from_numpy(float_range(colours, self._name, self._inverted))
         full = (1 << self._bits) - 1
         if self._inverted:
             np.subtract(values.dtype.type(full), colours, out=colours)
@@ -152,6 +180,15 @@ class Tiff:
     def _has_full_scale(self) -> bool:
         """Whether the greatest value of the type is white."""
         return _KINDS[self._kind] == "uint" and self._bits <= 16
+
+    def _step_to_plane(self, plane: int) -> None:
+        """Moves the blocks to a further plane of ImageJ, which lies behind the first."""
+        height, width = self.stored_size
+        size = height * -(-width * self._samples * self._bits // 8)
+        ends = [a + n for a, n in zip(self._offsets, self._counts, strict=True)]
+        if self._compression != 1 or self._tiled or self._offsets[1:] != ends[:-1]:
+            self._refuse("planes that do not follow each other")
+        self._offsets = [offset + plane * size for offset in self._offsets]
 
     def _check_samples(self, page: Any) -> None:
         kind = _KINDS.get(self._kind)
@@ -373,22 +410,116 @@ def _pixel_size(tiff: Any) -> tuple[float, float] | None:
         return None
 
 
-def _has_more(tiff: Any) -> bool:
+def _planes_of_imagej(tiff: Any) -> int:
+    """The number of planes that an ImageJ stack names, 1 of other files."""
+    if not tiff.pages.first.is_imagej:
+        return 1
+    planes = (tiff.imagej_metadata or {}).get("images", 1)
+    return planes if isinstance(planes, int) and 1 <= planes <= _MOST_PAGES else 1
+
+
+def _num_channels(tiff: Any) -> int:
+    """The number of channels that ImageJ or OME names, where each page holds one; else 1."""
     page = tiff.pages.first
-    if page.is_imagej and (tiff.imagej_metadata or {}).get("images", 1) > 1:
-        return True
-    if page.is_stk and page.tags[33629].count > 1:
-        return True
-    for index in range(1, _LOOKED_AT):  # thumbnails may come first
+    if page.samplesperpixel != 1:
+        return 1
+    if page.is_imagej:
+        channels = (tiff.imagej_metadata or {}).get("channels", 1)
+        return channels if isinstance(channels, int) and channels > 1 else 1
+    if not page.is_ome:
+        return 1
+    named = _SIZE_C.search(page.description)
+    return int(named[1]) if named else 1
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The pages of a TIFF."""
+
+    offsets: tuple[int, ...]
+    """Where the headers of the first page and of those of its size begin, in bytes."""
+    others: bool
+    """Whether there are pages of another size."""
+
+
+def page_offsets(file: BinaryIO) -> Pages:
+    """Finds the pages of a TIFF; thumbnails, masks and the levels of a pyramid do not count.
+
+    Raises:
+        ValueError, OSError, struct.error: the file is damaged, or has over 100,000 pages.
+    """
+    head = _Head(file)
+    file.seek(0)
+    magic = file.read(4)
+    order, big = "<" if magic[:1] == b"I" else ">", 43 in magic[2:4]
+    count_format, entry_format, offset_format = (
+        (f"{order}Q", f"{order}HHQ8s", f"{order}Q")
+        if big
+        else (f"{order}H", f"{order}HHI4s", f"{order}I")
+    )
+    end = file.seek(0, io.SEEK_END)
+    file.seek(8 if big else 4)
+    (offset,) = _unpacked_from(head, offset_format)
+    offsets: list[int] = []
+    seen: set[int] = set()
+    first, others = None, False
+    while 0 < offset < end:
+        if offset in seen or len(seen) == _MOST_PAGES:
+            raise ValueError("its pages have no end, or are more than 100,000")
+        seen.add(offset)
+        file.seek(offset)
         try:
-            other = tiff.pages[index]
-        except IndexError:
-            return False
-        except ValueError:  # it is there, but damaged
-            return True
-        if not int(other.subfiletype) & (_REDUCED | _MASK):
-            return True
-    return False
+            (count,) = _unpacked_from(head, count_format)
+            table = _read_all(head, count * struct.calcsize(entry_format))
+            (following,) = _unpacked_from(head, offset_format)
+        except (struct.error, EOFError):
+            if not offsets:
+                raise
+            others = True  # it is there, but damaged
+            break
+        tags = {tag: value for tag, *value in struct.iter_unpack(entry_format, table)}
+        kind = _number(tags.get(_SUBFILE_TYPE), order) or 0
+        size = tuple(_number(tags.get(tag), order) for tag in (_LENGTH, _WIDTH))
+        if first is None:
+            first = size
+            offsets.append(offset)
+        elif not kind & (_REDUCED | _MASK):
+            if size == first:
+                offsets.append(offset)
+            else:
+                others = True
+        offset = following
+    return Pages(tuple(offsets), others)
+
+
+def _unpacked_from(file: io.RawIOBase, form: str) -> tuple[int, ...]:
+    return struct.unpack(form, _read_all(file, struct.calcsize(form)))
+
+
+def _read_all(file: io.RawIOBase, size: int) -> bytes:
+    if size > _MAX_TAG_BYTES:
+        raise ValueError("more than 32 MiB of tags")
+    data = file.read(size) or b""
+    if len(data) != size:
+        raise EOFError("the file ends too early")
+    return data
+
+
+def _number(entry: list[Any] | None, order: str) -> int | None:
+    """The value of a tag of one number, as bytes, 16, 32 or 64 bits; None of others."""
+    if entry is None:
+        return None
+    kind, count, value = entry
+    form = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
+    if form is None or count != 1:
+        return None
+    number: int = struct.unpack_from(order + form, value.ljust(8, b"\0"))[0]
+    return number
+
+
+def several_pages(number: int) -> str:
+    """`1 page` or `2 pages`."""
+    return f"{number} page{'s' * (number != 1)}"
 
 
 def _in_strips(
@@ -420,7 +551,7 @@ def on_black(part: Array) -> Array:  # [C + 1, h, w], alpha last -> [C, h, w]
     return cast(Array, (part[:-1] * alpha).round())
 
 
-def _stretched(values: Array, name: str, inverted: bool) -> Array:  # -> float32 in [0, 1]
+def float_range(values: Array, name: str, inverted: bool = False) -> Array:  # float32 in [0, 1]
     """From the least value of all channels to the greatest becomes 0 to 1; float32 in place."""
     low, high = np.inf, -np.inf
     for rows in _bands(values):

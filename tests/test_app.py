@@ -31,7 +31,6 @@ from spairkit.images import read_image, write_png
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
-from spairkit.app.finder import outlines  # noqa: E402
 from spairkit.app.grouping import groups_of  # noqa: E402
 from spairkit.app.pictures import Pictures  # noqa: E402
 from spairkit.app.server import build_app  # noqa: E402
@@ -479,23 +478,27 @@ def test_picture_is_not_sent_again(served: Served) -> None:
     known = {"If-None-Match": first.headers["etag"]}
     assert served.ask("/api/images/0/picture", headers=known).status == 304
     draw_discs(served.session.folder / "a.png", 2)
-    assert served.ask("/api/images/0/picture", headers=known).status == 200
+    again = served.ask("/api/images/0/picture", headers=known)
+    assert again.status == 200
+    assert again.body != first.body
 
 
-def test_outlines_run_round_the_masks() -> None:
-    masks = np.zeros((6, 9), np.int32)
-    masks[1:4, 0:3] = 1
-    masks[2, 1] = 0
-    masks[5, 8] = 3
-    first, second, third = outlines(masks, 3)
-    assert second == []
-    assert len(first) == 2  # there is a hole
-    for polygon, inside in ((first[0], (0.5, 1.5)), (third[0], (8.5, 5.5))):
-        x, y = np.array(polygon[::2]) / 2, np.array(polygon[1::2]) / 2
-        assert x.min() <= inside[0] <= x.max()
-        assert y.min() <= inside[1] <= y.max()
-    assert (min(third[0][::2]), max(third[0][::2])) == (16, 18)
-    assert (min(third[0][1::2]), max(third[0][1::2])) == (10, 12)
+def test_frames_of_a_stack_are_images(tmp_path: Path) -> None:
+    folder = tmp_path / "films"
+    folder.mkdir()
+    draw_discs(tmp_path / "a.png", 9)
+    frame = read_image(tmp_path / "a.png")[0].numpy()
+    np.save(folder / "film.npy", np.stack([frame, frame.T, frame[::-1]]))
+    with serving(folder) as served:
+        served.finished()
+        assert served.ask("/api/images").value["names"] == [f"film.npy/{i}" for i in (1, 2, 3)]
+        assert served.ask("/api/counts").value == {"images": [9, 9, 9], "total": 27}
+        boxes = served.ask("/api/images/1/objects").value["boxes"]
+        upright = served.ask("/api/images/0/objects").value["boxes"]
+        assert sorted(boxes) == sorted([y1, x1, y2, x2] for x1, y1, x2, y2 in upright)
+        first, second = (served.ask(f"/api/images/{i}/picture") for i in (0, 1))
+        assert first.status == second.status == 200
+        assert first.body != second.body
 
 
 def test_groups_are_those_of_the_whole_folder() -> None:
@@ -573,8 +576,8 @@ def tiny_trainings(steps: int) -> Callable[[Sequence[str]], "subprocess.Popen[by
     return start
 
 
-@pytest.mark.slow
-def test_training_is_watched_and_its_model_taken(workplace: Path) -> None:
+@pytest.mark.long
+def test_training_is_watched_to_its_end(workplace: Path) -> None:
     with serving(workplace / "cells", start=tiny_trainings(3)) as served:
         state = served.ask("/api/training", "POST").value
         assert state["training"]["run"] == "runs/folder-quick-1"
@@ -584,14 +587,10 @@ def test_training_is_watched_and_its_model_taken(workplace: Path) -> None:
         assert (training["step"], training["steps"]) == (3, 3)
         assert [point["step"] for point in training["curve"]] == [1, 2, 3]
         assert training["has_model"]
-        state = served.ask("/api/training/model", "PUT").value
-        assert state["models"][state["model"]] == "runs/folder-quick-1"
-        assert state["uses_training"]
-        assert served.finished().ask("/api/images/0/objects").status == 200
 
 
 @pytest.mark.slow
-def test_stopped_training_has_saved(workplace: Path) -> None:
+def test_stopped_training_has_saved_a_model_to_take(workplace: Path) -> None:
     with serving(workplace / "cells", start=tiny_trainings(1_000_000)) as served:
         served.ask("/api/training", "POST")
         until = time.monotonic() + 120
@@ -601,8 +600,13 @@ def test_stopped_training_has_saved(workplace: Path) -> None:
         served.ask("/api/training", "DELETE")
         training = waited(served, "stopped", "failed")
         assert training["status"] == "stopped", training["lines"]
-        assert training["has_model"]
         assert any("checkpoint saved" in line for line in training["lines"])
+        assert training["step"] >= training["curve"][-1]["step"] > 0
+        assert training["has_model"]
+        state = served.ask("/api/training/model", "PUT").value
+        assert state["models"][state["model"]] == training["run"] == "runs/folder-quick-1"
+        assert state["uses_training"]
+        assert served.finished().ask("/api/images/0/objects").status == 200
 
 
 @pytest.mark.slow

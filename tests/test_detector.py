@@ -22,6 +22,8 @@ from spairkit.detector import Detector
 from spairkit.errors import InputError
 from spairkit.images import ImageLike, as_image, write_png
 from spairkit.models.loading import build
+from spairkit.report.signs import Signs, has_failed
+from spairkit.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +283,19 @@ def test_package_lists_its_public_names() -> None:
         spairkit.detect  # noqa: B018
 
 
+def test_train_reports_and_warns_of_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_png(tmp_path / "0.png", torch.rand(3, 40, 40))
+    reason = "no object was found in any image"
+    monkeypatch.setattr(loop, "signs_of", lambda *_: Signs(failures=(reason,)))
+    settings = {"train.steps": 2, "train.batch_size": 2, "train.threads": 1}
+    with pytest.warns(UserWarning, match=rf"the training of .*run failed, .*: {reason}"):
+        spairkit.train(tmp_path / "0.png", set=settings, out=tmp_path / "run", verbose=False)
+    assert has_failed(tmp_path / "run")
+    assert reason in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_train_returns_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "images").mkdir()
     for index in range(3):
@@ -322,10 +337,10 @@ def test_unusable_devices_are_refused(
         spairkit.load(device=device)
 
 
-def test_detect_many_refuses_one_file(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
+def test_detect_many_takes_one_file(detector: Detector, scenes: Tensor, tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", scenes[0])
-    with pytest.raises(InputError, match=r"a\.png: is a file; use detect"):
-        next(detector.detect_many(tmp_path / "a.png"))
+    (found,) = detector.detect_many(tmp_path / "a.png")
+    assert torch.equal(found.boxes, detector.detect(tmp_path / "a.png").boxes)
 
 
 @pytest.mark.parametrize(

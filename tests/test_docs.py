@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import typer.main
 
 import spairkit
 from spairkit.cli.main import app, main
+from spairkit.images import read_pixels
 from spairkit.training.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +187,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "cells" / old).rename(folder / "cells" / new)
         annotations.write_text(annotations.read_text().replace(old, new))
     shutil.copy(folder / "cells" / "1.png", folder / "scene.png")
+    scenes = [read_pixels(folder / "cells" / f"{number}.png").numpy()[0] for number in (1, 2)]
+    tifffile.imwrite(folder / "film.tif", np.stack(scenes), photometric="minisblack")
     digits = np.random.default_rng(0).integers(1, 256, (200, 28, 28), np.uint8)
     labels = np.arange(200) % 10
     np.savez(folder / "mnist.npz", x_train=digits, y_train=labels, x_test=digits, y_test=labels)

@@ -186,6 +186,11 @@ def test_agreement_on_few_objects_is_not_judged() -> None:
     assert len(signs_of(spair(), objects(2, 3, floor=floor)).failures) == 1
 
 
+def test_signs_of_a_short_training_are_warnings() -> None:
+    (reason,) = signs_of(spair(), objects(0), updates=200).failures
+    assert signs_of(spair(), objects(0), updates=199) == Signs(warnings=(reason,))
+
+
 def test_doubts_of_the_survey_are_warnings() -> None:
     looked = survey(0.2)
     signs = signs_of(spair(), objects(3), looked)

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from contourpy import LineType, contour_generator
-from scipy import ndimage
 
 from spairkit.app.grouping import Group, groups_of
 from spairkit.config import ClassicalConfig
@@ -25,6 +23,7 @@ from spairkit.detector import Detector
 from spairkit.errors import InputError, lacks_memory
 from spairkit.images import image_size
 from spairkit.label_images import coco_segmentations
+from spairkit.polygons import polygons
 from spairkit.report.signs import misfit
 
 LEAST_THRESHOLD = 0.05
@@ -59,7 +58,7 @@ class Finder:
         self.paths = paths
         self.error: str | None = None
         """Why nothing is found: the detector cannot be opened."""
-        self.phase = "opening the model"
+        self.phase = "getting ready"
         self.share = 0.0
         """Of the image that is worked on; 0 where a model does not tell."""
         self.detector: Detector | None = None
@@ -110,7 +109,7 @@ class Finder:
         return [] if numbers is None else numbers.tolist()
 
     def outlines(self, index: int) -> list[list[list[int]]]:
-        """For each object the polygons of its outline, x, y, x, y ... in half pixels."""
+        """For each object the rings of its outline, each as x, y, x, y ... in pixels."""
         value: list[list[list[int]]] = self._stored(index, "outlines")
         return value
 
@@ -192,7 +191,10 @@ class Finder:
         lines: list[list[list[int]]] = []
         if found.label_image is not None and found.labels is not None:
             masks = coco_segmentations(found.label_image, found.labels)
-            lines = outlines(found.masks.numpy(), len(found))
+            lines = [
+                [ring.ravel().tolist() for polygon in pieces for ring in polygon]
+                for pieces in polygons(found.label_image, found.labels)
+            ]
         for kind, value in (("masks", masks), ("outlines", lines)):
             path = Path(self._files.name, f"{index}.{kind}.json")
             path.write_text(json.dumps(value, separators=(",", ":")))
@@ -208,34 +210,6 @@ class Finder:
 
 class _Ended(Exception):
     """The finder is closed in the middle of an image."""
-
-
-def outlines(
-    masks: npt.NDArray[np.int32],  # [H, W], i + 1 on object i
-    number: int,
-) -> list[list[list[int]]]:
-    """For each object the polygons of its outline, x, y, x, y ... in half pixels of the file."""
-    lines: list[list[list[int]]] = []
-    places = ndimage.find_objects(masks, max_label=number)
-    for label, place in enumerate(places, start=1):
-        if place is None:
-            lines.append([])
-            continue
-        rows, columns = place
-        inside = np.pad(masks[place] == label, 1).astype(np.float64)
-        shift = np.array([columns.start, rows.start]) - 0.5
-        polygons: Any = contour_generator(z=inside, line_type=LineType.Separate).lines(0.5)
-        lines.append([_corners(np.rint(2 * (line + shift)).astype(int)) for line in polygons])
-    return lines
-
-
-def _corners(line: npt.NDArray[np.int_]) -> list[int]:  # [k, 2], closed
-    """The polygon without its last point, which is the first, and points on straight sides."""
-    points = line[:-1]
-    before, after = points - np.roll(points, 1, 0), np.roll(points, -1, 0) - points
-    turns = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    flat: list[int] = points[turns].ravel().tolist()
-    return flat
 
 
 def _size(path: Path, found: Detections) -> tuple[int, int]:

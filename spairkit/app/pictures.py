@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from spairkit.errors import InputError
+from spairkit.frames import file_of
 from spairkit.images import read_image
 from spairkit.report.drawing import display_levels, reduced
 
@@ -26,7 +28,16 @@ class Pictures:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._read: OrderedDict[Path, Image.Image] = OrderedDict()
+        self._read: OrderedDict[tuple[Path, str], Image.Image] = OrderedDict()
+
+    @staticmethod
+    def version(path: Path) -> str:
+        """A text that changes when the file of an image does. Raises InputError if it is gone."""
+        try:
+            state = file_of(path)[0].stat()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        return f"{state.st_ino}-{state.st_mtime_ns}-{state.st_size}"
 
     def draw(self, path: Path, side: int, region: Region | None = None) -> tuple[bytes, str]:
         """A picture of a file, or of a region of it, and its media type.
@@ -52,14 +63,15 @@ class Pictures:
         return data.getvalue(), "image/jpeg"
 
     def _whole(self, path: Path) -> Image.Image:
-        if path in self._read:
-            self._read.move_to_end(path)
-            return self._read[path]
+        key = path, self.version(path)
+        if key in self._read:
+            self._read.move_to_end(key)
+            return self._read[key]
         pixels = read_image(path)
         picture = reduced(pixels, max(pixels.shape[1:]), display_levels(pixels))
         size = picture.width * picture.height * 3
         if size <= _MAX_READ:
-            self._read[path] = picture
+            self._read[key] = picture
             while sum(p.width * p.height * 3 for p in self._read.values()) > _MAX_READ:
                 self._read.popitem(last=False)
         return picture

@@ -309,11 +309,7 @@ class _Handlers:
 
     async def _drawn(self, request: Request, crop: _Crop) -> Response:
         path = self.session.paths[self._index(request)]
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        key = f"{status.st_ino}-{status.st_mtime_ns}-{status.st_size}-{crop.side}-{crop.region}"
+        key = f"{self.session.pictures.version(path)}-{crop.side}-{crop.region}"
         headers = {"ETag": f'"{key}"', "Cache-Control": "private, no-cache"}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)

@@ -19,6 +19,7 @@ from spairkit.images import list_images
 from spairkit.models.watershed import Watershed
 from spairkit.names import in_utf8
 from spairkit.presets import DEFAULT, resolve
+from spairkit.report.signs import failed_run
 from spairkit.survey import look
 
 CORRECTIONS = "spairkit-corrections.json"
@@ -65,8 +66,7 @@ class Session:
         self.corrections = CorrectionsFile(corrections)
         self.pictures = Pictures()
         self.training: Training | None = None
-        self.doubts: list[str] = []
-        """Reasons to expect a failure of the watershed."""
+        self._doubts: list[str] = []  # of the watershed
         self._device, self._start = device, start
         self._models: list[Path | None] = [None]
         self._chosen = 0
@@ -115,7 +115,7 @@ class Session:
             "rough": detector is not None
             and detector.search != "off"
             and not detector.is_calibrated,
-            "doubts": self.doubts if self._models[self._chosen] is None else [],
+            "doubts": self._doubts_of(self._models[self._chosen]),
             "misfits": len(misfits),
             "misfit": misfits[0] if misfits else None,
             "unreadable": failures[:3],
@@ -244,6 +244,15 @@ class Session:
             self._models.append(training.run)
         self.choose(self._models.index(training.run))
 
+    def _doubts_of(self, model: Path | None) -> list[str]:
+        """Reasons not to trust a model, in sentences; None is the watershed."""
+        if model is None:
+            return [f"{doubt[:1].upper()}{doubt[1:]}." for doubt in self._doubts]
+        failed = failed_run(model)
+        if failed is None:
+            return []
+        return [f"The training of {in_utf8(str(failed))} failed: do not trust these objects."]
+
     def _corrected(self, index: int, found: Found | None) -> dict[str, Any]:
         corrections = self.corrections.of(self.names[index])
         hidden = [] if found is None else corrections.hidden(found.boxes).nonzero()[0].tolist()
@@ -284,7 +293,7 @@ class Session:
     def _watershed(self) -> Detector:
         """A watershed with the settings that a look at the folder proposes."""
         survey = look(self.paths)
-        self.doubts = survey.doubts()
+        self._doubts = survey.doubts()
         model = {"data": {"name": "folder", "path": "."}, "model": {"kind": WATERSHED}}
         config = resolve(DEFAULT, survey.settings(WatershedConfig(), {}), model)
         assert isinstance(config.model, WatershedConfig)

@@ -16,7 +16,6 @@ from spairkit.storage.runs import Run, new_folder
 _LINES, _SHOWN = 200, 8  # of its output that are kept, and shown
 _MAX_LINE = 2000  # characters
 _POINTS = 240  # of a curve
-_FAILED = 3  # the exit status of a training that ends with signs of failure
 _STEP = re.compile(r"(?:^|after )step (\d{1,12})\b")
 
 Start = Callable[[Sequence[str]], "subprocess.Popen[bytes]"]
@@ -52,7 +51,7 @@ class Training:
             return "stopping" if self._stops else "running"
         if code == 0:
             return "done"
-        return "stopped" if self._stops and code != _FAILED else "failed"
+        return "stopped" if self._stops else "failed"
 
     @property
     def has_model(self) -> bool:

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from spairkit.config import DataConfig
 from spairkit.data.folder import ANNOTATIONS
+from spairkit.frames import file_of
 from spairkit.images import list_images
 from spairkit.names import printable
 
@@ -27,7 +29,7 @@ def data_files(config: DataConfig) -> dict[str, Path]:
     if config.name != "folder":
         return {place.name: place}
     folder = place if place.is_dir() else place.parent
-    files = [*list_images(place), folder / ANNOTATIONS]
+    files = [*dict.fromkeys(file_of(path)[0] for path in list_images(place)), folder / ANNOTATIONS]
     return {path.relative_to(folder).as_posix(): path for path in files if path.exists()}
 
 
@@ -51,12 +53,26 @@ def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal; empty if it cannot be read."""
+    """The sha256 of a file, or of a frame's file, in hexadecimal; empty if it cannot be read."""
+    file, frame = file_of(path)
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        if frame is None:
+            return _digest(file)
+        state = file.stat()
+        return _digest_of_stack(file, state.st_mtime_ns, state.st_size)
     except OSError:
         return ""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _digest_of_stack(path: Path, changed: int, size: int) -> str:
+    """Of a file that has not changed, whose frames follow each other."""
+    return _digest(path)
 
 
 def sha256_of_files(files: Mapping[str, Path]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scenes import Batch
 from spairkit.detections import Truth
 from spairkit.errors import ImageFileError, InputError
+from spairkit.frames import file_of
 from spairkit.images import (
     image_size,
     list_images,
@@ -51,10 +52,10 @@ _THIN_PX = 1e-6
 class ImageFolder:
     """The images of a folder and its subfolders, in the order of their paths.
 
-    An image file is a folder of one. Files that cannot be read are skipped: `skipped` has the
-    reasons. Files whose headers are whole but whose pixels are damaged are found when the folder is
-    opened if it has at most 67 million pixels, and else when they are first decoded, with a
-    warning; in place of their crops those of the next file are taken.
+    An image file is a folder of its frames. Files that cannot be read are skipped: `skipped` has
+    the reasons. Files whose headers are whole but whose pixels are damaged are found when the
+    folder is opened if it has at most 67 million pixels, and else when they are first decoded, with
+    a warning; in place of their crops those of the next file are taken.
 
     Of ten files or more, about a tenth is for validation, those of lowest hash of the name, so that
     a file stays in its split when others are added. Of fewer, all are for both. The test split
@@ -99,7 +100,7 @@ class ImageFolder:
         self.split: Split = split
         self.device = torch.device(device)
         files = list_images(Path(config.path))
-        alone = files == [Path(config.path)]
+        alone = not Path(config.path).is_dir()
         self._folder = Path(config.path).parent if alone else Path(config.path)
         names = [path.relative_to(self._folder).as_posix() for path in files]
         self.num_files = len(names)
@@ -357,7 +358,7 @@ def _warn_once(message: str) -> None:
 def _damage(path: Path) -> str:
     """What is wrong with the pixels of an image file; empty if nothing is."""
     try:
-        state = path.stat()
+        state = file_of(path)[0].stat()
     except OSError as error:
         return f"{printable(path)}: {error.strerror}"
     return _damage_at(path, state.st_mtime_ns, state.st_size)

@@ -157,6 +157,17 @@ def draw_boxes(
     return picture
 
 
+def overlay(image: Tensor, detections: Detections) -> Tensor:  # [3, H, W] -> [3, H', W'] uint8
+    """The image at display levels with a line around each object, as `draw_boxes` draws them.
+
+    A small image is enlarged by a whole factor; a large one keeps its size.
+    """
+    height, width = image.shape[1:]
+    scale = max(1, picture_scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE))
+    drawn = draw_boxes(image, detections, scale, levels=display_levels(image))
+    return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
+
+
 def panel(
     explanation: Explanation,
     *,

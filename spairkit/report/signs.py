@@ -19,6 +19,9 @@ from spairkit.survey import Survey
 AGREED = 0.3
 """F1 with the watershed, at least."""
 
+JUDGED_UPDATES = 200
+"""The signs of a shorter training are warnings."""
+
 _FILE = "signs.json"
 _CELLS = 0.7  # objects for each cell of the grid, at most
 _COVERED = 0.9  # share of the image that masks cover, at most
@@ -59,13 +62,19 @@ def misfit(detector: Detector, found: Detections) -> str | None:
     return None
 
 
-def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None) -> Signs:
+def signs_of(
+    detector: Detector,
+    objects: Objects,
+    survey: Survey | None = None,
+    updates: int = JUDGED_UPDATES,
+) -> Signs:
     """The signs in the objects that a report shows.
 
     Args:
         detector: has found them.
         objects: of some images.
         survey: of the folder, if it was looked at.
+        updates: of the training; the signs of one of fewer than `JUDGED_UPDATES` are warnings.
     """
     doubts = survey.doubts() if survey else []
     cluttered = survey is not None and survey.is_cluttered
@@ -91,6 +100,8 @@ def signs_of(detector: Detector, objects: Objects, survey: Survey | None = None)
             failures.append(said)
         elif floor.agreement < 2 * AGREED:
             warnings.append(f"{said}: look at both before you use one")
+    if updates < JUDGED_UPDATES:
+        return Signs(warnings=(*failures, *warnings))
     return Signs(tuple(failures), tuple(warnings))
 
 
@@ -107,6 +118,14 @@ def clear_signs(run: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be removed: {error.strerror}") from error
+
+
+def failed_run(checkpoint: Path) -> Path | None:
+    """The run of a checkpoint, or the folder itself, if it is marked as failed."""
+    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
+        if has_failed(folder):
+            return folder
+    return None
 
 
 def has_failed(run: Path) -> bool:

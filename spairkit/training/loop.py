@@ -19,15 +19,18 @@ from spairkit import presets
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import from_toml, merge, nested, to_toml
-from spairkit.data.datasets import data_settings, open_splits
+from spairkit.data.datasets import data_settings, open_dataset, open_splits
 from spairkit.data.files import changed_files, data_files, sha256_of_files
 from spairkit.data.folder import ImageFolder
 from spairkit.detector import Detector, chosen_device, load
 from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
 from spairkit.names import printable
+from spairkit.report.objects import write_objects
+from spairkit.report.page import write_report
+from spairkit.report.signs import Signs, signs_of, write_signs
 from spairkit.storage.runs import Run, recorded_data
-from spairkit.survey import preparation, survey_of
+from spairkit.survey import Survey, preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
 from spairkit.training.distributed import World
@@ -59,6 +62,8 @@ def train(
 ) -> Detector:
     """Trains on images, without labels, and returns the detector of the best checkpoint.
 
+    The run's folder has a report.html, as after `spairkit train`.
+
     If time runs out before the first validation, it is the detector of the last checkpoint.
 
     Args:
@@ -73,6 +78,9 @@ def train(
     Raises:
         InputError: settings or data cannot be used, or the folder cannot be written.
         DivergedError: an `InputError`: the losses are no longer finite; lower train.learning_rate.
+
+    Warns:
+        UserWarning: there are signs that the training has failed (docs/own-images.md).
     """
     device = chosen_device(device)
     if minutes is not None and not minutes > 0:
@@ -119,7 +127,28 @@ def train(
         if calibrates(run):
             say("calibrating the search")
             calibrate(run, device)
-    return load(run.path, device)
+    detector = load(run.path, device)
+    signs = _reported(run, detector, survey)
+    for warning in signs.warnings:
+        say(f"warning: {warning}")
+    if signs.failures:
+        warnings.warn(
+            f"the training of {printable(run.path)} failed, do not use what it finds: "
+            f"{'; '.join(signs.failures)}",
+            stacklevel=2,
+        )
+    return detector
+
+
+def _reported(run: Run, detector: Detector, survey: Survey | None) -> Signs:
+    """The signs of failure of a run that has ended; writes its report."""
+    dataset = open_dataset(run.config.data, "test", detector.device)
+    objects = write_objects(run.path, detector, dataset)
+    last = run.checkpoints[0][0] if run.checkpoints else 0
+    signs = signs_of(detector, objects, survey, last)
+    write_signs(run.path, signs)
+    write_report(run.path)
+    return signs
 
 
 def check(config: Config, device: torch.device, processes: int) -> None:

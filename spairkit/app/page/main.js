@@ -114,7 +114,8 @@ function showProgress(state) {
   bar.hidden = !state.busy;
   bar.value = (state.done + state.share) / Math.max(state.images, 1);
   const words = [];
-  if (state.busy) words.push(state.done < state.images ? `${state.done} of ${several(state.images, "image")}` : state.phase);
+  if (state.busy && !state.done) words.push(state.phase);
+  else if (state.busy) words.push(state.done < state.images ? `${state.done} of ${several(state.images, "image")}` : state.phase);
   else words.push(`in ${several(state.images, "image")}`);
   if (state.num_unreadable) words.push(`${state.num_unreadable} cannot be read`);
   byId("progress-words").textContent = words.join("; ");

@@ -211,7 +211,10 @@ export class View {
     const [x, y] = this.toFile(event.clientX, event.clientY);
     this.on.place(x, y, this.scale);
     const before = this.pointers.get(event.pointerId);
-    if (!before) return;
+    if (!before) {
+      this.canvas.classList.toggle("points", !this.adds && this.at([x, y]) !== null);
+      return;
+    }
     if (this.gesture === "pinch" && this.pointers.size === 2) {
       const old = [...this.pointers.values()];
       this.pointers.set(event.pointerId, [event.clientX, event.clientY]);
@@ -348,13 +351,13 @@ function rectangle([x1, y1, x2, y2]) {
   return path;
 }
 
-// polygons in half pixels; an object without a mask has its box
-function outline(box, polygons) {
-  if (!polygons?.length) return rectangle(box);
+// rings of corners of pixels; an object without a mask has its box
+function outline(box, rings) {
+  if (!rings?.length) return rectangle(box);
   const path = new Path2D();
-  for (const points of polygons) {
-    path.moveTo(points[0] / 2, points[1] / 2);
-    for (let i = 2; i < points.length; i += 2) path.lineTo(points[i] / 2, points[i + 1] / 2);
+  for (const points of rings) {
+    path.moveTo(points[0], points[1]);
+    for (let i = 2; i < points.length; i += 2) path.lineTo(points[i], points[i + 1]);
     path.closePath();
   }
   return path;
