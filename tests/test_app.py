@@ -311,7 +311,7 @@ def test_corrections_are_there_after_a_restart(folder: Path) -> None:
         served.finished()
         boxes = served.ask("/api/images/0/objects").value["boxes"]
         answer = served.put(0, revision=0, removed=[boxes[4]], added=[[2.5, 40.25, 9, 47]])
-        assert answer.value["hidden"] == [4]
+        assert answer.value["covers"] == [4, None]
         assert answer.value["revision"] == 1
         assert served.ask("/api/counts").value["images"][0] == 9 - 1 + 1
         assert served.ask("/api/counts?threshold=0.99").value["images"][0] == 1  # the added one
@@ -320,7 +320,7 @@ def test_corrections_are_there_after_a_restart(folder: Path) -> None:
         objects = served.finished().ask("/api/images/0/objects").value
         assert objects["removed"] == [boxes[4]]
         assert objects["added"] == [[2.5, 40.25, 9, 47]]
-        assert objects["hidden"] == [4]
+        assert objects["covers"] == [4, None]
         assert served.ask("/api/counts").value["images"] == [9, 6, None]
         assert (folder / "fixes.json").read_bytes() == before
 
@@ -376,14 +376,13 @@ def test_corrections_of_absent_images_are_kept(tmp_path: Path) -> None:
     assert last.of("here.png") == Corrections(removed=((0, 0, 2, 2),))
 
 
-def test_each_correction_hides_one_box_at_most() -> None:
+def test_each_correction_stands_for_one_box_at_most() -> None:
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [20, 0, 30, 10], [0, 20, 10, 30]], float)
     corrections = Corrections(removed=((0, 0, 10, 10), (20, 5, 30, 30)), added=((0, 21, 10, 30),))
-    # the third has an IoU of 1/6; the second is as good as the first, but hidden is hidden
-    assert corrections.hidden(boxes).tolist() == [True, False, False, True]
-    twice = Corrections(removed=((0, 0, 10, 10), (0, 0, 10, 10)))
-    assert twice.hidden(boxes).tolist() == [True, True, False, False]
-    assert not corrections.hidden(np.zeros((0, 4))).size
+    assert corrections.covers(boxes) == [0, None, 3]  # the IoU with the third box is 1/6
+    twice = Corrections(removed=((0, 0, 10, 10),) * 3)
+    assert twice.covers(boxes) == [0, 1, None]
+    assert twice.covers(np.zeros((0, 4))) == [None] * 3
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools

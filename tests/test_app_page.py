@@ -174,6 +174,13 @@ def test_corrections_outlive_a_reload_and_a_restart(browser: Any, folder: Path) 
         page.tab.reload()
         page.expect("#count").to_have_text("8")
         page.expect("#saved").to_contain_text("1 removed")
+        page.tab.check("#show-removed")
+        page.click_file(*DISCS[4])
+        page.expect("#selection").to_contain_text("Removed")
+        page.tab.click("#remove")
+        page.expect("#count").to_have_text("9")
+        page.tab.click("#undo")
+        page.expect("#count").to_have_text("8")
         page.close()
 
     with app("discs", cwd=folder.parent) as address:

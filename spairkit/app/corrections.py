@@ -54,22 +54,28 @@ class Corrections:
     added: Boxes = ()
     """Boxes of objects that were not found."""
 
-    def hidden(
+    def covers(
         self,
         boxes: npt.NDArray[np.float64],  # [n, 4] xyxy
-    ) -> npt.NDArray[np.bool_]:  # [n]
-        """Which of the boxes found are taken away, or stand for an object that was added.
+    ) -> list[int | None]:
+        """The row of the box found that each removed box, then each added one, stands for.
 
-        Each box of the corrections hides one box found: that of the largest IoU, if it reaches .5.
+        It is the one of the largest IoU, if that reaches .5, and if no correction before it stands
+        for it. What is found and stood for is not an object, or counts as the box that was added.
         """
-        hidden = np.zeros(len(boxes), bool)
+        free = np.ones(len(boxes), bool)
         known = torch.from_numpy(boxes)
-        for box in (*self.removed, *self.added) if len(boxes) else ():
-            iou = box_iou(torch.tensor([box], dtype=torch.float64), known)[0].numpy()
-            iou = np.where(hidden, 0.0, iou)
-            best = int(iou.argmax())
-            hidden[best] |= iou[best] >= _SAME
-        return hidden
+        rows: list[int | None] = []
+        for box in (*self.removed, *self.added):
+            row = None
+            if free.any():
+                iou = box_iou(torch.tensor([box], dtype=torch.float64), known)[0].numpy()
+                iou = np.where(free, iou, 0.0)
+                best = int(iou.argmax())
+                if iou[best] >= _SAME:
+                    row, free[best] = best, False
+            rows.append(row)
+        return rows
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -44,7 +44,8 @@ class Filter:
         keeps &= found.sides <= self.largest
         if groups:
             keeps &= ~np.isin(groups, list(self.without))
-        return np.flatnonzero(keeps & ~corrections.hidden(found.boxes))
+        keeps[[row for row in corrections.covers(found.boxes) if row is not None]] = False
+        return np.flatnonzero(keeps)
 
 
 @dataclass(frozen=True)

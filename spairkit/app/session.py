@@ -173,7 +173,7 @@ class Session:
             revision: of the corrections that these follow on.
 
         Returns:
-            The corrections and the rows that they hide; None if others came in between.
+            The corrections and the rows that they cover; None if others came in between.
 
         Raises:
             InputError: they cannot be written.
@@ -255,11 +255,10 @@ class Session:
 
     def _corrected(self, index: int, found: Found | None) -> dict[str, Any]:
         corrections = self.corrections.of(self.names[index])
-        hidden = [] if found is None else corrections.hidden(found.boxes).nonzero()[0].tolist()
         return {
             "removed": corrections.removed,
             "added": corrections.added,
-            "hidden": hidden,
+            "covers": [] if found is None else corrections.covers(found.boxes),
             "revision": self._revisions.get(index, 0),
         }
 

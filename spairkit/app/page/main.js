@@ -222,9 +222,9 @@ async function choose(index) {
     await Promise.all([shown, readObjects(signal)]);
     if (signal.aborted) return;
     if (picture.naturalWidth) view.setPicture(picture, page.objects.size, source);
-    view.sharpen();
-  } finally {
-    if (!signal.aborted) byId("busy").hidden = true;
+    byId("busy").hidden = true;
+  } catch (error) {
+    if (!signal.aborted) byId("busy").textContent = error.message; // in place of the image
   }
 }
 
@@ -263,7 +263,7 @@ function shownRows() {
   const { objects, without } = page;
   if (!objects) return [];
   const { threshold, least, largest } = filter();
-  const hidden = new Set(objects.hidden);
+  const hidden = new Set(objects.covers);
   const rows = [];
   objects.scores.forEach((score, row) => {
     const side = objects.sides[row];
@@ -274,14 +274,17 @@ function shownRows() {
   return rows;
 }
 
+// rows of the objects that were removed, if they are to be shown
+function removedRows() {
+  const { covers, removed } = page.objects;
+  return byId("show-removed").checked ? covers.slice(0, removed.length).filter((row) => row !== null) : [];
+}
+
 function refresh() {
   const { objects } = page;
   if (!objects) return;
   const rows = shownRows();
-  const found = objects.boxes.length;
-  const isShown = view.selected >= found ? view.selected - found < objects.added.length : rows.includes(view.selected);
-  if (view.selected !== null && !isShown) view.selected = null;
-  view.show(rows, objects.added);
+  view.show(rows, objects.added, removedRows());
   showCount(rows.length + objects.added.length);
   showEditing();
   showNotes();
@@ -307,6 +310,7 @@ function showEditing() {
   const { objects, state } = page;
   const changes = objects ? objects.removed.length + objects.added.length : 0;
   byId("remove").disabled = view.selected === null;
+  byId("remove").textContent = isRemoved(view.selected) ? "Restore" : "Remove";
   byId("undo").disabled = !(page.undo.get(page.index)?.length);
   byId("reset").disabled = !changes;
   byId("add").disabled = !objects;
@@ -328,8 +332,11 @@ function selection() {
   const [x1, y1, x2, y2] = view.boxOf(view.selected);
   const size = `${(x2 - x1).toFixed(1)} × ${(y2 - y1).toFixed(1)} px`;
   const score = objects.scores[view.selected];
-  return score === undefined ? `Added by hand, ${size}` : `Confidence ${score.toFixed(2)}, ${size}`;
+  if (score === undefined) return `Added by hand, ${size}`;
+  return `${isRemoved(view.selected) ? "Removed; confidence" : "Confidence"} ${score.toFixed(2)}, ${size}`;
 }
+
+const isRemoved = (index) => index !== null && page.objects !== null && removedRows().includes(index);
 
 // ---- corrections
 
@@ -374,10 +381,15 @@ const correct = guarded(async (change, isUndo = false) => {
   await work;
 });
 
+// removes the selected object, or restores it if it is removed
 function remove() {
   const index = view.selected;
   if (index === null || !page.objects) return undefined;
   const found = page.objects.boxes.length;
+  if (isRemoved(index)) {
+    const which = page.objects.covers.indexOf(index);
+    return correct(({ removed, added }) => ({ removed: removed.filter((_, number) => number !== which), added }));
+  }
   const box = view.boxOf(index);
   return correct(({ removed, added }) =>
     index < found
@@ -423,8 +435,7 @@ function setAdding(adds) {
 // selects the next object in reading order
 function step(by) {
   if (!page.objects) return;
-  const found = page.objects.boxes.length;
-  const all = [...shownRows(), ...page.objects.added.map((_, index) => found + index)];
+  const all = view.candidates();
   if (!all.length) return;
   const at = all.indexOf(view.selected);
   select(all[at < 0 ? (by > 0 ? 0 : all.length - 1) : (at + by + all.length) % all.length]);
@@ -522,6 +533,7 @@ byId("reset").addEventListener("click", reset);
 byId("zoom-in").addEventListener("click", () => view.zoom(1.4));
 byId("zoom-out").addEventListener("click", () => view.zoom(1 / 1.4));
 byId("zoom-fit").addEventListener("click", () => view.fit());
+byId("show-removed").addEventListener("change", refresh);
 for (const name of ["outlines", "boxes"]) {
   byId(`show-${name}`).addEventListener("change", (event) => {
     view[name] = event.target.checked;

@@ -3,6 +3,7 @@
 
 export const COLOURS = ["#ffcf4a", "#56b4e9", "#e3739f", "#3fc79a", "#f2884b", "#b69cff"];
 const ADDED = "#4fe0e6";
+const REMOVED = "#c9ced6";
 const HALO = "rgba(0, 0, 0, .55)";
 const HALO_ABOVE = 0.5; // at smaller scales it would hide the objects
 const MAX_SCALE = 64;
@@ -39,6 +40,8 @@ export class View {
     this.objects = null;
     this.shown = [];
     this.added = [];
+    this.removed = [];
+    this.layers = new Map();
     this.selected = null;
     this.box = null;
     this.redraw();
@@ -60,10 +63,12 @@ export class View {
     this.rectangles = objects.boxes.map((box) => rectangle(box));
   }
 
-  // shown: the rows of the objects that are drawn; added: boxes
-  show(shown, added) {
+  // shown: the rows of the objects that are drawn; added: boxes; removed: rows drawn in dashes
+  show(shown, added, removed) {
     this.shown = shown;
     this.added = added;
+    this.removed = removed;
+    if (this.selected !== null && !this.candidates().includes(this.selected)) this.selected = null;
     this.layers = new Map();
     for (const index of shown) {
       const colour = COLOURS[((this.objects.groups[index] ?? 1) - 1) % COLOURS.length];
@@ -261,14 +266,19 @@ export class View {
     if (this.size) this.on.place(...this.toFile(event.clientX, event.clientY), this.scale);
   }
 
+  // what can be selected
+  candidates() {
+    const found = this.objects?.boxes.length ?? 0;
+    return [...this.shown, ...this.removed, ...this.added.map((_, index) => found + index)];
+  }
+
   // the smallest object at a point: by its outline, else by its box
   at([x, y]) {
     const found = this.objects?.boxes.length ?? 0;
-    const candidates = [...this.shown, ...this.added.map((_, index) => found + index)];
     const slack = 3 / this.scale;
     let best = null;
     let least = Infinity;
-    for (const index of candidates) {
+    for (const index of this.candidates()) {
       const [x1, y1, x2, y2] = this.boxOf(index);
       if (x < x1 - slack || x > x2 + slack || y < y1 - slack || y > y2 + slack) continue;
       let size = (x2 - x1) * (y2 - y1);
@@ -316,10 +326,13 @@ export class View {
     // lines are thinner than a pixel of the screen where objects are tiny
     const thin = Math.min(1, Math.max(0.45, Math.sqrt(this.scale))) / this.scale;
     ctx.lineJoin = "round";
-    for (const [colour, layer] of this.layers ?? []) {
+    for (const [colour, layer] of this.layers) {
       if (this.outlines) this.line(ctx, layer.outlines, colour, 1.4 * thin);
       if (this.boxes) this.line(ctx, layer.boxes, colour, thin);
     }
+    ctx.setLineDash([4 * thin, 3 * thin]);
+    for (const row of this.removed) this.line(ctx, this.paths[row], REMOVED, thin);
+    ctx.setLineDash([]);
     for (const box of this.added) this.line(ctx, rectangle(box), ADDED, 1.6 * thin);
     if (this.box) this.line(ctx, rectangle(this.box), ADDED, 1.6 * thin);
     if (this.selected !== null) {
