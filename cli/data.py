@@ -11,7 +11,7 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import counted, echo, print_json, say, several
-from spairkit.cli.files import check_output, refuse_input
+from spairkit.cli.files import check_output, image_files, refuse_input
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,34 +61,34 @@ def look(
 
     The picture shows what a watershed finds with these measurements.
     """
-    if not folder.exists():
-        raise InputError(f"{folder}: no such folder or image")
     if out is not None and out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: pictures are PNG; name a file that ends in .png")
     whole = folder.resolve()
     picture = out or Path(f"{whole.name if whole.is_dir() else whole.stem}-look.png")
     check_output(picture)
-    from spairkit.images import is_picture, list_images, write_picture
+    from spairkit.images import is_picture, write_picture
     from spairkit.report.drawing import contact_sheet
     from spairkit.survey import look as measured
     from spairkit.survey import sample
 
     if picture.exists() and not is_picture(picture):
         raise InputError(f"{picture} exists and is no picture by spairkit; name another with --out")
-    paths = list_images(folder)
-    refuse_input(picture, paths)
+    files = image_files([folder])
+    paths = files.paths
+    refuse_input(picture, files.inputs)
     with counted("looking at the images", 100, quiet=quiet) as show_done:
         survey = measured(paths, lambda share: show_done(round(100 * share)))
     shown = sample(paths, survey)
     names, images, found = zip(*shown, strict=True)
     write_picture(picture, contact_sheet(names, images, found))
     if as_json:
-        print_json({**survey.to_json(), "picture": str(picture)})
+        print_json({**survey.to_json(), "picture": str(picture), "skipped": files.skipped})
         return
     echo("\n".join(survey.lines()))
     for doubt in survey.doubts():
         say(f"warning: {doubt}")
     echo(f"picture: {picture}")
+    files.conclude()
 
 
 @app.command()

@@ -99,7 +99,7 @@ def detect(
         for option, path in outputs.items()
         if path is not None and option not in folders
     }
-    check_outputs(written)
+    check_outputs(written, {option: folder for option, (folder, _) in folders.items()})
     if not (written or folders) and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = image_files(paths)  # a file that is no image shows before any work
@@ -225,6 +225,7 @@ def detect_images(
                     has_masks=detections.label_image is not None,
                     least_count=None if counts is None else counts.least,
                     count_probabilities=[] if counts is None else counts.probabilities.tolist(),
+                    count_is_shared=counts is not None and counts.is_shared,
                     misfit=misfit(detector, detections),
                     measured=measure(detections),
                 )

@@ -141,9 +141,9 @@ def check_output(path: Path, option: str = "--out") -> None:
         raise InputError(f"{option} {path}: {path.parent} is not writable; name another file")
 
 
-def check_outputs(outputs: Mapping[str, Path]) -> None:
-    """`check_output` of several, by their options; no two may be the same file."""
-    seen: dict[Path, str] = {}
+def check_outputs(outputs: Mapping[str, Path], folders: Mapping[str, Path] | None = None) -> None:
+    """`check_output` of several, by their options; no two may be the same file, or a folder."""
+    seen = {path.resolve(): option for option, path in (folders or {}).items()}
     for option, path in outputs.items():
         check_output(path, option)
         if other := seen.get(path.resolve()):

@@ -26,6 +26,7 @@ from spairkit.cli.count import count_objects
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
+from spairkit.cli.export import export
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
 from spairkit.cli.sweep import sweep
@@ -50,6 +51,7 @@ app.command()(track)
 app.command()(compare)
 app.command()(report)
 app.command()(sweep)
+app.command()(export)
 app.add_typer(data.app, name="data")
 app.add_typer(config.app, name="config")
 app.command()(doctor)

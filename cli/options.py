@@ -228,7 +228,7 @@ def say_unfit(reasons: list[str], images: int) -> None:
 
 def say_if_uncalibrated(detector: "Detector") -> None:
     """Says that confidences and intervals of a search are rough."""
-    if detector.search != "off" and not detector.is_calibrated:
+    if detector.search != "off" and not detector.has_intervals:
         say(
             f"confidences and count intervals may be too sure: the search {detector.search!r} is "
             "not calibrated for this model"

@@ -37,8 +37,9 @@ class Finished:
     objects: int
     has_masks: bool
     least_count: int | None
-    """With `count_probabilities`, the posterior of the count; None without one."""
+    """With the next two, the posterior of the count; None without one."""
     count_probabilities: list[float]
+    count_is_shared: bool
     misfit: str | None
     """Why the model does not fit it."""
     measured: str = ""
@@ -53,7 +54,7 @@ class Finished:
         if self.least_count is None:
             return None
         probabilities = torch.tensor(self.count_probabilities, dtype=torch.float64)
-        return CountPosterior(self.least_count, probabilities)
+        return CountPosterior(self.least_count, probabilities, self.count_is_shared)
 
 
 class Partial:

@@ -1,5 +1,6 @@
 """`CountPosterior`: the number of objects in an image, as a distribution."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 _NEGLIGIBLE = 1e-6  # probability below which an object is left out
 _TAIL = 1e-12  # mass of a tail that is cut off, and doubt below which an object is certain
 _OBJECTS_BETWEEN_CUTS = 64
+_ENDS = 4.0  # standard deviations
+_QUANTILES = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,9 @@ class CountPosterior:
     """The smallest count with a probability here."""
     probabilities: Tensor
     """[m] float64 on the CPU, p(C = least + i), with sum 1."""
+    is_shared: bool = False
+    """Whether the doubt is about the model, and so about all images alike: `total` then assumes
+    that all counts are too low, or too high, together."""
 
     def __post_init__(self) -> None:
         p = self.probabilities
@@ -79,8 +85,23 @@ class CountPosterior:
         return cls(least, torch.from_numpy(masses / masses.sum()))
 
     @classmethod
+    def spread(cls, mean: float, deviation: float) -> "CountPosterior":
+        """A count whose doubt `is_shared`: a normal distribution over the counts from 0.
+
+        Args:
+            mean: of the normal distribution, from 0.
+            deviation: its standard deviation, above 0; it ends at four of them.
+        """
+        least = max(math.ceil(mean - _ENDS * deviation), 0)
+        counts = np.arange(least, max(math.floor(mean + _ENDS * deviation), least) + 1)
+        masses = np.exp(-(((counts - mean) / deviation) ** 2) / 2)
+        return cls(least, torch.from_numpy(masses / masses.sum()), is_shared=True)
+
+    @classmethod
     def total(cls, counts: Sequence["CountPosterior"]) -> "CountPosterior":
-        """The number of objects in several images, which are independent."""
+        """The number of objects in several images: independent ones, unless a doubt is shared."""
+        if any(item.is_shared for item in counts):
+            return _summed_together(counts)
         least, masses = 0, np.ones(1)
         for item in counts:
             least += item.least
@@ -119,6 +140,16 @@ class CountPosterior:
     def to_json(self) -> dict[str, Any]:
         """`count_mean`, and `count_interval` as a list of the two ends at 90 %."""
         return {"count_mean": self.mean, "count_interval": list(self.interval())}
+
+
+def _summed_together(counts: Sequence[CountPosterior]) -> CountPosterior:
+    """The sum of counts that are all at the same quantile of their distributions."""
+    quantiles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    sums = np.zeros(_QUANTILES, np.int64)
+    for item in counts:
+        sums += item.least + np.searchsorted(np.cumsum(item.probabilities.numpy()), quantiles)
+    masses = np.bincount(sums - sums[0]) / _QUANTILES
+    return CountPosterior(int(sums[0]), torch.from_numpy(masses), is_shared=True)
 
 
 def _checked(probabilities: Tensor) -> npt.NDArray[np.float64]:  # [n]

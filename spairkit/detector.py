@@ -87,6 +87,9 @@ class Detector:
         self.search: SearchMode = config.search.mode if search is None else search
         self.is_calibrated = calibration is not None and self.search == config.search.mode
         """Whether scores and counts were calibrated with this search."""
+        by_trust = self.search != "off" and config.search.start == "watershed"
+        self.has_intervals = self.is_calibrated or by_trust
+        """Whether intervals of the count rest on known objects, of its images or of others."""
         self.calibration = calibration or Calibration()
         self.finder: Network | PosteriorSearch = network
         self.on_progress: Progress | None = None

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tifffile
 from torch import Tensor
 
 from spairkit.errors import InputError
@@ -122,9 +121,11 @@ def label_tiff(masks: Tensor, objects: int) -> bytes:  # [H, W] int32
 
     Of 16 bits, or of 32 for more than 65,535 objects; compressed by deflate.
     """
+    from tifffile import imwrite  # only where one is written: a broken tifffile stops nothing else
+
     data = io.BytesIO()
     pixels = masks.numpy().astype(np.uint16 if objects <= _MAX_16_BITS else np.uint32)
-    tifffile.imwrite(data, pixels, photometric="minisblack", compression="zlib", metadata=None)
+    imwrite(data, pixels, photometric="minisblack", compression="zlib", metadata=None)
     return data.getvalue()
 
 

@@ -8,6 +8,7 @@ Everything is measured without labels, on some of the images, in seconds.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -369,8 +370,10 @@ def sample(
 ) -> list[tuple[str, Tensor, Detections]]:
     """The objects that a watershed finds in some of the images, with their names and pixels.
 
-    Boxes and masks are in the pixels of the files. Of a large image the middle is taken.
+    Names are from the folder that all images lie in. Boxes and masks are in the pixels of the
+    files. Of a large image the middle is taken.
     """
+    place = os.path.commonpath([path.parent for path in paths])
     found = []
     for path, image in _read(paths, most):
         middle = _middle(image, math.ceil(_SIDE / survey.prepare.scale))
@@ -378,7 +381,11 @@ def sample(
         item = Watershed(WatershedConfig()).detect(seen[None])[0]
         size = (middle.shape[-2], middle.shape[-1])
         found.append(
-            (path.name, middle, in_file_pixels(item, (seen.shape[-2], seen.shape[-1]), size))
+            (
+                os.path.relpath(path, place),
+                middle,
+                in_file_pixels(item, (seen.shape[-2], seen.shape[-1]), size),
+            )
         )
     return found
 

@@ -141,7 +141,7 @@ def test_wrong_usage_prints_one_line_and_exits_with_2(run: Runner, words: list[s
         (["config", "copy", "file"], "file already exists; name a new file"),
         (["data", "make", "file"], "file already exists; name a new folder"),
         (["data", "make", "new", "--data", "."], "a folder holds image files already"),
-        (["data", "look", "absent"], "absent: no such folder or image"),
+        (["data", "look", "absent"], "absent: no such image or folder"),
         (["data", "look", "."], "no image"),
         (["data", "look", "file"], "not an image that can be read"),
         (["data", "look", ".", "--out", "no/picture.png"], "there is no folder no"),

@@ -1,6 +1,7 @@
 """`CountPosterior` against enumeration of every set of objects, samples and closed forms."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 from torch import Tensor
 
 from spairkit.counts import CountPosterior
@@ -138,3 +140,35 @@ def test_other_probabilities_and_shares_are_refused() -> None:
     for share in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match=r"share must lie in \(0, 1\)"):
             posterior(0, 1.0).interval(share)
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.0, 0.7), (3.2, 1.5), (57.3, 8.0), (6e3, 900.0)])
+def test_a_spread_count_is_a_normal_distribution_over_whole_numbers(
+    mean: float, deviation: float
+) -> None:
+    counts = CountPosterior.spread(mean, deviation)
+    assert counts.is_shared
+    whole = np.arange(counts.least, counts.least + len(counts.probabilities))
+    density = norm.pdf(whole, mean, deviation)
+    np.testing.assert_allclose(counts.probabilities.numpy(), density / density.sum(), rtol=1e-9)
+    assert counts.least == max(math.ceil(mean - 4 * deviation), 0)
+    if mean > 4 * deviation:
+        assert counts.mean == pytest.approx(mean, rel=1e-4)
+        low, high = counts.interval()
+        assert (low, high) == pytest.approx(norm.interval(0.9, mean, deviation), abs=1)
+
+
+def test_shared_doubts_add_up() -> None:
+    """All counts are too low together, so the width of a total is the sum of the widths."""
+    parts = [CountPosterior.spread(mean, sd) for mean, sd in ((50, 5), (20, 4), (50, 5))]
+    total = CountPosterior.total(parts)
+    assert total.is_shared
+    assert total.mean == pytest.approx(120, abs=0.1)
+    low, high = total.interval()
+    assert (low, high) == pytest.approx(norm.interval(0.9, 120, 14), abs=2)
+    independent = CountPosterior.total([replace(part, is_shared=False) for part in parts])
+    assert not independent.is_shared
+    assert independent.mean == pytest.approx(120, abs=0.1)
+    low, high = independent.interval()
+    assert (low, high) == pytest.approx(norm.interval(0.9, 120, math.sqrt(66)), abs=1)
+    assert CountPosterior.total([]).interval() == (0, 0)

@@ -154,6 +154,8 @@ def test_inputs_are_not_overwritten(run: Runner) -> None:
         assert files("cells") == before
     ended = run("detect", "cells", "--format", "labels", "--out", "cells/found", *QUICKLY)
     assert "would be taken for images" in ended.err
+    ended = run("detect", "cells", "--out", "new", "--annotated", "new", *QUICKLY)
+    assert ended.err == "spairkit: --out new: is the output of --annotated too; name another file\n"
     ended = run("detect", "cells", "--format", "rois", *QUICKLY)
     assert (
         ended.err == "spairkit: --format rois writes a file for each image: name a folder, --out\n"

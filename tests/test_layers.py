@@ -41,7 +41,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("models",),
     ("search", "survey"),
-    ("detector", "tiles", "evaluation", "floor"),
+    ("detector", "tiles", "evaluation", "floor", "export"),
     ("report",),
     ("training",),
     ("benchmarks", "experiments", "sweeps", "app"),

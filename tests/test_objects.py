@@ -28,7 +28,7 @@ class Fake:
     """A detector that finds the same two objects in every image."""
 
     count_is_given = False
-    is_calibrated = False
+    has_intervals = False
     device = torch.device("cpu")
     name = "fake"
 
@@ -81,7 +81,7 @@ def test_objects_of_a_folder_are_counted_grouped_and_drawn(tmp_path: Path) -> No
     assert found.images[0].interval == (2, 3)
     assert found.images[0].true_count is None
     assert found.interval == (13, 17)  # 12 and the number of heads in six throws of a coin
-    assert not found.is_calibrated
+    assert not found.has_interval
     assert [group.count for group in found.groups] == [6, 6]
     assert {group.side for group in found.groups} == {10.0, 8.0}
     pictures = [image.picture for image in found.images]

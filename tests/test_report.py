@@ -195,7 +195,7 @@ def test_uncalibrated_intervals_and_parts_are_named(tmp_path: Path) -> None:
     image = FoundImage(
         name="a.png", size=(4000, 6000), part=(1024, 1024), count=9, picture="image-1.png"
     )
-    write_objects(folder, images=(image,), is_calibrated=False, interval=(8, 10))
+    write_objects(folder, images=(image,), has_interval=False, interval=(8, 10))
     page = read(write_report(folder))
     assert "8 to 10; this is too sure, as the model is not calibrated." in page.text
     assert "Of larger images, the middle was looked at." in page.text

@@ -1,11 +1,21 @@
 """Trust in objects: regular masks, contrast to the surroundings, agreement with the encoder."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
+from spairkit.counts import CountPosterior
 from spairkit.detections import Detections
-from spairkit.search.trust import LEAST_TRUST, contrasts, ranked, regularity, trust
+from spairkit.search.trust import (
+    LEAST_TRUST,
+    contrasts,
+    doubted_count,
+    ranked,
+    regularity,
+    trust,
+)
 
 INSIDE = torch.tensor([5.0, 5, 20, 20])
 
@@ -119,3 +129,13 @@ def test_distrust_lowers_scores_above_one_half() -> None:
     low = 0.5 - 0.5 * LEAST_TRUST / (1 - LEAST_TRUST)
     expected = torch.tensor([0.2, 0.5, 0.6, 1.0, 0.5, low])
     torch.testing.assert_close(ranked(scores, trusted), expected)
+
+
+def test_doubt_about_the_count_grows_as_confidence_falls() -> None:
+    assert doubted_count(torch.zeros(0)).interval() == (0, 1)
+    for confidence, relative in ((0.7, 0.1), (0.6, 0.1 * math.e), (0.8, 0.1 / math.e)):
+        counts = doubted_count(torch.full((80,), confidence))
+        expected = CountPosterior.spread(84, math.sqrt(40.5 + (80 * relative) ** 2))
+        found, wanted = counts.probabilities, expected.probabilities
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+        assert counts.least == expected.least

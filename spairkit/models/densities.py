@@ -21,8 +21,11 @@ def squash(logits: Tensor) -> Tensor:
     image would have other bits in another batch; padding avoids it.
     """
     clipped = logits.clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+    # an exported graph would hold for multiples of the traced batch only
+    if clipped.device.type != "cpu" or torch.compiler.is_exporting():
+        return torch.sigmoid(clipped)
     rest = -clipped.numel() % _LANES
-    if clipped.device.type != "cpu" or rest == 0:
+    if rest == 0:
         return torch.sigmoid(clipped)
     padded = F.pad(clipped.reshape(-1), (0, rest))
     return torch.sigmoid(padded)[: clipped.numel()].view(clipped.shape)

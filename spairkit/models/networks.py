@@ -29,8 +29,10 @@ def row_product(x: Tensor, weight: Tensor, bias: Tensor | None, training: bool) 
     Libraries multiply few rows by another kernel, which rounds differently. Whether an image is
     searched alone or in a batch would then decide between states of nearly the same energy.
     """
+    if training or x.device.type != "cpu" or torch.compiler.is_exporting():
+        return F.linear(x, weight, bias)
     rows = math.prod(x.shape[:-1])
-    if training or rows >= _LEAST_ROWS or x.device.type != "cpu":
+    if rows >= _LEAST_ROWS:
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, _LEAST_ROWS - rows))
     outputs: Tensor = F.linear(padded, weight, bias)[:rows].unflatten(0, x.shape[:-1])

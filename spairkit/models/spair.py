@@ -255,6 +255,13 @@ class SPAIR(nn.Module):
         latents = self._encode(images, noise, training_wheels=False, relaxed=False, part=part)
         return latents, self._background(images, noise)
 
+    def means(self, images: Tensor) -> Latents:  # [B, 3, H, W] in [0, 1]
+        """The means of the latents, as `infer`, of images that are not checked.
+
+        Nothing depends on values, so this can be traced.
+        """
+        return self._encode(images, None, training_wheels=False, relaxed=False)
+
     def detections(
         self,
         images: Tensor,  # [B, 3, H, W]

@@ -8,6 +8,7 @@ one colour throughout a picture, for its box or outline and its frame in the gal
 import io
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -230,9 +231,13 @@ def contact_sheet(
         drawn = draw_boxes(image, item, scale, levels=display_levels(image))
         if number % _SHEET_COLUMNS == 0:
             rows.append([])
-        caption = f"{name[-_MAX_CAPTION:]}: {_count(len(item), 'found')}"
+        caption = f"{_shortened(name)}: {_count(len(item), 'found')}"
         rows[-1].append(_captioned(drawn, caption))
     return _tensor(_below([_beside(row) for row in rows]))
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_CAPTION else f"...{name[3 - _MAX_CAPTION :]}"
 
 
 def reconstruction_sheet(
@@ -458,7 +463,7 @@ def _captioned(picture: Image.Image, caption: str) -> Image.Image:
 
 
 def _line(text: str) -> Image.Image:
-    font = _font(14)
+    font = _font(14, every_letter=not text.isascii())
     ascent, descent = font.getmetrics()
     line = Image.new("RGB", (round(font.getlength(text)) + 2, ascent + descent + 2), _PAPER)
     ImageDraw.Draw(line).text((0, 0), text, fill=_INK, font=font)
@@ -490,8 +495,12 @@ def _count(number: int, word: str) -> str:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font."""
+def _font(size: int, *, every_letter: bool = False) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, or Matplotlib's, which has more letters than those of English."""
+    if every_letter:
+        from matplotlib import get_data_path  # takes long to import
+
+        return ImageFont.truetype(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("Pillow was built without FreeType, which draws its text")

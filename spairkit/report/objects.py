@@ -99,7 +99,8 @@ class Objects:
     images: Annotated[tuple[FoundImage, ...], Field(min_length=1, max_length=MAX_IMAGES)]
     interval: tuple[Count, Count] | None = None
     """Of the number of objects in all these images, at 90 %."""
-    is_calibrated: bool = True
+    has_interval: bool = True
+    """Whether `interval` rests on known objects, see `Detector.has_intervals`."""
     confidence: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     """Median score of the objects, if there are any."""
     groups: Annotated[tuple[Group, ...], Field(max_length=16)] = ()
@@ -186,7 +187,7 @@ def write_objects(
         interval=(
             CountPosterior.total(posteriors).interval() if len(posteriors) == len(found) else None
         ),
-        is_calibrated=detector.is_calibrated,
+        has_interval=detector.has_intervals,
         confidence=_median([item.scores for item in found]),
         groups=groups,
         floor=_compared(alone, beside) if floor is not None else None,

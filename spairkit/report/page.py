@@ -159,7 +159,7 @@ def _notes(found: Objects) -> list[str]:
     notes = []
     if found.interval is not None:
         low, high = found.interval
-        sure = "" if found.is_calibrated else "; this is too sure, as the model is not calibrated"
+        sure = "" if found.has_interval else "; this is too sure, as the model is not calibrated"
         notes.append(f"With 90 % confidence there are {low:,} to {high:,}{sure}.")
     counts = [image.count for image in found.images]
     if len(counts) > 1:

@@ -36,7 +36,7 @@ from spairkit.search.moves import (
 from spairkit.search.proposals import Array, overlaps, propose, typical_sizes
 from spairkit.search.refine import refine
 from spairkit.search.reframe import reframe
-from spairkit.search.trust import LEAST_TRUST, ranked, trust
+from spairkit.search.trust import doubted_count, ranked, trust
 from spairkit.search.watershed_start import watershed_slots
 
 _ITERATIONS = 100  # of refinement, at most
@@ -302,31 +302,36 @@ class PosteriorSearch:
         """The objects of each image with a score above `threshold`, with masks and counts."""
         scores = self.calibration.score(found.slots.saved)
         images, background = found.scene.images, found.scene.background
-        held = (found.slots.present > 0).cpu()
         if found.encoded is None:
             described = self.network.detections(
                 images, background, found.slots, scores, threshold, box_contrast
             )
+            counts = self._counts(found)
         else:
             described = self.network.detections(
                 images, background, found.slots, scores, 0.0, box_contrast, _MAGNIFIED
             )
+            counts = []
             for b, item in enumerate(described):
-                assert item.labels is not None
                 trusted = trust(item, images[b], found.encoded[b])
-                held[b, item.labels[trusted < LEAST_TRUST].long() - 1] = False
                 item = replace(item, scores=ranked(item.scores, trusted))
+                counts.append(doubted_count(item.scores[self._counted(found, item)]))
                 described[b] = item[item.scores > threshold]
-        counts = self._counts(found, held)
         return [replace(item, counts=count) for item, count in zip(described, counts, strict=True)]
 
-    def _counts(self, found: Found, held: Tensor) -> list[CountPosterior]:  # held [B, N] bool, CPU
+    def _counted(self, found: Found, item: Detections) -> Tensor:  # [n] bool
+        """The objects of an image that are above 1/2 and, of a tile, its own."""
+        certain = item.scores > 0.5
+        return certain & found.part.holds(item.boxes) if found.part else certain
+
+    def _counts(self, found: Found) -> list[CountPosterior]:
         """p(C | image) of each image, from the energies of the moves that were tried.
 
         Moves in different places change the energy independently, so each object that is held is
         there with its score as probability, and each rejected one with a probability by its cost.
         """
         scores = self.calibration.score(found.slots.saved).cpu()
+        held = (found.slots.present > 0).cpu()
         if found.part:
             held = held & found.part.holds(self.energy.boxes(found.slots)).cpu()
         return [

@@ -5,6 +5,8 @@ masks of about the expected size that stand out from their surroundings, and the
 too.
 """
 
+import math
+
 import numpy as np
 import torch
 from scipy.ndimage import find_objects, gaussian_filter
@@ -12,6 +14,7 @@ from scipy.spatial import ConvexHull
 from torch import Tensor
 
 from spairkit.boxes import box_iou
+from spairkit.counts import CountPosterior
 from spairkit.detections import Detections
 from spairkit.preparation import OBJECT_PX
 
@@ -23,6 +26,7 @@ _CUT_OFF = 0.7  # least share of the full area that objects at the ends of the i
 _SURROUNDINGS = 2 / 3 * OBJECT_PX  # standard deviation of the local mean, px
 _LEAST_CONTRAST = 1e-3
 _ALONE = 0.25  # factor of an object that the encoder lacks
+_MORE, _DOUBT, _STEEP, _USUAL = 1.05, 0.1, 10.0, 0.7  # of the number of objects
 _CORNERS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
 
 
@@ -44,6 +48,23 @@ def trust(found: Detections, image: Tensor, encoded: Tensor) -> Tensor:  # [n] i
     nothing = torch.zeros(1, 4)  # so that there is a greatest IoU
     agreed = box_iou(found.boxes, torch.cat([encoded.cpu(), nothing])).amax(1)
     return (shape * contrast.sqrt() * (_ALONE + (1 - _ALONE) * agreed)).sqrt()
+
+
+def doubted_count(confidences: Tensor) -> CountPosterior:
+    """The number of objects, from how far those that are found can be trusted.
+
+    Its mean is 1.05 n and its variance (n + 1) / 2 + (s n)^2, of n objects with the mean confidence
+    c, with s = exp(-10 (c - .7)) / 10. This fits the errors on annotated images (docs/model.md
+    14.7), which are about the model more than about single objects.
+
+    Args:
+        confidences: [n] in [1/2, 1], of the objects that are found.
+    """
+    n = len(confidences)
+    relative = 0.0
+    if n:
+        relative = _DOUBT * math.exp(-_STEEP * (float(confidences.double().mean()) - _USUAL))
+    return CountPosterior.spread(_MORE * n, math.sqrt((n + 1) / 2 + (relative * n) ** 2))
 
 
 def regularity(

@@ -27,7 +27,6 @@ from spairkit.errors import DivergedError, InputError
 from spairkit.images import skipped_files
 from spairkit.names import printable
 from spairkit.report.objects import write_objects
-from spairkit.report.page import write_report
 from spairkit.report.signs import Signs, signs_of, write_signs
 from spairkit.storage.runs import Run, recorded_data
 from spairkit.survey import Survey, preparation, survey_of
@@ -142,6 +141,8 @@ def train(
 
 def _reported(run: Run, detector: Detector, survey: Survey | None) -> Signs:
     """The signs of failure of a run that has ended; writes its report."""
+    from spairkit.report.page import write_report  # needs Matplotlib, and training does not
+
     dataset = open_dataset(run.config.data, "test", detector.device)
     objects = write_objects(run.path, detector, dataset)
     last = run.checkpoints[0][0] if run.checkpoints else 0
