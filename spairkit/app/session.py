@@ -114,7 +114,7 @@ class Session:
             "interval": self._interval,
             "rough": detector is not None
             and detector.search != "off"
-            and not detector.is_calibrated,
+            and not detector.has_intervals,
             "doubts": self._doubts_of(self._models[self._chosen]),
             "misfits": len(misfits),
             "misfit": misfits[0] if misfits else None,

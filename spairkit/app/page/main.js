@@ -1,7 +1,7 @@
 // The page: state, panels and keys. The server holds corrections; this page sends each change.
 
 import { download, get, send } from "./api.js";
-import { COLOURS, View } from "./view.js";
+import { View } from "./view.js";
 import { showTraining } from "./training.js";
 
 const POLL_MS = 700;
@@ -216,6 +216,7 @@ async function choose(index) {
   const shown = picture.decode().then(() => {
     if (signal.aborted) return;
     view.setPicture(picture, [picture.naturalHeight, picture.naturalWidth], source);
+    colourChips();
     if (!page.objects) byId("busy").textContent = "finding objects …";
   }).catch(() => {});
   try {
@@ -501,7 +502,6 @@ function showGroups(state) {
     image.src = `api/images/${group.image}/picture?side=64&region=${corner.join(",")},${side},${side}`;
     const dot = document.createElement("span");
     dot.className = "dot";
-    dot.style.background = COLOURS[index % COLOURS.length];
     chip.append(image, dot, group.count.toLocaleString("en"));
     chip.addEventListener("click", () => {
       const number = index + 1;
@@ -513,6 +513,14 @@ function showGroups(state) {
     return chip;
   });
   byId("chips").replaceChildren(...chips);
+  colourChips();
+}
+
+// the colours of groups depend on the image
+function colourChips() {
+  document.querySelectorAll(".chips .dot").forEach((dot, index) => {
+    dot.style.background = view.colour(index);
+  });
 }
 
 // ---- buttons and keys

@@ -1,10 +1,25 @@
 // The canvas: an image with its objects, zoom and pan, selection, and boxes drawn by hand.
 // All coordinates are pixels of the file; `scale` is CSS pixels per pixel of the file.
 
-export const COLOURS = ["#ffcf4a", "#56b4e9", "#e3739f", "#3fc79a", "#f2884b", "#b69cff"];
-const ADDED = "#4fe0e6";
-const REMOVED = "#c9ced6";
-const HALO = "rgba(0, 0, 0, .55)";
+// lines on dark images and on bright ones: of groups, of boxes added, of objects removed and
+// selected, and what surrounds them
+const ON_DARK = {
+  groups: ["#ffcf4a", "#56b4e9", "#e3739f", "#3fc79a", "#f2884b", "#b69cff"],
+  added: "#4fe0e6",
+  removed: "#c9ced6",
+  selected: "#ffffff",
+  halo: "rgba(0, 0, 0, .55)",
+  fill: "rgba(255, 255, 255, .22)",
+};
+const ON_BRIGHT = {
+  groups: ["#0a8f43", "#e05a00", "#1769c9", "#c2255c", "#7a5200", "#6436d8"],
+  added: "#007f8c",
+  removed: "#5c6470",
+  selected: "#000000",
+  halo: "rgba(255, 255, 255, .65)",
+  fill: "rgba(0, 0, 0, .16)",
+};
+const BRIGHT = 140; // mean grey level, of 255
 const HALO_ABOVE = 0.5; // at smaller scales it would hide the objects
 const MAX_SCALE = 64;
 const SMOOTH_BELOW = 2; // larger pixels are drawn as squares
@@ -22,6 +37,7 @@ export class View {
     this.boxes = false;
     this.selected = null;
     this.pointers = new Map();
+    this.look = ON_DARK;
     this.clear();
     new ResizeObserver(() => this.resize()).observe(canvas);
     canvas.addEventListener("pointerdown", (event) => this.down(event));
@@ -52,6 +68,7 @@ export class View {
   setPicture(picture, [height, width], source) {
     this.size = { width, height };
     this.picture = picture;
+    this.look = isBright(picture) ? ON_BRIGHT : ON_DARK;
     this.source = source;
     this.detail = null;
     this.fit();
@@ -71,15 +88,19 @@ export class View {
     if (this.selected !== null && !this.candidates().includes(this.selected)) this.selected = null;
     this.layers = new Map();
     for (const index of shown) {
-      const colour = COLOURS[((this.objects.groups[index] ?? 1) - 1) % COLOURS.length];
-      if (!this.layers.has(colour)) {
-        this.layers.set(colour, { outlines: new Path2D(), boxes: new Path2D() });
+      const group = (this.objects.groups[index] ?? 1) - 1;
+      if (!this.layers.has(group)) {
+        this.layers.set(group, { outlines: new Path2D(), boxes: new Path2D() });
       }
-      const layer = this.layers.get(colour);
+      const layer = this.layers.get(group);
       layer.outlines.addPath(this.paths[index]);
       layer.boxes.addPath(this.rectangles[index]);
     }
     this.redraw();
+  }
+
+  colour(group) {
+    return this.look.groups[group % this.look.groups.length];
   }
 
   boxOf(index) {
@@ -326,27 +347,27 @@ export class View {
     // lines are thinner than a pixel of the screen where objects are tiny
     const thin = Math.min(1, Math.max(0.45, Math.sqrt(this.scale))) / this.scale;
     ctx.lineJoin = "round";
-    for (const [colour, layer] of this.layers) {
-      if (this.outlines) this.line(ctx, layer.outlines, colour, 1.4 * thin);
-      if (this.boxes) this.line(ctx, layer.boxes, colour, thin);
+    for (const [group, layer] of this.layers) {
+      if (this.outlines) this.line(ctx, layer.outlines, this.colour(group), 1.4 * thin);
+      if (this.boxes) this.line(ctx, layer.boxes, this.colour(group), thin);
     }
     ctx.setLineDash([4 * thin, 3 * thin]);
-    for (const row of this.removed) this.line(ctx, this.paths[row], REMOVED, thin);
+    for (const row of this.removed) this.line(ctx, this.paths[row], this.look.removed, thin);
     ctx.setLineDash([]);
-    for (const box of this.added) this.line(ctx, rectangle(box), ADDED, 1.6 * thin);
-    if (this.box) this.line(ctx, rectangle(this.box), ADDED, 1.6 * thin);
+    for (const box of this.added) this.line(ctx, rectangle(box), this.look.added, 1.6 * thin);
+    if (this.box) this.line(ctx, rectangle(this.box), this.look.added, 1.6 * thin);
     if (this.selected !== null) {
       const found = this.objects.boxes.length;
       const path = this.selected < found ? this.paths[this.selected] : rectangle(this.boxOf(this.selected));
-      ctx.fillStyle = "rgba(255, 255, 255, .22)";
+      ctx.fillStyle = this.look.fill;
       ctx.fill(path, "evenodd");
-      this.line(ctx, path, "#ffffff", 2.6 * thin);
+      this.line(ctx, path, this.look.selected, 2.6 * thin);
     }
   }
 
   line(ctx, path, colour, width) {
     if (this.scale > HALO_ABOVE) {
-      ctx.strokeStyle = HALO;
+      ctx.strokeStyle = this.look.halo;
       ctx.lineWidth = width + 1.4 / this.scale;
       ctx.stroke(path);
     }
@@ -364,16 +385,34 @@ function rectangle([x1, y1, x2, y2]) {
   return path;
 }
 
-// rings of corners of pixels; an object without a mask has its box
+// rings of corners of pixels, which are cut, so that stairs become slopes; an object without a
+// mask has its box
 function outline(box, rings) {
   if (!rings?.length) return rectangle(box);
   const path = new Path2D();
   for (const points of rings) {
-    path.moveTo(points[0], points[1]);
-    for (let i = 2; i < points.length; i += 2) path.lineTo(points[i], points[i + 1]);
+    for (let i = 0; i < points.length; i += 2) {
+      const [x, y] = [points[i], points[i + 1]];
+      const next = (i + 2) % points.length;
+      const [dx, dy] = [points[next] - x, points[next + 1] - y];
+      const cut = 0.5 / Math.max(Math.abs(dx), Math.abs(dy), 1);
+      if (i) path.lineTo(x + cut * dx, y + cut * dy);
+      else path.moveTo(x + cut * dx, y + cut * dy);
+      path.lineTo(x + (1 - cut) * dx, y + (1 - cut) * dy);
+    }
     path.closePath();
   }
   return path;
+}
+
+function isBright(picture) {
+  const side = 24;
+  const small = new OffscreenCanvas(side, side).getContext("2d");
+  small.drawImage(picture, 0, 0, side, side);
+  const { data } = small.getImageData(0, 0, side, side);
+  let sum = 0;
+  for (let i = 0; i < data.length; i += 4) sum += data[i] + data[i + 1] + data[i + 2];
+  return sum / (3 * side * side) > BRIGHT;
 }
 
 const middle = ([[a, b], [c, d]]) => [(a + c) / 2, (b + d) / 2];
