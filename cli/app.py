@@ -9,6 +9,7 @@ import threading
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,7 @@ def app_page(
         session = None
         if folder is not None:
             session = _session(folder, checkpoint, out, device)
-            stack.callback(_close, session)
+            stack.push(partial(_close, session))
         _serve(session, listening, browser=not no_browser)
 
 
@@ -100,10 +101,14 @@ def _session(
     return Session(folder, path, checkpoint, options.choose_device(device), _start)
 
 
-def _close(session: "Session") -> None:
+def _close(session: "Session", kind: object, ended: BaseException | None, *_: object) -> None:
+    """Ends a session; `ended` says why."""
     if session.training is not None and session.training.status == "running":
         say("saving the training; press Ctrl-C again to quit now")
-    session.close()
+    if not session.close():
+        # the interpreter must not be dismantled under a thread that is in compiled code
+        say("stopped in the middle of an image")
+        os._exit(ended.code if isinstance(ended, SystemExit) and isinstance(ended.code, int) else 1)
 
 
 def _check_installed(package: str) -> None:
@@ -126,7 +131,7 @@ def _serve(session: "Session | None", listening: socket.socket, *, browser: bool
     say("open this address in a browser on this machine; Ctrl-C ends the page")
     config = uvicorn.Config(
         build_app(session, token, once),
-        log_level="error",
+        log_level="critical",  # the page shows errors
         access_log=False,
         ws="none",
         lifespan="off",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from spairkit.images import read_image, write_png
 pytest.importorskip("starlette")
 uvicorn = pytest.importorskip("uvicorn")
 
+from spairkit.app.finder import Finder  # noqa: E402
 from spairkit.app.grouping import groups_of  # noqa: E402
 from spairkit.app.pictures import Pictures  # noqa: E402
 from spairkit.app.server import build_app  # noqa: E402
@@ -449,6 +451,53 @@ def test_export_waits_for_all_images(folder: Path) -> None:
         until.set()
     assert answer.status == 400
     assert answer.value["error"].startswith("2 of 3 images are not done yet")
+
+
+def test_internal_error_is_shown_on_the_page(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(chosen: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(served.session, "picked", fail)
+    answer = served.ask("/api/counts")
+    assert answer.status == 500
+    assert answer.value["error"] == "internal error: RuntimeError: a mistake of ours"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert served.ask("/api/state").status == 200
+
+
+def test_model_that_cannot_be_opened_is_named(folder: Path) -> None:
+    def fail() -> Any:
+        raise InputError("this run is damaged")
+
+    finder = Finder([folder / "a.png"], fail)
+    assert finder.wait(0, 30) is None
+    assert finder.error == "this run is damaged"
+    assert finder.close()
+
+
+def test_work_that_goes_on_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spairkit.app.finder._PATIENCE_SECONDS", 0.05)
+    began, ends = threading.Event(), threading.Event()
+
+    class Slow:
+        """In place of a detector, one that shows no progress."""
+
+        count_is_given = False
+        config = SimpleNamespace(model=None)
+
+        def detect(self, path: Path, threshold: float) -> Any:
+            began.set()
+            assert ends.wait(30)
+            raise InputError("never shown")
+
+    finder = Finder([folder / "a.png"], Slow)  # type: ignore[arg-type]
+    assert began.wait(30)
+    assert not finder.close()
+    ends.set()
+    finder._thread.join(30)
+    assert not finder.is_busy
 
 
 def test_pictures_show_the_file_or_a_part_of_it(tmp_path: Path) -> None:

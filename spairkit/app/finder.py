@@ -29,6 +29,8 @@ from spairkit.report.signs import misfit
 LEAST_THRESHOLD = 0.05
 """Objects with a confidence above this are found; the page shows those above its slider."""
 
+_PATIENCE_SECONDS = 2.0  # in which a thread may end
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -69,7 +71,9 @@ class Finder:
         self._changed = threading.Condition()
         self._next: int | None = None
         self._ends = False
-        self._files = tempfile.TemporaryDirectory(prefix="spairkit-app-")
+        self._files = tempfile.TemporaryDirectory(
+            prefix="spairkit-app-", ignore_cleanup_errors=True
+        )
         self._open = open_detector
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -118,13 +122,19 @@ class Finder:
         value: list[dict[str, Any]] = self._stored(index, "masks")
         return value
 
-    def close(self) -> None:
-        """Stops, at the next sign of progress, and removes the temporary files."""
+    def close(self) -> bool:
+        """Stops at the next sign of progress, and removes the temporary files.
+
+        Returns:
+            Whether the thread has ended. It is not waited for long, as some work on large images
+            shows no progress for a while; what it finds is lost.
+        """
         self._ends = True
         with self._changed:
             self._changed.notify_all()
-        self._thread.join(timeout=60)
+        self._thread.join(_PATIENCE_SECONDS)
         self._files.cleanup()
+        return not self._thread.is_alive()
 
     def _stored(self, index: int, kind: str) -> Any:
         return json.loads(Path(self._files.name, f"{index}.{kind}.json").read_text())
@@ -151,6 +161,8 @@ class Finder:
         except _Ended:
             return
         except Exception as error:
+            if self._ends:
+                return  # its files are gone
             with self._changed:
                 self.error = str(error) or type(error).__name__
                 self._changed.notify_all()

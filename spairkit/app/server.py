@@ -32,7 +32,7 @@ from spairkit.errors import InputError
 _HOSTS = ("127.0.0.1", "localhost")
 _MAX_BODY = 4 << 20  # bytes; the corrections of an image with 2 x 10,000 boxes fit
 _MAX_QUERY = 4096
-_WAIT_SECONDS = 10.0  # for the objects of an image, before the page asks again
+_WAIT_SECONDS = 1.0  # for the objects of an image, before the page asks again
 _THUMBNAIL_SIDE = 128  # px
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -201,6 +201,7 @@ def build_app(session: Session | None, token: str, once: str | None = None) -> S
             ValidationError: _invalid,
             _TooLarge: _too_large,
             ClientDisconnect: _gone,
+            Exception: _failed,
         },
     )
 
@@ -224,7 +225,7 @@ def _routes(session: Session) -> list[Route]:
 
 
 async def _page(request: Request) -> Response:
-    """A file of the page; names that are not there are refused, so that none leads elsewhere."""
+    """A file of the page, by its name alone, so that none leads elsewhere."""
     name = request.path_params.get("name", "index.html")
     found = [item for item in files("spairkit.app").joinpath("page").iterdir() if item.name == name]
     if not found:
@@ -368,6 +369,13 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 async def _too_large(request: Request, error: Exception) -> Response:
     return _error("the request is too large", 413)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """An error of ours, which the page shows."""
+    response = _error(f"internal error: {type(error).__name__}: {error}", 500)
+    response.headers.update(_HEADERS)  # it does not pass the guard
+    return response
 
 
 async def _gone(request: Request, error: Exception) -> Response:

@@ -82,12 +82,12 @@ class Session:
             opened = lambda: detector  # noqa: E731
         self.finder = Finder(self.paths, opened)
 
-    def close(self) -> None:
-        """Stops the training, which saves, and the search for objects."""
+    def close(self) -> bool:
+        """Stops the training, which saves, and the search for objects; see `Finder.close`."""
         training = self.training
         if training is not None:
             training.close()
-        self.finder.close()
+        return self.finder.close()
 
     def to_json(self) -> dict[str, Any]:
         """The state, for the page."""

@@ -21,6 +21,7 @@ const page = {
   names: [],
   state: null,
   index: null,
+  isFinding: false, // the selected image is shown, and its objects are not known
   objects: null, // of the selected image
   without: new Set(), // groups
   mostSide: 0, // of all images seen
@@ -90,8 +91,9 @@ async function takeState(state) {
   }
   const threshold = byId("threshold");
   if (Number(threshold.min) !== state.least_threshold) threshold.min = state.least_threshold;
-  if (page.index === null && page.names.length) await choose(0);
-  else if (anew) await choose(page.index);
+  // without waiting, as an image may take long
+  if (page.index === null && page.names.length) guarded(choose)(0);
+  else if (anew) guarded(choose)(page.index);
   if (!before || before.done !== state.done || anew || before.busy !== state.busy) countSoon();
 }
 
@@ -122,6 +124,9 @@ function showProgress(state) {
   byId("progress-words").title = state.unreadable.join("\n");
   byId("total-interval").textContent = state.interval ? `model, 90 %: ${interval(state.interval)}` : "";
   byId("total-interval").title = "The model's 90 % interval, before filters and corrections";
+  if (page.isFinding && state.share > 0) {
+    byId("busy").textContent = `${state.phase}, ${Math.round(100 * state.share)} %`;
+  }
   const isDone = state.done === state.images;
   for (const id of ["save-coco", "save-csv"]) {
     byId(id).disabled = !isDone;
@@ -201,6 +206,7 @@ async function choose(index) {
   const { signal } = reading;
   page.index = index;
   page.objects = null;
+  page.isFinding = false;
   view.clear();
   showEditing();
   showCount();
@@ -217,15 +223,19 @@ async function choose(index) {
     if (signal.aborted) return;
     view.setPicture(picture, [picture.naturalHeight, picture.naturalWidth], source);
     colourChips();
-    if (!page.objects) byId("busy").textContent = "finding objects …";
+    page.isFinding = !page.objects;
+    if (page.isFinding) byId("busy").textContent = "finding objects …";
   }).catch(() => {});
   try {
     await Promise.all([shown, readObjects(signal)]);
     if (signal.aborted) return;
-    if (picture.naturalWidth) view.setPicture(picture, page.objects.size, source);
+    const isReduced = picture.naturalWidth && picture.naturalWidth !== page.objects.size[1];
+    if (isReduced) view.setPicture(picture, page.objects.size, source);
     byId("busy").hidden = true;
   } catch (error) {
-    if (!signal.aborted) byId("busy").textContent = error.message; // in place of the image
+    if (signal.aborted) return;
+    page.isFinding = false;
+    byId("busy").textContent = error.message; // in place of the image
   }
 }
 
@@ -237,6 +247,7 @@ async function readObjects(signal) {
     if (page.index !== index) return;
   }
   page.objects = objects;
+  page.isFinding = false;
   page.mostSide = Math.max(page.mostSide, ...objects.sides, 1);
   showSizes();
   view.setObjects(objects);
