@@ -44,7 +44,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("detector", "tiles", "evaluation", "floor", "export"),
     ("report",),
     ("training",),
-    ("benchmarks", "experiments", "sweeps"),
+    ("benchmarks", "experiments", "sweeps", "app"),
     ("cli",),
 )
 RUNG = {place: rung for rung, places in enumerate(LADDER) for place in places}
