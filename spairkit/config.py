@@ -42,6 +42,9 @@ class DataConfig:
     0: scenes are not cut. A folder has images of its own sizes."""
     scene_width: Annotated[int, Field(ge=0, le=4096)] = 0
     """Width of such a scene."""
+    crops: Literal["uniform", "objects"] = "uniform"
+    """Places of the crops of a folder: `objects` puts half of them where prepared images are
+    bright, for images most of which are empty."""
     min_objects: Annotated[int, Field(ge=0, le=256)] = 1
     """Least number of objects in a scene; the number is uniform."""
     max_objects: Annotated[int, Field(ge=0, le=256)] = 9

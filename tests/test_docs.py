@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 MAX_WORDS = 900
 
-# commands that would install, download, test, change the shell, need an extra, or take long
+# commands that would install, download, test, change the shell, need an extra, or not end soon
 UNRUN = (
     "python3 -m venv",
     "source",
@@ -39,6 +39,7 @@ UNRUN = (
     "spairkit --install-completion",
     "srun",
     "spairkit detect /shared",
+    "spairkit app",
     "spairkit data make invaders",
     "spairkit data make slide",
     "spairkit train --data slide",

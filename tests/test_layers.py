@@ -45,7 +45,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("training",),
     ("parts",),
-    ("benchmarks", "experiments", "sweeps"),
+    ("benchmarks", "experiments", "sweeps", "app"),
     ("cli",),
 )
 RUNG = {place: rung for rung, places in enumerate(LADDER) for place in places}
