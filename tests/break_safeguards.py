@@ -42,8 +42,8 @@ SAFEGUARDS = (
     Safeguard(
         "files are flushed to disk",
         "spairkit/storage/durable.py",
-        "        _write_all(descriptor, data)\n        os.fsync(descriptor)\n",
-        "        _write_all(descriptor, data)\n",
+        "            _write_all(descriptor, piece)\n        os.fsync(descriptor)\n",
+        "            _write_all(descriptor, piece)\n",
         ("test_durable.py",),
     ),
     Safeguard(

@@ -37,6 +37,8 @@ UNRUN = (
     "ruff",
     "mypy",
     "spairkit --install-completion",
+    "srun",
+    "spairkit detect /shared",
     "spairkit app",
     "spairkit data make invaders",
     "spairkit data make slide",
@@ -138,6 +140,8 @@ def small(words: list[str]) -> list[str]:
         return [*words, *easy, *assigned(sizes), *network]
     if words[:2] == ["bench", "search"]:
         return [*words, "--batch", "1", "--size", "48", "--seconds", "0"]
+    if words[:2] == ["bench", "detect"]:
+        return [*words, "--size", "48", "--seconds", "0"]
     if command == "bench":
         return [*words, "--batch", "1", "--seconds", "0"]
     return words

@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "presence",
     ),
     ("storage",),
-    ("tiff", "frames", "deep_pixels"),
+    ("tiff", "frames", "deep_pixels", "remote"),
     (
         "images",
         "counts",
@@ -44,6 +44,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("detector", "tiles", "evaluation", "floor", "export"),
     ("report",),
     ("training",),
+    ("parts",),
     ("benchmarks", "experiments", "sweeps", "app"),
     ("cli",),
 )
