@@ -85,11 +85,14 @@ def test_wheel_contains_one_complete_package(tmp_path: Path) -> None:
     }
     assert {name for name in names if name.endswith(".py")} == modules
     packaged = "spairkit/pretrained/quick"
-    assert names - modules == {
+    page = {f"spairkit/app/page/{path.name}" for path in ROOT.glob("spairkit/app/page/*")}
+    assert {Path(name).suffix for name in page} == {".html", ".css", ".js", ".svg"}
+    assert names - modules - page == {
         "spairkit/py.typed",
         "spairkit/data/digits.npz",
         "spairkit/report/page.html.j2",
         f"{packaged}/manifest.json",
         f"{packaged}/model.safetensors",
     }
+    assert page <= names
     assert "spairkit = spairkit.cli.main:main" in entries.decode()
