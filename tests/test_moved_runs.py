@@ -9,11 +9,12 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from spairkit.cli.main import main
 from spairkit.config_values import load_toml
 from spairkit.images import write_png
 from spairkit.storage.checkpoints import best_step, load_checkpoint
@@ -212,6 +213,79 @@ def test_moved_images_give_the_same_bits(run: Runner) -> None:
     one, other = (load_checkpoint(Path(w, "last"), with_optimiser=True) for w in ("whole", "cut"))
     assert all(torch.equal(one.model[k], other.model[k]) for k in one.model)
     assert Path("whole/metrics.jsonl").read_bytes() == Path("cut/metrics.jsonl").read_bytes()
+
+
+SHARED = {
+    "compare": (
+        *("compare", "--out", "shared", "--models", "spair,conncomp", "--seeds", 1),
+        *("--budget", 4, "--search", "off", "--set", "prepare.contrast=none"),
+        *("--set", "data.image_height=24", "--set", "data.image_width=24"),
+        *("--set", "data.validation_images=2", "--set", "train.batch_size=2"),
+        *("--set", "spair.model.backbone_channels=[4]", "--set", "spair.model.features=4"),
+        *("--set", "spair.model.encoder_hidden=[4]", "--set", "spair.model.decoder_hidden=[4]"),
+        *("--set", "conncomp.model.images=2", "--set", "conncomp.train.steps=2"),
+    ),
+    "sweep": (
+        *("sweep", "--out", "shared", "--config", "tiny.toml", "--trials", 2),
+        *("--set", "train.steps=4"),
+    ),
+}
+RESUMED = {
+    "compare": ("compare", "--out", "shared", "--quiet"),
+    "sweep": ("sweep", "--out", "shared", "--trials", 2, "--quiet"),
+}
+
+
+@pytest.mark.parametrize("command", SHARED)
+def test_moved_images_of_a_comparison_or_a_sweep_are_named_anew(
+    run: Runner, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        """Ends the process at once."""
+
+    save, resumed = Run.save, RESUMED[command]
+
+    def save_and_die(self: Run, **values: Any) -> Path:
+        save(self, **values)
+        raise KilledError
+
+    words = [*map(str, SHARED[command]), "--data", "cells", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", save_and_die)
+        with pytest.raises(KilledError):
+            main(words)
+    os.rename("cells", "moved")
+    files = [path for path in Path("shared").rglob("*") if path.suffix in (".json", ".toml")]
+    before = {path: path.read_bytes() for path in files}
+    ended = run(*resumed)
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1] == (
+        f"spairkit: {Path.cwd()}/cells: the images of the run are not there; if they have moved, "
+        "give them with --data"
+    )
+    shutil.copytree("moved", "others")
+    write_png("others/1.png", torch.zeros(3, 24, 24))
+    os.remove("others/2.png")
+    ended = run(*resumed, "--data", "others")
+    assert ended.status == 2
+    assert ended.err.splitlines() == [
+        f"spairkit: {Path.cwd()}/others: not the images of shared: 1 changed (1.png), 1 missing "
+        "(2.png); pass another --out"
+    ]
+    assert before == {path: path.read_bytes() for path in files}, "nothing is written"
+    ended = run(*resumed, "--data", "moved")
+    assert ended.status == 0, ended.err
+    assert "changed" not in ended.err
+    assert run(*resumed).status == 0, "the new place is remembered"
+    trained = next(path for path in Path("shared").rglob("last") if "conncomp" not in str(path))
+    resumed_bits = load_checkpoint(trained).model
+    # the result is that of a sweep or a comparison whose images never moved
+    os.rename("moved", "cells")
+    os.rename("shared", "resumed")
+    whole = run(*SHARED[command], "--data", "cells", "--quiet")
+    assert whole.status == 0, whole.err
+    whole_bits = load_checkpoint(trained).model
+    assert all(torch.equal(resumed_bits[name], whole_bits[name]) for name in whole_bits)
 
 
 @pytest.mark.filterwarnings("always")
