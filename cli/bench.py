@@ -1,4 +1,4 @@
-"""`spairkit bench`: the speed of operators, training updates, the search, and reaching an AP."""
+"""`spairkit bench`: the speed of operators, training updates, detection, and reaching an AP."""
 
 from dataclasses import replace
 from itertools import product
@@ -15,6 +15,7 @@ from spairkit.cli.ledger import print_table, recorded
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
+    from spairkit.benchmarks.detecting import Speed
     from spairkit.benchmarks.timing import Figure
     from spairkit.benchmarks.training import Attempt
 
@@ -31,6 +32,7 @@ SecondsOption = Annotated[
 AP = "The AP to reach. Default: the published AP for data.max_objects digits."
 ACCURACY = "Share of images whose count must be right in the same validation. Default: any."
 SIZE = "Side of one large image that is tiled from scenes, px; 0 leaves it out."
+MODES = "Mode of the search: off (default), refine or full; repeatable."
 SCENES = "Scenes in a batch; repeatable. Default: 32."
 EVERY = "Updates between validations. Default: the preset's."
 SEEDS = "Number of runs; their seeds are 0, 1, ..."
@@ -56,7 +58,8 @@ def bench(
 
     The operators are the renderer and the KL of presence, for hard and for relaxed samples. Their
     results are checked before anything is timed. On a GPU, times are those of CUDA graph replays.
-    `bench train` and `bench time-to-ap` measure training, `bench search` the search for objects.
+    `bench train` and `bench time-to-ap` measure training, `bench search` the search for objects,
+    `bench detect` detection in files.
     """
     if context.invoked_subcommand is not None:
         return
@@ -137,6 +140,35 @@ def bench_search(
     with recorded(about, _show_search, ledger, as_json=as_json) as record:
         for figure in run(batch or [32], size, where, seconds, shown):
             record(figure)
+
+
+@app.command("detect")
+def bench_detect(
+    search: Annotated[list[options.Search] | None, typer.Option(help=MODES)] = None,
+    size: Annotated[int, typer.Option(min=0, max=8192, help=SIZE)] = 4096,
+    device: options.DeviceOption = options.Device.AUTO,
+    threads: options.ThreadsOption = None,
+    seconds: SecondsOption = 10.0,
+    ledger: options.LedgerOption = LEDGER,
+    as_json: options.JsonOption = False,
+    quiet: options.QuietOption = False,
+) -> None:
+    """Measure detection in files, from reading to COCO results, in images per second.
+
+    The packaged model finds digits in 256 images of 48 x 48, 16 of 256 x 256 and a large one.
+    """
+    from spairkit.benchmarks.detecting import run
+    from spairkit.benchmarks.search import SCENE
+
+    if 0 < size < SCENE:
+        raise InputError(f"--size {size}: must be 0, or at least the side of a scene, {SCENE}")
+    where, _, about = _machine(device, threads, None)
+    modes: list[Any] = [mode.value for mode in search or [options.Search.OFF]]
+    shown = (lambda _: None) if quiet else say
+    about = {"benchmark": "detect", **about}
+    with recorded(about, _show_speeds, ledger, as_json=as_json) as record:
+        for speed in run(modes, size, where, seconds, shown):
+            record(speed)
 
 
 @app.command("time-to-ap")
@@ -222,6 +254,18 @@ def _show_search(figures: list["Figure"]) -> None:
         "call; CPU ms: of all threads, per image"
     )
     _print("scenes", "search", figures, note)
+
+
+def _show_speeds(speeds: list["Speed"]) -> None:
+    rows = [
+        [speed.case, speed.search, *map(_short, numbers), str(speed.found)]
+        for speed in speeds
+        for numbers in [
+            (speed.images_per_second, speed.megapixels_per_second, speed.cpu_ms_per_image)
+        ]
+    ]
+    columns = ["images", "search", "images/s", "megapixels/s", "CPU ms", "found"]
+    print_table(columns, rows, "medians of wall time; CPU ms: of all threads, per image")
 
 
 def _print(cases: str, ways: str, figures: list["Figure"], note: str) -> None:

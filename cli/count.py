@@ -1,11 +1,10 @@
 """`spairkit count`: the number of objects in each image, and in all."""
 
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any
 
 from spairkit.cli import options
 from spairkit.cli.console import (
@@ -17,11 +16,24 @@ from spairkit.cli.console import (
     several,
     table_of,
 )
-from spairkit.cli.detect import detect_images, settings_of
-from spairkit.cli.files import check_outputs, image_files, refuse_input
-from spairkit.cli.partial import Finished, partial_of
+from spairkit.cli.detect_parts import (
+    PathsArgument,
+    SchedulerOption,
+    ShardOption,
+    Where,
+    WorkersOption,
+    do_parts,
+    job_of,
+    parts_of,
+    settings_of,
+)
+from spairkit.cli.files import check_outputs, local_or_remote_files, refuse_input
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
+
+if TYPE_CHECKING:
+    from spairkit.detections import Detections
+    from spairkit.parts.plan import Found, Item
 
 _COLUMNS = ("image", "count", "expected", "low", "high", "warning")
 
@@ -34,7 +46,7 @@ class Format(StrEnum):
 
 
 def count_objects(
-    paths: Annotated[list[Path], typer.Argument(metavar="IMAGE|FOLDER", help="Images or folders.")],
+    paths: PathsArgument,
     checkpoint: options.CheckpointOption = None,
     out: Annotated[
         Path | None, options.output_option(help="The file to write. Default: standard output.")
@@ -54,6 +66,9 @@ def count_objects(
     search: options.SearchOption = None,
     count: options.CountOption = None,
     device: options.DeviceOption = options.Device.AUTO,
+    workers: WorkersOption = 1,
+    shard: ShardOption = None,
+    scheduler: SchedulerOption = None,
     quiet: options.QuietOption = False,
 ) -> None:
     """Count the objects in images of any size: a row for each image, and the total.
@@ -62,8 +77,11 @@ def count_objects(
     posterior, and low and high are the ends of its 90 % interval. Files of a folder that cannot be
     read are skipped, and are not in the total. With --out, the same command goes on after a kill.
     """
+    from spairkit.parts.kept import kept_parts
     from spairkit.storage.durable import write_text
 
+    where = Where(workers, shard, scheduler)
+    where.check(out)
     outputs = {"--out": out, "--chart": chart}
     written = {option: path for option, path in outputs.items() if path is not None}
     check_outputs(written)
@@ -71,7 +89,7 @@ def count_objects(
         raise InputError("standard output is closed; name a file with --out")
     if chart is not None and chart.suffix.lower() != ".svg":
         raise InputError(f"--chart {chart}: is drawn as SVG; name a file that ends in .svg")
-    files = image_files(paths)
+    files = local_or_remote_files(paths)
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
     detector, loaded = options.open_detector(
@@ -79,10 +97,14 @@ def count_objects(
     )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
-    key = {**settings_of(detector, loaded, threshold, count), "command": "count"}
-    with partial_of(out, key) as partial:
-        detect_images(files, detector, partial, threshold, count, quiet=quiet)
-        found = [partial.finished[n] for n in files.numbers if n in partial.finished]
+    parts = parts_of(files, {})
+    job = job_of(detector, loaded, threshold, count, _Counted(), parts, where)
+    settings = settings_of(job, command="count")
+    with kept_parts(out, settings, shared=shard is not None) as kept:
+        found = do_parts(files, parts, kept, job, detector, where, quiet=quiet)
+        if shard is not None:
+            say(f"shard {shard}: {several(len(found), 'image')} finished, kept in {kept.folder}")
+            return
         rows, total = _rows(found)
         if format_ is Format.JSON:
             text = f"{json_text({'images': rows, 'total': total, 'skipped': files.skipped})}\n"
@@ -107,7 +129,15 @@ def count_objects(
     files.conclude()
 
 
-def _rows(found: list[Finished]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+@dataclass(frozen=True)
+class _Counted:
+    """A `Describe` of images of which only the count matters."""
+
+    def __call__(self, item: "Item", detections: "Detections") -> tuple[list[str], str]:
+        return [], ""
+
+
+def _rows(found: "list[Found]") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The row of each image, and that of all; None is what is not known."""
     from spairkit.counts import CountPosterior
 

@@ -191,7 +191,7 @@ def _source(
     if settings.name == "folder":
         raise InputError("--data: name a dataset of scenes; a folder holds image files already")
     number = count or _COUNT
-    return _Source(_scenes(settings, number), number, (settings.image_height, settings.image_width))
+    return _Source(_scenes(settings, number), number, settings.whole_size)
 
 
 def _seed(data: str, preset: str | None, layers: list[Mapping[str, Any]]) -> int:

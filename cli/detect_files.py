@@ -7,14 +7,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spairkit.cli.files import ImageFiles, check_output, file_id, mirrored
-from spairkit.cli.partial import Partial
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.detections import Detections
+    from spairkit.parts.plan import Item
 
 _OVERLAY = ".png"
 _LABELS = ".tif"
+
+
+def write_files(item: "Item", detections: "Detections") -> None:
+    """Writes the files of an image, before it counts as finished.
+
+    Raises:
+        InputError: the system refuses, or a label image is asked of a model without masks.
+    """
+    from spairkit.images import as_image, write_picture
+    from spairkit.report.drawing import overlay
+
+    image = detections.image
+    assert isinstance(image, (str, os.PathLike))
+    for path in map(Path, item.files):
+        if path.suffix == _LABELS and detections.label_image is None:
+            raise InputError(f"{path}: this model finds boxes only; a label image needs masks")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == _OVERLAY:
+            write_picture(path, overlay(as_image(image), detections), os.fspath(image))
+        else:
+            detections.save(path)
 
 
 @dataclass(frozen=True)
@@ -24,28 +45,11 @@ class FilesOfImages:
     files: Mapping[Path, list[tuple[str, Path]]]
     """By image: each file with the option that asks for it."""
 
-    def write(self, image: Path, detections: "Detections") -> None:
-        """Writes the files of an image. Raises InputError if the system refuses, or without masks
-        for a label image."""
-        from spairkit.images import as_image, write_picture
-        from spairkit.report.drawing import overlay
-
-        for option, path in self.files[image]:
-            if path.suffix == _LABELS and detections.label_image is None:
-                raise InputError(
-                    f"{option}: this model finds boxes only; a label image needs masks"
-                )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == _OVERLAY:
-                write_picture(path, overlay(as_image(image), detections), image)
-            else:
-                detections.save(path)
-
-    def forget_lost(self, partial: Partial) -> None:
-        """Makes images whose files are gone unfinished."""
-        for number, item in list(partial.finished.items()):
-            if not all(path.is_file() for _, path in self.files.get(Path(item.name), [])):
-                del partial.finished[number]
+    def by_name(self) -> dict[str, tuple[str, ...]]:
+        """The files of each image."""
+        return {
+            str(image): tuple(str(path) for _, path in pairs) for image, pairs in self.files.items()
+        }
 
     def refuse(self, inputs: Iterable[Path]) -> None:
         """Raises InputError if one of the files is an input, by this or any other name."""
@@ -91,6 +95,9 @@ def files_of_images(
     Raises:
         InputError: a folder cannot be written to or has images, or a file is an input.
     """
+    if images.urls and folders:
+        option = next(iter(folders))
+        raise InputError(f"{option}: writes a file for each image of this machine, not of URLs")
     with_images = {file_id(path.parent) for path in images.inputs}
     files: dict[Path, list[tuple[str, Path]]] = {path: [] for path in images.paths}
     for option, (folder, suffix) in folders.items():

@@ -5,10 +5,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from spairkit.cli.console import csv_line
-from spairkit.cli.partial import Finished
 
 if TYPE_CHECKING:
     from spairkit.detections import Detections
+    from spairkit.parts.plan import Found
 
 _DIGITS = ".7g"  # of float32
 
@@ -19,7 +19,7 @@ def measured(detections: "Detections") -> str:
     return json.dumps({"columns": columns, "what": detections.what.tolist()})
 
 
-def table_text(found: list[Finished]) -> str:
+def table_text(found: "list[Found]") -> str:
     """The table as CSV; what is not known is empty.
 
     Clusters are of the objects of all images together. Intensities are by colour if any image has

@@ -1,6 +1,8 @@
 """The image files that a command is given, and the files that it writes: none of these."""
 
+import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -9,6 +11,8 @@ from pathlib import Path
 
 from spairkit.cli.console import say
 from spairkit.errors import ImageFileError, InputError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # as a path, which has no double slashes
 
 
 @dataclass
@@ -26,12 +30,21 @@ class ImageFiles:
     """Number of files, skipped ones included."""
     inputs: list[Path]
     """All files that are read, skipped ones and annotations included."""
-    named: frozenset[Path] = frozenset()
+    named: frozenset[Path | str] = frozenset()
     categories: list[int] = field(default_factory=list)
     """Ids of the categories of a folder's annotations."""
     skipped: list[str] = field(default_factory=list)
     """Why files were skipped, a line for each, which begins with its name."""
+    pixels: list[int] = field(default_factory=list)
+    """Of each image; of a URL the bytes of its file."""
+    urls: list[str] = field(default_factory=list)
+    """In place of `paths`, if the images are not on this machine."""
     _failed: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        """Paths or URLs."""
+        return self.urls or [str(path) for path in self.paths]
 
     def skip(self, path: object, error: ImageFileError) -> None:
         """Notes that a file cannot be read. Raises InputError if no other file is left."""
@@ -55,6 +68,33 @@ class ImageFiles:
         return skipped_files(self.skipped, self.total)
 
 
+def local_or_remote_files(words: list[str]) -> ImageFiles:
+    """`image_files` of paths, or the files of URLs, whose headers are not read.
+
+    Raises:
+        InputError: as `image_files`, or URLs cannot be listed, or are among paths.
+    """
+    from spairkit.images import SUFFIXES
+    from spairkit.remote import is_remote, list_remote
+
+    remote = [word for word in words if is_remote(word)]
+    if not remote:
+        return image_files([Path(word) for word in words])
+    if len(remote) < len(words):
+        raise InputError("name URLs or files of this machine, not both at once")
+    listed = [list_remote(url, SUFFIXES) for url in words]
+    urls = [url for some in listed for url, _ in some]
+    return ImageFiles(
+        paths=[],
+        numbers=list(range(1, len(urls) + 1)),
+        total=len(urls),
+        inputs=[],
+        named=frozenset(words) & frozenset(urls),
+        pixels=[size for some in listed for _, size in some],
+        urls=urls,
+    )
+
+
 def image_files(words: list[Path]) -> ImageFiles:
     """The files that `words`, images and folders, stand for; their headers are read.
 
@@ -68,6 +108,8 @@ def image_files(words: list[Path]) -> ImageFiles:
 
     for word in words:
         if not file_of(word)[0].exists():
+            if _URL.match(str(word)):
+                raise InputError(f"{word}: only detect and count read URLs; copy the images here")
             raise InputError(f"{word}: no such image or folder")
     annotations = [word / ANNOTATIONS for word in words if (word / ANNOTATIONS).exists()]
     listed = [list_images(word) if word.is_dir() else frames_of(word) for word in words]
@@ -84,6 +126,7 @@ def image_files(words: list[Path]) -> ImageFiles:
             inputs,
             categories=folder.categories,
             skipped=folder.skipped,
+            pixels=[math.prod(image_size(path)) for path in paths],
         )
     named = frozenset(
         path for word, some in zip(words, listed, strict=True) for path in some if not word.is_dir()
@@ -91,7 +134,7 @@ def image_files(words: list[Path]) -> ImageFiles:
     files = ImageFiles([], [], len(paths), inputs, named)
     for number, path in enumerate(paths, start=1):
         try:
-            image_size(path)
+            pixels = math.prod(image_size(path))
         except ImageFileError as error:
             if path in named:
                 raise
@@ -99,6 +142,7 @@ def image_files(words: list[Path]) -> ImageFiles:
         else:
             files.paths.append(path)
             files.numbers.append(number)
+            files.pixels.append(pixels)
     return files
 
 

@@ -19,6 +19,7 @@ import typer
 
 from spairkit import __version__
 from spairkit.cli import bench, config, data
+from spairkit.cli.app import app_page
 from spairkit.cli.compare import compare
 from spairkit.cli.console import echo, say
 from spairkit.cli.count import count_objects
@@ -45,6 +46,7 @@ app.command("eval")(evaluate)
 app.command()(viz)
 app.command()(detect)
 app.command("count")(count_objects)
+app.command("app")(app_page)
 app.command()(track)
 app.command()(compare)
 app.command()(report)

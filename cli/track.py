@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +12,14 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import csv_line, print_document, say, several
-from spairkit.cli.detect import detect_images, settings_of
+from spairkit.cli.detect_parts import Where, do_parts, job_of, parts_of, settings_of
 from spairkit.cli.files import check_outputs, image_files, refuse_input
-from spairkit.cli.partial import Finished, partial_of
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.detections import Detections
+    from spairkit.parts.plan import Found, Item
     from spairkit.tracking import Tracks
 
 _COLUMNS = ("track", "frame", "image", "x", "y", "x1", "y1", "x2", "y2", "score")
@@ -65,6 +66,7 @@ def track(
     read are skipped. With --out, the same command goes on after a kill.
     """
     from spairkit.images import as_image, write_picture
+    from spairkit.parts.kept import kept_parts
     from spairkit.storage.durable import write_text
 
     outputs = {"--out": out, "--picture": picture}
@@ -82,13 +84,15 @@ def track(
     )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)
-    key = {**settings_of(detector, loaded, threshold, count), "command": "track"}
-    with partial_of(out, key) as partial:
-        detect_images(files, detector, partial, threshold, count, rows=_kept, quiet=quiet)
+    parts = parts_of(files, {})
+    job = job_of(detector, loaded, threshold, count, _Kept(), parts, Where())
+    with kept_parts(out, settings_of(job, command="track")) as kept:
+        items = do_parts(files, parts, kept, job, detector, Where(), quiet=quiet)
+        finished = {item.number: item for item in items}
         frames = list(zip(files.paths, files.numbers, strict=True))
         if len(paths) == 1:
             frames.sort(key=_order)
-        found = [partial.finished.get(number) for _, number in frames]
+        found = [finished.get(number) for _, number in frames]
         tracks, text = _tracked(found, [path for path, _ in frames], reach, gap)
         if picture is not None:
             last = max(i for i, item in enumerate(found) if item is not None)
@@ -114,18 +118,22 @@ def _order(frame: tuple[Path, int]) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 
-def _kept(path: Path, number: int, detections: "Detections") -> list[str]:
-    fields = ("boxes", "scores", "what")
-    return [json.dumps({name: getattr(detections, name).tolist() for name in fields})]
+@dataclass(frozen=True)
+class _Kept:
+    """A `Describe` that keeps what tracks are made of."""
+
+    def __call__(self, item: "Item", detections: "Detections") -> tuple[list[str], str]:
+        fields = ("boxes", "scores", "what")
+        return [], json.dumps({name: getattr(detections, name).tolist() for name in fields})
 
 
-def _detections(item: Finished | None) -> "Detections":
+def _detections(item: "Found | None") -> "Detections":
     """The objects of a frame; none of one that was skipped."""
     import torch
 
     from spairkit.detections import Detections
 
-    kept: dict[str, Any] = json.loads(item.rows[0]) if item is not None else {}
+    kept: dict[str, Any] = json.loads(item.measured) if item is not None else {}
     scores = torch.tensor(kept.get("scores", []), dtype=torch.float32)
     boxes = torch.tensor(kept.get("boxes", []), dtype=torch.float32).reshape(-1, 4)
     what = torch.tensor(kept.get("what", []), dtype=torch.float32)
@@ -135,7 +143,7 @@ def _detections(item: Finished | None) -> "Detections":
 
 
 def _tracked(
-    found: list[Finished | None], paths: list[Path], reach: float | None, gap: int
+    found: "list[Found | None]", paths: list[Path], reach: float | None, gap: int
 ) -> tuple["Tracks", str]:
     """The tracks, and the table."""
     from spairkit.tracking import track as linked

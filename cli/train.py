@@ -1,6 +1,7 @@
 """`spairkit train`: from images to a run with figures, and the commands to try next."""
 
 import shlex
+import signal
 import time
 import warnings
 from collections import deque
@@ -25,6 +26,7 @@ from spairkit.cli.console import (
 )
 from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report, say_skipped
 from spairkit.cli.interrupts import Interrupts
+from spairkit.cli.workers import parent_ended
 from spairkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,11 +105,13 @@ def train(
 
     began = time.monotonic()
     looks: list[Survey] = []
+    orphaned = parent_ended()
 
     def stop() -> int:
         """0, the exit status of a signal, or 1 when the time is over; the same in all processes."""
         over_time = minutes is not None and time.monotonic() - began >= minutes * 60
-        return world.greatest(128 + interrupts.number if interrupts.number else int(over_time))
+        number = signal.SIGTERM if orphaned.is_set() else interrupts.number
+        return world.greatest(128 + number if number else int(over_time))
 
     with joined(options.choose_device(device)) as (world, chosen), ExitStack() as stack:
 

@@ -1,4 +1,7 @@
-"""Worker processes for `sweep` and `compare`: the same command, on the same folder."""
+"""Worker processes: of `sweep` and `compare` the same command again, of `app` a training.
+
+A worker ends with the process that started it, however that ends.
+"""
 
 import os
 import shlex
@@ -7,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,9 +47,7 @@ def run_shared(
     `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
     the number of runs. Returns the signal that interrupted it, or None.
     """
-    orphaned = threading.Event()
-    if is_worker():
-        threading.Thread(target=_watch_parent, args=(orphaned,), daemon=True).start()
+    orphaned = parent_ended()
     with Interrupts(quiet=is_worker()) as interrupts:
 
         def stop() -> bool:
@@ -55,6 +56,41 @@ def run_shared(
         with _processes(workers - 1, [*words, "--device", device.value, "--quiet"]) as busy:
             _show(work(stop, busy), total, quiet=quiet)
     return interrupts.number
+
+
+def parent_ended() -> threading.Event:
+    """An event that is set when the parent of a worker ends; the worker is to save, and end.
+
+    A worker that takes longer than five seconds is ended. Call it once in a process.
+    """
+    orphaned = threading.Event()
+    if is_worker():
+        threading.Thread(target=_watch_parent, args=(orphaned,), daemon=True).start()
+    return orphaned
+
+
+def start_worker(
+    words: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    *,
+    stdout: int = subprocess.DEVNULL,
+    stderr: int | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Starts `spairkit` with these words as a worker of this process.
+
+    Args:
+        words: of the command line.
+        environment: variables besides those of this process.
+        stdout, stderr: as in `subprocess.Popen`.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "spairkit", *words],
+        stdin=subprocess.PIPE,  # the system closes it when this process ends
+        env={**os.environ, **(environment or {}), _PARENT: str(os.getpid())},
+        stdout=stdout,
+        stderr=stderr,
+        start_new_session=True,  # or Ctrl-C would reach it too
+    )
 
 
 def _watch_parent(orphaned: threading.Event) -> None:
@@ -83,21 +119,12 @@ def _processes(number: int, words: list[str]) -> Iterator[Callable[[], bool]]:
     """
     import torch
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", _PARENT: str(os.getpid())}
     if number:
         torch.set_num_threads(1)
     started: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(number):
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "spairkit", *words],
-                    stdin=subprocess.PIPE,  # the system closes it when this process ends
-                    stdout=subprocess.DEVNULL,
-                    env=environment,
-                    start_new_session=True,  # or Ctrl-C would reach them too
-                )
-            )
+            started.append(start_worker(words, {"OMP_NUM_THREADS": "1"}))
         yield lambda: any(process.poll() is None for process in started)
     finally:
         running = [process for process in started if process.poll() is None]

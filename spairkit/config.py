@@ -34,9 +34,17 @@ class DataConfig:
     path: str = ""
     """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images, or one image."""
     image_height: Pixels = 48
-    """Height of a scene or, for `folder`, of a training crop, in pixels."""
+    """Height of a scene or of a training crop, in pixels."""
     image_width: Pixels = 48
-    """Width of a scene or, for `folder`, of a training crop, in pixels."""
+    """Width of a scene or of a training crop, in pixels."""
+    scene_height: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Height of a scene of which training and validation see crops, while test scenes are whole;
+    0: scenes are not cut. A folder has images of its own sizes."""
+    scene_width: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Width of such a scene."""
+    crops: Literal["uniform", "objects"] = "uniform"
+    """Places of the crops of a folder: `objects` puts half of them where prepared images are
+    bright, for images most of which are empty."""
     min_objects: Annotated[int, Field(ge=0, le=256)] = 1
     """Least number of objects in a scene; the number is uniform."""
     max_objects: Annotated[int, Field(ge=0, le=256)] = 9
@@ -58,17 +66,27 @@ class DataConfig:
     seed: Seed = 0
     """Seed of scenes and crops, and of their order; independent of `train.seed`."""
 
+    @property
+    def whole_size(self) -> tuple[int, int]:
+        """Height and width of a whole scene, in pixels."""
+        return self.scene_height or self.image_height, self.scene_width or self.image_width
+
     def __post_init__(self) -> None:
+        if (self.scene_height or self.scene_width) and self.name == "folder":
+            raise ValueError("scene_height and scene_width are for scenes, not for a folder")
+        height, width = self.whole_size
+        if self.image_height > height or self.image_width > width:
+            raise ValueError(
+                f"a crop of {self.image_height}x{self.image_width} px does not fit a scene of "
+                f"{height}x{width} px"
+            )
         if self.min_objects > self.max_objects:
             raise ValueError(
                 f"min_objects ({self.min_objects}) must not exceed max_objects ({self.max_objects})"
             )
         side = self.glyph_size + self.glyph_jitter
-        if self.name != "folder" and side > min(self.image_height, self.image_width):
-            raise ValueError(
-                f"a glyph of {side} px does not fit an image of "
-                f"{self.image_height}x{self.image_width} px"
-            )
+        if self.name != "folder" and side > min(height, width):
+            raise ValueError(f"a glyph of {side} px does not fit an image of {height}x{width} px")
         if self.glyph_jitter >= self.glyph_size:
             raise ValueError(
                 f"glyph_jitter ({self.glyph_jitter}) must be less than "

@@ -5,12 +5,14 @@ found = detector.detect("cells.tif")
 """
 
 import os
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -46,7 +48,10 @@ from spairkit.storage.checkpoints import Checkpoint, load_checkpoint
 from spairkit.storage.runs import pretrained
 from spairkit.tiles import WHOLE_PIXELS, Mosaic, Tile, elsewhere, tiles_of
 
-_MAX_BATCH_PIXELS = 1 << 22  # of `detect_many`, unless one image has more
+_MAX_BATCH_PIXELS = 1 << 22  # unless one image has more
+_TILES = 32  # whose results are held at once
+
+Result = TypeVar("Result")
 
 
 class Detector:
@@ -191,8 +196,9 @@ class Detector:
     ) -> Iterator[Detections]:
         """The objects in each of many images, in order; neighbours of one size share a batch.
 
-        Images are read when their turn comes; one batch and one image are held at most. Files of a
-        folder that cannot be read are skipped, with a warning.
+        One batch and one image are held at most, and of a folder or a list the next ones, which a
+        thread reads: 4 million pixels, or one image. Files of a folder that cannot be read are
+        skipped, with a warning.
 
         Args:
             images: a folder, whose image files are taken in the order of their paths, a stack (a
@@ -299,13 +305,65 @@ class Detector:
         sources: Iterable[ImageLike],
         skip: Callable[[ImageLike, ImageFileError], None] | None,
     ) -> Iterator[tuple[ImageLike, Tensor]]:
-        for source in sources:
+        for source, image in self._opened_ahead(sources):
+            if isinstance(image, Tensor):
+                yield source, image
+            elif isinstance(image, ImageFileError) and skip is not None:
+                skip(source, image)
+            else:
+                raise image
+
+    def _opened_ahead(
+        self, sources: Iterable[ImageLike]
+    ) -> Iterator[tuple[ImageLike, Tensor | Exception]]:
+        """Each source with its image, or the reason why there is none.
+
+        The next files of a list are read in a thread meanwhile, until they have 4 million pixels.
+        """
+
+        def opened(source: ImageLike) -> Tensor | Exception:
             try:
-                yield source, self._opened(source)
-            except ImageFileError as error:
-                if skip is None:
-                    raise
-                skip(source, error)
+                return self._opened(source)
+            except Exception as error:
+                return error
+
+        if not (isinstance(sources, (list, tuple)) and len(sources) > 1):
+            yield from ((source, opened(source)) for source in sources)
+            return
+        ready: deque[tuple[ImageLike, Tensor | Exception]] = deque()
+        pixels, stopped, change = 0, False, threading.Condition()
+
+        def has_room() -> bool:
+            return stopped or pixels < _MAX_BATCH_PIXELS
+
+        def read() -> None:
+            nonlocal pixels
+            for source in sources:
+                with change:
+                    change.wait_for(has_room)
+                    if stopped:
+                        return
+                image = opened(source)
+                with change:
+                    ready.append((source, image))
+                    pixels += _pixels(image)
+                    change.notify()
+
+        reader = threading.Thread(target=read, name="spairkit-reader", daemon=True)
+        reader.start()
+        try:
+            for _ in sources:
+                with change:
+                    change.wait_for(lambda: ready)
+                    source, image = ready.popleft()
+                    pixels -= _pixels(image)
+                    change.notify()
+                yield source, image
+        finally:
+            with change:
+                stopped = True
+                change.notify()
+            reader.join()
 
     def _cuts(self, images: Tensor) -> bool:  # [..., H, W]
         """Whether images are so large, once they are prepared, that they are cut into tiles."""
@@ -339,25 +397,40 @@ class Detector:
         assert isinstance(network, SPAIR)
         assert isinstance(finder, (SPAIR, PosteriorSearch))
 
-        def seen(tile: Tile) -> Tensor:  # [1, 3, h, w]
-            return of_prepared_pixels(tile.of(prepared), prepare)[None].to(self.device)
+        def seen(some: list[int]) -> Tensor:  # [n, 3, h, w]
+            pixels = [of_prepared_pixels(tiles[i].of(prepared), prepare) for i in some]
+            return torch.stack(pixels).to(self.device)
 
         tiles = tiles_of(*size, network.config.cell)
         parts = [Part((t.rows.start, t.columns.start), size, t.inner) for t in tiles]
-        if isinstance(finder, PosteriorSearch):
-            pairs = zip(tiles, parts, strict=True)
-            outside = elsewhere(
-                tiles, [_guessed(network, seen(tile), part) for tile, part in pairs]
-            )
-            parts = [replace(part, outside=n) for part, n in zip(parts, outside, strict=True)]
-        mosaic = Mosaic(size)
-        for index, (tile, part) in enumerate(zip(tiles, parts, strict=True)):
-            self._tiles = index, len(tiles)
-            if explain:
-                mosaic.add_explained(tile, finder.explain(seen(tile), **options, part=part)[0])
+
+        def guessed(some: list[int]) -> list[Tensor]:
+            latents, _ = network.infer(seen(some), part=[parts[i] for i in some])
+            pairs = zip(latents.boxes, latents.presence > 0, strict=True)
+            return [boxes[present].cpu() for boxes, present in pairs]
+
+        def found(some: list[int]) -> list[Detections] | list[Explanation]:
+            self._tiles = some[0], len(tiles)
+            if isinstance(finder, PosteriorSearch):
+                part: Any = parts[some[0]]  # it searches in one tile at a time
             else:
-                mosaic.add(tile, finder.detect(seen(tile), **options, part=part)[0])
+                part = [parts[i] for i in some]
+            find = finder.explain if explain else finder.detect
+            results = find(seen(some), **options, part=part)
             self._progress("done", 1.0)
+            return results
+
+        together = _TILES
+        if isinstance(finder, PosteriorSearch):
+            outside = elsewhere(tiles, list(_in_batches(tiles, guessed, _TILES)))
+            parts = [replace(part, outside=n) for part, n in zip(parts, outside, strict=True)]
+            together = 1
+        mosaic = Mosaic(size)
+        for tile, result in zip(tiles, _in_batches(tiles, found, together), strict=True):
+            if isinstance(result, Explanation):
+                mosaic.add_explained(tile, result)
+            elif isinstance(result, Detections):
+                mosaic.add(tile, result)
         self._tiles = 0, 1
         return mosaic
 
@@ -480,10 +553,32 @@ def chosen_device(device: torch.device | str) -> torch.device:
     return chosen
 
 
-def _guessed(network: SPAIR, tile: Tensor, part: Part) -> Tensor:  # [1, 3, h, w] -> [n, 4]
-    """Boxes of the objects that the encoder finds."""
-    latents, _ = network.infer(tile, part=part)
-    return latents.boxes[0, latents.presence[0] > 0].cpu()
+def _pixels(image: Tensor | Exception) -> int:
+    return image[0].numel() if isinstance(image, Tensor) else 0
+
+
+def _in_batches(
+    tiles: list[Tile], compute: Callable[[list[int]], Sequence[Result]], most: int
+) -> Iterator[Result]:
+    """The results of tiles, in order.
+
+    `compute` is given indices of tiles of one size, and gives a result for each. At most `most`
+    results are held.
+    """
+    for start in range(0, len(tiles), most):
+        chunk = range(start, min(start + most, len(tiles)))
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in chunk:
+            rows, columns = tiles[i].rows, tiles[i].columns
+            size = rows.stop - rows.start, columns.stop - columns.start
+            groups.setdefault(size, []).append(i)
+        results: dict[int, Result] = {}
+        for (height, width), group in groups.items():
+            step = max(_MAX_BATCH_PIXELS // (height * width), 1)
+            for at in range(0, len(group), step):
+                some = group[at : at + step]
+                results |= zip(some, compute(some), strict=True)
+        yield from (results[i] for i in chunk)
 
 
 def _in_file(explained: Explanation, image: Tensor, prepared: tuple[int, int]) -> Explanation:

@@ -79,7 +79,9 @@ _ROWS_BACKWARDS = (3, 4, 6, 7)
 _COLUMNS_BACKWARDS = (2, 3, 7, 8)
 _SIDEWAYS = (5, 6, 7, 8)
 
+_MAX_HELD = 1 << 26
 _told_of_pages: list[str] = []
+_read_before: dict[str, Tensor] | None = None  # by name, in `reading_once`
 
 Source = TypeVar("Source")
 ImageLike = str | os.PathLike[str] | NDArray[Any] | Image.Image | Tensor
@@ -144,12 +146,34 @@ def read_pixels(path: Path | str) -> Tensor:  # [1 or 3, H, W] uint8, uint16 or 
     They are bytes, uint16 of 16 bits, and float32 in [0, 1] of other types; `to_colour` makes
     `read_image`'s of all or of a part of them. Raises ImageFileError as `read_image`.
     """
+    if _read_before is not None and (known := _read_before.get(os.fspath(path))) is not None:
+        return known
     with _opened(path) as image:
         orientation, has_more = image.orientation, image.has_more
         pixels = image.pixels()
     if has_more:
         _tell_of_pages(printable(path))
-    return pixels if orientation == 1 else upright(pixels, orientation)
+    pixels = pixels if orientation == 1 else upright(pixels, orientation)
+    if _read_before is not None:
+        held = sum(map(Tensor.numel, _read_before.values()))
+        if held + pixels.numel() <= _MAX_HELD:
+            _read_before[os.fspath(path)] = pixels
+    return pixels
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """In this block `read_pixels` keeps the pixels of files, and does not read them again.
+
+    It keeps up to 64 million values. It is for files that do not change meanwhile, and pixels that
+    nobody changes.
+    """
+    global _read_before
+    before, _read_before = _read_before, {}
+    try:
+        yield
+    finally:
+        _read_before = before
 
 
 class _Picture:

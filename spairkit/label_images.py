@@ -56,11 +56,17 @@ def intensities(
             f"got {list(image.shape[1:])}"
         )
     number = _size(label_image, labels)
-    sums = np.zeros(number)
+    sums, sizes = np.zeros(number), np.zeros(number)
     for rows in _strips(label_image):
-        values = to_colour(image[:, rows]).mean(0, dtype=torch.float64).numpy().ravel()
-        sums += np.bincount(label_image[rows].numpy().ravel(), values, number)
-    return (torch.from_numpy(sums[labels.numpy()]) / areas(label_image, labels)).float()
+        label = label_image[rows].numpy().ravel()
+        place = np.flatnonzero(label)
+        pixels = image[:, rows].flatten(1)[:, torch.from_numpy(place)]
+        values = to_colour(pixels[:, None]).mean(0, dtype=torch.float64).numpy().ravel()
+        sums += np.bincount(label[place], values, number)
+        sizes += np.bincount(label[place], minlength=number)
+    with np.errstate(invalid="ignore"):
+        means = sums[labels.numpy()] / sizes[labels.numpy()]
+    return torch.from_numpy(means).float()
 
 
 def outlines(label_image: Tensor, height: int, width: int) -> npt.NDArray[np.int32]:
@@ -88,38 +94,56 @@ def outlines(label_image: Tensor, height: int, width: int) -> npt.NDArray[np.int
 def coco_segmentations(label_image: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """Each object's mask as COCO's compressed RLE: `size` [H, W], and `counts` as text."""
     pixels = label_image.numpy().ravel(order="F")  # COCO counts down the columns
-    starts = np.flatnonzero(np.diff(pixels, prepend=-1))
+    starts = np.append(0, np.flatnonzero(pixels[1:] != pixels[:-1]) + 1)
     ends = np.append(starts[1:], pixels.size)
     values = pixels[starts]
     order = np.argsort(values, kind="stable")
     first = np.searchsorted(values[order], labels.numpy(), "left")
     last = np.searchsorted(values[order], labels.numpy(), "right")
-    segmentations = []
-    for a, b in zip(first.tolist(), last.tolist(), strict=True):
-        runs = order[a:b]
-        edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
-        edges = edges[edges < pixels.size]  # no count of 0 at the end
-        counts = np.diff(edges, prepend=0, append=pixels.size)
-        segmentations.append({"size": list(label_image.shape), "counts": _compressed(counts)})
-    return segmentations
+    # the edges of each object's runs: where its pixels begin and end, in turn
+    number = 2 * (last - first)
+    runs = order[
+        np.repeat(first - (number.cumsum() - number) // 2, number // 2)
+        + np.arange(number.sum() // 2)
+    ]
+    edges = np.stack([starts[runs], ends[runs]], axis=1).ravel()
+    texts = _compressed(edges, number, pixels.size)
+    return [{"size": list(label_image.shape), "counts": text} for text in texts]
 
 
-def _compressed(counts: npt.NDArray[np.int64]) -> str:
-    """COCO's text of run lengths.
+def _compressed(
+    edges: npt.NDArray[np.int64],  # of all objects, ascending in each
+    number: npt.NDArray[np.int64],  # of the edges of each
+    size: int,  # number of pixels
+) -> list[str]:
+    """COCO's text of the lengths of an object's runs.
 
     From the fourth on, a count is its difference from the last but one. Each is written as signed
     digits of five bits, the lowest first; bit 32 says that another digit follows.
     """
+    # an object ends with the image, where no count of 0 is written
+    stop = number.cumsum()
+    begin = stop - number
+    at_end = np.append(edges, 0)[stop - 1] == size
+    closed = np.insert(edges, stop[~at_end | (number == 0)], size)
+    number = number + (~at_end | (number == 0))
+    begin = number.cumsum() - number
+    place = np.arange(len(closed)) - np.repeat(begin, number)  # of a count in its object
+    counts = closed.copy()
+    counts[place > 0] -= closed[np.flatnonzero(place > 0) - 1]
     values = counts.copy()
-    values[3:] -= counts[1:-2]
-    place = np.arange(_COCO_DIGITS)
-    shifted = values[:, None] >> 5 * place
+    later = np.flatnonzero(place > 2)
+    values[later] -= counts[later - 2]
+    digit = np.arange(_COCO_DIGITS)
+    shifted = values[:, None] >> 5 * digit
     digits = shifted & 31
     complete = shifted >> 5 == np.where(digits & 16, -1, 0)
     final = complete.argmax(1)[:, None]
-    text = 48 + digits + 32 * (place < final)
-    written: bytes = text[place <= final].astype(np.uint8).tobytes()
-    return written.decode("ascii")
+    text = 48 + digits + 32 * (digit < final)
+    written = text[digit <= final].astype(np.uint8).tobytes().decode("ascii")
+    lengths = np.append(0, (final[:, 0] + 1).cumsum())
+    stops = lengths[begin + number].tolist()
+    return [written[a:b] for a, b in zip(lengths[begin].tolist(), stops, strict=True)]
 
 
 def _strips(label_image: Tensor) -> Iterator[slice]:

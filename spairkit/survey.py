@@ -61,13 +61,17 @@ _KEPT = 0.97  # of the share of the contrast that objects hold: about as much
 _MORE = 1.2  # times as many objects as at the start: their parts
 _COMPACT = 0.6  # share of its box that a single object fills at least
 _FEWEST = 5  # objects that a diameter is measured on
-_SHARE = 0.35  # of the contrast of an image that lies in compact objects, at least
+_SHARE = 0.38  # of the contrast above noise that lies in compact objects, at least
+_BRIGHT = 0.2  # of white: contrast above noise
+_LEAST_MASS = 1e-9
 _ALIGNED = 0.75  # agreement of the colours of objects that calls for one direction
 _GREY = 2e-3  # largest difference between the channels of a grey image
 _UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for a surface
 _LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
 _STDS = 2.56  # standard deviations of a normal between these
+_CROP = 48  # side of a training crop, prepared px
+_SPARSE = 0.5  # objects in such a crop, at least, or crops are taken where objects are
 _WIDE = 3.0  # ratio of large to small objects that is worth a warning
 _FAINT = 2.0  # contrasts in noises that can hardly be seen
 _TEXTURE = 0.12  # least noise in training: texture that objects should not be spent on
@@ -91,6 +95,8 @@ class Survey:
     """Ninetieth percentile of the sides, px in the files."""
     objects: float
     """Objects in an image, or in the middle of a large one, on average: a rough estimate."""
+    objects_per_crop: float
+    """The same for a training crop of 48 x 48 prepared pixels."""
     noise: float
     """Standard deviation of the noise in a prepared image, as a share of the file's range."""
     contrast: float
@@ -100,7 +106,7 @@ class Survey:
     is_grey: bool
     """Whether the three channels are equal."""
     share: float
-    """Share of all contrast that lies in compact objects."""
+    """Share of the contrast above noise that lies in compact objects."""
 
     @property
     def polarity(self) -> Literal["bright", "dark", "either"]:
@@ -151,10 +157,17 @@ class Survey:
             "least_noise": _TEXTURE,
         }
         search = {} if by_hand else {"start": "watershed", "mode": "refine"}
-        settings = {"prepare": prepare, "model": values, "search": search}
+        settings: dict[str, Any] = {"prepare": prepare, "model": values, "search": search}
+        if not by_hand and self.is_sparse:
+            settings["data"] = {"crops": "objects"}
         if not by_hand:
             settings["train"] = {"retries": self._retries(given)}
         return settings
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most training crops would be empty."""
+        return self.objects_per_crop < _SPARSE
 
     def _retries(self, given: Mapping[str, Any]) -> list[str]:
         """What a failing training may change: not what the user has set."""
@@ -214,6 +227,11 @@ class Survey:
             lines.append(
                 "sizes differ much: objects far from the typical size may be missed or split"
             )
+        if self.is_sparse and p.contrast != "none":
+            lines.append(
+                f"sparse: {self.objects_per_crop:.2g} objects in a training crop; every second one "
+                "is taken where something is bright (--set data.crops)"
+            )
         return lines
 
     @property
@@ -248,7 +266,9 @@ class _Measured:
 
     sides: npt.NDArray[np.float64]  # [n] px in the files
     share: float  # of the contrast
+    bright_share: float  # of that above noise
     images: int
+    area: int  # px^2 of the prepared images
 
     @property
     def median(self) -> float:
@@ -343,11 +363,12 @@ def look(
         smallest=float(np.percentile(sides, _SPREAD[0])),
         largest=float(np.percentile(sides, _SPREAD[1])),
         objects=len(measured.sides) / max(measured.images, 1),
+        objects_per_crop=len(measured.sides) / max(measured.area, 1) * _CROP**2,
         noise=float(np.median([noise_of(image) for image in contrasts])),
         contrast=typical,
         agreement=agreement,
         is_grey=is_grey,
-        share=measured.share,
+        share=measured.bright_share,
     )
 
 
@@ -461,7 +482,7 @@ def _diameter(
     about as much of the contrast as those of any: objects, not the parts that they may have.
     """
     largest = max(max(image.shape[1:]) for image in images)
-    diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, len(images))
+    diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, 0.0, len(images), 1)
     starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
     agreeing = []
     for number, assumed in enumerate(starts):
@@ -491,7 +512,7 @@ def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -
     """The compact objects of an assumed diameter in the middles of images."""
     scale = OBJECT_PX / diameter
     sides: list[npt.NDArray[np.float64]] = []
-    held = total = 0.0
+    held, total, measured = np.zeros(2), np.zeros(2), 0
     for image in images:
         middle = _middle(image, math.ceil(_SIDE / scale))
         seen = prepare_image(middle, replace(config, scale=scale))[0].numpy()
@@ -499,13 +520,17 @@ def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -
         extent = parts.boxes[:, 2:] - parts.boxes[:, :2]
         labels = parts.label_image.ravel()
         area = np.bincount(labels, minlength=len(extent) + 1)[1:]
-        mass = np.bincount(labels, seen.ravel(), len(extent) + 1)[1:]
+        contrasts = [seen.ravel(), np.where(seen > _BRIGHT, seen, 0).ravel()]
+        mass = np.stack([np.bincount(labels, c, len(extent) + 1)[1:] for c in contrasts])
         end = np.array(seen.shape[::-1])
         inside = (parts.boxes[:, :2] > 0).all(1) & (parts.boxes[:, 2:] < end).all(1)
         kept = inside & (area >= _COMPACT * extent.prod(1))
         sides.append(np.sqrt(extent[kept].prod(1, dtype=np.float64)) / scale)
-        held, total = held + float(mass[kept].sum()), total + float(seen.sum())
-    return _Measured(np.concatenate(sides), held / total if total else 0.0, len(images))
+        held += mass[:, kept].sum(1)
+        total += [contrast.sum() for contrast in contrasts]
+        measured += seen.size
+    share, bright = (held / np.maximum(total, _LEAST_MASS)).tolist()
+    return _Measured(np.concatenate(sides), share, bright, len(images), measured)
 
 
 def _middle(image: Tensor, side: int) -> Tensor:

@@ -42,8 +42,8 @@ SAFEGUARDS = (
     Safeguard(
         "files are flushed to disk",
         "spairkit/storage/durable.py",
-        "        _write_all(descriptor, data)\n        os.fsync(descriptor)\n",
-        "        _write_all(descriptor, data)\n",
+        "            _write_all(descriptor, piece)\n        os.fsync(descriptor)\n",
+        "            _write_all(descriptor, piece)\n",
         ("test_durable.py",),
     ),
     Safeguard(
@@ -115,6 +115,48 @@ SAFEGUARDS = (
         "            if name not in but and path.is_symlink():\n",
         "            if False:\n",
         ("test_moved_runs.py",),
+    ),
+    Safeguard(
+        "the page is for those with the token",
+        "spairkit/app/server.py",
+        "        if not _same(given, self._token):\n",
+        "        if not given:\n",
+        ("test_app.py",),
+    ),
+    Safeguard(
+        "the page is for names of this machine",
+        "spairkit/app/server.py",
+        "        if _hostname(host) not in _HOSTS:\n",
+        "        if not host:\n",
+        ("test_app.py",),
+    ),
+    Safeguard(
+        "other pages change nothing",
+        "spairkit/app/server.py",
+        '            if site != "same-origin" or (origin is not None and origin != f"http://{host}"):\n',
+        "            if False:\n",
+        ("test_app.py",),
+    ),
+    Safeguard(
+        "corrections of another program are kept",
+        "spairkit/app/corrections.py",
+        "        if self._state() != self._seen:\n",
+        "        if False:\n",
+        ("test_app.py",),
+    ),
+    Safeguard(
+        "corrections of another window are kept",
+        "spairkit/app/session.py",
+        "            if self._revisions.get(index, 0) != revision:\n",
+        "            if False:\n",
+        ("test_app.py",),
+    ),
+    Safeguard(
+        "a training ends with the app",
+        "cli/train.py",
+        "    orphaned = parent_ended()\n",
+        "    import threading\n\n    orphaned = threading.Event()\n",
+        ("test_app.py",),
     ),
 )
 

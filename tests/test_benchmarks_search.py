@@ -95,3 +95,26 @@ def test_large_image_can_be_left_out_but_not_too_small(
         main([*words, "--size", "20"])
     assert ended.value.code == 2
     assert "--size 20: must be 0, or at least the side of a scene, 48" in capsys.readouterr().err
+
+
+def test_detection_is_timed_in_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["bench", "detect", "--size", "96", "--seconds", "0", "--device", "cpu", "--quiet"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 0
+    small, middle, large = json.loads(capsys.readouterr().out)["figures"]
+    for speed, number, side in ((small, 256, 48), (middle, 16, 256), (large, 1, 96)):
+        assert speed["case"].startswith(f"{number} x {side} px, ")
+        objects = int(speed["case"].split(", ")[1].split()[0])
+        assert abs(speed["found"] - objects) <= 0.2 * objects
+        pixels = speed["images_per_second"] * side**2 / 1e6
+        assert speed["megapixels_per_second"] == pytest.approx(pixels)
+        assert speed["cpu_ms_per_image"] > 0
+        assert speed["passes"] == 1
+    assert len(Path("benchmarks.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "detect", "--size", "20"])
+    assert ended.value.code == 2

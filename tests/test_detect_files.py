@@ -16,6 +16,7 @@ from spairkit.cli import detect as detect_command
 from spairkit.detections import Detections
 from spairkit.detector import Detector
 from spairkit.images import is_picture, write_png
+from spairkit.parts import plan
 
 if TYPE_CHECKING:
     from conftest import Ended
@@ -94,6 +95,7 @@ def test_overlays_are_pictures_of_each_image(run: Runner) -> None:
 
 
 def test_kill_loses_no_file_and_repeats_none(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MAX_IMAGES", 3)
     words = ["detect", "cells", "--format", "geojson", *QUICKLY]
     assert run(*words, "--annotated", "whole-drawn", "--out", "whole").status == 0
     plain = Detections.save
@@ -109,22 +111,24 @@ def test_kill_loses_no_file_and_repeats_none(run: Runner, monkeypatch: pytest.Mo
     monkeypatch.setattr(Detections, "save", save)
     assert run(*words, "--annotated", "drawn", "--out", "found").status == 1
     assert saved == [f"cells/{name}" for name in NAMES[:4]] + ["stopped"]
-    assert Path("found.partial").exists()
+    assert Path("found.parts").exists()
     assert run(*words, "--annotated", "drawn", "--out", "found").status == 0
-    assert saved[5:] == [f"cells/{name}" for name in NAMES[3:]], "the batch that was stopped"
+    assert saved[5:] == [f"cells/{name}" for name in NAMES[3:]], "the part that was stopped"
     assert files("found") == files("whole")
     assert files("drawn") == files("whole-drawn")
-    assert not Path("found.partial").exists()
+    assert not Path("found.parts").exists()
 
 
 def test_lost_files_are_written_again(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "MAX_IMAGES", 1)
     words = ["detect", "cells", "--format", "yolo", "--out", "found", "--annotated", "drawn"]
+    words += ["--table", "objects.csv"]
 
     def full(*_: object) -> None:
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(detect_command, "_text", full)
+        patch.setattr(detect_command, "table_text", full)
         assert run(*words, *QUICKLY).status == 1, "all images are finished"
     written = files("found"), files("drawn")
     os.remove("found/a.png.txt")
@@ -175,7 +179,7 @@ def test_label_images_need_masks(run: Runner, monkeypatch: pytest.MonkeyPatch) -
     ended = run(*words, "labels")
     assert ended.status == 2
     assert ended.err.splitlines()[-1] == (
-        "spairkit: --out: this model finds boxes only; a label image needs masks"
+        "spairkit: found/a.bmp.tif: this model finds boxes only; a label image needs masks"
     )
     assert not Path("found").exists()
     for format_ in ("rois", "geojson", "yolo"):

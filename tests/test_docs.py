@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 MAX_WORDS = 900
 
-# commands that would install, download, test, change the shell, need an extra, or take long
+# commands that would install, download, test, change the shell, need an extra, or not end soon
 UNRUN = (
     "python3 -m venv",
     "source",
@@ -37,6 +37,9 @@ UNRUN = (
     "ruff",
     "mypy",
     "spairkit --install-completion",
+    "srun",
+    "spairkit detect /shared",
+    "spairkit app",
     "spairkit data make invaders",
     "spairkit data make slide",
     "spairkit train --data slide",
@@ -137,6 +140,8 @@ def small(words: list[str]) -> list[str]:
         return [*words, *easy, *assigned(sizes), *network]
     if words[:2] == ["bench", "search"]:
         return [*words, "--batch", "1", "--size", "48", "--seconds", "0"]
+    if words[:2] == ["bench", "detect"]:
+        return [*words, "--size", "48", "--seconds", "0"]
     if command == "bench":
         return [*words, "--batch", "1", "--seconds", "0"]
     return words

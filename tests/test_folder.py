@@ -87,6 +87,35 @@ def test_crops_cover_every_position(tmp_path: Path) -> None:
     assert set(seen[0]) == {(top, left) for top in range(3) for left in range(4)}
 
 
+def test_every_second_crop_of_a_sparse_image_has_a_bright_place(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 30, (200, 300, 1)).repeat(3, 2)
+    bright = [(20, 40), (120, 280), (188, 8)]  # blocks of 4 x 4, two of them at the ends
+    for top, left in bright:
+        image[top : top + 4, left : left + 4] = 255
+    Image.fromarray(image.astype(np.uint8)).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png")
+    crops = opened(tmp_path, crops="objects").batch(torch.arange(400)).images
+    uniform = opened(tmp_path).batch(torch.arange(400)).images
+    there = [(crop > 0.9).any().item() for crop in crops]
+    assert 150 < sum(there) < 260
+    same = [torch.equal(one, other) for one, other in zip(crops, uniform, strict=True)]
+    assert 150 < sum(same) < 250, "the others are those of uniform crops"
+    held = [0, 0, 0]
+    rows = set()
+    for crop in (crop for crop, is_same in zip(crops, same, strict=True) if not is_same):
+        ((top, left),) = place(crop, pixels)
+        for i, (y, x) in enumerate(bright):
+            inside = top <= y and y + 4 <= top + 8 and left <= x and x + 4 <= left + 9
+            held[i] += inside
+            rows |= {y - top} if inside and i == 0 else set()
+    assert sum(held) == len(same) - sum(same)
+    assert min(held) > 40
+    assert rows == {0, 1, 2, 3, 4}
+    dark = np.zeros((40, 50, 3), np.uint8)
+    Image.fromarray(dark).save(tmp_path / "a.png")
+    assert not opened(tmp_path, crops="objects").batch(torch.arange(20)).images.any()
+
+
 def test_crops_are_slices_of_images(tmp_path: Path) -> None:
     fill(tmp_path, {"a.png": (10, 12), "b.png": (8, 9)})
     images = [read_image(tmp_path / name) for name in ("a.png", "b.png")]

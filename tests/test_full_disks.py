@@ -32,7 +32,7 @@ OUTPUTS: dict[str, list[object]] = {
     "data look": ["data", "look", "cells", "--out", "@/look.png"],
     "config copy": ["config", "copy", "@/mine.toml"],
 }  # fmt: skip
-KEPT = {"detect": ["found.json.partial"], "compare": ["new"]}
+KEPT = {"detect": ["found.json.parts"], "compare": ["new"]}
 """What is done before the disk is full, from which the same command goes on."""
 
 
@@ -82,7 +82,7 @@ def test_no_output_is_half_written_on_a_full_disk(
         assert not list(disk.rglob(".spairkit-tmp-*"))
     assert pages > 0
     assert ended.status == 0
-    assert not (disk / "found.json.partial").exists()
+    assert not (disk / "found.json.parts").exists()
 
 
 @pytest.mark.parametrize("pages", [0, 1, 9, 40])

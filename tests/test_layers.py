@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "presence",
     ),
     ("storage",),
-    ("tiff", "frames", "deep_pixels"),
+    ("tiff", "frames", "deep_pixels", "remote"),
     (
         "images",
         "counts",
@@ -44,7 +44,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("detector", "tiles", "evaluation", "floor", "export"),
     ("report",),
     ("training",),
-    ("benchmarks", "experiments", "sweeps"),
+    ("parts",),
+    ("benchmarks", "experiments", "sweeps", "app"),
     ("cli",),
 )
 RUNG = {place: rung for rung, places in enumerate(LADDER) for place in places}

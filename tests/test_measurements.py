@@ -276,10 +276,10 @@ def test_table_goes_on_where_it_was_stopped(
         with pytest.raises(SystemExit):
             main(words)
     assert not Path("objects.csv").exists()
-    assert Path("objects.csv.partial").exists()
+    assert Path("objects.csv.parts").exists()
     assert "4 images finished before, 0 left" in command(*words).err
     assert Path("objects.csv").read_bytes() == whole
-    assert not Path("objects.csv.partial").exists()
+    assert not Path("objects.csv.parts").exists()
 
 
 def test_table_without_masks(workplace: Path, command: Callable[..., Any]) -> None:

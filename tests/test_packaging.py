@@ -35,6 +35,7 @@ DATA = {
     "report/page.html.j2",
     f"{PACKAGED}/manifest.json",
     f"{PACKAGED}/model.safetensors",
+    *(f"app/page/{path.name}" for path in ROOT.glob("spairkit/app/page/*")),
 }
 TINY = [
     *("--set", "data.validation_images=4", "--set", "data.test_images=4"),
@@ -145,6 +146,8 @@ def test_wheel_contains_one_complete_package(distributions: tuple[Path, Path]) -
         entries = archive.read(f"spairkit-{spairkit.__version__}.dist-info/entry_points.txt")
     modules = {f"spairkit/{name.removeprefix('spairkit/')}" for name in sources()}
     assert names == modules | {f"spairkit/{name}" for name in DATA}
+    page = {Path(name).suffix for name in names if name.startswith("spairkit/app/page/")}
+    assert page == {".html", ".css", ".js", ".svg"}
     assert "spairkit = spairkit.cli.main:main" in entries.decode()
 
 

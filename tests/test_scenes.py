@@ -316,6 +316,81 @@ def test_first_square_is_uniform() -> None:
     assert chi_square(places, torch.full((49,), 100.0)) < 93.3
 
 
+CROPPED: dict[str, Any] = {
+    "image_height": 20,
+    "image_width": 33,
+    "scene_height": 40,
+    "scene_width": 60,
+    "max_objects": 6,
+    "background": "random",
+}
+
+
+def test_crops_are_cut_from_whole_scenes() -> None:
+    """Places are read off the pixels; boxes are those of the scene, cut at the ends."""
+    scenes = Scenes(DataConfig(**CROPPED), "train")
+    sizes = {"image_height": 40, "image_width": 60, "scene_height": 0, "scene_width": 0}
+    whole = Scenes(DataConfig(**CROPPED | sizes), "train").batch(torch.arange(40))
+    cut = scenes.batch(torch.arange(40))
+    assert cut.images.shape == (40, 3, 20, 33)
+    places, outside = [], 0
+    for b in range(40):
+        windows = whole.images[b].unfold(1, 20, 1).unfold(2, 33, 1)  # [3, 21, 28, 20, 33]
+        equal = (windows == cut.images[b, :, None, None]).flatten(3).all(3).all(0)
+        found = [
+            (y, x, boxes)
+            for y, x in equal.nonzero().tolist()
+            if (boxes := cut_boxes(whole.truth()[b].boxes, x, y)).shape
+            == cut.truth()[b].boxes.shape
+            and torch.equal(boxes, cut.truth()[b].boxes)
+        ]
+        assert found
+        assert int(cut.counts[b]) == len(found[0][2])
+        outside += int(whole.counts[b] - cut.counts[b])
+        assert (cut.labels[b, cut.counts[b] :] == -1).all()
+        assert (cut.boxes[b, cut.counts[b] :] == 0).all()
+        if len(found) == 1:
+            places.append(found[0][:2])
+    assert outside > 20
+    tops, lefts = (set(axis) for axis in zip(*places, strict=True))
+    assert len(tops) > 10
+    assert len(lefts) > 10
+    assert max(tops) <= 20
+    assert max(lefts) <= 27
+
+
+def cut_boxes(boxes: Tensor, left: int, top: int) -> Tensor:
+    kept = []
+    for x1, y1, x2, y2 in (boxes - torch.tensor([left, top] * 2)).tolist():
+        box = max(x1, 0.0), max(y1, 0.0), min(x2, 33.0), min(y2, 20.0)
+        if box[0] < box[2] and box[1] < box[3]:
+            kept.append(box)
+    return torch.tensor(kept).reshape(-1, 4)
+
+
+def test_test_scenes_are_whole() -> None:
+    scenes = Scenes(DataConfig(**CROPPED), "test")
+    assert scenes.batch(torch.arange(2)).images.shape == (2, 3, 40, 60)
+    assert_equal(
+        scenes.batch(torch.arange(3)),
+        Scenes(DataConfig(**CROPPED | {"image_height": 40, "image_width": 60}), "test").batch(
+            torch.arange(3)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scene_height": 40}, r"a crop of 48x48 px does not fit a scene of 40x48"),
+        ({"name": "folder", "path": "x", "scene_width": 90}, "for scenes, not for a folder"),
+    ],
+)
+def test_impossible_crops_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**options)
+
+
 def test_hash_equals_splitmix64_in_python_integers() -> None:
     counters = [0, 1, 2, 10**6, (1 << 62) + 12345]
     ours = hashed(seeded(5, 9), torch.tensor(counters))

@@ -77,6 +77,7 @@ def survey(share: float) -> Survey:
         smallest=10.0,
         largest=14.0,
         objects=9.0,
+        objects_per_crop=3.0,
         noise=0.01,
         contrast=0.3,
         agreement=1.0,

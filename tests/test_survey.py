@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from spairkit import survey as survey_module
@@ -17,7 +18,7 @@ from spairkit.config import Config, DataConfig, PrepareConfig, SPAIRConfig
 from spairkit.config_values import assignments
 from spairkit.data.synthetic import drawn, encoded
 from spairkit.errors import InputError
-from spairkit.images import write_png
+from spairkit.images import list_images, write_png
 from spairkit.presets import resolve
 from spairkit.survey import Survey, look, sample, survey_of
 
@@ -258,6 +259,7 @@ def survey_with(**values: Any) -> Survey:
         "smallest": 20.0,
         "largest": 30.0,
         "objects": 9.0,
+        "objects_per_crop": 3.0,
         "noise": 0.01,
         "contrast": 0.3,
         "agreement": 0.95,
@@ -428,3 +430,26 @@ def test_prior_of_sizes_follows_the_anchor() -> None:
     assert median(48.0) == pytest.approx(12, rel=1e-3)
     assert median(24.0) == pytest.approx(12, rel=1e-3)
     assert median(12.0) == pytest.approx(0.9 * 12, rel=1e-3), "the largest that it knows"
+
+
+def test_sparse_objects_get_crops_of_their_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:600, :600]
+    for number, columns in (("few", (90, 470)), ("many", range(40, 600, 40))):
+        folder = tmp_path / number
+        folder.mkdir()
+        image = rng.normal(30, 4, (600, 600))
+        for row in columns:
+            for column in columns:
+                image[(y - row) ** 2 + (x - column) ** 2 < 8**2] += 120
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(folder / "a.png")
+        Image.fromarray(image.T.clip(0, 255).astype(np.uint8)).save(folder / "b.png")
+    few, many = (look(list_images(tmp_path / name)) for name in ("few", "many"))
+    assert few.is_sparse
+    assert 0.03 < few.objects_per_crop < 0.1  # the middle of an image is measured
+    assert few.settings(SPAIRConfig(), {})["data"] == {"crops": "objects"}
+    assert any(line.startswith("sparse: ") for line in few.lines())
+    assert not few.is_cluttered
+    assert not many.is_sparse
+    assert "data" not in many.settings(SPAIRConfig(), {})
+    assert not any(line.startswith("sparse: ") for line in many.lines())

@@ -4,6 +4,8 @@ The same mathematics and weights as `SPAIR`, with torch's convolutions, a raster
 under autograd, grid_sample as the renderer, and a loop for the KL divergence of presence.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,7 +66,7 @@ class PlainSPAIR(SPAIR):
         noise: Noise | None,
         training_wheels: bool,
         relaxed: bool,
-        part: Part | None = None,
+        part: Part | Sequence[Part] | None = None,
     ) -> Latents:
         assert noise is not None
         c = self.config

@@ -95,8 +95,13 @@ def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:
     images = data.test_images if split == "test" else data.validation_images
     least, most = data.min_objects, data.max_objects
     number = f"{least} to {most} glyphs" if least != most else f"{most} glyph{'s' * (most != 1)}"
+    size, cut = (data.image_height, data.image_width), ""
+    if size != data.whole_size and split == "test":
+        size = data.whole_size
+    elif size != data.whole_size:
+        cut = " cut from {} × {} px".format(*data.whole_size)
     return (
-        f"{split} split: {images} scenes of {data.image_height} × {data.image_width} px, "
+        f"{split} split: {images} scenes of {size[0]} × {size[1]} px{cut}, "
         f"{number} of {data.glyph_size} px ({glyphs}), seed {data.seed}"
     )
 
@@ -129,6 +134,11 @@ def open_splits(config: Config, device: torch.device | str = "cpu") -> tuple[Dat
         )
     if isinstance(model, AIRConfig):
         wanted = config.data.image_height, config.data.image_width
+        if config.data.whole_size != wanted:
+            raise InputError(
+                f"{model.kind.upper()} takes images of one size; set data.scene_height and "
+                "data.scene_width to 0"
+            )
         folders = [item for item in (train, validation) if isinstance(item, ImageFolder)]
         others = sorted({size for folder in folders for size in folder.sizes} - {wanted})
         if others:

@@ -44,7 +44,9 @@ _ANNOUNCED = 3  # damaged files that are found late
 _WINDOW = 4096
 _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _CROPS, _WINDOWS = range(2)
-_FILE, _TOP, _LEFT = range(3)
+_FILE, _TOP, _LEFT, _WHETHER, _WHICH = range(5)
+_BLOCK = 4  # px of a prepared image: its parts that are bright or not
+_BRIGHT = 0.2  # of a typical object's white; noise is below it
 # a part of a box thinner than this is dropped (docs/model.md 10)
 _THIN_PX = 1e-6
 
@@ -61,11 +63,13 @@ class ImageFolder:
     a file stays in its split when others are added. Of fewer, all are for both. The test split
     holds every file.
 
-    Crops are `image_height` x `image_width`; a smaller image is padded to the right and below by
-    repeating its last pixels. File and place of a crop are a pure function of the files,
-    `config.seed`, the split and the index; the validation split takes its files in turn, and if
-    some of them are annotated only these. Decoded images are cached, as compact as in the file, up
-    to 512 MiB; if the split needs more, each 4,096 consecutive indices share as many files as fit.
+    Crops are `image_height` x `image_width`, at places drawn uniformly or, with `crops` of
+    `objects`, every second one where the prepared image is bright; a smaller image is padded to the
+    right and below by repeating its last pixels. File and place of a crop are a pure function of
+    the files, `config.seed`, the split and the index; the validation split takes its files in turn,
+    and if some of them are annotated only these. Decoded images are cached, as compact as in the
+    file, up to 512 MiB; if the split needs more, each 4,096 consecutive indices share as many files
+    as fit.
 
     Ground truth is read from `annotations.json` (COCO) in the folder. Boxes are those of the stored
     pixels, and turn with an image that EXIF turns, unless the size of its entry is the upright one.
@@ -126,6 +130,7 @@ class ImageFolder:
         needed = [self._bytes(size) for size in self._prepared_sizes]
         self._cache: OrderedDict[int, Tensor] = OrderedDict()
         self._cached_bytes = 0
+        self._bright: dict[int, Tensor] = {}
         self._kept = len(self._names)
         if sum(needed) > _CACHE_BYTES:
             self._kept = max(min(_CACHE_BYTES // max(needed), self._kept), 1)
@@ -172,13 +177,13 @@ class ImageFolder:
         keys = hashed(self._key, indices)
         height, width = self.config.image_height, self.config.image_width
         crops, truths = [], []
-        for drawn, top_draw, left_draw in zip(
-            self._drawn(indices, keys), draws(keys, _TOP), draws(keys, _LEFT), strict=True
-        ):
+        words = torch.stack(
+            [draws(keys, purpose) for purpose in (_TOP, _LEFT, _WHETHER, _WHICH)], 1
+        )
+        for drawn, word in zip(self._drawn(indices, keys), words, strict=True):
             file, pixels = self._readable(drawn)
             rows, columns = self._prepared_sizes[file]
-            top = int(below(top_draw, max(rows - height, 0) + 1))
-            left = int(below(left_draw, max(columns - width, 0) + 1))
+            top, left = self._place(file, pixels, (rows, columns), word)
             crop = pixels[:, top : top + height, left : left + width]
             crops.append(_continued(of_prepared_pixels(crop, self.prepare), height, width))
             truth = self._prepared_truth(file)
@@ -293,6 +298,35 @@ class ImageFolder:
         if not sizes:
             raise InputError(f"no image can be read: {skipped_files(self.skipped, len(names))}")
         return sizes
+
+    def _place(
+        self, file: int, pixels: Tensor, size: tuple[int, int], words: Tensor
+    ) -> tuple[int, int]:
+        """Top and left of a crop in a prepared image of `size`, by four words drawn for it.
+
+        Uniform; or, with the crops `objects`, in every second crop a bright block of the image
+        lies at a uniform place of the crop.
+        """
+        crop = self.config.image_height, self.config.image_width
+        most = [max(length - side, 0) for length, side in zip(size, crop, strict=True)]
+        if self.config.crops == "objects" and int(below(words[2], 2)):
+            bright = self._bright_blocks(file, pixels)
+            if len(bright):
+                block = bright[int(below(words[3], len(bright)))].tolist()
+                starts = [
+                    _BLOCK * place - int(below(word, max(side - _BLOCK, 0) + 1))
+                    for place, word, side in zip(block, words, crop, strict=False)
+                ]
+                return min(max(starts[0], 0), most[0]), min(max(starts[1], 0), most[1])
+        return int(below(words[0], most[0] + 1)), int(below(words[1], most[1] + 1))
+
+    def _bright_blocks(self, file: int, pixels: Tensor) -> Tensor:  # [m, 2] rows and columns
+        """The blocks of 4 x 4 pixels of a prepared image that are not background."""
+        if file not in self._bright:
+            grey = of_prepared_pixels(pixels, self.prepare).amax(0, keepdim=True)
+            means = functional.avg_pool2d(grey, _BLOCK) if min(grey.shape[1:]) >= _BLOCK else grey
+            self._bright[file] = (means[0] > _BRIGHT).nonzero()
+        return self._bright[file]
 
     def _drawn(self, indices: Tensor, keys: Tensor) -> list[int]:
         """The file of each crop."""

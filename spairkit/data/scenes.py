@@ -29,6 +29,7 @@ _SPLITS = {"train": 0, "validation": 1, "test": 2}
 _COUNT = 0
 _GLYPHS, _SQUARES = slice(1, 3), slice(3, 5)  # class and glyph; side and place
 _COLOURS, _BACKGROUNDS = slice(5, 9), slice(9, 12)
+_CROPS = slice(12, 14)  # top and left
 _PURPOSES = 16
 _MOST_OBJECTS = 256
 _WORDS = [_SQUARES.start, _PURPOSES, _PURPOSES * _MOST_OBJECTS]
@@ -86,6 +87,10 @@ class Scenes:
     time. With `colour = "random"` a glyph has one channel at 255 and two drawn from 0 to 255; with
     `background = "random"` the channels of an image are drawn from 0 to 63.
 
+    With `scene_height` and `scene_width` the train and validation splits are crops of scenes, at
+    places drawn uniformly. Boxes are then cut at the ends of the crop, and only objects of which
+    some of the box is inside count.
+
     Attributes:
         fused: whether one Triton kernel makes the layouts and one the images, as on a GPU. Plain
             torch makes them otherwise, and waits for the device after every attempt.
@@ -110,8 +115,8 @@ class Scenes:
         self._limits = {
             "least_side": self._least_side,
             "greatest_side": self._greatest_side,
-            "height": config.image_height,
-            "width": config.image_width,
+            "height": config.whole_size[0],
+            "width": config.whole_size[1],
             "max_overlap_px2": self._max_overlap_px2,
         }
         self._refuse_crowds()
@@ -120,7 +125,9 @@ class Scenes:
         self._numbers = torch.arange(config.max_objects, device=self.device)
         self._purposes = torch.arange(_PURPOSES, device=self.device)
         pixels = _MAX_PIXELS_AHEAD.get(self.device.type, 1 << 20)
-        self._most_ahead = pixels // (config.image_height * config.image_width)
+        self._most_ahead = pixels // math.prod(config.whole_size)
+        crop = config.image_height, config.image_width
+        self._crop = crop if split != "test" and crop != config.whole_size else None
         self._white = torch.tensor([255.0], device=self.device)
         on_gpu = self.device.type == "cuda"
         self.fused = on_gpu and chosen_backend("auto", self._numbers, "scenes") == "triton"
@@ -180,7 +187,9 @@ class Scenes:
         """
         # lower precision would change the layouts
         with torch.autocast(self.device.type, enabled=False):
-            return self._make_exactly(hashed(self._key, indices))
+            keys = hashed(self._key, indices)
+            whole = self._make_exactly(keys)
+            return whole if self._crop is None else _cropped(whole, self._corners(keys), self._crop)
 
     def check(self) -> None:
         """Waits for the device and checks the scenes made since the last call.
@@ -219,19 +228,27 @@ class Scenes:
             counts=counts,
         )
 
+    def _corners(self, keys: Tensor) -> Tensor:  # [B, 2]
+        """Top and left of the crop of each scene."""
+        assert self._crop is not None
+        (height, width), (rows, columns) = self.config.whole_size, self._crop
+        places = draws(keys[:, None], self._purposes[_CROPS])
+        top, left = below(places[:, 0], height - rows + 1), below(places[:, 1], width - columns + 1)
+        return torch.stack([top, left], 1)
+
     def _refuse_crowds(self) -> None:
         """Refuses more area than the image has: each square adds its area less the overlap."""
         config = self.config
         area = self._least_side**2
         fresh = max(area - self._max_overlap_px2, 0)
-        if area + (config.max_objects - 1) * fresh > config.image_height * config.image_width:
+        if area + (config.max_objects - 1) * fresh > math.prod(config.whole_size):
             raise InputError(f"{self._described()}: more area than the image has; {_REMEDY}")
 
     def _described(self) -> str:
         config = self.config
         return (
             f"{config.max_objects} glyphs of {config.glyph_size} px overlapping by at most "
-            f"{config.max_overlap:g} in {config.image_height}x{config.image_width} px"
+            f"{config.max_overlap:g} in {config.whole_size[0]}x{config.whole_size[1]} px"
         )
 
     def _load(self) -> None:
@@ -295,7 +312,7 @@ class Scenes:
         """Corners [B, N, 2], sides [B, N], and which scenes are complete [B]."""
         side, place = self._draws(keys, _SQUARES, attempt).unbind(1)  # [B, N]
         sides = self._least_side + below(side, self._greatest_side - self._least_side + 1)
-        longer = max(self.config.image_height, self.config.image_width)
+        longer = max(self.config.whole_size)
         step = max(_MAX_POSITIONS // longer**2, 1)
         spans = [slice(start, start + step) for start in range(0, max(len(keys), 1), step)]
         parts = [scatter(place[at], counts[at], sides[at], **self._limits) for at in spans]
@@ -312,7 +329,7 @@ class Scenes:
             return self._pasted(entries, corners, colours, backgrounds)
         from spairkit.kernels.scenes_compose_triton import compose_triton
 
-        size = config.image_height, config.image_width, self._greatest_side
+        size = *config.whole_size, self._greatest_side
         light = colours[..., 0], backgrounds[..., 0]
         return compose_triton(self._table, entries, corners, *light, *size)
 
@@ -322,7 +339,7 @@ class Scenes:
         """[B, 3, H, W] float32. The canvas has a rim for the empty parts of smaller glyphs."""
         config, num_channels = self.config, backgrounds.shape[1]
         rim = self._greatest_side - self._least_side
-        height, width = config.image_height + rim, config.image_width + rim
+        height, width = (side + rim for side in config.whole_size)
         patch = torch.arange(self._greatest_side, device=self.device)
         offsets = (patch[:, None] * width + patch).flatten()  # [P * P]
         where = ((corners[..., 0] * width + corners[..., 1])[..., None] + offsets)[:, :, None]
@@ -337,7 +354,7 @@ class Scenes:
             mixed = torch.addcmul(shift, canvas.gather(2, pixels), scale)
             canvas.scatter_(2, pixels, (mixed + (mixed >> 8)) >> 8)
         image = canvas.view(-1, num_channels, height, width)
-        image = image[:, :, : config.image_height, : config.image_width].float()
+        image = image[:, :, : height - rim, : width - rim].float()
         # by a tensor on the device: by a number, CUDA multiplies by the reciprocal
         return (image / self._white).expand(-1, 3, -1, -1).contiguous()
 
@@ -371,6 +388,27 @@ def _tight_boxes(patches: NDArray[np.uint8]) -> NDArray[np.int64]:
         spans.append((lit.argmax(1), side - lit[:, ::-1].argmax(1)))
     (x1, x2), (y1, y2) = spans
     return np.stack([x1, y1, x2, y2], axis=1).astype(np.int64)
+
+
+def _cropped(whole: Batch, corners: Tensor, size: tuple[int, int]) -> Batch:
+    """The crops of `size` (height, width) with their top and left at `corners` [B, 2].
+
+    No shape depends on values, so that this can be part of a CUDA graph.
+    """
+    device = corners.device
+    rows = corners[:, :1] + torch.arange(size[0], device=device)  # [B, h]
+    columns = corners[:, 1:] + torch.arange(size[1], device=device)  # [B, w]
+    image = torch.arange(len(corners), device=device)[:, None, None]
+    images = whole.images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]]
+    shift = corners.flip(-1).repeat(1, 2)[:, None]  # [B, 1, 4] x, y, x, y
+    x1, y1, x2, y2 = (whole.boxes - shift).clamp(min=0).unbind(-1)
+    height, width = size
+    boxes = torch.stack([x1, y1, x2.clamp(max=width), y2.clamp(max=height)], -1)
+    inside = (boxes[..., 2:] > boxes[..., :2]).all(-1)  # [B, N]; none has no width before
+    first = inside.logical_not().byte().argsort(dim=1, stable=True)
+    boxes = torch.where(inside[..., None], boxes, 0).gather(1, first[..., None].expand(-1, -1, 4))
+    labels = torch.where(inside, whole.labels, -1).gather(1, first)
+    return Batch(images.permute(0, 3, 1, 2).contiguous(), boxes, labels, inside.sum(1))
 
 
 def scatter(

@@ -88,7 +88,7 @@ def tabulate(settings: Settings, folder: Path) -> list[Row]:
     rows = []
     for objects in settings.objects:
         data = config_of(settings, Task(settings.models[0], objects, 0)).data
-        sizes = (data.image_height, data.image_width, data.glyph_size, data.glyph_jitter)
+        sizes = (*data.whole_size, data.glyph_size, data.glyph_jitter)
         is_papers = sizes == _PAPER_SIZES
         cells: dict[str, Cell] = {}
         for model in settings.models:

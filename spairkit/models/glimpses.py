@@ -1,5 +1,6 @@
 """The spatial transformer that cuts glimpses out of images (docs/model.md 3.4)."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -15,14 +16,14 @@ def extract_glimpses(
     images: Tensor,  # [B, C, H, W]
     boxes: Tensor,  # [B, n, 4] xyxy, pixels
     size: int,
-    part: Part | None = None,  # of a larger image, if that is what each of the images is
+    part: Part | Sequence[Part] | None = None,  # of larger images of one size, if the images are
 ) -> Tensor:  # [B, n, C, size, size]
     """The images inside boxes, resampled to size x size, with gradients to boxes and images.
 
     On each axis `size` points run from edge to edge of the box, both included. Image coordinates
     map linearly to pixel indices 0 .. H - 1; beyond the image the border pixel is read. The
     renderer uses pixel centres instead; the mismatch is the authors'. In a part, coordinates map as
-    in the larger image.
+    in the larger image; there is one part for all images, or one for each.
 
     Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
@@ -32,12 +33,14 @@ def extract_glimpses(
         corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
     else:
         # pixel i of the part is pixel i + start of the image: (y + start) (length - 1) / length
+        parts = [part] if isinstance(part, Part) else part
         factors, shifts = [], []
-        for start, length, extent in zip(part.corner, part.size, (height, width), strict=True):
+        for axis, (length, extent) in enumerate(zip(parts[0].size, (height, width), strict=True)):
             most = max(extent - 1, 1)
             factors.append(2 * (length - 1) / (length * most))
-            shifts.append(2 * start / (length * most) + 1)
-        corners = boxes * boxes.new_tensor(factors[::-1] * 2) - boxes.new_tensor(shifts[::-1] * 2)
+            shifts.append([2 * p.corner[axis] / (length * most) + 1 for p in parts])
+        shift = boxes.new_tensor(shifts[::-1] * 2).T[:, None]  # [1 or B, 1, 4]
+        corners = boxes * boxes.new_tensor(factors[::-1] * 2) - shift
     # infinity times the 0 of an image of one pixel would be NaN
     low, high = corners.clamp(-_FAR, _FAR).unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]

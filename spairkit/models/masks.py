@@ -105,7 +105,7 @@ def masks_of(
     order = np.lexsort((value, label))
     place, label, value = place[order], label[order], value[order]
     start = _starts(label)
-    length = np.diff(start, append=len(label))
+    length = np.append(start[1:], len(label)) - start
     height = value[start + (length - 1) * HEIGHT_PERCENTILE // 100]
     kept = value > share * np.repeat(height, length)
     place, label = place[kept], label[kept]
@@ -122,4 +122,5 @@ def masks_of(
 
 def _starts(label: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     """Index of the first of each run of equal labels; labels are above 0."""
-    return np.flatnonzero(np.diff(label, prepend=0))
+    starts = np.flatnonzero(label[1:] != label[:-1]) + 1
+    return np.concatenate([np.zeros(min(len(label), 1), np.int64), starts])

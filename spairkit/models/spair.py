@@ -5,6 +5,7 @@ columns cells, A what dimensions, P the side of an object map. Inside the encode
 wave order, cells first: [K, B, ...]; everything public is in raster order: [B, K, ...].
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -182,7 +183,7 @@ class SPAIR(nn.Module):
         *,
         box_contrast: float | None = None,
         sample: bool = False,
-        part: Part | None = None,
+        part: Part | Sequence[Part] | None = None,
     ) -> list[Detections]:
         """The objects of each image, in raster order of the cells.
 
@@ -193,7 +194,7 @@ class SPAIR(nn.Module):
                 0 keeps the boxes of z_where.
             sample: sample every latent, as for the paper's figures; scores are then the sampled
                 presences, 0 or 1. Otherwise latents are their means.
-            part: of a larger image, if that is what each of the images is.
+            part: of a larger image, if that is what each of the images is, or a part for each.
 
         Returns:
             B `Detections`, on the CPU.
@@ -203,7 +204,8 @@ class SPAIR(nn.Module):
         """
         latents, background = self.infer(images, sample, part)
         scores = latents.presence if sample else latents.presence_logit.sigmoid()
-        slots = self._slots(latents, images, scores, threshold)
+        slots, order = self._slots(latents, images, scores, threshold)
+        scores = scores.gather(1, order)
         return self.detections(images, background, slots, scores, threshold, box_contrast)
 
     @torch.no_grad()
@@ -213,7 +215,7 @@ class SPAIR(nn.Module):
         threshold: float = 0.5,
         *,
         box_contrast: float | None = None,
-        part: Part | None = None,
+        part: Part | Sequence[Part] | None = None,
     ) -> list[Explanation]:
         """The objects of each image, their appearances and the reconstruction, in one pass.
 
@@ -222,26 +224,43 @@ class SPAIR(nn.Module):
         """
         latents, background = self.infer(images, part=part)
         scores = latents.presence_logit.sigmoid()
-        slots = self._slots(latents, images, scores, threshold)
-        found = self.detections(images, background, slots, scores, threshold, box_contrast)
-        maps = self.decode(latents.what)
-        drawn = self._render(latents, background, images, maps)
-        return Explanation.of_batch(scores > threshold, found, images, drawn.clamp(0, 1), maps)
+        slots, order = self._slots(latents, images, scores, threshold)
+        scores = scores.gather(1, order)
+        maps = self.decode(slots.what)
+        found = self.detections(
+            images, background, slots, scores, threshold, box_contrast, maps=maps
+        )
+        drawn = render(
+            maps,
+            latents.boxes.gather(1, order[..., None].expand(-1, -1, BOX)),
+            slots.depth.clamp(-LOGIT_LIMIT, LOGIT_LIMIT),
+            latents.presence.gather(1, order),
+            background,
+            size=(images.shape[-2], images.shape[-1]),
+            importance_floor=self.config.importance_floor,
+        )
+        return Explanation.of_batch(
+            (slots.present > 0) & (scores > threshold), found, images, drawn.clamp(0, 1), maps
+        )
 
     def _slots(
         self, latents: Latents, images: Tensor, scores: Tensor, threshold: float
-    ) -> Slots:  # [B, K, ...]
-        """The cells whose score is above `threshold` or .05, as objects.
+    ) -> tuple[Slots, Tensor]:  # [B, n, ...], [B, n] int64
+        """The cells whose score is above `threshold` or .05, as objects, and their indices.
 
-        Pixels are owned by the same objects at any threshold from .05.
+        Pixels are owned by the same objects at any threshold from .05. Cells without an object are
+        left out, or stand behind those with one.
         """
         _, columns = self.grid(images.shape[-2], images.shape[-1])
         chosen = (scores > min(threshold, _LEAST_SCORE)).to(scores.dtype)
-        return replace(Slots.of(latents, columns, self.config.cell), present=chosen)
+        slots = replace(Slots.of(latents, columns, self.config.cell), present=chosen)
+        most = int(slots.count.amax())
+        order = chosen.argsort(dim=1, descending=True, stable=True)[:, :most]
+        return slots.gather(torch.arange(len(order), device=order.device), order), order
 
     @torch.no_grad()
     def infer(
-        self, images: Tensor, sample: bool = False, part: Part | None = None
+        self, images: Tensor, sample: bool = False, part: Part | Sequence[Part] | None = None
     ) -> tuple[Latents, Tensor]:
         """The latents of each cell, their means or a sample, and the background [B, 3, 1, 1].
 
@@ -271,6 +290,7 @@ class SPAIR(nn.Module):
         threshold: float,
         box_contrast: float | None = None,
         magnified: int = 1,
+        maps: Tensor | None = None,  # [B, N, P, P, 4], if they are decoded already
     ) -> list[Detections]:
         """The present objects with a score above `threshold`, in order, with their masks.
 
@@ -288,25 +308,28 @@ class SPAIR(nn.Module):
             images = F.interpolate(images, scale_factor=magnified, mode="bicubic").clamp(0, 1)
             size, boxes = (images.shape[-2], images.shape[-1]), magnified * boxes
         weight = slots.present * scores  # doubtful objects own pixels that no other one claims
-        maps = self.decode(slots.what)
+        if maps is None:
+            maps = self.decode(slots.what)
         floor = self.config.importance_floor
         owner = owners(maps, boxes, slots.depth, weight, background, size, floor).numpy()
         heights = (images - background).abs().amax(1).float().cpu().numpy()
         found = []
-        chosen = (slots.present > 0) & (scores > threshold)
-        for b, present in enumerate(chosen):
+        chosen = ((slots.present > 0) & (scores > threshold)).cpu()
+        drawn, scores, what, depth = (
+            x.float().cpu() for x in (drawn, scores, slots.what, slots.depth)
+        )
+        for b, on in enumerate(chosen):
             masks = masks_of(owner[b], heights[b], contrast or _HALF)
-            corners = drawn[b].float().cpu()
+            corners = drawn[b].clone()
             if contrast:
                 corners[masks.slots] = torch.from_numpy(masks.boxes) / magnified
-            on = present.cpu()
             label_image = masks.label_image[::magnified, ::magnified].copy()
             found.append(
                 Detections(
                     corners[on],
-                    scores[b].float().cpu()[on],
-                    slots.what[b].float().cpu()[on],
-                    slots.depth[b].float().cpu()[on],
+                    scores[b, on],
+                    what[b, on],
+                    depth[b, on],
                     label_image=torch.from_numpy(label_image),
                     labels=on.nonzero()[:, 0].int() + 1,
                 )
@@ -415,7 +438,7 @@ class SPAIR(nn.Module):
         noise: Noise | None,
         training_wheels: bool,
         relaxed: bool,
-        part: Part | None = None,
+        part: Part | Sequence[Part] | None = None,
     ) -> Latents:
         """All cells, wave by wave (docs/model.md 3). Without noise, latents are
         their means, and presence is 1 where its probability is above 1/2."""
@@ -470,7 +493,7 @@ class SPAIR(nn.Module):
         noise: tuple[Tensor, Tensor] | None,  # [n, B, 4 + A + 1], [n, B, 1]
         training_wheels: bool,
         relaxed: bool,
-        part: Part | None,
+        part: Part | Sequence[Part] | None,
     ) -> tuple[Latents, Tensor]:  # cells first: [n, B, ...]; object vectors [n, B, V]
         """where, what, depth and pres of the cells of one wave (docs/model.md 3.3)."""
         c = self.config

@@ -91,9 +91,13 @@ def display_levels(image: Tensor) -> tuple[float, float]:
     return (low, high) if _LEAST_RANGE < high - low < _STRETCHED else (0.0, 1.0)
 
 
-def reduced(image: Tensor, max_side: int) -> Image.Image:  # [3, H, W]
-    """The image, at most `max_side` pixels long."""
-    return _picture(image, min(1.0, max_side / max(image.shape[1:])))
+def reduced(
+    image: Tensor,  # [3, H, W]
+    max_side: int,
+    levels: tuple[float, float] = (0.0, 1.0),
+) -> Image.Image:
+    """The image, at most `max_side` pixels long, with the `levels` as black and white."""
+    return _picture(image, min(1.0, max_side / max(image.shape[1:])), levels)
 
 
 def encoded(picture: Image.Image) -> bytes:

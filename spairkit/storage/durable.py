@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -41,17 +41,29 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         InputError: the system refuses, or `path` is not a regular file.
     """
+    _write(path, [data])
+
+
+def _write(path: Path, pieces: Iterable[bytes]) -> None:
     with _refusals(path):
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise InputError(f"cannot write {path}: it is not a file; choose another name")
         with _replacing(target) as temporary:
-            _write_new(temporary, data)
+            _write_new(temporary, pieces)
 
 
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of `text` in UTF-8; bytes of file names that are not UTF-8 are escaped."""
-    write_bytes(path, text.encode(errors="backslashreplace"))
+    write_texts(path, [text])
+
+
+def write_texts(path: Path, pieces: Iterable[str]) -> None:
+    """`write_text` of pieces one after the other, of which one is held at a time.
+
+    An exception of the iterable leaves `path` as it was.
+    """
+    _write(path, (piece.encode(errors="backslashreplace") for piece in pieces))
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -64,7 +76,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         try:
             os.mkdir(temporary)
             for name, data in files.items():
-                _write_new(temporary / name, data)
+                _write_new(temporary / name, [data])
             _flush_folder(temporary)
             if path.is_dir():
                 _exchange(temporary, path)
@@ -226,10 +238,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{_PREFIX}{secrets.token_hex(8)}")
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        _write_all(descriptor, data)
+        for piece in pieces:
+            _write_all(descriptor, piece)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -305,14 +305,28 @@ def fixed_differences(first: Config, second: Config) -> list[str]:
     return [line for line in differences(first, second) if not line.startswith(free)]
 
 
-def newest_run(root: Path = ROOT) -> Path | None:
-    """The run below `root` that saved a checkpoint last; None if there is none."""
+def newest_run(root: Path = ROOT, data: Path | None = None) -> Path | None:
+    """The run below `root` that saved a checkpoint last; None if there is none.
+
+    Args:
+        data: only runs that were trained on this folder count.
+    """
     saved: list[tuple[int, Path]] = []
     for folder in root.glob("*/checkpoints"):
+        if data is not None and not _is_trained_on(folder.parent, data):
+            continue
         for _, path in checkpoints.checkpoints_of(folder.parent)[:1]:
             with suppress(OSError):  # another process may replace it
                 saved.append((path.stat().st_mtime_ns, folder.parent))
     return max(saved)[1] if saved else None
+
+
+def _is_trained_on(run: Path, data: Path) -> bool:
+    try:
+        trained = Run.open(run).config.data
+    except InputError:
+        return False
+    return trained.name == "folder" and Path(trained.path).resolve() == data.resolve()
 
 
 def is_run(folder: Path) -> bool:

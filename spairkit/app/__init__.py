@@ -1,0 +1,1 @@
+"""A page in the browser to look at objects and correct them: `spairkit app`."""

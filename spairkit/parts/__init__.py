@@ -1,0 +1,1 @@
+"""Many images as parts that any process can compute."""
