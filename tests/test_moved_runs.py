@@ -314,6 +314,17 @@ def test_run_records_its_images_and_says_when_they_changed(run: Runner) -> None:
     assert recorded_data(path) == recorded
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"0.png": 1}'])
+def test_damaged_record_of_the_images_is_refused(run: Runner, content: str) -> None:
+    path = trained(run, 1)
+    (path / "data.json").write_text(content)
+    ended = run("train", "--resume", path, "--steps", 2, "--quiet")
+    assert ended.status == 2
+    assert ended.err == (
+        f"spairkit: {path}/data.json: not a list of hashes; remove it to record the data anew\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
