@@ -13,8 +13,9 @@ from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.experiments.folder import Comparison
+    from spairkit.experiments.intervals import Interval
     from spairkit.experiments.settings import Settings
-    from spairkit.experiments.table import Cell, Interval, Row
+    from spairkit.experiments.table import Cell, Row
 
 _TITLES = {
     "ap": "AP (IoU .1 to .9, COCO matching)",

@@ -26,6 +26,7 @@ from spairkit.cli.count import count_objects
 from spairkit.cli.detect import detect
 from spairkit.cli.doctor import doctor
 from spairkit.cli.evaluate import evaluate
+from spairkit.cli.experiment import experiment
 from spairkit.cli.export import export
 from spairkit.cli.report import report
 from spairkit.cli.streams import guarded
@@ -49,6 +50,7 @@ app.command("count")(count_objects)
 app.command("app")(app_page)
 app.command()(track)
 app.command()(compare)
+app.command()(experiment)
 app.command()(report)
 app.command()(sweep)
 app.command()(export)

@@ -1,4 +1,4 @@
-"""Worker processes: of `sweep` and `compare` the same command again, of `app` a training.
+"""Worker processes: the same command again on the same folder, or a training for `app`.
 
 A worker ends with the process that started it, however that ends.
 """
@@ -44,8 +44,8 @@ def run_shared(
 ) -> int | None:
     """Runs `work` here and in `workers - 1` processes of the command `words`; shows progress.
 
-    `work` takes `stop` and `busy` and yields the events of `Sweep.work` or `compare`; `total` is
-    the number of runs. Returns the signal that interrupted it, or None.
+    `work` takes `stop` and `busy` and yields the events of `Sweep.work`; `total` is the number of
+    runs. Returns the signal that interrupted it, or None.
     """
     orphaned = parent_ended()
     with Interrupts(quiet=is_worker()) as interrupts:
@@ -151,8 +151,9 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
         for event in events:
             if isinstance(event, Started):
                 name, line_at = event.name, 0.0
-                bar.reset(current, description=name, total=event.steps, visible=True)
-                bar.say(f"{name}: {event.steps} steps; {done} of {total} runs finished")
+                bar.reset(current, description=name, total=event.steps or None, visible=True)
+                doing = f"{event.steps} steps" if event.steps else "measuring"
+                bar.say(f"{name}: {doing}; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:

@@ -26,12 +26,13 @@ from spairkit.detector import load
 from spairkit.evaluation import evaluate
 from spairkit.experiments.compare import compare, is_evaluated
 from spairkit.experiments.folder import Comparison, Method, folder_advice, recommended
+from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.picture import draw_comparison
 from spairkit.experiments.published import FIGURE_2
 from spairkit.experiments.settings import MODELS, Settings, config_of, open_comparison
 from spairkit.experiments.shared_runs import Ended, Started, claimed
 from spairkit.experiments.side_by_side import Panel, _window, draw_side_by_side
-from spairkit.experiments.table import Cell, Interval, Row, advice, summary, t_interval, tabulate
+from spairkit.experiments.table import Cell, Row, advice, summary, tabulate
 from spairkit.images import write_png
 from spairkit.presets import resolve
 from spairkit.storage.checkpoints import load_checkpoint

@@ -128,6 +128,8 @@ def small(words: list[str]) -> list[str]:
         scenes = [] if "--data" in words else ["--objects", "1"]
         few = ["--models", "spair,conncomp", "--seeds", "1", "--budget", "2", *scenes]
         return [*words, *few, *tiny]
+    if words[:2] == ["experiment", "fig2"]:
+        return [*words, "--scale", "smoke"]
     if command == "export":
         return [*words, "--size", "12x24"]
     if words[:2] == ["data", "make"]:

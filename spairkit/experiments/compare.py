@@ -31,23 +31,21 @@ from spairkit.experiments.settings import (
     parse_budget,
 )
 from spairkit.experiments.shared_runs import (
-    LEAST_AGE,
     Ended,
     Started,
-    claimed,
     read_json,
-    resume_or_create,
+    trained,
+    work_through,
 )
 from spairkit.storage import durable
-from spairkit.training.calibration import calibrate, calibrates
-from spairkit.training.loop import Event, Step, fit
+from spairkit.storage.runs import Run
+from spairkit.training.loop import Event, fit
 
 FIGURES = ("ap", "ap_spair", "count_accuracy", "count_error")
 """Test figures that are averaged over the seeds."""
 
 _WARM_UP, _TIMED = 6, 6  # updates; the first ones include compilation
 _BATCH_SIZE = 32
-_POLL_SECONDS = 0.5
 _REMEDY = "delete it to measure again"
 
 
@@ -74,23 +72,17 @@ def compare(
         InputError: as `fit`, or a run was made with other settings.
     """
     runs = folder / "runs"
-    durable.make_folder(runs)
-    durable.sweep(folder, LEAST_AGE)
-    left = settings.tasks()
-    while True:
-        others = busy()  # before looking at the runs, or a worker's last one could be missed
-        for task in list(left):
-            path = runs / task.name
-            if not is_evaluated(settings, path) and not stop():
-                with claimed(path) as mine:
-                    if mine and not is_evaluated(settings, path):
-                        yield from _run(settings, path, task, device, stop)
-            if is_evaluated(settings, path):
-                left.remove(task)
-                yield Ended(task.name, _shown(settings, path))
-        if stop() or not left or not others:
-            return
-        time.sleep(_POLL_SECONDS)
+
+    def is_done(task: Task) -> bool:
+        return is_evaluated(settings, runs / task.name)
+
+    def do(task: Task, device: torch.device, stop: Callable[[], bool]) -> Iterator[Started | Event]:
+        return _run(settings, runs / task.name, task, device, stop)
+
+    def shown(task: Task) -> dict[str, float]:
+        return _shown(settings, runs / task.name)
+
+    yield from work_through(settings.tasks(), runs, device, is_done, do, shown, stop, busy)
 
 
 def is_evaluated(settings: Settings, run: Path) -> bool:
@@ -118,7 +110,7 @@ def read_figures(run: Path) -> dict[str, float]:
 
 def _run(
     settings: Settings, path: Path, task: Task, device: torch.device, stop: Callable[[], bool]
-) -> Iterator[Started | Event | Ended]:
+) -> Iterator[Started | Event]:
     """Trains and evaluates a claimed run, unless it is stopped."""
     steps, seconds = parse_budget(settings.budget)
     if seconds is not None and task.model not in WITHOUT_WEIGHTS:
@@ -133,23 +125,10 @@ def _run(
         steps = read_json(timing, _REMEDY)
         if type(steps) is not int or steps < 1:
             raise InputError(f"{timing}: not a number of updates; {_REMEDY}")
-    run = resume_or_create(path, config_of(settings, task, steps))
-    yield Started(task.name, run.config.train.steps)
-    first, last = None, None
-    with run.lock():
-        for event in fit(run.config, run, device, stop):
-            if isinstance(event, Step):
-                first, last = first or event, event
-            yield event
-        if stop():
-            yield Ended(task.name)
-            return
-        if calibrates(run):
-            calibrate(run, device)
-    cost: dict[str, float] = {"steps": run.config.train.steps}
-    if first is not None and last is not None:
-        # extrapolated to the whole run if it was interrupted
-        cost["seconds"] = last.seconds * last.step / (last.step - first.step + 1)
+    cost = yield from trained(path, config_of(settings, task, steps), device, stop)
+    if cost is None:
+        return
+    run = Run.open(path)
     dataset = open_dataset(run.config.data, "test", device)
     if isinstance(dataset, ImageFolder):
         save_found(run, load(run.path, device), dataset, cost)

@@ -14,8 +14,8 @@ from typing import Any
 from spairkit.data.datasets import described
 from spairkit.errors import InputError
 from spairkit.experiments.found import FIGURES, Found, read_found
+from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.settings import MODELS, WITHOUT_WEIGHTS, Settings, config_of
-from spairkit.experiments.table import Interval, t_interval
 from spairkit.metrics import PROTOCOLS, agreement
 from spairkit.storage.checkpoints import environment
 

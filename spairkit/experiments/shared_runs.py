@@ -1,15 +1,17 @@
 """Training runs that several processes share: each is claimed by one process at a time.
 
-Sweeps and comparisons yield the same events, so that one progress display serves both.
+Sweeps, comparisons and experiments yield the same events, so that one progress display serves all.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 
 from spairkit.config import Config
@@ -17,8 +19,11 @@ from spairkit.config_values import differences
 from spairkit.errors import InputError
 from spairkit.storage import durable
 from spairkit.storage.runs import Run
+from spairkit.training.calibration import calibrate, calibrates
+from spairkit.training.loop import Event, Step, fit
 
 _MAX_BYTES = 1 << 28  # of a JSON file
+_POLL_SECONDS = 0.5
 
 LEAST_AGE = 3600.0
 """Seconds after which what is half-written in a shared folder is that of a killed process."""
@@ -30,7 +35,7 @@ class Started:
 
     name: str
     steps: int
-    """Updates in total; for ConnComp, thresholds."""
+    """Updates in total; for ConnComp, thresholds; 0: it is measured."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,93 @@ class Ended:
     """Validation or test figures; empty if the run failed or stopped."""
     error: str = ""
     """The reason of a failure; empty otherwise."""
+
+
+class Named(Protocol):
+    """A piece of work on a run; its name is that of the run's folder."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Work = TypeVar("Work", bound=Named)
+
+
+def work_through(
+    works: Iterable[Work],
+    runs: Path,
+    device: torch.device,
+    is_done: Callable[[Work], bool],
+    do: Callable[[Work, torch.device, Callable[[], bool]], Iterator[Started | Event]],
+    figures: Callable[[Work], Mapping[str, float]],
+    stop: Callable[[], bool],
+    busy: Callable[[], bool],
+) -> Iterator[Started | Event | Ended]:
+    """Does what no other process has done or claimed, and waits for the others.
+
+    Args:
+        works: in the order in which to do them.
+        runs: the folder of their runs, made if it is missing.
+        device: passed to `do`.
+        is_done: whether nothing is left of it.
+        do: does the rest of it, or a part if it is stopped.
+        figures: of a finished one, for the display of progress.
+        stop, busy: see `Sweep.work`.
+
+    Yields:
+        The same events as `Sweep.work`.
+
+    Raises:
+        InputError: as `do`, or the folder cannot be written.
+    """
+    durable.make_folder(runs)
+    durable.sweep(runs.parent, LEAST_AGE)
+    left = list(works)
+    while True:
+        others = busy()  # before looking at the runs, or a worker's last one could be missed
+        for work in list(left):
+            if not is_done(work) and not stop():
+                with claimed(runs / work.name) as mine:
+                    if mine and not is_done(work):
+                        yield from do(work, device, stop)
+                        if not is_done(work):
+                            yield Ended(work.name)
+            if is_done(work):
+                left.remove(work)
+                yield Ended(work.name, figures(work))
+        if stop() or not left or not others:
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def trained(
+    path: Path, config: Config, device: torch.device, stop: Callable[[], bool]
+) -> Generator[Started | Event, None, dict[str, float] | None]:
+    """Trains the run in the folder `path`, which the caller has claimed, and calibrates its search.
+
+    Returns:
+        Its `steps` and, if it made any update now, its `seconds` of training, extrapolated to the
+        whole run if it was interrupted; None if it was stopped.
+
+    Raises:
+        InputError: as `resume_or_create` and `fit`.
+    """
+    run = resume_or_create(path, config)
+    yield Started(path.name, run.config.train.steps)
+    first, last = None, None
+    with run.lock():
+        for event in fit(run.config, run, device, stop):
+            if isinstance(event, Step):
+                first, last = first or event, event
+            yield event
+        if stop():
+            return None
+        if calibrates(run):
+            calibrate(run, device)
+    cost: dict[str, float] = {"steps": run.config.train.steps}
+    if first is not None and last is not None:
+        cost["seconds"] = last.seconds * last.step / (last.step - first.step + 1)
+    return cost
 
 
 @contextmanager

@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
-
-from scipy import stats
 
 from spairkit.boxes import box_iou
 from spairkit.config import DataConfig
 from spairkit.data.datasets import described, evaluation_batches, open_dataset
 from spairkit.experiments.compare import FIGURES, read_figures
+from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.published import FIGURE_2, Published
 from spairkit.experiments.settings import (
     MODELS,
@@ -26,17 +25,6 @@ from spairkit.storage.checkpoints import environment
 
 _BATCH_SIZE = 32
 _PAPER_SIZES = (48, 48, 14, 0)
-
-
-@dataclass(frozen=True)
-class Interval(Published):
-    """A mean over seeds and its 95 % confidence interval; all equal for a single seed."""
-
-    values: tuple[float, ...]
-
-    def __str__(self) -> str:
-        half_width = f" ± {self.high - self.mean:.3f}" if len(self.values) > 1 else ""
-        return f"{self.mean:.3f}{half_width}"
 
 
 @dataclass(frozen=True)
@@ -69,14 +57,6 @@ class Row:
     """A description of the test images."""
     models: dict[str, Cell]
     """Results by model."""
-
-
-def t_interval(values: Sequence[float]) -> Interval:
-    """The mean of at least one independent value and its 95 % interval by Student's t."""
-    mean, degrees = fmean(values), len(values) - 1
-    error = stdev(values) / math.sqrt(len(values)) if degrees else 0.0
-    half_width = float(stats.t.ppf(0.975, degrees)) * error if degrees else 0.0
-    return Interval(mean, mean - half_width, mean + half_width, tuple(values))
 
 
 def tabulate(settings: Settings, folder: Path) -> list[Row]:
