@@ -14,7 +14,7 @@ import torch
 
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
-from spairkit.experiments import fig2
+from spairkit.experiments import fig2, fig4, table1
 from spairkit.experiments.experiment import (
     Conclusion,
     Experiment,
@@ -30,7 +30,10 @@ from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import LINKS, new_folder
 from spairkit.training.loop import Event
 
-EXPERIMENTS = {experiment.name: experiment for experiment in (fig2.EXPERIMENT,)}
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (fig2.EXPERIMENT, fig4.EXPERIMENT, table1.EXPERIMENT)
+}
 """All experiments by name."""
 
 DEFAULT: Scale = "cpu"
@@ -38,6 +41,7 @@ DEFAULT: Scale = "cpu"
 
 _SETTINGS, _MEASURED = "settings.json", "measured.json"
 _MOST_SEEDS = 1000
+_SHOWN = ("ap", "ap_spair", "count_accuracy", "accuracy")  # when a trial ends
 _REMEDY = "delete it to measure again"
 
 
@@ -134,7 +138,7 @@ def carry_out(
 
     def shown(trial: Trial) -> Figures:
         figures = next(iter(read_measured(runs / trial.name).figures.values()))
-        return {k: v for k, v in figures.items() if k in ("ap", "ap_spair", "count_accuracy")}
+        return {name: figures[name] for name in _SHOWN if name in figures}
 
     yield from work_through(trials, runs, device, is_done, do, shown, stop, busy)
 
