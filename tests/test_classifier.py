@@ -43,7 +43,7 @@ def spair(images: Tensor) -> SPAIR:
     torch.manual_seed(0)
     model = SPAIR(TINY).eval()
     with torch.no_grad():
-        model.presence_network.last.bias -= model.means(images).presence_logit.median()
+        model.presence_network.last.bias.sub_(model.means(images).presence_logit.median())
     return model
 
 
@@ -88,7 +88,8 @@ def test_order_of_objects_matters() -> None:
 def test_cells_of_the_backbone_are_objects(batch: Batch) -> None:
     network = classifier()
     vectors, present = network.vectors(batch)
-    features = network.vectors.backbone(batch.images)  # type: ignore[union-attr]
+    assert isinstance(network.vectors, CellVectors)
+    features = network.vectors.backbone(batch.images)
     assert present.all()
     assert vectors.shape == (6, 16, 5)
     for row in range(4):

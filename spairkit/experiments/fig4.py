@@ -18,6 +18,7 @@ from spairkit.experiments.experiment import (
     Conclusion,
     Effort,
     Experiment,
+    Measure,
     Measured,
     Scale,
     Settings,
@@ -114,7 +115,9 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
                 given: dict[str, Any] = {"count": "given"} if kind == "air" else {}
                 search = {"search": {"mode": "off"}} if kind == "spair" else {}
                 config = config_of(effort, kind, seed, data, model=given, **search)
-                named = {objects: accuracy_with(objects, task) for objects in measures}
+                named: dict[str, Measure] = {
+                    objects: accuracy_with(objects, task) for objects in measures
+                }
                 trials.append(Trial(f"{kind}-{size}-seed-{seed}", config, named))
     return trials
 

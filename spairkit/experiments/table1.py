@@ -22,6 +22,7 @@ from spairkit.experiments.experiment import (
     Conclusion,
     Effort,
     Experiment,
+    Measure,
     Measured,
     Scale,
     Settings,
@@ -111,7 +112,9 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
         )
         assert isinstance(config.model, SPAIRConfig)
         task = Task(_label, 2, _UNITS, effort.classifier, config.model)
-        named = {objects: accuracy_with(objects, task) for objects, _ in _METHODS.values()}
+        named: dict[str, Measure] = {
+            objects: accuracy_with(objects, task) for objects, _ in _METHODS.values()
+        }
         trials.append(Trial(f"spair-seed-{seed}", config, named))
     return trials
 

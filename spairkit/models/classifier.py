@@ -91,6 +91,12 @@ class Classifier(nn.Module):
         self.vectors = vectors
         self.embed = mlp((width, *_HIDDEN, _EMBEDDED), "relu")
         self.lstm = nn.LSTM(_EMBEDDED, units, batch_first=True)
+        biases = [bias for name, bias in self.lstm.named_parameters() if "bias" in name]
+        with torch.no_grad():
+            for bias in biases:
+                bias.zero_()
+            # of the forget gate, as in the authors' TensorFlow: it remembers at first
+            biases[0][units : 2 * units] = 1.0
         self.decide = mlp((units, *_HIDDEN, num_classes), "relu")
 
     def forward(self, batch: Batch) -> Tensor:  # [B, C]

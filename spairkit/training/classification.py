@@ -178,7 +178,7 @@ class _Trainer:
         batch = self.images.batch(torch.arange(first, first + training.batch_size))
         loss = F.cross_entropy(self.classifier.train()(batch), self.label(batch.labels))
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimiser.step()
         self.step += 1
 
