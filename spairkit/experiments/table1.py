@@ -63,7 +63,7 @@ _EFFORTS: dict[Scale, Effort] = {
         1000,
         train_images=(128_000,),
         classifier=ClassifierTraining(
-            steps=20_000, validation_every=500, patience=10_000, learning_rate=1e-3
+            steps=20_000, validation_every=500, patience=10_000, learning_rate=3e-4
         ),
     ),
     "full": Effort(
