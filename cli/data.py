@@ -1,9 +1,6 @@
 """`spairkit data`: the datasets, and scenes as image files."""
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +13,7 @@ from spairkit.errors import InputError
 
 if TYPE_CHECKING:
     from spairkit.config import DataConfig
+    from spairkit.data.image_files import Source
     from spairkit.detections import Truth
 
 app = typer.Typer(no_args_is_help=True, help="List datasets, or write scenes as image files.")
@@ -115,44 +113,15 @@ def make(
     games have them, with a damaged file and a text file; or, with --data invaders, frames of Space
     Invaders. Only the seed of those can be set: --set data.seed=1.
     """
+    from spairkit.data.image_files import write_images
+
     source = _source(data, count, preset, config, set_)
     if out.exists():
         raise InputError(f"{out} already exists; name a new folder")
-    from spairkit.storage.durable import appearing, write_bytes, write_text
-
-    first = next(source.images)  # a dataset that cannot be used leaves no folder
-    truth: list[Truth] = []
-    with appearing(out) as folder, counted("images", source.count, quiet=quiet) as show_done:
-        for name, content in source.beside.items():
-            write_bytes(folder / name, content)
-        for content, boxes in islice(chain([first], source.images), source.count):
-            write_bytes(folder / source.name(len(truth)), content)
-            truth.append(boxes)
-            show_done(len(truth))
-        write_text(folder / "annotations.json", json.dumps(_coco(source, truth)))
-    *names, last = [several(len(truth), "image"), *source.beside, "annotations.json"]
+    with counted("images", source.count, quiet=quiet) as show_done:
+        number = write_images(source, out, show_done)
+    *names, last = [several(number, "image"), *source.beside, "annotations.json"]
     say(f"wrote {', '.join(names)} and {last} to {out}")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The images that `make` writes."""
-
-    images: "Iterator[tuple[bytes, Truth]]"
-    """Contents of the files, and boxes; may be endless."""
-    count: int
-    """Number of images to write."""
-    size: tuple[int, int]
-    """Height and width of every image."""
-    suffix: str = ".png"
-    categories: tuple[str, ...] = ()
-    """Names of the labels; none: labels are digits."""
-    beside: Mapping[str, bytes] = field(default_factory=dict)
-    """Contents of the other files, by name."""
-
-    def name(self, index: int) -> str:
-        """The file of an image."""
-        return f"{index:05}{self.suffix}"
 
 
 def _source(
@@ -161,15 +130,16 @@ def _source(
     preset: str | None,
     config: Path | None,
     set_: list[str] | None,
-) -> _Source:
+) -> "Source":
     """What `--data` names: a synthetic kind, Space Invaders or a dataset of scenes."""
     from spairkit.data import synthetic
+    from spairkit.data.image_files import Source, invaders_source
 
     if data in synthetic.KINDS:
         kind = synthetic.KINDS[data]
         number = count or kind.count
         seed = _seed(data, preset, options.layers(config, set_))
-        return _Source(
+        return Source(
             _drawn(data, seed, number),
             number,
             kind.size,
@@ -178,21 +148,13 @@ def _source(
             synthetic.BESIDE,
         )
     if data == _INVADERS:
-        from spairkit.data import invaders
-        from spairkit.images import png
-
-        frames = invaders.frames(_seed(data, preset, options.layers(config, set_)))
-        return _Source(
-            ((png(image), truth) for image, truth in frames),
-            count or _COUNT,
-            (invaders.HEIGHT, invaders.WIDTH),
-            categories=invaders.NAMES,
-        )
+        seed = _seed(data, preset, options.layers(config, set_))
+        return invaders_source(seed, count or _COUNT)
     settings = options.resolved(preset, options.layers(config, set_, data=data)).data
     if settings.name == "folder":
         raise InputError("--data: name a dataset of scenes; a folder holds image files already")
     number = count or _COUNT
-    return _Source(_scenes(settings, number), number, settings.whole_size)
+    return Source(_scenes(settings, number), number, settings.whole_size)
 
 
 def _seed(data: str, preset: str | None, layers: list[Mapping[str, Any]]) -> int:
@@ -230,28 +192,3 @@ def _drawn(kind: str, seed: int, count: int) -> "Iterator[tuple[bytes, Truth]]":
         image, boxes = drawn(kind, seed, index)
         labels = torch.zeros(len(boxes), dtype=torch.int64)
         yield encoded(kind, image), Truth(torch.from_numpy(boxes).float(), labels)
-
-
-def _coco(source: _Source, truth: "list[Truth]") -> dict[str, Any]:
-    """COCO's annotations, with ids from 1; without categories a label stands under `label`."""
-    (height, width), categories = source.size, source.categories
-    images = [
-        {"id": index + 1, "file_name": source.name(index), "width": width, "height": height}
-        for index in range(len(truth))
-    ]
-    annotations: list[dict[str, Any]] = []
-    for number, item in enumerate(truth, start=1):
-        for (x1, y1, x2, y2), label in zip(item.boxes.tolist(), item.labels.tolist(), strict=True):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": label + 1 if categories else 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                    **({} if categories else {"label": label}),
-                }
-            )
-    named = [{"id": i, "name": name} for i, name in enumerate(categories or ("object",), start=1)]
-    return {"images": images, "annotations": annotations, "categories": named}

@@ -137,7 +137,7 @@ def _text(conclusion: "Conclusion", heading: str) -> str:
     return captured.get()
 
 
-def _row(chart: "Chart", x: int) -> list[str]:
+def _row(chart: "Chart", x: object) -> list[str]:
     """Our mean and interval on each line, and the published mean below it."""
     cells = []
     for line in chart.lines:

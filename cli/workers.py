@@ -1,4 +1,4 @@
-"""Worker processes: the same command again on the same folder, or a training for `app`.
+"""Worker processes: of `sweep`, `compare` and `experiment` the same command, of `app` a training.
 
 A worker ends with the process that started it, however that ends.
 """

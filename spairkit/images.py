@@ -428,8 +428,9 @@ def stored_form(path: Path | str) -> tuple[tuple[int, int], int]:
 def pixel_size(path: Path | str) -> tuple[float, float] | None:
     """Width and height of a pixel of the upright image in µm; None if the file does not say.
 
-    They are those of a TIFF's XResolution, YResolution and ResolutionUnit, of ImageJ's unit, or of
-    a PNG's pHYs. 72 and 96 pixels per inch count as not said. Raises ImageFileError.
+    They are those of a TIFF's XResolution, YResolution and ResolutionUnit, of ImageJ's unit, of
+    OME's PhysicalSizeX and PhysicalSizeY, or of a PNG's pHYs. 72 and 96 pixels per inch count as
+    not said. Raises ImageFileError.
     """
     with _opened(path) as image:
         size = image.pixel_size

@@ -52,6 +52,8 @@ _IMAGEJ_UNITS = {
     "m": 1e6,
     **dict.fromkeys(("inch", "in"), 25_400.0),
 }
+_OME_SIZE = re.compile(r"""\bPhysicalSize([XY])\s*=\s*["']([\d.eE+-]{1,32})["']""")
+_OME_UNIT = re.compile(r"""\bPhysicalSize([XY])Unit\s*=\s*["']([^"']{1,16})["']""")
 _SCREENS = (72.0, 96.0)  # pixels per inch that programs write where they know nothing
 _REDUCED, _MASK = 1, 4  # of NewSubfileType: not a page
 _LEAST_UM, _MOST_UM = 1e-6, 1e9  # of the side of a pixel, else the tag means nothing
@@ -78,7 +80,7 @@ class Tiff:
         has_more: whether there are planes of a MetaMorph stack besides, or pages of another size,
             which are not read.
         pixel_size: width and height of a stored pixel in µm, from the tags of resolution and the
-            unit of ImageJ; None where there are none, see `micrometres`.
+            unit of ImageJ, or from OME; None where there are none, see `micrometres`.
 
     Raises:
         ImageFileError: the layout is not supported; the message names it.
@@ -397,6 +399,8 @@ def micrometres(per_unit: tuple[float, float], unit: float) -> tuple[float, floa
 def _pixel_size(tiff: Any) -> tuple[float, float] | None:
     try:
         page = tiff.pages.first
+        if page.is_ome and (size := _ome_pixel_size(page.description)):
+            return size
         stored = [page.tags.valueof(code) for code in (_X_RESOLUTION, _Y_RESOLUTION)]
         unit = _RESOLUTION_UNITS.get(page.tags.valueof(_RESOLUTION_UNIT, 2))
         if page.is_imagej:
@@ -408,6 +412,19 @@ def _pixel_size(tiff: Any) -> tuple[float, float] | None:
         return micrometres((x, y), unit)
     except Exception:  # tifffile's on damaged tags, which no pixel depends on
         return None
+
+
+def _ome_pixel_size(description: str) -> tuple[float, float] | None:
+    """Width and height in µm of PhysicalSizeX and PhysicalSizeY; their unit is µm by default."""
+    sizes = dict(reversed(_OME_SIZE.findall(description)))  # of several images the first
+    units = dict(reversed(_OME_UNIT.findall(description)))
+    if not {"X", "Y"} <= sizes.keys():
+        return None
+    micrometre = [_IMAGEJ_UNITS.get(units.get(axis, "\u00b5m")) for axis in "XY"]
+    if None in micrometre:
+        return None
+    x, y = (float(sizes[axis]) * (unit or 1.0) for axis, unit in zip("XY", micrometre, strict=True))
+    return micrometres((1 / x, 1 / y), 1.0)
 
 
 def _planes_of_imagej(tiff: Any) -> int:

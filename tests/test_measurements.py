@@ -301,3 +301,33 @@ def test_table_takes_no_other_place(workplace: Path, command: Callable[..., Any]
     same = command(*words, "--out", "a.csv", "--table", "./a.csv")
     assert "--table a.csv: is the output of --out too" in same.err
     assert "--table no/a.csv: there is no folder" in command(*words, "--table", "no/a.csv").err
+
+
+@pytest.mark.parametrize(
+    ("metadata", "size"),
+    [
+        ({"PhysicalSizeX": 0.25, "PhysicalSizeY": 0.5}, (0.25, 0.5)),
+        (
+            {
+                "PhysicalSizeX": 325.0,
+                "PhysicalSizeXUnit": "nm",
+                "PhysicalSizeY": 1e-3,
+                "PhysicalSizeYUnit": "mm",
+            },
+            (0.325, 1.0),
+        ),
+        ({"PhysicalSizeX": 0.25}, None),
+        (
+            {"PhysicalSizeX": 1, "PhysicalSizeY": 1}
+            | {"PhysicalSizeXUnit": "pixel", "PhysicalSizeYUnit": "pixel"},
+            None,
+        ),
+    ],
+)
+def test_pixel_size_of_ome(
+    tmp_path: Path, metadata: dict[str, Any], size: tuple[float, float] | None
+) -> None:
+    stack = np.zeros((3, 6, 8), np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", stack, ome=True, metadata={"axes": "TYX", **metadata})
+    found = pixel_size(tmp_path / "a.tif" / "2")
+    assert found == (None if size is None else pytest.approx(size))

@@ -39,6 +39,9 @@ Measure = Callable[
 It yields the events of trainings of its own, if it has any. What it has begun it resumes or repeats
 the next time."""
 
+MASK_CONTRAST = 0.03
+"""The contrast at which the masks of our results end, as in the preset quick."""
+
 _BATCH_SIZE = 32
 _VALIDATIONS = 10  # of a run
 _NETWORK = {"what": 4, "encoder_hidden": (8,), "decoder_hidden": (8,)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from spairkit.config import SearchMode
 from spairkit.experiments.experiment import (
+    MASK_CONTRAST,
     Conclusion,
     Effort,
     Experiment,
@@ -31,7 +32,6 @@ from spairkit.metrics import NAMES
 
 _NUMBERS = (1, 3, 5, 7, 9)
 _KINDS = "spair", "air", "dair", "conncomp"
-_MASK = 0.03  # contrast at which masks end, as in the preset quick
 _OFF: dict[str, SearchMode | None] = {"spair": "off", "air": None, "dair": None, "conncomp": None}
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort(
@@ -60,7 +60,7 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
                 raw = None if kind == "conncomp" else 0.0
                 measures = {"paper": figures_on(config.data, box_contrast=raw, search=_OFF[kind])}
                 if kind == "spair":
-                    measures["ours"] = figures_on(config.data, box_contrast=_MASK)
+                    measures["ours"] = figures_on(config.data, box_contrast=MASK_CONTRAST)
                 trials.append(Trial(f"{kind}-{number}-seed-{seed}", config, measures))
     return trials
 

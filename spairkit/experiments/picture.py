@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spairkit.experiments.published import Published
 from spairkit.experiments.settings import MODELS
@@ -26,8 +27,9 @@ class Line:
     """The results of one method over x: ours, and the published ones where there are any."""
 
     name: str
-    ours: Mapping[int, Published]
-    published: Mapping[int, Published] = field(default_factory=dict)
+    ours: Mapping[Any, Published]
+    """By x, a number; in a table that is not drawn also the name of a figure."""
+    published: Mapping[Any, Published] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ def draw_charts(charts: Sequence[Chart], note: str) -> bytes:
         places = list(figure.subplots(rows, columns, squeeze=False).flat)
         for axes, chart in zip(places, charts, strict=False):
             _draw_chart(axes, chart)
+            if len(charts) > 1:
+                axes.set_ylabel("")
+                axes.set_title(chart.title, fontsize=10, loc="left")
         for axes in places[len(charts) :]:
             axes.remove()
         known: dict[str, Any] = {}
@@ -113,6 +118,8 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
         axes.tick_params(axis="x", labelsize="small")
     if len(ticks) <= _MOST_TICKS:
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color="#e8eaee", lw=0.8)
     axes.set_axisbelow(True)
     if len(ticks) > 1:

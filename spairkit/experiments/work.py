@@ -14,7 +14,7 @@ import torch
 
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
-from spairkit.experiments import fig2, fig4, table1
+from spairkit.experiments import fig2, fig3, fig4, fig6, fig7, table1
 from spairkit.experiments.experiment import (
     Conclusion,
     Experiment,
@@ -31,8 +31,7 @@ from spairkit.storage.runs import LINKS, new_folder
 from spairkit.training.loop import Event
 
 EXPERIMENTS = {
-    experiment.name: experiment
-    for experiment in (fig2.EXPERIMENT, fig4.EXPERIMENT, table1.EXPERIMENT)
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig4, fig6, fig7, table1)
 }
 """All experiments by name."""
 
@@ -99,7 +98,7 @@ def open_experiment(
         trials = experiment.trials(settings, folder)
         open_dataset(trials[0].config.data, "test")
         durable.write_text(folder / _SETTINGS, f"{json.dumps(asdict(settings), indent=2)}\n")
-    except InputError:
+    except BaseException:  # Ctrl-C too: nothing could resume it
         if is_new:
             durable.remove_folder(folder)
         raise
