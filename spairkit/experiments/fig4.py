@@ -59,7 +59,7 @@ _EFFORTS: dict[Scale, Effort] = {
         1000,
         train_images=(1000, 8000, 64_000),
         classifier=ClassifierTraining(
-            steps=10_000, validation_every=500, patience=5000, learning_rate=3e-4
+            steps=15_000, validation_every=500, patience=5000, learning_rate=3e-4
         ),
     ),
     "full": Effort(

@@ -199,6 +199,8 @@ class _Trainer:
             state[f"best:{name}"] = self.best_weights[name]
             for key in _MOMENTS:
                 state[f"{key}:{name}"] = self.optimiser.state[parameter][key]
+        # copied, because on a GPU the weights of an LSTM share memory
+        state = {name: value.cpu() for name, value in state.items()}
         durable.write_bytes(self.path, safetensors.torch.save(state))
 
     def _resume(self) -> None:
