@@ -151,9 +151,8 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
         for event in events:
             if isinstance(event, Started):
                 name, line_at = event.name, 0.0
-                bar.reset(current, description=name, total=event.steps or None, visible=True)
-                doing = f"{event.steps} steps" if event.steps else "measuring"
-                bar.say(f"{name}: {doing}; {done} of {total} runs finished")
+                bar.reset(current, description=name, total=event.steps, visible=True)
+                bar.say(f"{name}: {event.steps} {event.unit}; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
                 if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:

@@ -283,9 +283,13 @@ def test_events_name_training_and_measuring(tmp_path: Path) -> None:
         Step,
         Step,
         Started,
+        Step,
         Ended,
     ]
-    assert [e.steps for e in events if isinstance(e, Started)] == [3, 0]
+    assert [(e.steps, e.unit) for e in events if isinstance(e, Started)] == [
+        (3, "steps"),
+        (1, "measures"),
+    ]
     assert isinstance(events[-1], Ended)
     assert events[-1].figures
 

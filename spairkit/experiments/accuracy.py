@@ -68,7 +68,7 @@ def accuracy_with(objects: Objects, task: Task) -> Measure:
         detector = load(run, device)
         config = detector.config
         training = replace(task.training, seed=config.train.seed, threads=config.train.threads)
-        yield Started(run.name, training.steps)
+        yield Started(run.name, training.steps, "updates of a classifier")
         found = yield from train_classifier(
             lambda: _classifier(objects, task, detector.network),
             task.label,

@@ -6,7 +6,7 @@ FOLDER/runs/TRIAL-seed-N/measured.json  its figures; each is written when it is 
 FOLDER/results.json, table.txt, figure.png
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,8 @@ import torch
 
 from spairkit.config import Config, DataConfig, SearchMode
 from spairkit.config_values import merge
-from spairkit.data.datasets import described, evaluation_batches, open_dataset
+from spairkit.data.datasets import evaluation_batches, open_dataset
+from spairkit.data.scenes import Batch
 from spairkit.detector import load
 from spairkit.evaluation import evaluate
 from spairkit.experiments.intervals import Interval, t_interval
@@ -210,11 +211,21 @@ def figures_on(
         yield from ()
         detector = load(run, device, search=search, box_contrast=box_contrast)
         batches = evaluation_batches(open_dataset(data, "test", device), _BATCH_SIZE)
-        figures = evaluate(detector, batches, measured_on=described(data, "test")).overall
+        figures = evaluate(detector, _until(stop, batches)).overall
+        if stop():
+            return None
         known = {name: value for name, value in figures.to_json().items() if value is not None}
         return known | {"count_wrong": 1 - figures.count_accuracy}
 
     return measure
+
+
+def _until(stop: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches up to the one, at least the first, after which `stop` says so."""
+    for batch in batches:
+        yield batch
+        if stop():
+            return
 
 
 def over_seeds(

@@ -56,8 +56,16 @@ _FIGURES = {
 _FRAMES: dict[Scale, int] = {"smoke": 8, "cpu": 200, "full": 1000}
 _TRAIN, _TEST = "frames", "test"  # folders; a seed each
 _SHOWN = 3  # frames in the picture
-_COLOURS: dict[str, Any] = {"background": "mode", "box_contrast": 0.0, "pointwise_kernel": 2}
-_PAPER = {"odds_decay": 3000.0, "odds_end": 0.1}
+_COLOURS: dict[str, Any] = {
+    "background": "mode",
+    "box_contrast": 0.0,
+    "beta": 1.0,
+    "pointwise_kernel": 2,
+    "odds_decay": 3000.0,
+    "odds_end": 0.1,
+}
+"""The paper's settings, except that its background colour is learned in a stage before."""
+
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort("quick", 2, 1, 2, 4, tiny=True),
     "cpu": Effort("quick", 5000, 2, 50, 256),
@@ -75,13 +83,12 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
     measured = look(list_images(folder / _TRAIN)).settings(SPAIRConfig(), {})
     measured.pop("train")  # another start would change the config of a trial
     prepared = data | measured.pop("data", {})
-    colours = _COLOURS | (_PAPER if settings.scale == "full" else {})
     trials = []
     for seed in range(settings.seeds):
         configs = {
             "measured": config_of(effort, "spair", seed, prepared, **measured),
             "colours": config_of(
-                effort, "spair", seed, data, model=colours, search={"mode": "off"}
+                effort, "spair", seed, data, model=_COLOURS, search={"mode": "off"}
             ),
         }
         if not seed:

@@ -35,7 +35,9 @@ class Started:
 
     name: str
     steps: int
-    """Updates in total; for ConnComp, thresholds; 0: it is measured."""
+    """Updates in total; for ConnComp, thresholds."""
+    unit: str = "steps"
+    """What is counted in place of them."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ An interrupted experiment resumes bit-identically, and measures nothing twice.
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from spairkit.experiments.shared_runs import Ended, Started, read_json, trained,
 from spairkit.storage import durable
 from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import LINKS, new_folder
-from spairkit.training.loop import Event
+from spairkit.training.loop import Event, Step
 
 EXPERIMENTS = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig4, fig6, fig7, table1)
@@ -225,10 +226,10 @@ def _train_and_measure(
         if cost is None:
             return
         _write_measured(path, {**cost, "figures": {}})
-    yield Started(trial.name, 0)
-    measured = read_measured(path)
+    yield Started(trial.name, len(trial.measures), "measures")
+    measured, began = read_measured(path), time.perf_counter()
     values: dict[str, Any] = {k: v for k, v in asdict(measured).items() if v is not None}
-    for name, measure in trial.measures.items():
+    for number, (name, measure) in enumerate(trial.measures.items(), start=1):
         if stop():
             return
         if name not in measured.figures:
@@ -237,6 +238,7 @@ def _train_and_measure(
                 return
             values["figures"][name] = figures
             _write_measured(path, values)
+        yield Step(number, len(trial.measures), None, time.perf_counter() - began)
 
 
 def _write_measured(run: Path, values: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ class Classifier(nn.Module):
         units: of the LSTM.
         num_classes: C.
 
-    Source: docs/model.md 12.2.
+    Source: docs/model.md 12.3.
     """
 
     def __init__(self, vectors: nn.Module, *, width: int, units: int, num_classes: int) -> None:

@@ -1,4 +1,4 @@
-"""Trains a classifier of images by their objects (docs/model.md 12.2).
+"""Trains a classifier of images by their objects (docs/model.md 12.3).
 
 Everything random is a function of (seed, step), so a training that is stopped and resumed gives the
 same result on a CPU. Its state is one safetensors file, which is written at every validation.
