@@ -76,7 +76,7 @@ def compare(
     from spairkit.data.datasets import data_settings
     from spairkit.experiments.compare import compare as run_all
     from spairkit.experiments.compare import is_evaluated
-    from spairkit.experiments.settings import open_comparison
+    from spairkit.experiments.settings import config_of, open_comparison
     from spairkit.storage.durable import write_bytes, write_text
 
     try:
@@ -104,6 +104,9 @@ def compare(
 
     folder, settings = open_comparison(out, asked, show)
     tasks = settings.tasks()
+    left = [task for task in tasks if not is_evaluated(settings, folder / "runs" / task.name)]
+    if left or settings.is_folder:  # whose picture shows images
+        options.refuse_absent(config_of(settings, tasks[0]).data)
     if not is_worker():
         say(
             f"comparing in {folder} on {chosen.type}: {several(len(tasks), 'run')}, "

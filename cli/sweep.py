@@ -62,6 +62,8 @@ def sweep(
     chosen = options.choose_device(device)
     opened, resumed = _open(out, preset, over, space, seed, quiet=quiet)
     total = min(trials, opened.combinations or trials)
+    if sum(trial.state != "running" for trial in opened.trials()) < total:
+        options.refuse_absent(opened.config.data)
     if not is_worker():
         few = f"; the search space has only {total} combinations" if total < trials else ""
         say(
@@ -122,6 +124,7 @@ def _open(
             raise InputError(f"{out}: the model of this sweep is {own}, not {kind}")
         asked = from_dict(merge(to_dict(found.config), *over, {"preset": preset} if preset else {}))
         found.check(asked, load_space(space, asked) if space else None, seed)
+        found.adopt(asked)
         return found, True
     measured = looked(preset, over, [], quiet=quiet)
     fixed: dict[str, Any] = {"train": {"retries": []}}  # a trial has the settings that were drawn

@@ -33,9 +33,11 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 with torch.device("meta"):
     torch.empty(0)
 
-# processes that a shell starts in the background ignore Ctrl-C, which some tests send
+# processes in the background of a shell, or under nohup, ignore signals that some tests send
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -900,14 +900,18 @@ def test_viz_overwrites_only_pictures(run: Runner, tmp_path: Path) -> None:
     assert "tiny.toml: is a file" in ended.err
 
 
-def test_selection_by_ap_is_announced(run: Runner) -> None:
+def test_selection_by_ap_is_announced(run: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_command, "_finish", lambda *_, **__: None)
     said = "the highest validation AP paper"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     assert said in run(*words, "--out", "by-ap", "--select", "ap").err
     assert said not in run(*words, "--out", "by-elbo").err
 
 
-def test_laptop_without_data_warns_about_mnist(run: Runner) -> None:
+def test_laptop_without_data_warns_about_mnist(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_command, "_finish", lambda *_, **__: None)
     said = "the published figures of the laptop preset are for MNIST (--data FILE)"
     words = ["train", "--config", "tiny.toml", "--steps", "1"]
     laptop = [*words, "--preset", "laptop"]

@@ -153,6 +153,33 @@ def test_other_arrays_are_refused(tmp_path: Path, array: NDArray[np.generic], re
         read_pixels(tmp_path / "a.npy")
 
 
+def test_damaged_numpy_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, STACK)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1])
+    last = frames_of(path)[-1]
+    with pytest.raises(ImageFileError, match="the file ends too early"):
+        read_pixels(last)
+    assert np.array_equal(read_pixels(frames_of(path)[0])[0].numpy(), STACK[0])
+    np.save(path, STACK[:4])  # meanwhile it has become shorter
+    with pytest.raises(ImageFileError, match="there is no image 12; it has 4"):
+        read_pixels(last)
+    path.write_bytes(data[:6] + b"\x09" + data[7:])
+    with pytest.raises(ImageFileError, match="damaged"):
+        read_pixels(path)
+
+
+def test_transparency_of_numpy_lies_on_black_or_is_refused(tmp_path: Path) -> None:
+    colours = np.zeros((5, 6, 4), np.uint8)
+    colours[..., 0], colours[..., 3] = 200, 51
+    np.save(tmp_path / "x.npy", colours)
+    assert read_pixels(tmp_path / "x.npy")[:, 0, 0].tolist() == [40, 0, 0]
+    np.save(tmp_path / "x.npy", colours.astype(np.float32))
+    with pytest.raises(ImageFileError, match="float32 with transparency"):
+        read_pixels(tmp_path / "x.npy")
+
+
 def test_numpy_files_beside_images_are_left_out(tmp_path: Path) -> None:
     np.save(tmp_path / "masks.npy", STACK)
     assert len(list_images(tmp_path)) == 12

@@ -39,7 +39,12 @@ def interpret(chosen: str, marks: str, files: list[str]) -> None:
     run = subprocess.run(
         [*command, *files],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "PYTEST_ADDOPTS": "",
+            "TRITON_INTERPRET": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         capture_output=True,
         text=True,
     )

@@ -9,11 +9,12 @@ import signal
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from spairkit.cli.main import main
 from spairkit.config_values import load_toml
 from spairkit.images import write_png
 from spairkit.storage.checkpoints import best_step, load_checkpoint
@@ -214,6 +215,79 @@ def test_moved_images_give_the_same_bits(run: Runner) -> None:
     assert Path("whole/metrics.jsonl").read_bytes() == Path("cut/metrics.jsonl").read_bytes()
 
 
+SHARED = {
+    "compare": (
+        *("compare", "--out", "shared", "--models", "spair,conncomp", "--seeds", 1),
+        *("--budget", 4, "--search", "off", "--set", "prepare.contrast=none"),
+        *("--set", "data.image_height=24", "--set", "data.image_width=24"),
+        *("--set", "data.validation_images=2", "--set", "train.batch_size=2"),
+        *("--set", "spair.model.backbone_channels=[4]", "--set", "spair.model.features=4"),
+        *("--set", "spair.model.encoder_hidden=[4]", "--set", "spair.model.decoder_hidden=[4]"),
+        *("--set", "conncomp.model.images=2", "--set", "conncomp.train.steps=2"),
+    ),
+    "sweep": (
+        *("sweep", "--out", "shared", "--config", "tiny.toml", "--trials", 2),
+        *("--set", "train.steps=4"),
+    ),
+}
+RESUMED = {
+    "compare": ("compare", "--out", "shared", "--quiet"),
+    "sweep": ("sweep", "--out", "shared", "--trials", 2, "--quiet"),
+}
+
+
+@pytest.mark.parametrize("command", SHARED)
+def test_moved_images_of_a_comparison_or_a_sweep_are_named_anew(
+    run: Runner, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(BaseException):
+        """Ends the process at once."""
+
+    save, resumed = Run.save, RESUMED[command]
+
+    def save_and_die(self: Run, **values: Any) -> Path:
+        save(self, **values)
+        raise KilledError
+
+    words = [*map(str, SHARED[command]), "--data", "cells", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "save", save_and_die)
+        with pytest.raises(KilledError):
+            main(words)
+    os.rename("cells", "moved")
+    files = [path for path in Path("shared").rglob("*") if path.suffix in (".json", ".toml")]
+    before = {path: path.read_bytes() for path in files}
+    ended = run(*resumed)
+    assert ended.status == 2
+    assert ended.err.splitlines()[-1] == (
+        f"spairkit: {Path.cwd()}/cells: the images of the run are not there; if they have moved, "
+        "give them with --data"
+    )
+    shutil.copytree("moved", "others")
+    write_png("others/1.png", torch.zeros(3, 24, 24))
+    os.remove("others/2.png")
+    ended = run(*resumed, "--data", "others")
+    assert ended.status == 2
+    assert ended.err.splitlines() == [
+        f"spairkit: {Path.cwd()}/others: not the images of shared: 1 changed (1.png), 1 missing "
+        "(2.png); pass another --out"
+    ]
+    assert before == {path: path.read_bytes() for path in files}, "nothing is written"
+    ended = run(*resumed, "--data", "moved")
+    assert ended.status == 0, ended.err
+    assert "changed" not in ended.err
+    assert run(*resumed).status == 0, "the new place is remembered"
+    trained = next(path for path in Path("shared").rglob("last") if "conncomp" not in str(path))
+    resumed_bits = load_checkpoint(trained).model
+    # the result is that of a sweep or a comparison whose images never moved
+    os.rename("moved", "cells")
+    os.rename("shared", "resumed")
+    whole = run(*SHARED[command], "--data", "cells", "--quiet")
+    assert whole.status == 0, whole.err
+    whole_bits = load_checkpoint(trained).model
+    assert all(torch.equal(resumed_bits[name], whole_bits[name]) for name in whole_bits)
+
+
 @pytest.mark.filterwarnings("always")
 def test_run_records_its_images_and_says_when_they_changed(run: Runner) -> None:
     path = trained(run)
@@ -238,6 +312,17 @@ def test_run_records_its_images_and_says_when_they_changed(run: Runner) -> None:
         run("eval", "--checkpoint", path).err
     )
     assert recorded_data(path) == recorded
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"0.png": 1}'])
+def test_damaged_record_of_the_images_is_refused(run: Runner, content: str) -> None:
+    path = trained(run, 1)
+    (path / "data.json").write_text(content)
+    ended = run("train", "--resume", path, "--steps", 2, "--quiet")
+    assert ended.status == 2
+    assert ended.err == (
+        f"spairkit: {path}/data.json: not a list of hashes; remove it to record the data anew\n"
+    )
 
 
 @pytest.mark.parametrize(

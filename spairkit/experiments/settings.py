@@ -15,11 +15,11 @@ from spairkit.config_values import merge, model_kinds, to_dict
 from spairkit.data.datasets import open_dataset, open_splits
 from spairkit.data.folder import ImageFolder
 from spairkit.errors import InputError
-from spairkit.experiments.shared_runs import read_json
+from spairkit.experiments.shared_runs import note_data, read_json, refuse_other_data
 from spairkit.names import is_utf8
 from spairkit.presets import DEFAULT, resolve
 from spairkit.storage import durable
-from spairkit.storage.runs import LINKS, new_folder
+from spairkit.storage.runs import DATA, LINKS, new_folder
 from spairkit.survey import look, preparation
 
 MODELS = {
@@ -144,7 +144,8 @@ def open_comparison(
 ) -> tuple[Path, Settings]:
     """The comparison in the folder `out`, or a new one there or in `runs/compare-N`.
 
-    A new one on a folder of images looks at them first.
+    A new one on a folder of images looks at them first. The images of an existing one may have
+    moved.
 
     Args:
         out: an existing comparison or a new folder.
@@ -153,19 +154,25 @@ def open_comparison(
 
     Raises:
         InputError: the settings are invalid, differ from those of the existing comparison, or do
-            not fit the data; or the folder cannot be used.
+            not fit the data; other images than those of the existing comparison are asked for; or
+            the folder cannot be used.
     """
     if out is not None and (path := out / "settings.json").exists():
         durable.refuse_links(out, LINKS)
         saved = _parse(read_json(path, "pass another --out"), str(path))
-        before = _plain(saved)
+        found = _moved(saved, asked)
+        if found != saved:
+            refuse_other_data(out, config_of(found, found.tasks()[0]).data)
+        before = _plain(found)
         after = _plain(_parse(merge(before, asked), "compare"))
         if changes := [f"{k}: {before[k]} -> {after[k]}" for k in before if before[k] != after[k]]:
             raise InputError(
                 f"{out}: the settings of a comparison are fixed, and these differ: "
                 f"{'; '.join(changes)}; omit them, or pass another --out"
             )
-        return out, saved
+        if found != saved:
+            _write(out, found)
+        return out, found
     settings = _parse(asked, "compare")
     if settings.over.get("data", {}).get("name") == "folder":
         if "objects" in asked:
@@ -190,9 +197,22 @@ def open_comparison(
         open_dataset(configs[0].data, "test")
         for config in configs if settings.is_folder else ():
             open_splits(config)
-    folder = new_folder(out, "compare")
-    durable.write_text(folder / "settings.json", f"{json.dumps(_plain(settings), indent=2)}\n")
+    folder = new_folder(out, "compare", {DATA})
+    note_data(folder, config_of(settings, settings.tasks()[0]).data)
+    _write(folder, settings)
     return folder, settings
+
+
+def _moved(settings: Settings, asked: Mapping[str, Any]) -> Settings:
+    """The settings with the place of the images that is asked for, which may change."""
+    before, after = (over.get("data", {}) for over in (settings.over, asked.get("over", {})))
+    if "path" not in after or after.get("name", before.get("name")) != before.get("name"):
+        return settings
+    return replace(settings, over=merge(settings.over, {"data": {"path": after["path"]}}))
+
+
+def _write(folder: Path, settings: Settings) -> None:
+    durable.write_text(folder / "settings.json", f"{json.dumps(_plain(settings), indent=2)}\n")
 
 
 def config_of(settings: Settings, task: Task, steps: int | None = None) -> Config:

@@ -14,11 +14,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from spairkit.config import Config
+from spairkit.config import Config, DataConfig
 from spairkit.config_values import differences
+from spairkit.data.files import changed_files, data_files, sha256_of_files
 from spairkit.errors import InputError
+from spairkit.names import printable
 from spairkit.storage import durable
-from spairkit.storage.runs import Run
+from spairkit.storage.runs import Run, record_data, recorded_data
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.loop import Event, Step, fit
 
@@ -159,19 +161,51 @@ def claimed(path: Path) -> Iterator[bool]:
 def resume_or_create(path: Path, config: Config) -> Run:
     """The run in the folder `path`, which the caller has claimed; a new run if there is none.
 
+    The images of an old run may have moved; see `refuse_other_data`.
+
     Raises:
         InputError: the folder holds a run with another config, or cannot be written.
     """
     if (path / "config.toml").exists():
         run = Run.open(path)
-        if changes := differences(config, run.config):
+        if changes := differences_but_place(config, run.config):
             raise InputError(
                 f"{path}: this run has other settings: {'; '.join(changes)}; pass another --out"
             )
+        if run.config != config:
+            with run.lock():
+                run.adopt(config)
         return run
     if path.exists():  # a process was killed before it wrote the config
         durable.remove_folder(path)
     return Run.create(path, config)
+
+
+def differences_but_place(first: Config, second: Config) -> list[str]:
+    """The `differences` between two configs, save where the images lie."""
+    return [line for line in differences(first, second) if not line.startswith("data.path:")]
+
+
+def note_data(folder: Path, data: DataConfig) -> None:
+    """Records the hashes of the data that the runs in a folder are made of.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    record_data(folder, sha256_of_files(data_files(data)))
+
+
+def refuse_other_data(folder: Path, data: DataConfig) -> None:
+    """Refuses data in another place, unless they are those that `note_data` has recorded.
+
+    Raises:
+        InputError: they differ; the message says in which files.
+    """
+    before = recorded_data(folder) or {}
+    if changes := changed_files(before, sha256_of_files(data_files(data))):
+        raise InputError(
+            printable(f"{data.path}: not the images of {folder}: {changes}; pass another --out")
+        )
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -37,10 +37,11 @@ ROOT = Path("runs")
 LINKS = "best", "last"
 """The links in the folder of a run; no other is accepted, and none is followed."""
 
+DATA = "data.json"
+
 _CONFIG = "config.toml"
 _LOCK, _OWNER = ".lock", ".owner"
 _KEEP = 2
-_DATA = "data.json"
 _MAX_BYTES = 1 << 28  # of data.json and of metrics.jsonl
 
 
@@ -108,10 +109,6 @@ class Run:
         if config != self.config:
             self.config = config
             durable.write_text(self.path / _CONFIG, to_toml(config))
-
-    def record_data(self, hashes: Mapping[str, str]) -> None:
-        """Writes data.json. Raises InputError if the folder cannot be written."""
-        durable.write_text(self.path / _DATA, f"{json.dumps(hashes, indent=1)}\n")
 
     def restart(self, config: Config, record: Mapping[str, Any]) -> None:
         """Gives up what was trained, and begins with another config at the first step.
@@ -278,13 +275,20 @@ class Run:
         durable.write_text(self.path / "metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
-def recorded_data(run: Path) -> dict[str, str] | None:
-    """The sha256 of each file that a run was trained on, by name; None if there is no record.
+def record_data(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Writes data.json. Raises InputError if the folder cannot be written."""
+    durable.write_text(folder / DATA, f"{json.dumps(hashes, indent=1)}\n")
+
+
+def recorded_data(folder: Path) -> dict[str, str] | None:
+    """The sha256 of each file that a run, a sweep or a comparison was made of, by name.
+
+    None if there is no record.
 
     Raises:
         InputError: data.json is not of this form.
     """
-    path = run / _DATA
+    path = folder / DATA
     if not path.exists():
         return None
     with suppress(OSError, ValueError, RecursionError):

@@ -25,17 +25,20 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from spairkit.config import Config
-from spairkit.config_values import differences, from_dict, to_dict
+from spairkit.config_values import from_dict, to_dict
 from spairkit.errors import DivergedError, InputError
 from spairkit.experiments.shared_runs import (
     LEAST_AGE,
     Ended,
     Started,
     claimed,
+    differences_but_place,
+    note_data,
+    refuse_other_data,
     resume_or_create,
 )
 from spairkit.storage import durable
-from spairkit.storage.runs import LINKS, Run, new_folder
+from spairkit.storage.runs import DATA, LINKS, Run, new_folder
 from spairkit.sweeps import search_space
 from spairkit.sweeps.search_space import Space
 from spairkit.training.loop import Event, fit
@@ -93,11 +96,12 @@ class Sweep:
         Raises:
             InputError: the folder is not empty or cannot be written.
         """
-        path = new_folder(out, "sweep", {_JOURNAL, *_LOCKS})
+        path = new_folder(out, "sweep", {_JOURNAL, DATA, *_LOCKS})
         durable.refuse_links(path, _LOCKS[1:])
         with FileLock(path / _LOCK):
             study = _open_study(path)
             if not study.user_attrs:
+                note_data(path, config.data)
                 values = {
                     "config": to_dict(config),
                     "space": search_space.plain(space),
@@ -126,10 +130,12 @@ class Sweep:
     def check(self, config: Config, space: Space | None, seed: int | None) -> None:
         """Refuses settings that differ from those of the sweep; None is not compared.
 
+        The images may have moved; see `adopt`.
+
         Raises:
             InputError: settings differ; the message lists them.
         """
-        found = differences(self.config, config)
+        found = differences_but_place(self.config, config)
         if space is not None and space != self.space:
             found.append("the search space")
         if seed is not None and seed != self.seed:
@@ -139,6 +145,20 @@ class Sweep:
                 f"{self.path}: the settings of a sweep are fixed, and these differ: "
                 f"{'; '.join(found)}; omit them, or pass another --out"
             )
+
+    def adopt(self, config: Config) -> None:
+        """Takes over the place of the images, of settings that `check` has compared.
+
+        Raises:
+            InputError: there are other images in the new place.
+        """
+        if config == self.config:
+            return
+        refuse_other_data(self.path, config.data)
+        with FileLock(self.path / _LOCK):
+            values = self._study.user_attrs[_DEFINITION]
+            self._study.set_user_attr(_DEFINITION, {**values, "config": to_dict(config)})
+        self.config = config
 
     def work(
         self,

@@ -28,7 +28,7 @@ from spairkit.images import skipped_files
 from spairkit.names import printable
 from spairkit.report.objects import write_objects
 from spairkit.report.signs import Signs, signs_of, write_signs
-from spairkit.storage.runs import Run, recorded_data
+from spairkit.storage.runs import Run, record_data, recorded_data
 from spairkit.survey import Survey, preparation, survey_of
 from spairkit.training.calibration import calibrate, calibrates
 from spairkit.training.classical import fit_classical
@@ -231,7 +231,7 @@ def _note_data(config: Config, run: Run) -> None:
     now = sha256_of_files(data_files(config.data))
     before = recorded_data(run.path)
     if before is None:
-        run.record_data(now)
+        record_data(run.path, now)
     elif changes := changed_files(before, now):
         said = "the data have changed since the run began, so the result will differ"
         warnings.warn(printable(f"{run.path}: {said}: {changes}"), stacklevel=2)
