@@ -22,6 +22,7 @@ _ABOUT = {
     "digits": "scenes of UCI optical digits, which ship with spairkit",
     "mnist": "scenes of MNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
     "emnist": "scenes of EMNIST digits; --data FILE, or --set data.path=FILE (npz or IDX)",
+    "cards": "scenes of seven cards of the game SET",
     "folder": "your own images: --data FOLDER; eval needs an annotations.json (COCO) in it",
 }
 _INVADERS = "invaders"

@@ -29,8 +29,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**30)]
 class DataConfig:
     """The images, and the layout of synthetic scenes (docs/model.md 10)."""
 
-    name: Literal["digits", "mnist", "emnist", "folder"] = "digits"
-    """Dataset. `digits` ships with the package; the others read `path`."""
+    name: Literal["digits", "mnist", "emnist", "cards", "folder"] = "digits"
+    """Dataset. `digits` ships with the package, `cards` of the game SET are drawn by code; the
+    others read `path`."""
     path: str = ""
     """MNIST or EMNIST file (npz, IDX, gzip), or the folder of images, or one image."""
     image_height: Pixels = 48
@@ -59,6 +60,8 @@ class DataConfig:
     """Colour of the glyphs; `random` draws a bright colour for each."""
     background: Literal["black", "random"] = "black"
     """Background of scenes; `random` draws a dark colour for each image."""
+    train_images: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """Number of training scenes, which repeat in order; 0: every update has new ones."""
     validation_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Number of validation scenes; of a folder, of crops of its validation files, at most."""
     test_images: Annotated[int, Field(ge=1, le=10**6)] = 1000
@@ -74,6 +77,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if (self.scene_height or self.scene_width) and self.name == "folder":
             raise ValueError("scene_height and scene_width are for scenes, not for a folder")
+        if self.train_images and self.name == "folder":
+            raise ValueError("train_images is for scenes, not for a folder")
         height, width = self.whole_size
         if self.image_height > height or self.image_width > width:
             raise ValueError(
@@ -94,6 +99,17 @@ class DataConfig:
             )
         if self.name == "folder" and not self.path:
             raise ValueError("name = 'folder' needs path, the folder of images")
+        if self.name == "cards":
+            if not 3 <= self.min_objects == self.max_objects <= 7:
+                raise ValueError(
+                    f"name = 'cards' needs min_objects and max_objects equal, from 3 to 7, got "
+                    f"{self.min_objects} and {self.max_objects}"
+                )
+            if (self.colour, self.background, self.glyph_jitter) != ("white", "black", 0):
+                raise ValueError(
+                    "cards have colours, backgrounds and a size of their own; leave out colour, "
+                    "background and glyph_jitter"
+                )
 
 
 @dataclass(config=_STRICT, frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ def test_config_selects_the_dataset(tmp_path: Path) -> None:
     assert isinstance(open_dataset(DataConfig(), "test"), Scenes)
     folder = DataConfig(name="folder", path=str(tmp_path))
     assert isinstance(open_dataset(folder, "test"), ImageFolder)
-    assert dataset_names() == ("digits", "mnist", "emnist", "folder")
+    assert dataset_names() == ("digits", "mnist", "emnist", "cards", "folder")
 
 
 def test_evaluation_covers_every_scene_once_in_order() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spairkit.config import DataConfig
 from spairkit.data import scenes as scenes_module
+from spairkit.data.datasets import open_dataset
 from spairkit.data.hashing import below, draws, hashed
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.errors import InputError
@@ -39,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "backgrounds": {"background": "random", "max_objects": 2, "min_objects": 0, "seed": 7},
     "no overlap": {"max_overlap": 0.0, "max_objects": 3},
     "tight": TIGHT,
+    "cards": {"name": "cards", "min_objects": 7, "max_objects": 7, "max_overlap": 1 / 3},
+    "few images": {"train_images": 2, "max_objects": 2},
     "several tiles": {"image_height": 40, "image_width": 200, "max_objects": 3},
     "one row per tile": {
         **{"image_height": 9, "image_width": 2100, "glyph_size": 8, "glyph_jitter": 1},
@@ -48,7 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def scenes_of(case: dict[str, Any], device: torch.device, *, fused: bool) -> Scenes:
-    scenes = Scenes(DataConfig(**case), "train", device)
+    scenes = open_dataset(DataConfig(**case), "train", device)
+    assert isinstance(scenes, Scenes)
     scenes.fused = fused
     return scenes
 

@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from spairkit.config import AIRConfig, ClassicalConfig, Config, DataConfig, PrepareConfig
+from spairkit.data.cards import Cards
 from spairkit.data.folder import NOTHING, ImageFolder, batch_of
 from spairkit.data.glyphs import Split
 from spairkit.data.scenes import Batch, Scenes
@@ -18,6 +19,9 @@ from spairkit.names import is_utf8
 from spairkit.preparation import prepare_images
 
 Dataset = Scenes | ImageFolder
+
+CARDS = {"name": "cards", "min_objects": 7, "max_objects": 7, "max_overlap": 1 / 3}
+"""Values of `DataConfig` for the cards of Table 1 (docs/model.md 10)."""
 
 _MAX_PIXELS = 1 << 24
 
@@ -43,6 +47,8 @@ def open_dataset(
     """
     if config.name == "folder":
         return ImageFolder(config, split, device, prepare)
+    if config.name == "cards":
+        return Cards(config, split, device)
     return Scenes(config, split, device)
 
 
@@ -58,6 +64,8 @@ def data_settings(word: str) -> dict[str, Any]:
     """
     names = [name for name in dataset_names() if name != "folder"]
     path = Path(word)
+    if word == "cards":
+        return {"data": dict(CARDS)}
     if word in names:
         return {"data": {"name": word}}
     if path.exists() and not is_utf8(str(path.resolve())):
@@ -95,6 +103,8 @@ def described(data: DataConfig, split: str, *, trained_on: bool = True) -> str:
     images = data.test_images if split == "test" else data.validation_images
     least, most = data.min_objects, data.max_objects
     number = f"{least} to {most} glyphs" if least != most else f"{most} glyph{'s' * (most != 1)}"
+    if data.name == "cards":
+        number, glyphs = f"{most} cards", "SET"
     size, cut = (data.image_height, data.image_width), ""
     if size != data.whole_size and split == "test":
         size = data.whole_size

@@ -91,6 +91,9 @@ class Scenes:
     places drawn uniformly. Boxes are then cut at the ends of the crop, and only objects of which
     some of the box is inside count.
 
+    With `train_images` the train split has that many scenes, and index i is scene i modulo their
+    number.
+
     Attributes:
         fused: whether one Triton kernel makes the layouts and one the images, as on a GPU. Plain
             torch makes them otherwise, and waits for the device after every attempt.
@@ -136,8 +139,10 @@ class Scenes:
         self._ahead = 0, 1, self._make(torch.arange(0))
 
     def __len__(self) -> int:
-        """Number of scenes in the validation or test split. Raises TypeError for train."""
+        """Number of scenes. Raises TypeError for a train split without `train_images`."""
         if self.split == "train":
+            if self.config.train_images:
+                return self.config.train_images
             raise TypeError("the train split has no length: any index is a scene")
         validation = self.split == "validation"
         return self.config.validation_images if validation else self.config.test_images
@@ -185,6 +190,8 @@ class Scenes:
         part of a CUDA graph, which must not outlive the dataset. A scene without a layout is not
         valid; `check` raises later.
         """
+        if self.split == "train" and self.config.train_images:
+            indices = indices % self.config.train_images
         # lower precision would change the layouts
         with torch.autocast(self.device.type, enabled=False):
             keys = hashed(self._key, indices)
@@ -276,7 +283,7 @@ class Scenes:
         patches = table.reshape(-1, *table.shape[2:])
         patches = np.concatenate([patches, np.zeros_like(patches[:1])])  # [sizes * G + 1, P, P]
         self._table = torch.from_numpy(patches).flatten(1).to(self.device)
-        self._boxes = torch.from_numpy(_tight_boxes(patches)).to(self.device)
+        self._boxes = torch.from_numpy(tight_boxes(patches)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
         self._class_starts = torch.from_numpy(starts).to(self.device)
         self._class_sizes = torch.from_numpy(sizes).to(self.device)
@@ -325,11 +332,21 @@ class Scenes:
         num_channels = 1 if config.colour == "white" and config.background == "black" else 3
         colours = self._colours(keys, num_channels)
         backgrounds = self._backgrounds(keys, num_channels)
+        return self._painted(entries, corners, colours, backgrounds)
+
+    def _painted(
+        self,
+        entries: Tensor,  # [B, n] rows of the table
+        corners: Tensor,  # [B, n, 2]
+        colours: Tensor,  # [B or 1, n or 1, C, 1] int32
+        backgrounds: Tensor,  # [B, C, 1] int32
+    ) -> Tensor:
+        """[B, 3, H, W] float32: patches pasted in turn."""
         if not self.fused:
             return self._pasted(entries, corners, colours, backgrounds)
         from spairkit.kernels.scenes_compose_triton import compose_triton
 
-        size = *config.whole_size, self._greatest_side
+        size = *self.config.whole_size, self._greatest_side
         light = colours[..., 0], backgrounds[..., 0]
         return compose_triton(self._table, entries, corners, *light, *size)
 
@@ -379,7 +396,7 @@ class Scenes:
 _REMEDY = "lower data.max_objects or raise data.max_overlap or the image's size"
 
 
-def _tight_boxes(patches: NDArray[np.uint8]) -> NDArray[np.int64]:
+def tight_boxes(patches: NDArray[np.uint8]) -> NDArray[np.int64]:
     """[n, 4] xyxy half-open of the non-zero pixels of [n, P, P]; all of a blank one."""
     side = patches.shape[-1]
     spans = []

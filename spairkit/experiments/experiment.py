@@ -23,6 +23,7 @@ from spairkit.experiments.intervals import Interval, t_interval
 from spairkit.experiments.picture import Chart
 from spairkit.experiments.shared_runs import Started
 from spairkit.presets import resolve
+from spairkit.training.classification import ClassifierTraining
 from spairkit.training.loop import Event
 
 Scale = Literal["smoke", "cpu", "full"]
@@ -66,6 +67,10 @@ class Effort:
     validation_images: int = 256
     numbers: tuple[int, ...] = ()
     """Numbers of objects in a test image."""
+    train_images: tuple[int, ...] = ()
+    """Sizes of the training set; none: images are new in every update."""
+    classifier: ClassifierTraining | None = None
+    """The training of classifiers, if there are any."""
     thresholds: int = 100
     """Thresholds that ConnComp tries."""
     threshold_images: int = 300
@@ -78,7 +83,10 @@ class Effort:
     def described(self) -> str:
         """The models and their updates in words."""
         networks = ", tiny networks, so the figures mean nothing" if self.tiny else ""
-        return f"preset {self.preset}{networks}, {self.steps:,} updates"
+        words = f"preset {self.preset}{networks}, {self.steps:,} updates"
+        if self.classifier is not None:
+            words += f", at most {self.classifier.steps:,} of each classifier"
+        return words
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from spairkit.report.curves import COLOURS, STYLE
 _COLUMNS = 3
 _ONE, _EACH = (7.2, 4.4), (4.6, 3.6)  # inches of a chart alone, and of one of several
 _PUBLISHED = {"lw": 1.2, "ls": "--", "mfc": "white", "capsize": 2, "alpha": 0.75}
-_LEGEND_COLUMNS = 4
 _MOST_TICKS = 10
 
 
@@ -43,6 +42,8 @@ class Chart:
     """Five at most."""
     is_share: bool = True
     """Whether values lie in [0, 1]."""
+    log_x: bool = False
+    """Whether equal steps on the axis are equal factors."""
 
     def values(self) -> dict[str, Any]:
         """Plain values for `json.dumps`: by line and x."""
@@ -87,7 +88,7 @@ def draw_charts(charts: Sequence[Chart], note: str) -> bytes:
             known |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         place: dict[str, Any] = {"loc": "outside right upper"}
         if len(charts) > 1:
-            place = {"loc": "outside upper left", "ncols": min(len(known), _LEGEND_COLUMNS)}
+            place = {"loc": "outside upper left", "ncols": min(len(known), columns + 1)}
         figure.legend(known.values(), known.keys(), frameon=False, **place)
         figure.supxlabel(note, fontsize=7, color="#596070", parse_math=False)
         buffer = io.BytesIO()
@@ -111,8 +112,12 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
     else:
         axes.set_ylim(bottom=0)
     ticks = sorted({x for line in chart.lines for x in (*line.ours, *line.published)})
+    if chart.log_x:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+        axes.tick_params(axis="x", labelsize="small")
     if len(ticks) <= _MOST_TICKS:
-        axes.set_xticks(ticks)
+        axes.set_xticks(ticks, [_short(tick) for tick in ticks])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color="#e8eaee", lw=0.8)
@@ -120,6 +125,11 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
     if len(ticks) > 1:
         axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.title)
+
+
+def _short(tick: int) -> str:
+    """1,000 as 1k."""
+    return f"{tick // 1000}k" if tick and tick % 1000 == 0 else str(tick)
 
 
 def draw_comparison(rows: Sequence[Row], note: str) -> bytes:

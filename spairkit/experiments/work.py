@@ -16,7 +16,7 @@ import torch
 from spairkit.config import DataConfig
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
-from spairkit.experiments import fig2, fig3, fig6, fig7
+from spairkit.experiments import fig2, fig3, fig4, fig6, fig7, table1
 from spairkit.experiments.experiment import (
     Conclusion,
     Experiment,
@@ -40,7 +40,9 @@ from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import LINKS, new_folder
 from spairkit.training.loop import Event, Step
 
-EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig6, fig7)}
+EXPERIMENTS = {
+    module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig4, fig6, fig7, table1)
+}
 """All experiments by name."""
 
 DEFAULT: Scale = "cpu"
@@ -48,6 +50,7 @@ DEFAULT: Scale = "cpu"
 
 _SETTINGS, _MEASURED = "settings.json", "measured.json"
 _MOST_SEEDS = 1000
+_SHOWN = ("ap", "ap_spair", "count_accuracy", "accuracy")  # when a trial ends
 _REMEDY = "delete it to measure again"
 
 
@@ -153,7 +156,7 @@ def carry_out(
 
     def shown(trial: Trial) -> Figures:
         figures = next(iter(read_measured(runs / trial.name).figures.values()))
-        return {k: v for k, v in figures.items() if k in ("ap", "ap_spair", "count_accuracy")}
+        return {name: figures[name] for name in _SHOWN if name in figures}
 
     yield from work_through(trials, runs, device, is_done, do, shown, stop, busy)
 

@@ -199,6 +199,16 @@ class AIR(nn.Module):
         drawn = _sum((scores > 0.5).to(images.dtype), objects.placed).clamp(0, 1)
         return Explanation.of_batch(scores > threshold, found, images, drawn, _opaque(objects.maps))
 
+    @torch.no_grad()
+    def glimpses(self, images: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Glimpses [B, T, 3, P, P] of all steps, and whether each shows an object [B, T] bool.
+
+        Latents are their means; an object is present if its score is above 1/2. Arguments and
+        errors as in `detect`.
+        """
+        objects, scores = self._infer(images, False, counts)
+        return cut(images, objects.scale, objects.shift, self.config.object_size), scores > 0.5
+
     def _detections(
         self, objects: _Objects, scores: Tensor, threshold: float, box_contrast: float | None
     ) -> list[Detections]:

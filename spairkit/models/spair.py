@@ -359,6 +359,17 @@ class SPAIR(nn.Module):
         return self._moments(self.encoder(glimpses.flatten(2)), training_wheels=False)
 
     @torch.no_grad()
+    def glimpses(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Glimpses [B, K, 3, P, P] of all cells, and whether each has an object [B, K] bool.
+
+        Latents are their means; a cell has an object if its presence probability is above 1/2.
+        Images are [B, 3, H, W] in [0, 1], and are not checked.
+        """
+        latents = self.means(images)
+        cut = extract_glimpses(images, latents.boxes, self.config.object_size)
+        return cut, latents.presence > 0
+
+    @torch.no_grad()
     def fit_background(self, images: Tensor) -> None:  # [B, 3, H, W] in [0, 1]
         """Takes the colour of background "mode" from images.
 

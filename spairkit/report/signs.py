@@ -55,7 +55,7 @@ def misfit(detector: Detector, found: Detections) -> str | None:
     if covered > _COVERED:
         return f"objects cover {covered:.0%} of the image: they paint the background"
     data = detector.config.data
-    if found.image is not None and data.name != "folder" and data.colour == "white":
+    if found.image is not None and data.name not in ("cards", "folder") and data.colour == "white":
         dim = float(found.intensity.nanmedian())
         if dim < _DIM:
             return f"objects have {dim:.0%} of the intensity of white; the model knows white ones"

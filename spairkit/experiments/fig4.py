@@ -1,0 +1,164 @@
+"""Fig. 4: the sum of five digits against the number of training images (main text, section 5.2).
+
+SPAIR and AIR are trained on the images without their sums; then a classifier learns the sums from
+the objects that they find, with the glimpse encoder fixed or trained on. The others are trained
+from scratch: TrueBB on the true boxes, ConnComp on connected components, ConvNet on the cells of
+SPAIR's backbone.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from spairkit.config import SPAIRConfig
+from spairkit.experiments.accuracy import Objects, Task, accuracy_with
+from spairkit.experiments.experiment import (
+    Conclusion,
+    Effort,
+    Experiment,
+    Measure,
+    Measured,
+    Scale,
+    Settings,
+    Trial,
+    config_of,
+    over_seeds,
+    trend,
+)
+from spairkit.experiments.picture import Chart, Line
+from spairkit.experiments.published import FIGURE_4
+from spairkit.training.classification import ClassifierTraining
+
+_DIGITS = 5
+_UNITS = 128
+_MEASURES: dict[str, tuple[Objects, ...]] = {
+    "spair": ("fixed", "unfixed"),
+    "air": ("fixed", "unfixed"),
+    "conncomp": ("components", "truebb", "convnet"),
+}
+"""By the model of the run on which they are measured; the last two only need its images."""
+_EFFORTS: dict[Scale, Effort] = {
+    "smoke": Effort(
+        "quick",
+        2,
+        1,
+        4,
+        4,
+        train_images=(8, 16),
+        classifier=ClassifierTraining(steps=2, validation_every=1, batch_size=2),
+        thresholds=3,
+        threshold_images=4,
+        tiny=True,
+    ),
+    "cpu": Effort(
+        "quick",
+        5000,
+        1,
+        1000,
+        train_images=(1000, 8000, 64_000),
+        classifier=ClassifierTraining(
+            steps=15_000, validation_every=500, patience=5000, learning_rate=3e-4
+        ),
+    ),
+    "full": Effort(
+        "paper",
+        200_000,
+        6,
+        1000,
+        1000,
+        train_images=tuple(1000 * 2**k for k in range(8)),
+        classifier=ClassifierTraining(),
+        threshold_images=1000,
+    ),
+}
+_CHARTS: dict[str, dict[str, tuple[str, str, Objects]]] = {
+    "Accuracy, encoders trained on sums": {
+        "TrueBB": ("truebb", "conncomp", "truebb"),
+        "SPAIR": ("spair-unfixed", "spair", "unfixed"),
+        "ConnComp": ("conncomp", "conncomp", "components"),
+        "ConvNet": ("convnet", "conncomp", "convnet"),
+        "AIR": ("air-unfixed", "air", "unfixed"),
+    },
+    "Accuracy, encoders fixed": {
+        "SPAIR, fixed": ("spair-fixed", "spair", "fixed"),
+        "AIR, fixed": ("air-fixed", "air", "fixed"),
+    },
+}
+"""Lines by chart: name in `FIGURE_4`, model of the run, objects."""
+
+
+def sum_of_digits(labels: Tensor) -> Tensor:  # [B, N] int64, -1 for none -> [B] int64
+    """The sum of the digits of each image."""
+    return labels.clamp(min=0).sum(1)
+
+
+def _trials(settings: Settings, folder: Path) -> list[Trial]:
+    effort = EXPERIMENT.effort(settings)
+    assert effort.classifier is not None
+    trials = []
+    for seed in range(settings.seeds):
+        for size in effort.train_images:
+            data = {
+                **settings.data,
+                "image_height": 48,
+                "image_width": 48,
+                "min_objects": _DIGITS,
+                "max_objects": _DIGITS,
+                "train_images": size,
+            }
+            backbone = config_of(effort, "spair", seed, data).model
+            assert isinstance(backbone, SPAIRConfig)
+            task = Task(sum_of_digits, 9 * _DIGITS + 1, _UNITS, effort.classifier, backbone)
+            for kind, measures in _MEASURES.items():
+                given: dict[str, Any] = {"count": "given"} if kind == "air" else {}
+                search = {"search": {"mode": "off"}} if kind == "spair" else {}
+                config = config_of(effort, kind, seed, data, model=given, **search)
+                named: dict[str, Measure] = {
+                    objects: accuracy_with(objects, task) for objects in measures
+                }
+                trials.append(Trial(f"{kind}-{size}-seed-{seed}", config, named))
+    return trials
+
+
+def _conclude(settings: Settings, folder: Path, measured: Mapping[str, Measured]) -> Conclusion:
+    sizes = EXPERIMENT.effort(settings).train_images
+    charts = [
+        Chart(
+            title,
+            "training images",
+            [
+                Line(
+                    name,
+                    {n: over_seeds(measured, f"{kind}-{n}", key, "accuracy") for n in sizes},
+                    FIGURE_4[published],
+                )
+                for name, (published, kind, key) in lines.items()
+            ],
+            log_x=True,
+        )
+        for title, lines in _CHARTS.items()
+    ]
+    last = {line.name: line.ours[sizes[-1]].mean for line in charts[0].lines}
+    true, spair, components, convnet, air = last.values()
+    return Conclusion(
+        charts,
+        [
+            trend(
+                "TrueBB > SPAIR > ConnComp > ConvNet, AIR",
+                true > spair > components > max(convnet, air),
+                f"accuracy of {sizes[-1]:,} images: "
+                + ", ".join(f"{name} {value:.3f}" for name, value in last.items()),
+            )
+        ],
+    )
+
+
+EXPERIMENT = Experiment(
+    "fig4",
+    "the sum of five digits against the number of training images, by methods of finding digits",
+    _EFFORTS,
+    _trials,
+    _conclude,
+)

@@ -1,0 +1,178 @@
+"""Table 1: whether seven cards of the game SET hold a set (main text, section 5.3).
+
+SPAIR is trained without labels and infers the colour of the background; then a classifier learns
+from the cards that it finds. TrueBB, on the true boxes, and ConvNet, on the cells of SPAIR's
+backbone, are trained from scratch.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from spairkit.config import SPAIRConfig
+from spairkit.data.cards import has_set
+from spairkit.data.datasets import CARDS
+from spairkit.experiments.accuracy import Objects, Task, accuracy_with
+from spairkit.experiments.experiment import (
+    Conclusion,
+    Effort,
+    Experiment,
+    Measure,
+    Measured,
+    Scale,
+    Settings,
+    Trial,
+    config_of,
+    over_seeds,
+    trend,
+)
+from spairkit.experiments.picture import Chart, Line
+from spairkit.experiments.published import TABLE_1, Published
+from spairkit.report.curves import COLOURS, STYLE
+from spairkit.training.classification import ClassifierTraining
+
+_UNITS = 256
+_CHANCE = 0.5
+_METHODS: dict[str, tuple[Objects, str | None]] = {
+    "SPAIR": ("unfixed", "spair"),
+    "SPAIR, fixed": ("fixed", None),
+    "ConvNet": ("convnet", "convnet"),
+    "TrueBB": ("truebb", "truebb"),
+}
+"""Objects, and the name in `TABLE_1`."""
+_EFFORTS: dict[Scale, Effort] = {
+    "smoke": Effort(
+        "quick",
+        2,
+        1,
+        4,
+        4,
+        train_images=(16,),
+        classifier=ClassifierTraining(steps=2, validation_every=1, batch_size=2),
+        tiny=True,
+    ),
+    "cpu": Effort(
+        "quick",
+        5000,
+        2,
+        1000,
+        train_images=(128_000,),
+        classifier=ClassifierTraining(
+            steps=20_000, validation_every=500, patience=10_000, learning_rate=3e-4
+        ),
+    ),
+    "full": Effort(
+        "paper",
+        200_000,
+        6,
+        1000,
+        1000,
+        train_images=(128_000,),
+        classifier=ClassifierTraining(patience=20_000),
+    ),
+}
+_MODEL: dict[str, dict[str, Any]] = {
+    "quick": {"background": "mlp"},
+    "paper": {
+        "background": "mlp",
+        "pointwise_kernel": 2,
+        "colour_scale": 1.0,
+        "alpha_scale": 1.0,
+        "alpha_bias": 1.0,
+    },
+}
+"""By preset; the paper's are the authors' settings for this experiment (docs/model.md 12.3)."""
+
+
+def _label(labels: Tensor) -> Tensor:  # [B, N] -> [B] int64
+    return has_set(labels).long()
+
+
+def _trials(settings: Settings, folder: Path) -> list[Trial]:
+    effort = EXPERIMENT.effort(settings)
+    assert effort.classifier is not None
+    (images,) = effort.train_images
+    trials = []
+    for seed in range(settings.seeds):
+        data = {**CARDS, "train_images": images}
+        train = {"training_wheels": 0} if effort.preset == "paper" else {}
+        config = config_of(
+            effort,
+            "spair",
+            seed,
+            data,
+            model=_MODEL[effort.preset],
+            search={"mode": "off"},
+            train=train,
+        )
+        assert isinstance(config.model, SPAIRConfig)
+        task = Task(_label, 2, _UNITS, effort.classifier, config.model)
+        named: dict[str, Measure] = {
+            objects: accuracy_with(objects, task) for objects, _ in _METHODS.values()
+        }
+        trials.append(Trial(f"spair-seed-{seed}", config, named))
+    return trials
+
+
+def _conclude(settings: Settings, folder: Path, measured: Mapping[str, Measured]) -> Conclusion:
+    (images,) = EXPERIMENT.effort(settings).train_images
+    lines = []
+    for name, (objects, known) in _METHODS.items():
+        paper = {}
+        if known is not None:
+            mean, _ = TABLE_1[known]
+            paper = {images: Published(mean, mean, mean)}
+        ours = {images: over_seeds(measured, "spair", objects, "accuracy")}
+        lines.append(Line(name, ours, paper))
+    chart = Chart("Accuracy", "training images", lines)
+    means = {line.name: line.ours[images].mean for line in lines}
+    return Conclusion(
+        [chart],
+        [
+            trend(
+                "SPAIR and TrueBB are better than ConvNet",
+                min(means["SPAIR"], means["TrueBB"]) > means["ConvNet"],
+                ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
+            )
+        ],
+        lambda note: _drawn(lines, images, note),
+    )
+
+
+def _drawn(lines: list[Line], images: int, note: str) -> bytes:
+    """Accuracies side by side as a PNG; ours with intervals, the paper's as rings."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for place, (line, colour) in enumerate(zip(lines, COLOURS, strict=False)):
+            ours = line.ours[images]
+            ends = [[ours.mean - ours.low], [ours.high - ours.mean]]
+            axes.errorbar(
+                [place - 0.1], [ours.mean], yerr=ends, marker="o", color=colour, capsize=3
+            )
+            if line.published:
+                paper = line.published[images].mean
+                axes.plot([place + 0.1], [paper], marker="o", color=colour, mfc="white", ls="")
+        axes.axhline(_CHANCE, color="#8b93a3", lw=0.8, ls="--")
+        axes.set_xticks(range(len(lines)), [line.name for line in lines])
+        axes.set_xlim(-0.5, len(lines) - 0.5)
+        axes.set_ylabel("Accuracy (rings: the paper; dashed: chance)")
+        figure.supxlabel(note, fontsize=7, color="#596070", parse_math=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
+    return buffer.getvalue()
+
+
+EXPERIMENT = Experiment(
+    "table1",
+    "whether seven cards of the game SET hold a set: SPAIR, ConvNet and TrueBB",
+    _EFFORTS,
+    _trials,
+    _conclude,
+    takes_digits=False,
+)
