@@ -85,9 +85,9 @@ def open_stack(path: Path, file: BinaryIO, frame: int | None) -> "Tiff | NumpyIm
     if magic[:4] in MAGIC:
         state = os.fstat(file.fileno())
         pages = _pages(path, state.st_mtime_ns, state.st_size)
-        return Tiff(file, name, pages, frame or 1)
+        return Tiff(file, name, pages, 1 if frame is None else frame)
     if magic == _NUMPY_MAGIC:
-        return NumpyImages(file, name, frame or 1)
+        return NumpyImages(file, name, 1 if frame is None else frame)
     return None
 
 

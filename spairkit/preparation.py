@@ -363,6 +363,8 @@ def in_file_pixels(
     boxes = found.boxes * torch.tensor([width / columns, height / rows] * 2)
     if found.label_image is None:
         return replace(found, boxes=boxes)
-    y = torch.arange(height) * rows // height
-    x = torch.arange(width) * columns // width
+    y, x = (
+        (2 * torch.arange(length) + 1) * side // (2 * length)  # by the centre of each pixel
+        for length, side in ((height, rows), (width, columns))
+    )
     return replace(found, boxes=boxes, label_image=found.label_image[y[:, None], x])

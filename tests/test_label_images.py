@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_masks
 from torch import Tensor
 
-from spairkit.label_images import areas, coco_segmentations, intensities, outlines, relabelled
+from spairkit.label_images import (
+    areas,
+    coco_segmentations,
+    halved,
+    intensities,
+    outlines,
+    relabelled,
+)
 
 
 def painted(height: int, width: int, labels: int, seed: int) -> Tensor:
@@ -129,3 +136,20 @@ def test_outlines_are_drawn_in_reductions() -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(ValueError, match=r"as large as the masks, \[2, 3\], got \[3, 2\]"):
         intensities(torch.zeros(2, 3, dtype=torch.int32), int32([]), torch.ones(3, 3, 2))
+
+
+def test_halved_labels_keep_place_and_size_on_average() -> None:
+    shifts, sizes = [], []
+    for start in range(8):
+        pixels = np.zeros((2, 40), np.int32)
+        pixels[:, start + 4 : start + 15] = 7
+        (half,) = halved(pixels)
+        places = np.flatnonzero(half == 7)
+        shifts.append(places.mean() + 0.5 - (start + 4 + 5.5) / 2)
+        sizes.append(len(places))
+    assert np.mean(shifts) == pytest.approx(0)
+    assert np.mean(sizes) == pytest.approx(5.5)
+    assert np.abs(shifts).max() <= 0.5
+    wide = np.zeros((2, 8), np.int32)
+    wide[:, 2:6] = 7
+    assert halved(wide).tolist() == [[0, 7, 7, 0]]

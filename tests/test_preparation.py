@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor
 
-from spairkit.config import PrepareConfig
+from spairkit.config import PrepareConfig, WatershedConfig
 from spairkit.detections import Detections
+from spairkit.models.watershed import Watershed
 from spairkit.preparation import (
     _quadric,
     background_of,
@@ -187,3 +189,28 @@ def test_contrast_of_direction_has_the_weights() -> None:
     found = contrast_of(image, config)
     assert found[2, 2] == pytest.approx(-0.5)
     assert found[0, 0] == 0
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.8, 1.0, 1.7])
+def test_masks_lie_on_the_objects(scale: float) -> None:
+    """Their centroids are those of the discs that were drawn, on average, at any scale."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:300, :300] + 0.5
+    image, centres = np.zeros((300, 300)), []
+    for row in range(30, 280, 30):
+        for column in range(30, 280, 30):
+            cy, cx = row + rng.uniform(-4, 4), column + rng.uniform(-4, 4)
+            centres.append((cy, cx))
+            image += 0.5 / (1 + np.exp(np.clip((np.hypot(y - cy, x - cx) - 7.5) / 0.6, -50, 50)))
+    pixels = torch.from_numpy(image).float().expand(3, -1, -1)
+    config = PrepareConfig(contrast="direction", scale=scale)
+    seen = prepare_image(pixels, config)
+    (found,) = Watershed(WatershedConfig(diameter=15 * scale)).detect(seen[None])
+    found = in_file_pixels(found, (seen.shape[1], seen.shape[2]), (300, 300))
+    masks = found.masks.numpy()
+    assert len(found) == len(centres) == 81
+    centroids = np.array(ndimage.center_of_mass(masks > 0, masks, range(1, 82))) + 0.5
+    distances = np.linalg.norm(centroids[:, None] - np.array(centres), axis=2)
+    errors = centroids - np.array(centres)[distances.argmin(1)]
+    assert np.abs(errors.mean(0)).max() < 0.2
+    assert np.abs(errors).max() < 0.8

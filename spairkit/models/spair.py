@@ -18,6 +18,7 @@ from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour, num_channels
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
+from spairkit.label_images import halved
 from spairkit.models.cell_loop import encode_cells, has_kernel
 from spairkit.models.densities import (
     Group,
@@ -289,13 +290,13 @@ class SPAIR(nn.Module):
         scores: Tensor,  # [B, N]
         threshold: float,
         box_contrast: float | None = None,
-        magnified: int = 1,
+        magnified: bool = False,
         maps: Tensor | None = None,  # [B, N, P, P, 4], if they are decoded already
     ) -> list[Detections]:
         """The present objects with a score above `threshold`, in order, with their masks.
 
-        All present objects own pixels. Boxes are drawn round masks, in the image enlarged
-        `magnified` times, so they end at such shares of a pixel.
+        All present objects own pixels. Boxes are drawn round masks; if `magnified`, in the image
+        at twice its size, so they end at half pixels.
 
         An object without a mask keeps the box of z_where, in whole pixels inside the image. With a
         box contrast of 0 all boxes are those of z_where, and masks end at half an object's height.
@@ -304,9 +305,9 @@ class SPAIR(nn.Module):
         size = images.shape[-2], images.shape[-1]
         boxes = self.boxes(slots.where, slots.corner)
         drawn = whole_pixels(boxes, size) if contrast else boxes
-        if magnified > 1:
-            images = F.interpolate(images, scale_factor=magnified, mode="bicubic").clamp(0, 1)
-            size, boxes = (images.shape[-2], images.shape[-1]), magnified * boxes
+        if magnified:
+            images = F.interpolate(images, scale_factor=2, mode="bicubic").clamp(0, 1)
+            size, boxes = (images.shape[-2], images.shape[-1]), 2 * boxes
         weight = slots.present * scores  # doubtful objects own pixels that no other one claims
         if maps is None:
             maps = self.decode(slots.what)
@@ -322,8 +323,8 @@ class SPAIR(nn.Module):
             masks = masks_of(owner[b], heights[b], contrast or _HALF)
             corners = drawn[b].clone()
             if contrast:
-                corners[masks.slots] = torch.from_numpy(masks.boxes) / magnified
-            label_image = masks.label_image[::magnified, ::magnified].copy()
+                corners[masks.slots] = torch.from_numpy(masks.boxes) / (2 if magnified else 1)
+            label_image = halved(masks.label_image) if magnified else masks.label_image
             found.append(
                 Detections(
                     corners[on],

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from spairkit.config import WatershedConfig
 from spairkit.detections import Detections, Explanation
+from spairkit.label_images import halved
 from spairkit.models.conncomp import mean_colours, pictures
 from spairkit.models.networks import check_images
 from spairkit.preparation import otsu
@@ -149,7 +150,7 @@ def find_parts(grey: Array, diameter: float, *, fine: bool = True) -> Parts:
         return _parts(grey, diameter)
     twice = F.interpolate(torch.from_numpy(grey)[None, None], scale_factor=2, mode="bicubic")
     parts = _parts(twice[0, 0].numpy(), 2 * diameter)
-    labels = parts.label_image[::2, ::2]
+    labels = halved(parts.label_image)
     kept = np.bincount(labels.ravel(), minlength=len(parts.boxes) + 1)[1:] > 0
     numbers = np.append(0, np.where(kept, np.cumsum(kept), 0)).astype(np.int32)
     return Parts(numbers[labels], parts.boxes[kept] / np.float32(2), parts.scores[kept])

@@ -46,7 +46,6 @@ _WINDOW = 3.5  # side of a window, in typical sides of the image's objects
 _WINDOW_STEP = 16  # windows have a side that is a multiple of this, px
 _SLOTS_PER_CELL = 2  # that the count prior allows for
 _STAYS = 0.5  # IoU of an object's boxes before and after refinement, at least
-_MAGNIFIED = 2  # times, for masks that end between pixels
 _FRAME = 0.1  # share of an object's height where tight boxes end if masks end nowhere
 
 _Cost = tuple[float, Array]  # of a rejected object, nats, and the region that it would change
@@ -309,7 +308,7 @@ class PosteriorSearch:
             counts = self._counts(found)
         else:
             described = self.network.detections(
-                images, background, found.slots, scores, 0.0, box_contrast, _MAGNIFIED
+                images, background, found.slots, scores, 0.0, box_contrast, magnified=True
             )
             counts = []
             for b, item in enumerate(described):
