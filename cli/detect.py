@@ -48,6 +48,9 @@ class Format(StrEnum):
     LABELS = "labels"
 
 
+_BY_SUFFIX = {".csv": Format.CSV, ".jsonl": Format.JSONL}
+
+
 def detect(
     paths: PathsArgument,
     checkpoint: options.CheckpointOption = None,
@@ -58,16 +61,17 @@ def detect(
             "standard output, or nothing with --table or --annotated."
         ),
     ] = None,
-    format_: Annotated[
-        Format,
+    chosen_format: Annotated[
+        Format | None,
         options.output_option(
             "--format",
             help="coco: a list of COCO results. csv: a line for each box. "
             "jsonl: a line for each image, with appearance embeddings and the count's posterior. "
             "A file for each image: rois: a ZIP for ImageJ. geojson: for QuPath. yolo: text. "
-            "labels: a TIFF, each pixel the number of its object.",
+            "labels: a TIFF, each pixel the number of its object. Default: csv or jsonl if OUT ends "
+            "so, else coco.",
         ),
-    ] = Format.COCO,
+    ] = None,
     table: Annotated[
         Path | None,
         options.output_option(
@@ -104,6 +108,7 @@ def detect(
     from spairkit.parts.kept import kept_parts
     from spairkit.storage.durable import write_text, write_texts
 
+    format_ = chosen_format or _BY_SUFFIX.get(out.suffix.lower() if out else "", Format.COCO)
     main_output = out or table or annotated
     where = Where(workers, shard, scheduler)
     where.check(main_output)

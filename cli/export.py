@@ -62,6 +62,7 @@ def export(
     detector, _ = options.open_detector(run, options.Device.CPU, None, options.Search.OFF)
     data = detector.config.data
     sides = sides or (data.image_height, data.image_width)
+    say("tracing the network, which takes from seconds to minutes")
     write_graph(detector, sides, format_.value, path)
     facts = metadata(detector, sides)
     say(

@@ -48,6 +48,17 @@ def files(folder: str) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
+def test_the_suffix_of_the_output_chooses_its_format(run: Runner) -> None:
+    for suffix in ("csv", "jsonl"):
+        run("detect", "cells", "--format", suffix, "--out", f"said.{suffix}", *QUICKLY)
+        run("detect", "cells", "--out", f"unsaid.{suffix}", *QUICKLY)
+        text = Path(f"unsaid.{suffix}").read_text()
+        assert text == Path(f"said.{suffix}").read_text()
+        assert text.startswith({"csv": "image,", "jsonl": "{"}[suffix])
+    run("detect", "cells", "--format", "coco", "--out", "said.csv", *QUICKLY)
+    assert json.loads(Path("said.csv").read_text())
+
+
 @pytest.mark.parametrize(
     ("format_", "suffix"),
     [("rois", ".zip"), ("geojson", ".geojson"), ("yolo", ".txt"), ("labels", ".tif")],

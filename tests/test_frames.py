@@ -194,6 +194,8 @@ def test_a_stack_is_named_by_its_frames(tmp_path: Path) -> None:
         read_pixels(path)
     with pytest.raises(ImageFileError, match="there is no page 13; it has 12 pages"):
         read_pixels(path / "13")
+    with pytest.raises(ImageFileError, match="there is no page 0; it has 12 pages"):
+        read_pixels(path / "0")
     assert file_of(path / "13") == (path, 13)
     assert pixel_size(path / "02") == (2500, 5000)
     one = tmp_path / "one.png"
