@@ -68,8 +68,8 @@ def detect(
             help="coco: a list of COCO results. csv: a line for each box. "
             "jsonl: a line for each image, with appearance embeddings and the count's posterior. "
             "A file for each image: rois: a ZIP for ImageJ. geojson: for QuPath. yolo: text. "
-            "labels: a TIFF, each pixel the number of its object. Default: csv or jsonl if OUT ends "
-            "so, else coco.",
+            "labels: a TIFF, each pixel the number of its object. Default: csv or jsonl if OUT "
+            "ends so, else coco.",
         ),
     ] = None,
     table: Annotated[

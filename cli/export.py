@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from spairkit.cli import options
-from spairkit.cli.console import say
+from spairkit.cli.console import counted, say
 from spairkit.cli.files import check_output
 from spairkit.errors import InputError
 
@@ -62,8 +62,8 @@ def export(
     detector, _ = options.open_detector(run, options.Device.CPU, None, options.Search.OFF)
     data = detector.config.data
     sides = sides or (data.image_height, data.image_width)
-    say("tracing the network, which takes from seconds to minutes")
-    write_graph(detector, sides, format_.value, path)
+    with counted("tracing the network, for seconds to minutes", None, quiet=False):
+        write_graph(detector, sides, format_.value, path)
     facts = metadata(detector, sides)
     say(
         f"wrote {path}: images [B, 3, {sides[0]}, {sides[1]}] to boxes, scores, embeddings and "
