@@ -85,6 +85,8 @@ def experiment(
     chosen = options.choose_device(device)
     size = None if scale is None else scale.value
     found, settings, folder, trials = open_experiment(name, out, scale=size, seeds=seeds, data=data)
+    if not all(is_measured(trial, folder) for trial in trials):
+        options.refuse_absent(trials[0].config.data)
     if not is_worker():
         say(
             f"{name} in {folder} on {chosen.type}, scale {settings.scale}: "

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -116,6 +117,34 @@ def test_interrupted_experiment_resumes_bit_identically(tmp_path: Path) -> None:
             results[name, trial.name] = weights, measured["figures"], measured["steps"]
     for trial in trials:
         assert results["whole", trial.name] == results["stopped", trial.name]
+
+
+def digits_file(path: Path, seed: int) -> Path:
+    """A file of random digits in MNIST's form."""
+    digits = np.random.default_rng(seed).integers(1, 256, (200, 28, 28), np.uint8)
+    labels = np.arange(200) % 10
+    np.savez(path, x_train=digits, y_train=labels, x_test=digits, y_test=labels)
+    return path
+
+
+def test_file_of_digits_may_move(tmp_path: Path, in_process: Callable[..., Any]) -> None:
+    first, other = (digits_file(tmp_path / f"{seed}.npz", seed) for seed in (1, 2))
+    words = ["experiment", "fig7", "--scale", "smoke", "--out", tmp_path / "out", "--quiet"]
+    assert in_process(*words, "--data", first).status == 0
+    assert "digits of 1.npz" in (tmp_path / "out/table.txt").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    moved = first.rename(tmp_path / "elsewhere" / first.name)
+    measured = next((tmp_path / "out/runs").glob("*/measured.json"))
+    before = json.loads(measured.read_text())["figures"]
+    measured.unlink()
+    status, _, err = in_process(*words)
+    assert status == 2
+    assert "give them with --data" in err
+    status, _, err = in_process(*words, "--data", other)
+    assert status == 2
+    assert "not the images of" in err
+    assert in_process(*words, "--data", moved).status == 0
+    assert json.loads(measured.read_text())["figures"] == before
 
 
 def test_experiments_are_listed(in_process: Callable[..., Any]) -> None:

@@ -7,12 +7,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from spairkit.config import DataConfig
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
 from spairkit.experiments import fig2, fig3, fig4, fig6, fig7, table1
@@ -25,7 +26,15 @@ from spairkit.experiments.experiment import (
     Settings,
     Trial,
 )
-from spairkit.experiments.shared_runs import Ended, Started, read_json, trained, work_through
+from spairkit.experiments.shared_runs import (
+    Ended,
+    Started,
+    note_data,
+    read_json,
+    refuse_other_data,
+    trained,
+    work_through,
+)
 from spairkit.storage import durable
 from spairkit.storage.checkpoints import environment
 from spairkit.storage.runs import LINKS, new_folder
@@ -55,6 +64,8 @@ def open_experiment(
 ) -> tuple[Experiment, Settings, Path, list[Trial]]:
     """The experiment in the folder `out`, or a new one there or in `runs/NAME-N`.
 
+    The file of digits of an existing one may have moved.
+
     Args:
         name: one of `EXPERIMENTS`.
         out: an existing experiment or a new folder.
@@ -83,13 +94,18 @@ def open_experiment(
             raise InputError(f"--data {data}: {name} scatters digits; give an MNIST file")
     if out is not None and (out / _SETTINGS).exists():
         durable.refuse_links(out, LINKS)
-        settings = _read_settings(out / _SETTINGS)
+        settings = _checked(read_json(out / _SETTINGS, "pass another --out"), str(out / _SETTINGS))
+        if moved := _moved(settings, asked):
+            refuse_other_data(out, DataConfig(**moved.data))
+            settings = moved
         saved = asdict(settings)
         if changes := [f"{k}: {saved[k]} -> {v}" for k, v in asked.items() if saved[k] != v]:
             raise InputError(
                 f"{out}: the settings of an experiment are fixed, and these differ: "
                 f"{'; '.join(changes)}; omit them, or pass another --out"
             )
+        if moved:
+            _write_settings(out, settings)
         return experiment, settings, out, experiment.trials(settings, out)
     chosen = {"scale": DEFAULT, **asked}
     settings = _checked({"seeds": experiment.efforts[chosen["scale"]].seeds, **chosen}, name)
@@ -98,7 +114,9 @@ def open_experiment(
     try:
         trials = experiment.trials(settings, folder)
         open_dataset(trials[0].config.data, "test")
-        durable.write_text(folder / _SETTINGS, f"{json.dumps(asdict(settings), indent=2)}\n")
+        if experiment.takes_digits:
+            note_data(folder, trials[0].config.data)
+        _write_settings(folder, settings)
     except BaseException:  # Ctrl-C too: nothing could resume it
         if is_new:
             durable.remove_folder(folder)
@@ -245,8 +263,16 @@ def _write_measured(run: Path, values: Mapping[str, Any]) -> None:
     durable.write_text(run / _MEASURED, f"{json.dumps(values, indent=1, allow_nan=False)}\n")
 
 
-def _read_settings(path: Path) -> Settings:
-    return _checked(read_json(path, "pass another --out"), str(path))
+def _moved(settings: Settings, asked: Mapping[str, Any]) -> Settings | None:
+    """The settings with another place of the file of digits, if one is asked for."""
+    before, after = settings.data, asked.get("data", {})
+    if "path" not in after or after == before or after["name"] != before.get("name"):
+        return None
+    return replace(settings, data=after)
+
+
+def _write_settings(folder: Path, settings: Settings) -> None:
+    durable.write_text(folder / _SETTINGS, f"{json.dumps(asdict(settings), indent=2)}\n")
 
 
 def _checked(values: Any, source: str) -> Settings:
