@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spairkit.config import SPAIRConfig
+from spairkit.config import DataConfig, SPAIRConfig
 from spairkit.experiments import fig4, table1
 from spairkit.experiments.experiment import Measured, Scale, Settings
 from spairkit.experiments.published import FIGURE_4
@@ -52,11 +52,13 @@ def test_methods_of_fig4_see_the_same_images(scale: Scale) -> None:
     trials = fig4.EXPERIMENT.trials(settings, Path())
     sizes = fig4.EXPERIMENT.effort(settings).train_images
     assert len(trials) == 2 * 3 * len(sizes)
+    by_size: dict[str, DataConfig] = {}
     for trial in trials:
         _, size, _, _ = trial.name.split("-")
         data = trial.config.data
         assert (data.min_objects, data.max_objects, data.seed) == (5, 5, 0)
         assert data.train_images == int(size)
+        assert data == by_size.setdefault(size, data)
     assert {trial.config.data.train_images for trial in trials} == set(sizes)
     if scale == "full":
         assert list(sizes) == SIZES

@@ -118,7 +118,7 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
             train=train,
         )
         assert isinstance(config.model, SPAIRConfig)
-        task = Task(_label, 2, _UNITS, effort.classifier, config.model)
+        task = Task(config.data, _label, 2, _UNITS, effort.classifier, config.model)
         named: dict[str, Measure] = {
             objects: accuracy_with(objects, task) for objects, _ in _METHODS.values()
         }
