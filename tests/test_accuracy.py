@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spairkit.config import SPAIRConfig
+from spairkit.config import DataConfig, SPAIRConfig
 from spairkit.experiments import fig4, table1
 from spairkit.experiments.experiment import Measured, Scale, Settings
 from spairkit.experiments.published import FIGURE_4
@@ -52,11 +52,13 @@ def test_methods_of_fig4_see_the_same_images(scale: Scale) -> None:
     trials = fig4.EXPERIMENT.trials(settings, Path())
     sizes = fig4.EXPERIMENT.effort(settings).train_images
     assert len(trials) == 2 * 3 * len(sizes)
+    by_size: dict[str, DataConfig] = {}
     for trial in trials:
         _, size, _, _ = trial.name.split("-")
         data = trial.config.data
         assert (data.min_objects, data.max_objects, data.seed) == (5, 5, 0)
         assert data.train_images == int(size)
+        assert data == by_size.setdefault(size, data)
     assert {trial.config.data.train_images for trial in trials} == set(sizes)
     if scale == "full":
         assert list(sizes) == SIZES
@@ -70,6 +72,8 @@ def test_full_scale_of_table1_is_the_papers() -> None:
     assert (config.model.background, config.model.pointwise_kernel) == ("mlp", 2)
     assert (config.data.name, config.data.max_objects) == ("cards", 7)
     assert config.data.train_images == 128_000
+    fewer = table1.EXPERIMENT.trials(Settings("table1", "cpu", 1), Path())[0].config.data
+    assert (fewer.min_objects, fewer.max_objects) == (3, 3)
     assert config.train.training_wheels == 0
 
 
@@ -105,6 +109,24 @@ def test_order_of_the_methods_is_judged_at_the_largest_size() -> None:
     for change in ({"spair_unfixed": 0.95}, {"air_unfixed": 0.3}, {"conncomp_convnet": 0.2}):
         changed = fig4.EXPERIMENT.conclude(settings, Path(), accuracies(**{**order, **change}))
         assert "does not hold" in changed.trends[0]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_published_accuracies_are_for_seven_cards(scale: Scale) -> None:
+    measures = ("fixed", "unfixed", "convnet", "truebb")
+    figures = {name: {"accuracy": 0.5 + n / 10} for n, name in enumerate(measures)}
+    measured = {"spair-seed-0": Measured(1, None, figures)}
+    found = table1.EXPERIMENT.conclude(Settings("table1", scale, 1), Path(), measured)
+    (chart,) = found.charts
+    published = {line.name for line in chart.lines if line.published}
+    assert published == ({"SPAIR", "ConvNet", "TrueBB"} if scale == "full" else set())
+    assert chart.title == f"Accuracy, {3 if scale == 'cpu' else 7} cards"
+    assert "does not hold" in found.trends[0]
+    figures["unfixed"]["accuracy"] = 0.71
+    found = table1.EXPERIMENT.conclude(Settings("table1", scale, 1), Path(), measured)
+    assert "does not hold" not in found.trends[0]
+    assert found.picture is not None
+    assert found.picture("a note").startswith(b"\x89PNG")
 
 
 def test_fixed_encoder_is_not_in_the_state(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from spairkit.config import SPAIRConfig
+from spairkit.config import DataConfig, SPAIRConfig
 from spairkit.detector import load
 from spairkit.experiments.experiment import Figures, Measure
 from spairkit.experiments.shared_runs import Started
@@ -41,6 +41,8 @@ _COMPONENT, _TRUE = 21, 14  # texels of a glimpse's side
 class Task:
     """A task of classification."""
 
+    data: DataConfig
+    """The images, those of the run; their file may have moved since."""
     label: Label
     """The class of an image."""
     num_classes: int
@@ -72,7 +74,7 @@ def accuracy_with(objects: Objects, task: Task) -> Measure:
         found = yield from train_classifier(
             lambda: _classifier(objects, task, detector.network),
             task.label,
-            config.data,
+            task.data,
             training,
             run / f"classifier-{objects}.safetensors",
             device,

@@ -108,9 +108,16 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
                 "max_objects": _DIGITS,
                 "train_images": size,
             }
-            backbone = config_of(effort, "spair", seed, data).model
-            assert isinstance(backbone, SPAIRConfig)
-            task = Task(sum_of_digits, 9 * _DIGITS + 1, _UNITS, effort.classifier, backbone)
+            like = config_of(effort, "spair", seed, data)
+            assert isinstance(like.model, SPAIRConfig)
+            task = Task(
+                like.data,
+                sum_of_digits,
+                num_classes=9 * _DIGITS + 1,
+                units=_UNITS,
+                training=effort.classifier,
+                backbone=like.model,
+            )
             for kind, measures in _MEASURES.items():
                 given: dict[str, Any] = {"count": "given"} if kind == "air" else {}
                 search = {"search": {"mode": "off"}} if kind == "spair" else {}

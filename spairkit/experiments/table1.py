@@ -3,6 +3,9 @@
 SPAIR is trained without labels and infers the colour of the background; then a classifier learns
 from the cards that it finds. TrueBB, on the true boxes, and ConvNet, on the cells of SPAIR's
 backbone, are trained from scratch.
+
+At the scale cpu images have three cards. With seven, a classifier on the true boxes was still at
+chance after 8,000 updates; the paper made up to 200,000, for 58 %.
 """
 
 import io
@@ -37,6 +40,7 @@ from spairkit.report.curves import COLOURS, STYLE
 from spairkit.training.classification import ClassifierTraining
 
 _UNITS = 256
+_CARDS = 7  # in an image of the paper
 _CHANCE = 0.5
 _METHODS: dict[str, tuple[Objects, str | None]] = {
     "SPAIR": ("unfixed", "spair"),
@@ -52,6 +56,7 @@ _EFFORTS: dict[Scale, Effort] = {
         1,
         4,
         4,
+        numbers=(_CARDS,),
         train_images=(16,),
         classifier=ClassifierTraining(steps=2, validation_every=1, batch_size=2),
         tiny=True,
@@ -61,6 +66,7 @@ _EFFORTS: dict[Scale, Effort] = {
         5000,
         2,
         1000,
+        numbers=(3,),
         train_images=(128_000,),
         classifier=ClassifierTraining(
             steps=20_000, validation_every=500, patience=10_000, learning_rate=3e-4
@@ -72,6 +78,7 @@ _EFFORTS: dict[Scale, Effort] = {
         6,
         1000,
         1000,
+        numbers=(_CARDS,),
         train_images=(128_000,),
         classifier=ClassifierTraining(patience=20_000),
     ),
@@ -96,10 +103,10 @@ def _label(labels: Tensor) -> Tensor:  # [B, N] -> [B] int64
 def _trials(settings: Settings, folder: Path) -> list[Trial]:
     effort = EXPERIMENT.effort(settings)
     assert effort.classifier is not None
-    (images,) = effort.train_images
+    (images,), (cards,) = effort.train_images, effort.numbers
     trials = []
     for seed in range(settings.seeds):
-        data = {**CARDS, "train_images": images}
+        data = {**CARDS, "min_objects": cards, "max_objects": cards, "train_images": images}
         train = {"training_wheels": 0} if effort.preset == "paper" else {}
         config = config_of(
             effort,
@@ -111,7 +118,7 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
             train=train,
         )
         assert isinstance(config.model, SPAIRConfig)
-        task = Task(_label, 2, _UNITS, effort.classifier, config.model)
+        task = Task(config.data, _label, 2, _UNITS, effort.classifier, config.model)
         named: dict[str, Measure] = {
             objects: accuracy_with(objects, task) for objects, _ in _METHODS.values()
         }
@@ -120,16 +127,17 @@ def _trials(settings: Settings, folder: Path) -> list[Trial]:
 
 
 def _conclude(settings: Settings, folder: Path, measured: Mapping[str, Measured]) -> Conclusion:
-    (images,) = EXPERIMENT.effort(settings).train_images
+    effort = EXPERIMENT.effort(settings)
+    (images,), (cards,) = effort.train_images, effort.numbers
     lines = []
     for name, (objects, known) in _METHODS.items():
         paper = {}
-        if known is not None:
+        if known is not None and cards == _CARDS:
             mean, _ = TABLE_1[known]
             paper = {images: Published(mean, mean, mean)}
         ours = {images: over_seeds(measured, "spair", objects, "accuracy")}
         lines.append(Line(name, ours, paper))
-    chart = Chart("Accuracy", "training images", lines)
+    chart = Chart(f"Accuracy, {cards} cards", "training images", lines)
     means = {line.name: line.ours[images].mean for line in lines}
     return Conclusion(
         [chart],
@@ -170,7 +178,7 @@ def _drawn(lines: list[Line], images: int, note: str) -> bytes:
 
 EXPERIMENT = Experiment(
     "table1",
-    "whether seven cards of the game SET hold a set: SPAIR, ConvNet and TrueBB",
+    "whether cards of the game SET hold a set: SPAIR, ConvNet and TrueBB",
     _EFFORTS,
     _trials,
     _conclude,
