@@ -228,6 +228,15 @@ for _ in range(20):
     assert recorded[-1] >= latest.step
 
 
+def test_link_that_a_kill_left_is_passed_over(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.path / ".spairkit-tmp-best").symlink_to("nowhere")
+    assert Run.open(run.path).config == run.config
+    (run.path / "other").symlink_to("nowhere")
+    with pytest.raises(InputError, match="other: is a link"):
+        Run.open(run.path)
+
+
 def test_packaged_checkpoint_is_inside_the_package() -> None:
     import spairkit
 
