@@ -44,7 +44,7 @@ def run(
 
     These are 256 scenes of 48 x 48 px, 16 images of 256 x 256 and one of `size`, which hold the
     same digits. Files are read, objects are found, and results are made in COCO's form. A pass that
-    compiles comes first; then passes take at least `seconds`. `report` is told of each case.
+    compiles comes first; then passes take at least `seconds`. `report` is called with each case.
 
     Args:
         modes: of the search.

@@ -39,8 +39,8 @@ def in_processes(
         job: what to compute.
         parts: in the order in which they are begun.
         workers: number of processes, at most; each computes a part at a time.
-        on_images: is told how many more images are done; fewer if a process has ended.
-        say: is told of a process that has ended.
+        on_images: called with the number of further images done; negative if a process has ended.
+        say: called with a message when a process has ended.
 
     Raises:
         InputError: as `Worker`, or two processes have ended while they worked on the same part.
