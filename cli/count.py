@@ -24,10 +24,11 @@ from spairkit.cli.detect_parts import (
     WorkersOption,
     do_parts,
     job_of,
+    opened,
     parts_of,
     settings_of,
 )
-from spairkit.cli.files import check_outputs, local_or_remote_files, refuse_input
+from spairkit.cli.files import check_outputs, local_or_remote_files
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
@@ -90,13 +91,7 @@ def count_objects(
     if chart is not None and chart.suffix.lower() != ".svg":
         raise InputError(f"--chart {chart}: is drawn as SVG; name a file that ends in .svg")
     files = local_or_remote_files(paths)
-    for option, path in written.items():
-        refuse_input(path, files.inputs, option)
-    detector, loaded = options.open_detector(
-        checkpoint, device, box_contrast, search, refuse_failed=True
-    )
-    for option, path in written.items():
-        refuse_input(path, loaded.files, option)
+    detector, loaded = opened(files, written, checkpoint, device, box_contrast, search)
     parts = parts_of(files, {})
     job = job_of(detector, loaded, threshold, count, _Counted(), parts, where)
     settings = settings_of(job, command="count")

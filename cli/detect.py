@@ -19,11 +19,12 @@ from spairkit.cli.detect_parts import (
     WorkersOption,
     do_parts,
     job_of,
+    opened,
     parts_of,
     settings_of,
 )
 from spairkit.cli.detect_table import measured, table_text
-from spairkit.cli.files import check_outputs, local_or_remote_files, refuse_input
+from spairkit.cli.files import check_outputs, local_or_remote_files
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
@@ -123,14 +124,8 @@ def detect(
     if not (written or folders) and isinstance(sys.stdout, Closed):
         raise InputError("standard output is closed; name a file with --out")
     files = local_or_remote_files(paths)  # a file that is no image shows before any work
-    for option, path in written.items():
-        refuse_input(path, files.inputs, option)
     each = files_of_images([Path(word) for word in paths], files, folders)
-    detector, loaded = options.open_detector(
-        checkpoint, device, box_contrast, search, refuse_failed=True
-    )
-    for option, path in written.items():
-        refuse_input(path, loaded.files, option)
+    detector, loaded = opened(files, written, checkpoint, device, box_contrast, search)
     category = next(iter(files.categories), 1)
     if format_ is Format.COCO and len(files.categories) > 1:
         say(

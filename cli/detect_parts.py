@@ -1,8 +1,8 @@
-"""The images of `detect` and `count`, part by part: here, in worker processes or on a cluster."""
+"""The images of `detect`, `count` and `track` by parts: here, in processes or on a cluster."""
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import typer
 from spairkit import __version__
 from spairkit.cli import options
 from spairkit.cli.console import Counter, counted, say, several
-from spairkit.cli.files import ImageFiles
+from spairkit.cli.files import ImageFiles, refuse_input
 from spairkit.errors import ImageFileError, InputError
 
 if TYPE_CHECKING:
@@ -83,6 +83,32 @@ class Where:
         """The parts of this shard; all without one."""
         place = None if self.shard is None else _shard_of(self.shard)
         return list(parts if place is None else parts[place[0] - 1 :: place[1]])
+
+
+def opened(
+    files: ImageFiles,
+    written: Mapping[str, Path],
+    checkpoint: Path | None,
+    device: options.Device,
+    box_contrast: float | None,
+    search: options.Search | None,
+) -> "tuple[Detector, Checkpoint]":
+    """The detector, and its checkpoint; ends with status 3 if its training failed.
+
+    Args:
+        files: the images.
+        written: the output files by option, none of which may be an image or a file of the
+            checkpoint.
+        checkpoint, device, box_contrast, search: the options of these names.
+    """
+    for option, path in written.items():
+        refuse_input(path, files.inputs, option)
+    detector, loaded = options.open_detector(
+        checkpoint, device, box_contrast, search, refuse_failed=True
+    )
+    for option, path in written.items():
+        refuse_input(path, loaded.files, option)
+    return detector, loaded
 
 
 def job_of(

@@ -12,8 +12,8 @@ import typer
 
 from spairkit.cli import options
 from spairkit.cli.console import csv_line, print_document, say, several
-from spairkit.cli.detect_parts import Where, do_parts, job_of, parts_of, settings_of
-from spairkit.cli.files import check_outputs, image_files, refuse_input
+from spairkit.cli.detect_parts import Where, do_parts, job_of, opened, parts_of, settings_of
+from spairkit.cli.files import check_outputs, image_files
 from spairkit.cli.streams import Closed
 from spairkit.errors import InputError
 
@@ -77,13 +77,8 @@ def track(
     if picture is not None and picture.suffix.lower() != ".png":
         raise InputError(f"--picture {picture}: is drawn as PNG; name a file that ends in .png")
     files = image_files(paths)
-    for option, path in written.items():
-        refuse_input(path, files.inputs, option)
-    detector, loaded = options.open_detector(
-        checkpoint, device, box_contrast, search, refuse_failed=True
-    )
-    for option, path in written.items():
-        refuse_input(path, loaded.files, option)
+    _refuse_other_sizes(files.paths)
+    detector, loaded = opened(files, written, checkpoint, device, box_contrast, search)
     parts = parts_of(files, {})
     job = job_of(detector, loaded, threshold, count, _Kept(), parts, Where())
     with kept_parts(out, settings_of(job, command="track")) as kept:
@@ -110,6 +105,20 @@ def track(
         names = f"wrote {' and '.join(map(str, written.values()))}: " if written else ""
         say(f"{names}{_summary(tracks, len(found))}")
     files.conclude()
+
+
+def _refuse_other_sizes(paths: list[Path]) -> None:
+    """Raises InputError if frames differ in size, as their places then do not compare."""
+    from spairkit.images import image_size
+
+    first = image_size(paths[0])
+    for path in paths[1:]:
+        size = image_size(path)
+        if size != first:
+            raise InputError(
+                f"{path}: has {size[0]}x{size[1]} pixels (height x width) and {paths[0]} "
+                f"{first[0]}x{first[1]}; name the frames of one film"
+            )
 
 
 def _order(frame: tuple[Path, int]) -> list[tuple[int, str]]:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from spairkit.deep_pixels import deep_png, netpbm, netpbm_has_more
 from spairkit.errors import ImageFileError, InputError
-from spairkit.frames import NUMPY, NumpyImages, check_one, file_of, frames_of, open_stack
+from spairkit.frames import check_one, file_of, frames_of, open_stack
 from spairkit.names import printable
+from spairkit.numpy_images import NUMPY, NumpyImages
 from spairkit.storage.durable import write_bytes
 from spairkit.storage.runs import is_run
 from spairkit.tiff import Tiff, micrometres

@@ -3,14 +3,11 @@
 tifffile parses the tags; blocks are decoded here, into no more memory than the tags promise.
 """
 
-import io
 import logging
 import math
 import re
-import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
 
 import numpy as np
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from spairkit.backends import runs_compiled
 from spairkit.errors import ImageFileError
+from spairkit.tiff_pages import MOST_PAGES, Head, Pages, several_pages
 
 Array = NDArray[Any]
 Data = bytes | NDArray[np.uint8]
@@ -31,7 +29,6 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """The first four bytes of a TIFF."""
 
-_MAX_TAG_BYTES = 1 << 25
 _MAX_DECODED_BYTES = 1_068_000_000  # 178 million pixels of 16-bit RGB
 _MAX_RATIO = 1500  # of LZW 1,400, of deflate 1,032, of packbits 64
 _STRIP_PIXELS = 1 << 22
@@ -55,10 +52,7 @@ _IMAGEJ_UNITS = {
 _OME_SIZE = re.compile(r"""\bPhysicalSize([XY])\s*=\s*["']([\d.eE+-]{1,32})["']""")
 _OME_UNIT = re.compile(r"""\bPhysicalSize([XY])Unit\s*=\s*["']([^"']{1,16})["']""")
 _SCREENS = (72.0, 96.0)  # pixels per inch that programs write where they know nothing
-_REDUCED, _MASK = 1, 4  # of NewSubfileType: not a page
 _LEAST_UM, _MOST_UM = 1e-6, 1e9  # of the side of a pixel, else the tag means nothing
-_MOST_PAGES = 100_000
-_SUBFILE_TYPE, _WIDTH, _LENGTH = 254, 256, 257
 _SIZE_C = re.compile(r"""\bSizeC\s*=\s*["']\s*0*([1-9]\d{0,5})["']""")  # in OME's XML
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
@@ -87,11 +81,11 @@ class Tiff:
         Exception: one of `images.DAMAGED`.
     """
 
-    def __init__(self, file: BinaryIO, name: str, pages: "Pages", frame: int = 1) -> None:
+    def __init__(self, file: BinaryIO, name: str, pages: Pages, frame: int = 1) -> None:
         from tifffile import TiffFile, TiffPage
 
         self._file, self._name = file, name
-        with TiffFile(cast(Any, _Head(file)), name=name) as tiff:
+        with TiffFile(cast(Any, Head(file)), name=name) as tiff:
             page = tiff.pages.first
             planes = _planes_of_imagej(tiff)
             in_pages = len(pages.offsets) > 1 or planes == 1
@@ -332,27 +326,6 @@ class Tiff:
         return _in_strips(values, 3, np.dtype(np.uint8), lambda part: colours[:, part[0]])
 
 
-class _Head(io.RawIOBase):
-    """A view of a file of which only so many bytes can be read: those of tags."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._left = file, _MAX_TAG_BYTES
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        self._left -= len(buffer)
-        if self._left < 0:
-            raise ValueError("more than 32 MiB of tags")
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
 def of_full_scale(values: Array, full: int) -> Array:
     """Unsigned values of which `full` is white: uint8 or uint16 if that is exact, else float32.
 
@@ -432,7 +405,7 @@ def _planes_of_imagej(tiff: Any) -> int:
     if not tiff.pages.first.is_imagej:
         return 1
     planes = (tiff.imagej_metadata or {}).get("images", 1)
-    return planes if isinstance(planes, int) and 1 <= planes <= _MOST_PAGES else 1
+    return planes if isinstance(planes, int) and 1 <= planes <= MOST_PAGES else 1
 
 
 def _num_channels(tiff: Any) -> int:
@@ -447,96 +420,6 @@ def _num_channels(tiff: Any) -> int:
         return 1
     named = _SIZE_C.search(page.description)
     return int(named[1]) if named else 1
-
-
-@dataclass(frozen=True)
-class Pages:
-    """The pages of a TIFF."""
-
-    offsets: tuple[int, ...]
-    """Where the headers of the first page and of those of its size begin, in bytes."""
-    others: bool
-    """Whether there are pages of another size."""
-
-
-def page_offsets(file: BinaryIO) -> Pages:
-    """Finds the pages of a TIFF; thumbnails, masks and the levels of a pyramid do not count.
-
-    Raises:
-        ValueError, OSError, struct.error: the file is damaged, or has over 100,000 pages.
-    """
-    head = _Head(file)
-    file.seek(0)
-    magic = file.read(4)
-    order, big = "<" if magic[:1] == b"I" else ">", 43 in magic[2:4]
-    count_format, entry_format, offset_format = (
-        (f"{order}Q", f"{order}HHQ8s", f"{order}Q")
-        if big
-        else (f"{order}H", f"{order}HHI4s", f"{order}I")
-    )
-    end = file.seek(0, io.SEEK_END)
-    file.seek(8 if big else 4)
-    (offset,) = _unpacked_from(head, offset_format)
-    offsets: list[int] = []
-    seen: set[int] = set()
-    first, others = None, False
-    while 0 < offset < end:
-        if offset in seen or len(seen) == _MOST_PAGES:
-            raise ValueError("its pages have no end, or are more than 100,000")
-        seen.add(offset)
-        file.seek(offset)
-        try:
-            (count,) = _unpacked_from(head, count_format)
-            table = _read_all(head, count * struct.calcsize(entry_format))
-            (following,) = _unpacked_from(head, offset_format)
-        except (struct.error, EOFError):
-            if not offsets:
-                raise
-            others = True  # it is there, but damaged
-            break
-        tags = {tag: value for tag, *value in struct.iter_unpack(entry_format, table)}
-        kind = _number(tags.get(_SUBFILE_TYPE), order) or 0
-        size = tuple(_number(tags.get(tag), order) for tag in (_LENGTH, _WIDTH))
-        if first is None:
-            first = size
-            offsets.append(offset)
-        elif not kind & (_REDUCED | _MASK):
-            if size == first:
-                offsets.append(offset)
-            else:
-                others = True
-        offset = following
-    return Pages(tuple(offsets), others)
-
-
-def _unpacked_from(file: io.RawIOBase, form: str) -> tuple[int, ...]:
-    return struct.unpack(form, _read_all(file, struct.calcsize(form)))
-
-
-def _read_all(file: io.RawIOBase, size: int) -> bytes:
-    if size > _MAX_TAG_BYTES:
-        raise ValueError("more than 32 MiB of tags")
-    data = file.read(size) or b""
-    if len(data) != size:
-        raise EOFError("the file ends too early")
-    return data
-
-
-def _number(entry: list[Any] | None, order: str) -> int | None:
-    """The value of a tag of one number, as bytes, 16, 32 or 64 bits; None of others."""
-    if entry is None:
-        return None
-    kind, count, value = entry
-    form = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
-    if form is None or count != 1:
-        return None
-    number: int = struct.unpack_from(order + form, value.ljust(8, b"\0"))[0]
-    return number
-
-
-def several_pages(number: int) -> str:
-    """`1 page` or `2 pages`."""
-    return f"{number} page{'s' * (number != 1)}"
 
 
 def _in_strips(

@@ -18,7 +18,7 @@ from spairkit.data.folder import ImageFolder
 from spairkit.errors import ImageFileError
 from spairkit.frames import file_of, frames_of
 from spairkit.images import image_size, list_images, pixel_size, read_pixels, write_png
-from spairkit.tiff import page_offsets
+from spairkit.tiff_pages import page_offsets
 
 STACK = np.random.default_rng(0).integers(0, 65536, (12, 9, 14)).astype(np.uint16)
 

@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "presence",
     ),
     ("storage",),
-    ("tiff", "frames", "deep_pixels", "remote"),
+    ("tiff", "tiff_pages", "numpy_images", "frames", "deep_pixels", "remote"),
     (
         "images",
         "counts",

@@ -265,3 +265,13 @@ def test_frames_of_a_folder_are_in_the_order_of_their_numbers(
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["image"] for row in rows[:8]] == [f"frames/frame{t}.png" for t in range(7, 15)]
     assert len(rows) == 24
+
+
+def test_frames_of_different_sizes_are_refused(stack: Path, command: Callable[..., Any]) -> None:
+    Path("frames").mkdir()
+    for t, side in enumerate((96, 96, 90)):
+        write_png(f"frames/{t}.png", torch.zeros(3, side, 96))
+    ended = command("track", "frames", "--out", "tracks.csv")
+    assert ended.status == 2
+    assert "frames/2.png: has 90x96 pixels (height x width) and frames/0.png 96x96" in ended.err
+    assert not list(Path().glob("tracks.csv*"))
