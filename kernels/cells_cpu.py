@@ -36,6 +36,8 @@ WHERE, ENCODER, DEPTH, PRES = range(4)
 OUTPUTS, COLUMN, WEIGHT, BIAS = range(4)
 """Columns of `Network.layers`."""
 
+_BLOCK = 32  # rows of a product that are multiplied together if a row must not see its neighbours
+
 
 class Grid(NamedTuple):
     """The schedule of `spairkit.models.wavefront` as arrays of int64."""
@@ -56,6 +58,8 @@ class Numbers(NamedTuple):
     temperature: np.float32
     relu: bool  # or celu
     training_wheels: bool
+    hard: bool  # presences are 0 or 1
+    apart: bool  # a row has the same bits beside any other rows
 
 
 class Network(NamedTuple):
@@ -119,6 +123,43 @@ def _fill(values, value):
 
 
 @part
+def _widest(networks, context_weight):
+    """The most inputs or outputs of a product."""
+    widest = max(context_weight.shape[0], context_weight.shape[1])
+    for stage in range(len(networks)):
+        network = networks[stage]
+        widest = max(widest, network.own.shape[1])
+        for layer in range(len(network.layers)):
+            widest = max(widest, network.layers[layer, OUTPUTS])
+    return widest
+
+
+@part
+def _multiply(rows, weight, values, apart, scratch):
+    """values = rows weight^T; `scratch` has room for a block of rows and its products.
+
+    Libraries multiply few rows by another kernel, which rounds differently. Blocks of as many rows
+    each give a row the same bits beside any others.
+    """
+    num_rows = len(rows)
+    size = _BLOCK if apart else max(num_rows, 1)
+    whole = num_rows - num_rows % size
+    for lo in range(0, whole, size):
+        np.dot(rows[lo : lo + size], weight.T, values[lo : lo + size])
+    if whole < num_rows:
+        block = scratch[: size * rows.shape[1]].reshape((size, rows.shape[1]))
+        products = scratch[block.size : block.size + size * values.shape[1]]
+        products = products.reshape((size, values.shape[1]))
+        for r in range(whole, num_rows):
+            for i in range(rows.shape[1]):
+                block[r - whole, i] = rows[r, i]
+        np.dot(block, weight.T, products)
+        for r in range(whole, num_rows):
+            for i in range(values.shape[1]):
+                values[r, i] = products[r - whole, i]
+
+
+@part
 def _add_and_activate(values, added, column, linear, relu):
     """values += added[:, column:], [m, ...] or [1, ...] for all rows; then the activation."""
     for r in range(len(values)):
@@ -137,20 +178,21 @@ def _add_and_activate(values, added, column, linear, relu):
 
 
 @part
-def _forward(wave, network, added, column, relu):
+def _forward(wave, network, added, column, numbers, scratch):
     """Fills the values of a wave; `added[:, column:]` is the rest of the first layer."""
     lo, hi = wave.lo, wave.lo + wave.rows
     for layer in range(len(network.layers)):
         values = _layer(network.values, network, layer)[lo:hi]
         if layer > 0:
             below = _layer(network.values, network, layer - 1)[lo:hi]
-            np.dot(below, _weight(network, layer).T, values)
+            _multiply(below, _weight(network, layer), values, numbers.apart, scratch)
             added, column = network.biases, network.layers[layer, BIAS]
         elif network.own.shape[1] > 0:
-            np.dot(network.inputs[lo:hi], network.own.T, values)
+            _multiply(network.inputs[lo:hi], network.own, values, numbers.apart, scratch)
         else:
             _fill(values, _ZERO)
-        _add_and_activate(values, added, column, layer == len(network.layers) - 1, relu)
+        is_last = layer == len(network.layers) - 1
+        _add_and_activate(values, added, column, is_last, numbers.relu)
 
 
 @part
@@ -195,10 +237,11 @@ def _moments_back(grad, raw, normal, grad_record, i):
 
 
 @part
-def _first_layers(wave, order, context_weight, contexts, products, added):
+def _first_layers(wave, order, context_weight, contexts, products, added, apart, scratch):
     """The products of three first layers with the inputs they share: features and context."""
     if contexts.shape[1] > 0:
-        np.dot(contexts[wave.lo : wave.lo + wave.rows], context_weight.T, added[: wave.rows])
+        rows = contexts[wave.lo : wave.lo + wave.rows]
+        _multiply(rows, context_weight, added[: wave.rows], apart, scratch)
     else:
         _fill(added[: wave.rows], _ZERO)
     for r in range(wave.rows):
@@ -266,7 +309,7 @@ def _draw_depth(wave, order, all_outputs, own_of_depth, own_of_pres, normal, rec
 
 
 @part
-def _draw_presence(wave, grid, temperature, logits, own_of_pres, jitter, record, contexts):
+def _draw_presence(wave, grid, numbers, logits, own_of_pres, jitter, record, contexts):
     """pres; and the object vector, written to the contexts of all cells that will read it."""
     order, followers = grid.order, grid.followers
     base, size = wave.start * len(order), (record.shape[2] - 6) // 3
@@ -276,7 +319,10 @@ def _draw_presence(wave, grid, temperature, logits, own_of_pres, jitter, record,
         b, k = _cell(wave, order, r)
         own = own_of_pres[wave.lo + r]
         logit = clip(logits[wave.lo + r, 0])
-        present = _ONE / (_ONE + np.exp(-(logit + jitter[b, k]) / temperature))
+        raw = logit + jitter[b, k]
+        present = _ONE / (_ONE + np.exp(-raw / numbers.temperature))
+        if numbers.hard:
+            present = _ONE if raw > _ZERO else _ZERO
         record[b, k, 3 * size], record[b, k, 3 * size + 1] = logit, present
         if contexts.shape[1] == 0:
             continue
@@ -311,6 +357,7 @@ def cells_forward(
     networks,  # four of Network: where, encoder, depth, pres; inputs and values are to be filled
     images,  # [B, C, H, W]
     products,  # [B, K, 3 h] first layers applied to features, with their biases
+    frames,  # [B, 4] scale and shift from coordinates to pixel indices, of y and of x
     normal,  # [B, K, M] standard normal
     jitter,  # [B, K] standard logistic
     edge,  # [V]
@@ -324,23 +371,26 @@ def cells_forward(
     most = n * grid.largest
     added = np.empty((most, 3 * h), np.float32)
     boxes = np.empty((most, BOX), np.float32)
-    here = images[start:stop]
+    scratch = np.zeros(2 * _BLOCK * _widest(networks, context_weight), np.float32)
+    here, frame = images[start:stop], frames[start:stop]
     of_depth, of_pres = networks[DEPTH].inputs, networks[PRES].inputs
     if contexts.shape[1] > 0:
         _fill_edges(start, n, grid.neighbours, edge, contexts)
     for t in range(len(grid.starts) - 1):
         wave = _wave(grid, t, start, n)
-        _first_layers(wave, order, context_weight, contexts, products, added)
+        _first_layers(
+            wave, order, context_weight, contexts, products, added, numbers.apart, scratch
+        )
         # a loop, so that the code of a network is compiled once and not four times
         for stage in range(len(networks)):
             network = networks[stage]
             if stage == ENCODER:
                 inputs = network.inputs[wave.lo : wave.lo + wave.rows]
                 glimpses = inputs.reshape((wave.rows, images.shape[1], numbers.size, -1))
-                glimpses_forward(here, boxes[: wave.rows], glimpses)
+                glimpses_forward(here, boxes[: wave.rows], frame, glimpses)
             column = 0 if stage <= ENCODER else (stage - 1) * h
             rest = encoder_bias if stage == ENCODER else added
-            _forward(wave, network, rest, column, numbers.relu)
+            _forward(wave, network, rest, column, numbers, scratch)
             outputs = _last(network.values, network)
             if stage == WHERE:
                 _draw_where(wave, order, numbers, outputs, of_depth, normal, record, boxes)
@@ -349,9 +399,7 @@ def cells_forward(
             elif stage == DEPTH:
                 _draw_depth(wave, order, outputs, of_depth, of_pres, normal, record)
             else:
-                _draw_presence(
-                    wave, grid, numbers.temperature, outputs, of_pres, jitter, record, contexts
-                )
+                _draw_presence(wave, grid, numbers, outputs, of_pres, jitter, record, contexts)
 
 
 @part
@@ -448,7 +496,7 @@ def _where_back(
 
 
 @part
-def _boxes_back(wave, order, record, images, grad_inputs, size, boxes, grad_boxes):
+def _boxes_back(wave, order, record, images, frames, grad_inputs, size, boxes, grad_boxes):
     """From the encoder's inputs, the glimpses, to the boxes."""
     begin = record.shape[2] - BOX
     for r in range(wave.rows):
@@ -456,7 +504,7 @@ def _boxes_back(wave, order, record, images, grad_inputs, size, boxes, grad_boxe
         for i in range(BOX):
             boxes[r, i] = record[b, k, begin + i]
     grad_glimpses = grad_inputs.reshape((wave.rows, images.shape[1], size, -1))
-    glimpses_backward(grad_glimpses, images, boxes[: wave.rows], grad_boxes)
+    glimpses_backward(grad_glimpses, images, boxes[: wave.rows], frames, grad_boxes)
 
 
 @part
@@ -491,7 +539,7 @@ def _edges_back(start, n, neighbours, grad_contexts, grad_edges):
 def cells_backward(
     start, stop, grid, numbers, networks,
     grads,  # four, each as the values of its network, before the activation; to be filled
-    images, normal, record,
+    images, frames, normal, record,
     grad_record,  # [B, K, 3 M + 6]
     context_weight,
     grad_added,  # [R, 3 h] to be filled, as are the next two
@@ -503,7 +551,7 @@ def cells_backward(
     most = n * grid.largest
     wheels = numbers.training_wheels
     lateral = context_weight.shape[1] > 0 and not wheels
-    here = images[start:stop]
+    here, frame = images[start:stop], frames[start:stop]
     grad_contexts = np.empty((len(order) * n, context_weight.shape[1]), np.float32)
     grad_vectors = np.zeros((most, size + 1), np.float32)
     grad_boxes, boxes = np.empty((most, BOX), np.float32), np.empty((most, BOX), np.float32)
@@ -536,8 +584,8 @@ def cells_backward(
                 _what_back(wave, order, outputs, normal, grad_record, of_depth, grad_vectors, grad)
             else:
                 _boxes_back(
-                    wave, order, record, here, grad_inputs[ENCODER][:rows], numbers.size, boxes,
-                    grad_boxes,
+                    wave, order, record, here, frame, grad_inputs[ENCODER][:rows], numbers.size,
+                    boxes, grad_boxes,
                 )  # fmt: skip
                 _where_back(
                     wave, order, numbers.constants, outputs, normal, record, grad_record,

@@ -26,55 +26,67 @@ def encode_cells_cpu(
     grid: Grid,
     numbers: Numbers,
     images: Tensor,  # [B, 3, H, W]
+    frames: Tensor,  # [B, 4] scale and shift from coordinates to pixel indices, of y and of x
     products: Tensor,  # [B, K, 3 h] first layers applied to features, with their biases
     normal: Tensor,  # [B, K, M]
     jitter: Tensor,  # [B, K] standard logistic
     edge: Tensor | None,  # [V]
     weights: list[Tensor],
 ) -> Tensor:  # [B, K, 3 M + 6], columns as in `spairkit.models.latents.unpack`
-    """Latents in raster order, with gradients to products, edge and weights.
+    """Latents in raster order, with gradients to products, edge and weights if `numbers` is soft.
 
     Raises:
         RuntimeError: a second derivative was requested.
     """
-    record: Tensor = _CompiledCells.apply(
-        grid, numbers, images, products, normal, jitter, edge, *weights
-    )
+    inputs = (grid, numbers, images, frames, products, normal, jitter, edge)
+    if not torch.is_grad_enabled():
+        return _forward(*inputs, weights)[0]
+    record: Tensor = _CompiledCells.apply(*inputs, *weights)
     return record
+
+
+def _forward(
+    grid: Grid, numbers: Numbers, images: Tensor, frames: Tensor, products: Tensor, normal: Tensor,
+    jitter: Tensor, edge: Tensor | None, weights: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """The record, and what the gradients need besides."""
+    batch, num_cells, size = normal.shape
+    kept: list[Tensor] = []
+
+    def new(columns: int) -> Tensor:
+        kept.append(products.new_empty(batch * num_cells, columns))
+        return kept[-1]
+
+    networks, contexts = _networks(weights, new)
+    record = products.new_empty(batch, num_cells, 3 * size + 6)
+    inputs = arrays(images, products, frames, normal, jitter)
+    edge = products.new_zeros(size + 1) if edge is None else edge
+    shared = arrays(edge, weights[0], weights[_HEADS * _OF_HEAD + 2][None])
+    with single_threaded_blas():
+        over_images(
+            cells.cells_forward, batch, grid, numbers, networks, *inputs, *shared, contexts,
+            record.numpy(),
+        )  # fmt: skip
+    return record, kept
 
 
 class _CompiledCells(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, grid: Grid, numbers: Numbers, images: Tensor, products: Tensor, normal: Tensor,
-        jitter: Tensor, edge: Tensor | None, *weights: Tensor,
+        ctx: Any, grid: Grid, numbers: Numbers, images: Tensor, frames: Tensor, products: Tensor,
+        normal: Tensor, jitter: Tensor, edge: Tensor | None, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
-        batch, num_cells, size = normal.shape
-        kept: list[Tensor] = []
-
-        def new(columns: int) -> Tensor:
-            kept.append(products.new_empty(batch * num_cells, columns))
-            return kept[-1]
-
-        networks, contexts = _networks(weights, new)
-        record = products.new_empty(batch, num_cells, 3 * size + 6)
-        inputs = arrays(images, products, normal, jitter)
-        edge = products.new_zeros(size + 1) if edge is None else edge
-        shared = arrays(edge, weights[0], weights[_HEADS * _OF_HEAD + 2][None])
-        with single_threaded_blas():
-            over_images(
-                cells.cells_forward, batch, grid, numbers, networks, *inputs, *shared, contexts,
-                record.numpy(),
-            )  # fmt: skip
+        inputs = (grid, numbers, images, frames, products, normal, jitter, edge)
+        record, kept = _forward(*inputs, weights)
         ctx.grid, ctx.numbers, ctx.num_weights = grid, numbers, len(weights)
         # torch notices where one of them is changed, and frees them after the backward pass
-        ctx.save_for_backward(images, normal, record, *weights, *kept)
+        ctx.save_for_backward(images, frames, normal, record, *weights, *kept)
         return record
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_record: Tensor) -> tuple[Tensor | None, ...]:
-        images, normal, record, *saved = ctx.saved_tensors
+        images, frames, normal, record, *saved = ctx.saved_tensors
         weights, kept = saved[: ctx.num_weights], iter(saved[ctx.num_weights :])
         networks, contexts = _networks(weights, lambda _: next(kept))
         numbers, context_weight = ctx.numbers, weights[0]
@@ -84,7 +96,7 @@ class _CompiledCells(torch.autograd.Function):
         grad_added = record.new_empty(batch * num_cells, shared)
         grad_products = record.new_empty(batch, num_cells, shared)
         grad_edges = record.new_empty(batch, size + 1)
-        inputs = arrays(images, normal, record, grad_record, context_weight)
+        inputs = arrays(images, frames, normal, record, grad_record, context_weight)
         with single_threaded_blas():
             over_images(
                 cells.cells_backward, batch, ctx.grid, numbers, networks, grads, *inputs,
@@ -93,11 +105,11 @@ class _CompiledCells(torch.autograd.Function):
         own, *later = _weight_gradients(networks[ENCODER], grads[ENCODER])
         encoder = own, _by_layer(grads[ENCODER], networks[ENCODER])[0].sum(0), *later
         if numbers.training_wheels:
-            return (*(None,) * 7, *(None,) * (1 + _HEADS * _OF_HEAD), *encoder)
+            return (*(None,) * 8, *(None,) * (1 + _HEADS * _OF_HEAD), *encoder)
         lateral = context_weight.shape[1] > 0
         heads = [_weight_gradients(networks[i], grads[i]) for i in (WHERE, DEPTH, PRES)]
         return (
-            *(None,) * 3,
+            *(None,) * 4,
             grad_products,
             *(None,) * 2,
             grad_edges.sum(0) if lateral else None,

@@ -2,6 +2,8 @@
 
 Row r of boxes and glimpses belongs to image r modulo n. A coordinate beyond the image reads the
 border pixel and gets no gradient; NaN reads as 0, because it must not become an address.
+
+A frame maps the coordinates of an image to its pixel indices: scale and shift of y and of x.
 """
 
 import numpy as np
@@ -13,25 +15,24 @@ _ZERO = np.float32(0.0)
 
 
 @inlined
-def _place(low, high, num_pixels, tap, fraction, inside):
+def _place(low, high, num_pixels, scale, shift, tap, fraction, inside):
     """Fills taps and fractions of the points on one axis, and `inside`: 1 where not clamped."""
     num_points = len(tap)
     limit = np.float32(num_pixels - 1)
-    scale = limit / np.float32(num_pixels)
     for p in range(num_points):
         share = np.float32(p) / np.float32(num_points - 1)
-        position = (low + (high - low) * share) * scale
+        position = (low + (high - low) * share) * scale + shift
         inside[p] = _ONE if position > _ZERO and position < limit else _ZERO
         position = min(position, limit) if position > _ZERO else _ZERO
         tap[p] = max(min(int(position), num_pixels - 2), 0)
         fraction[p] = position - np.float32(tap[p])
-    return scale
 
 
 @part
 def glimpses_forward(
     images,  # [n, C, H, W]
     boxes,  # [m n, 4] xyxy, pixels
+    frames,  # [n, 4]
     glimpses,  # [m n, C, P, P] to be filled
 ):
     """Cuts the glimpses of boxes out of the images."""
@@ -42,8 +43,9 @@ def glimpses_forward(
     inside = np.empty(size, np.float32)
     below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
     for r in range(len(boxes)):
-        _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, inside)
-        _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, inside)
+        frame = frames[r % num_images]
+        _place(boxes[r, 1], boxes[r, 3], height, frame[0], frame[1], row, row_fraction, inside)
+        _place(boxes[r, 0], boxes[r, 2], width, frame[2], frame[3], column, column_fraction, inside)
         for k in range(num_channels):
             for y in range(size):
                 upper = images[r % num_images, k, row[y]]
@@ -62,6 +64,7 @@ def glimpses_backward(
     grad_glimpses,  # [m n, C, P, P]
     images,  # [n, C, H, W]
     boxes,  # [m n, 4]
+    frames,  # [n, 4]
     grad_boxes,  # [m n, 4] to be filled
 ):
     """Fills the gradient of the boxes."""
@@ -73,8 +76,15 @@ def glimpses_backward(
     grad_rows, grad_columns = np.empty(size, np.float32), np.empty(size, np.float32)
     below, beside = np.uint64(min(1, height - 1)), np.uint64(min(1, width - 1))
     for r in range(len(boxes)):
-        y_scale = _place(boxes[r, 1], boxes[r, 3], height, row, row_fraction, row_inside)
-        x_scale = _place(boxes[r, 0], boxes[r, 2], width, column, column_fraction, column_inside)
+        frame = frames[r % num_images]
+        y_scale, x_scale = frame[0], frame[2]
+        _place(
+            boxes[r, 1], boxes[r, 3], height, y_scale, frame[1], row, row_fraction, row_inside
+        )  # fmt: skip
+        _place(
+            boxes[r, 0], boxes[r, 2], width, x_scale, frame[3], column, column_fraction,
+            column_inside,
+        )  # fmt: skip
         for p in range(size):
             grad_rows[p], grad_columns[p] = _ZERO, _ZERO
         for k in range(num_channels):

@@ -10,6 +10,7 @@ from torch import Tensor
 from spairkit import backends
 from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise
+from spairkit.models.parts import Part
 from spairkit.models.spair import SPAIR
 
 SMALL = SPAIRConfig(
@@ -97,6 +98,52 @@ def test_compiled_loop_equals_the_readable_loop_in_float64(
     assert len(actual) >= (4 if wheels else 20)
     for name, grad in actual.items():
         assert float((grad - slopes[name]).norm() / slopes[name].norm()) < 2e-5, name
+
+
+@pytest.mark.parametrize("sampled", [False, True], ids=["means", "sampled"])
+@pytest.mark.parametrize("in_a_part", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_inference_equals_the_readable_loop_in_float64(
+    variant: str, in_a_part: bool, sampled: bool
+) -> None:
+    model = build(VARIANTS[variant])
+    coarse = torch.rand(3, 3, 3, 4, dtype=torch.float64)  # smooth, as above
+    images = F.interpolate(coarse, size=(36, 48), mode="bicubic").clamp(0, 1)
+    noise = model._draw(images, torch.Generator().manual_seed(1)) if sampled else None
+    corners = [(12, 24), (0, 0), (60, 36)]
+    parts = [Part(corner, size=(96, 90), core=(0, 0, 48, 36)) for corner in corners]
+    part = parts if in_a_part else None
+    with torch.no_grad():
+        logits = model._encode(images, noise, False, relaxed=False, part=part).presence_logit
+        if variant != "clipped":  # so that presences of 0 and 1 occur, and no logit is near 0
+            ordered = logits.flatten().sort().values[len(logits) * 3 : -len(logits) * 3]
+            widest = int(ordered.diff().argmax())
+            model.presence_network.last.bias.sub_(ordered[widest : widest + 2].mean())
+        exact = model._encode(images, noise, False, relaxed=False, part=part)
+        single = noise and Noise(
+            *(x.float() for x in (noise.normal, noise.logistic, noise.background))
+        )
+        rough = model.float()._encode(images.float(), single, False, relaxed=False, part=part)
+    assert set(exact.presence.unique().tolist()) == ({1.0} if variant == "clipped" else {0.0, 1.0})
+    for field in fields(Latents):
+        value, expected = getattr(rough, field.name), getattr(exact, field.name)
+        assert value.dtype == torch.float32
+        assert float((value - expected).norm() / expected.norm().clamp(min=1)) < 5e-6, field.name
+
+
+@pytest.mark.parametrize("variant", ["relu", "celu", "no lateral"])
+def test_an_image_has_the_same_bits_in_any_batch(variant: str) -> None:
+    model = build(VARIANTS[variant]).float()
+    images, features = torch.rand(41, 3, 24, 36), torch.rand(41, 7, 2, 3)
+    # a convolution of few channels has other bits in another batch
+    model.backbone.register_forward_hook(lambda module, inputs, outputs: features[: len(outputs)])
+    with torch.no_grad():
+        together = model._encode(images, None, False, relaxed=False)
+        for some in (1, 3, 8, 40):
+            fewer = model._encode(images[:some], None, False, relaxed=False)
+            for field in fields(Latents):
+                values, expected = getattr(fewer, field.name), getattr(together, field.name)[:some]
+                assert torch.equal(values, expected), field.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and readable

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from spairkit.kernels.glimpse_cpu import glimpses_backward, glimpses_forward
 from spairkit.kernels.threads import compiled
-from spairkit.models.glimpses import extract_glimpses
+from spairkit.models.glimpses import extract_glimpses, pixel_frames
+from spairkit.models.parts import Part
 
 
 def glimpse_by_loop(image: Tensor, box: list[float], size: int) -> Tensor:
@@ -58,22 +59,24 @@ def test_gradients_match_finite_differences() -> None:
     )
 
 
-def compiled_glimpses(images: Tensor, boxes: Tensor, size: int) -> Tensor:
+def compiled_glimpses(images: Tensor, boxes: Tensor, size: int, part: Part | None = None) -> Tensor:
     glimpses = np.empty((len(boxes), images.shape[1], size, size), np.float32)
-    CUT(images.numpy(), boxes.numpy(), glimpses)
+    frames = pixel_frames(images, part).float().numpy()
+    CUT(images.numpy(), boxes.numpy(), frames, glimpses)
     return torch.from_numpy(glimpses).flatten(1)
 
 
 def compiled_gradient(grad: Tensor, images: Tensor, boxes: Tensor, size: int) -> Tensor:
     grad_boxes = np.empty((len(boxes), 4), np.float32)
     glimpses = grad.reshape(len(boxes), images.shape[1], size, size)
-    CUT_BACK(glimpses.numpy(), images.numpy(), boxes.numpy(), grad_boxes)
+    frames = pixel_frames(images, None).float().numpy()
+    CUT_BACK(glimpses.numpy(), images.numpy(), boxes.numpy(), frames, grad_boxes)
     return torch.from_numpy(grad_boxes)
 
 
 # as the compiled loop over cells inlines them
-CUT = compiled(lambda images, boxes, glimpses: glimpses_forward(images, boxes, glimpses))
-CUT_BACK = compiled(lambda grad, images, boxes, out: glimpses_backward(grad, images, boxes, out))
+CUT = compiled(lambda *arguments: glimpses_forward(*arguments))
+CUT_BACK = compiled(lambda *arguments: glimpses_backward(*arguments))
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (1, 1), (1, 7)])

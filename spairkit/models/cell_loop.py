@@ -1,43 +1,55 @@
-"""The loop over the cells of a batch in training as one compiled call, for float32 on the CPU.
+"""The loop over the cells of a batch as one compiled call, for float32 on the CPU.
 
 The mathematics is that of `SPAIR._encode_wave`, which defines it and runs everywhere else. There a
-wave takes about 90 small operations, each recorded by autograd; `spairkit.kernels.cells_op` walks
-all waves in one call forward and one backward.
+wave takes about 90 small operations; `spairkit.kernels.cells_op` walks all waves in one call
+forward and one backward. Without gradients a row has the same bits beside any other rows.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from spairkit.backends import runs_compiled
 from spairkit.config import SPAIRConfig
+from spairkit.kernels.constants import BOX
+from spairkit.models.glimpses import pixel_frames
 from spairkit.models.latents import Latents, Noise, unpack
 from spairkit.models.networks import LateralNetwork, shared_weights
+from spairkit.models.parts import Part
 from spairkit.models.wavefront import Wavefront
 
 if TYPE_CHECKING:
     from spairkit.kernels.cells_cpu import Grid, Numbers
 
 
-def has_kernel(images: Tensor, encoder: nn.Sequential) -> bool:
-    """Whether `encode_cells` can run: float32 on the CPU, a hidden layer in the encoder."""
+def has_kernel(images: Tensor, encoder: nn.Sequential, relaxed: bool) -> bool:
+    """Whether `encode_cells` can run: float32 on the CPU, a hidden layer in the encoder.
+
+    It has no gradient to images, nor through presences of 0 or 1.
+    """
+    if torch.is_grad_enabled() and (images.requires_grad or not relaxed):
+        return False
     return runs_compiled(images) and len(_lines(encoder)) > 1
 
 
 def encode_cells(
     images: Tensor,  # [B, 3, H, W]
     products: Tensor,  # [B, K, 3 h] first layers applied to features, cells in raster order
-    noise: Noise,
+    noise: Noise | None,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
     encoder: nn.Sequential,
     config: SPAIRConfig,
     front: Wavefront,
     training_wheels: bool,
+    relaxed: bool,
+    part: Part | Sequence[Part] | None,
 ) -> Latents:
-    """Relaxed latents in raster order, with gradients to everything except images and noise.
+    """Latents in raster order, their means without noise; gradients reach all but images and noise.
 
     With training wheels only the weights of `encoder` get gradients, through what.
 
@@ -59,9 +71,14 @@ def encode_cells(
     for line in _lines(encoder):
         weights += [line.weight, line.bias]
     products = products.to(images.dtype)  # from bfloat16, under autocast
-    grid, numbers = _grid(front), _numbers(config, images, training_wheels)
-    given = (noise.normal, noise.logistic, edge, weights)
-    return unpack(encode_cells_cpu(grid, numbers, images, products, *given), config.what)
+    if noise is None:
+        normal = images.new_zeros(*products.shape[:2], BOX + config.what + 1)
+        jitter = images.new_zeros(products.shape[:2])
+    else:
+        normal, jitter = noise.normal, noise.logistic
+    numbers = _numbers(config, images, training_wheels, hard=not relaxed)
+    given = (pixel_frames(images, part), products, normal, jitter, edge, weights)
+    return unpack(encode_cells_cpu(_grid(front), numbers, images, *given), config.what)
 
 
 def _lines(encoder: nn.Sequential) -> list[nn.Linear]:
@@ -79,7 +96,7 @@ def _grid(front: Wavefront) -> "Grid":
     return Grid(starts, *tables, largest=int(np.diff(starts).max()))
 
 
-def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Numbers":
+def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool, hard: bool) -> "Numbers":
     """The settings for the compiled loop."""
     from spairkit.kernels.cells_cpu import Numbers
 
@@ -93,4 +110,6 @@ def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Num
         temperature=np.float32(config.temperature),
         relu=config.activation == "relu",
         training_wheels=training_wheels,
+        hard=hard,
+        apart=not torch.is_grad_enabled(),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spairkit.models.parts import Part
 
+_XYXY = [1, 0, 1, 0]  # of a pair of y and x
 _FAR = 1e9  # halves of the image; float32 has no place inside a box that goes so far
 
 
@@ -32,15 +33,10 @@ def extract_glimpses(
     if part is None:
         corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
     else:
-        # pixel i of the part is pixel i + start of the image: (y + start) (length - 1) / length
-        parts = [part] if isinstance(part, Part) else part
-        factors, shifts = [], []
-        for axis, (length, extent) in enumerate(zip(parts[0].size, (height, width), strict=True)):
-            most = max(extent - 1, 1)
-            factors.append(2 * (length - 1) / (length * most))
-            shifts.append([2 * p.corner[axis] / (length * most) + 1 for p in parts])
-        shift = boxes.new_tensor(shifts[::-1] * 2).T[:, None]  # [1 or B, 1, 4]
-        corners = boxes * boxes.new_tensor(factors[::-1] * 2) - shift
+        index_scale, shift = pixel_frames(images, part).to(boxes).unflatten(1, (2, 2)).unbind(-1)
+        most = boxes.new_tensor([max(height - 1, 1), max(width - 1, 1)])
+        factor, shift = 2 * index_scale / most, 2 * shift / most - 1  # [B, 2] of y and x
+        corners = boxes * factor[:, None, _XYXY] + shift[:, None, _XYXY]
     # infinity times the 0 of an image of one pixel would be NaN
     low, high = corners.clamp(-_FAR, _FAR).unsqueeze(-2).split(2, dim=-1)  # [B, n, 1, 2]
     grid = torch.addcmul(low, high - low, steps)  # [B, n, size^2, 2]
@@ -50,6 +46,23 @@ def extract_glimpses(
     grid = grid.nan_to_num(-1.0)
     cut = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
     return cut.reshape(batch, channels, -1, size, size).transpose(1, 2)
+
+
+def pixel_frames(images: Tensor, part: Part | Sequence[Part] | None) -> Tensor:  # [B, 4] float64
+    """Scale and shift from coordinates in px to pixel indices of images [B, C, H, W], of y and x.
+
+    An image of length L has the index y (L - 1) / L. Pixel i of a part is pixel i + start of the
+    image, so y in the part has the index (y + start) (L - 1) / L - start.
+    """
+    batch, *extent = len(images), images.shape[-2], images.shape[-1]
+    parts = [part] * batch if part is None or isinstance(part, Part) else part
+    rows = []
+    for p in parts:
+        lengths, corner = (extent, (0, 0)) if p is None else (p.size, p.corner)
+        rows.append(
+            [x for n, start in zip(lengths, corner, strict=True) for x in ((n - 1) / n, -start / n)]
+        )
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @cache  # without limit: a recorded CUDA graph reads from their addresses

@@ -464,11 +464,11 @@ class SPAIR(nn.Module):
         bias = torch.cat([network.first.bias for network in networks])
         products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
-        trains = relaxed and torch.is_grad_enabled() and not images.requires_grad
-        if noise is not None and trains and has_kernel(images, self.encoder):
+        if has_kernel(images, self.encoder, relaxed):
             return encode_cells(
-                images, products, noise, edge, networks, self.encoder, c, front, training_wheels
-            )
+                images, products, noise, edge, networks, self.encoder, c, front, training_wheels,
+                relaxed, part,
+            )  # fmt: skip
         # from bfloat16, under autocast
         products = products.to(images.dtype).transpose(0, 1)[front.order]
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
