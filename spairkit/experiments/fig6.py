@@ -53,7 +53,7 @@ _FIGURES = {
     "count_error": "count error (objects)",
     "count_bias": "count bias (objects)",
 }
-_FRAMES: dict[Scale, int] = {"smoke": 8, "cpu": 200, "full": 1000}
+_FRAMES: dict[Scale, int] = {"smoke": 8, "cpu": 100, "full": 1000}
 _TRAIN, _TEST = "frames", "test"  # folders; a seed each
 _SHOWN = 3  # frames in the picture
 _COLOURS: dict[str, Any] = {
@@ -68,7 +68,7 @@ _COLOURS: dict[str, Any] = {
 
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort("quick", 2, 1, 2, 4, tiny=True),
-    "cpu": Effort("quick", 5000, 2, 50, 256),
+    "cpu": Effort("quick", 2500, 2, 20, 128),
     "full": Effort("paper", 200_000, 6, 100, 1000),
 }
 
