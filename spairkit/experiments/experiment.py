@@ -77,6 +77,8 @@ class Effort:
     """Training images that it tries them on."""
     search: SearchMode = "full"
     """The search of our results; the paper has none."""
+    searched_images: int = 0
+    """Test images of each kind that are searched, where that takes longest; 0: all."""
     tiny: bool = False
     """Whether networks are tiny, so that results mean nothing."""
 
