@@ -63,13 +63,13 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        5000,
-        2,
-        1000,
+        2500,
+        1,
+        500,
         numbers=(3,),
         train_images=(128_000,),
         classifier=ClassifierTraining(
-            steps=20_000, validation_every=500, patience=10_000, learning_rate=3e-4
+            steps=3000, validation_every=500, patience=3000, learning_rate=1e-3
         ),
     ),
     "full": Effort(
