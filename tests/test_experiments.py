@@ -16,9 +16,17 @@ import torch
 from PIL import Image
 
 from spairkit.cli.main import main
+from spairkit.data.shapes import KINDS
 from spairkit.errors import InputError
 from spairkit.experiments.experiment import Measured, over_seeds
-from spairkit.experiments.published import FIGURE_2, FIGURE_3, FIGURE_4, FIGURE_7, TABLE_1
+from spairkit.experiments.published import (
+    FIGURE_2,
+    FIGURE_3,
+    FIGURE_4,
+    FIGURE_7,
+    OBJECTS_ARI,
+    TABLE_1,
+)
 from spairkit.experiments.shared_runs import Ended, Started
 from spairkit.experiments.work import (
     EXPERIMENTS,
@@ -268,9 +276,9 @@ def test_every_scale_has_valid_configs(tmp_path: Path) -> None:
 def test_published_figures_are_those_of_the_paper() -> None:
     for rows in FIGURE_2.values():
         assert list(rows) == [1, 3, 5, 7, 9]
-    methods = {"conncomp", "1-5", "6-10", "11-15"}
+    lines_of_3 = {"conncomp", "1-5", "6-10", "11-15"}
     for figure, lines in FIGURE_3.items():
-        assert lines.keys() == methods
+        assert lines.keys() == lines_of_3
         for line in lines.values():
             assert list(line) == list(range(1, 21))
             assert all(
@@ -300,6 +308,9 @@ def test_published_figures_are_those_of_the_paper() -> None:
     order = ("truebb", "spair-unfixed", "spair-fixed", "conncomp", "convnet", "air-unfixed")
     largest = [FIGURE_4[method][128_000].mean for method in order]
     assert largest == sorted(largest, reverse=True)
+    assert OBJECTS_ARI.keys() == KINDS.keys()
+    for methods in OBJECTS_ARI.values():
+        assert all(0 < mean <= 1 and 0 < std < 0.1 for mean, std in methods.values())
     assert TABLE_1["spair"][0] > TABLE_1["truebb"][0] > TABLE_1["convnet"][0]
 
 
