@@ -36,7 +36,7 @@ from spairkit.metrics import NAMES
 FIGURES = {
     "ap_spair": NAMES["ap_spair"],
     "count_error": "count error (objects)",
-    "count_wrong": "count wrong (share of scenes)",
+    "count_wrong": "count wrong (share)",
 }
 """What Figs. 3 and 7 show, and its name."""
 
@@ -143,7 +143,7 @@ def _conclude(settings: Settings, folder: Path, measured: Mapping[str, Measured]
         )
         for measure, kind in (
             ("paper", "as in the paper"),
-            ("ours", f"masks and search, {searched:,} scenes"),
+            ("ours", f"search, {searched:,} scenes"),
         )
         for figure, title in FIGURES.items()
     }
