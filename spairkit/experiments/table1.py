@@ -60,13 +60,13 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        2500,
+        2000,
         1,
         500,
         numbers=(3,),
         train_images=(128_000,),
         classifier=ClassifierTraining(
-            steps=3000, validation_every=500, patience=3000, learning_rate=1e-3
+            steps=2000, validation_every=500, patience=2000, learning_rate=1e-3
         ),
     ),
     "full": Effort(
