@@ -19,6 +19,7 @@ from spairkit.cli.main import main
 from spairkit.data.shapes import KINDS
 from spairkit.errors import InputError
 from spairkit.experiments.experiment import Measured, over_seeds
+from spairkit.experiments.fidelity import DIFFERENCES
 from spairkit.experiments.published import (
     FIGURE_2,
     FIGURE_3,
@@ -312,6 +313,19 @@ def test_published_figures_are_those_of_the_paper() -> None:
     for methods in OBJECTS_ARI.values():
         assert all(0 < mean <= 1 and 0 < std < 0.1 for mean, std in methods.values())
     assert TABLE_1["spair"][0] > TABLE_1["truebb"][0] > TABLE_1["convnet"][0]
+
+
+def test_every_difference_of_the_sources_is_measured_or_explained(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/model.md").read_text()
+    table = text.partition("## 13. Differences")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if "|" in line]
+    assert list(DIFFERENCES) == rows[2:]
+    _, _, _, trials = open_experiment("fidelity", tmp_path / "new", scale="smoke")
+    made = {trial.name.rpartition("-seed-")[0] for trial in trials}
+    made |= {measure for trial in trials for measure in trial.measures}
+    shown = {name for names in DIFFERENCES.values() if isinstance(names, tuple) for name in names}
+    assert made - shown == {"baseline", "conncomp", "paper"}
+    assert shown < made
 
 
 def test_events_name_training_and_measuring(tmp_path: Path) -> None:
