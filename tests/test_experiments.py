@@ -198,6 +198,15 @@ def test_missing_extra_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later write finds no space."""
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("spairkit.storage.durable._write_new", refuse)
+
+
 @AS_ONE
 def test_full_disk_is_one_line(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Any]
@@ -205,15 +214,24 @@ def test_full_disk_is_one_line(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "copy", symlinks=True)
 
-    def refuse(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("spairkit.storage.durable._write_new", refuse)
+    fill_disk(monkeypatch)
     before = (tmp_path / "copy/table.txt").read_bytes()
     status, out, err = in_process("experiment", finished.name, "--out", "copy", "--quiet")
     assert (status, out) == (2, "")
     assert "No space left on device; free some space or write elsewhere" in err
     assert (tmp_path / "copy/table.txt").read_bytes() == before
+
+
+def test_images_without_space_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Any]
+) -> None:
+    fill_disk(monkeypatch)
+    words = ("experiment", "objects", "--scale", "smoke", "--out", tmp_path / "new")
+    status, out, err = in_process(*words)
+    assert (status, out) == (2, "")
+    assert "No space left on device; free some space or write elsewhere" in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @AS_ONE
