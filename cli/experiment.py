@@ -33,7 +33,7 @@ def experiment(
         Scale | None,
         options.runs_option(
             help="smoke: a test of under a minute with tiny networks; cpu (default): a result "
-            "within two hours on two cores (--workers 2); full: the paper's protocol, for a GPU."
+            "within half an hour on one core; full: the paper's protocol, for a GPU."
         ),
     ] = None,
     seeds: Annotated[
@@ -80,7 +80,8 @@ def experiment(
         if as_json:
             print_json({key: item.about for key, item in EXPERIMENTS.items()})
         else:
-            echo("\n".join(f"{key:<8}{item.about}" for key, item in EXPERIMENTS.items()))
+            width = max(map(len, EXPERIMENTS)) + 2
+            echo("\n".join(f"{key:<{width}}{item.about}" for key, item in EXPERIMENTS.items()))
         return
     chosen = options.choose_device(device)
     size = None if scale is None else scale.value

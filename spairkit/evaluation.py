@@ -78,6 +78,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     *,
     measured_on: str = "",
+    seen: Callable[[list[Detections]], None] | None = None,
 ) -> Report:
     """Runs the detector once over all images and compares its detections with the ground truth.
 
@@ -94,6 +95,7 @@ def evaluate(
         threshold: in [0, 1).
         progress: called after each batch with the number of images done so far.
         measured_on: description of the images, for the report.
+        seen: called with the candidates of each batch, which still have their masks.
 
     Raises:
         ValueError: `threshold` is outside [0, 1), or there is no image.
@@ -106,6 +108,8 @@ def evaluate(
     for batch in batches:
         counts = batch.counts if detector.count_is_given else None
         found = detector.detect_batch(batch.images, least, counts)
+        if seen is not None:
+            seen(found)
         # without embeddings and masks, which the figures do not need
         candidates += [
             replace(item, what=item.what[:, :0].clone(), label_image=None, labels=None)

@@ -1,4 +1,4 @@
-"""Masks as one label image: areas, intensities, outlines and COCO's segmentations.
+"""Masks as one label image: areas, intensities, outlines, COCO's segmentations, agreement.
 
 A label image is [H, W] int32 with 0 on the background. Object i has the pixels of value
 `labels[i]`; labels are 1 or more, and one may have no pixel.
@@ -27,6 +27,39 @@ def relabelled(label_image: Tensor, labels: Tensor) -> Tensor:  # [H, W] int32
     table = np.zeros(_size(label_image, labels), np.int32)
     table[chosen] = np.arange(1, len(chosen) + 1)
     return torch.from_numpy(table[pixels])
+
+
+def foreground_ari(found: Tensor, true: Tensor) -> float:  # [H, W] integers
+    """How far two label images agree on which pixels of the true objects belong together.
+
+    It is the adjusted Rand index (Hubert and Arabie 1985) of the pixels of true objects, "ARI-FG"
+    in papers on scenes of objects. Those that no found object has count as one more object; those
+    found on the true background do not count at all.
+
+    Args:
+        found, true: of one size, 0 on the background.
+
+    Returns:
+        At most 1, the same parts; 0 is expected by chance.
+
+    Raises:
+        ValueError: they differ in size, or there is no true object.
+    """
+    if found.shape != true.shape:
+        raise ValueError(f"label images differ in size: {list(found.shape)}, {list(true.shape)}")
+    inside = true > 0
+    if not inside.any():
+        raise ValueError("the true label image must have an object")
+    both = torch.stack([found[inside], true[inside]])
+    _, counts = both.unique(dim=1, return_counts=True)
+    pairs, in_found, in_true = (
+        float((sizes.double() * (sizes - 1) / 2).sum())
+        for sizes in (counts, *(row.unique(return_counts=True)[1] for row in both))
+    )
+    pixels = both.shape[1]
+    chance = in_found * in_true / max(pixels * (pixels - 1) / 2, 1)
+    most = (in_found + in_true) / 2
+    return 1.0 if most == chance else (pairs - chance) / (most - chance)
 
 
 def halved(label_image: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:  # [2 H, 2 W] -> [H, W]

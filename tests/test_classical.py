@@ -13,10 +13,11 @@ from spairkit.cli.main import main
 from spairkit.config import Config, PrepareConfig
 from spairkit.config_values import from_dict
 from spairkit.data.datasets import open_dataset
+from spairkit.detections import Detections
 from spairkit.detector import load
 from spairkit.images import write_png
-from spairkit.metrics import average_precision, count_error
-from spairkit.models.conncomp import ConnComp
+from spairkit.metrics import ap_spair, average_precision, count_error
+from spairkit.models.conncomp import ConnComp, find_components
 from spairkit.storage.runs import Run
 from spairkit.training.loop import Event, Validation, fit
 
@@ -36,7 +37,7 @@ def fitted(folder: Path, settings: Config) -> tuple[Run, list[Event]]:
 
 
 @pytest.mark.parametrize("white", [1.0, 0.4])
-@pytest.mark.parametrize("criterion", ["ap", "count_error"])
+@pytest.mark.parametrize("criterion", ["ap", "ap_spair", "count_error"])
 def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str, white: float) -> None:
     settings = replace(config(criterion=criterion), prepare=PrepareConfig(white=white))
     run, events = fitted(tmp_path / "run", settings)
@@ -48,6 +49,8 @@ def test_fit_equals_a_plain_search(tmp_path: Path, criterion: str, white: float)
         found, truth = model.detect((batch.images / white).clamp(max=1)), batch.truth()
         if criterion == "ap":
             scores.append(average_precision(found, truth))
+        elif criterion == "ap_spair":
+            scores.append(ap_spair(found, truth, whole_pixels=True))
         else:
             counts = [len(item) for item in found], [len(item) for item in truth]
             scores.append(-count_error(*counts))
@@ -97,6 +100,24 @@ def test_search_restarts_for_other_thresholds(tmp_path: Path) -> None:
     with run.lock():
         events = list(fit(run.config, run, CPU))
     assert [event.step for event in events] == [*range(1, 8), 7]
+
+
+def test_only_images_that_are_kept_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distances to a known background take less memory than images."""
+    monkeypatch.setattr("spairkit.training.classical._MAX_PIXELS", 36 * 30 * 32)
+    asked: list[int] = []
+
+    def counted(foreground: np.ndarray[Any, Any], least: int) -> list[Detections]:
+        asked.append(len(foreground))
+        return find_components(foreground, least)
+
+    monkeypatch.setattr("spairkit.training.classical.find_components", counted)
+    for background, images in (("black", 40), ("mode", 32)):  # a batch has 32
+        asked.clear()
+        fitted(tmp_path / background, config(background=background))
+        assert sum(asked) == 12 * images
 
 
 def test_given_threshold_is_kept(tmp_path: Path) -> None:

@@ -298,3 +298,20 @@ def test_batch_size_does_not_change_figures(
             assert other.label_image is not None
             assert torch.equal(one.label_image, other.label_image)
         assert evaluate(detector, in_batches(size)) == whole
+
+
+def test_candidates_are_seen_with_their_masks() -> None:
+    """Before they are dropped, in the order of the images."""
+    known, _, batches = random_set(20)
+    masks = [torch.full((4, 4), number, dtype=torch.int32) for number in range(20)]
+    detector = Oracle(
+        [
+            replace(item, label_image=mask, labels=torch.arange(1, len(item) + 1).int())
+            for item, mask in zip(known, masks, strict=True)
+        ]
+    )
+    seen: list[Detections] = []
+    evaluate(detector, batches, seen=seen.extend)
+    assert [int(item.label_image[0, 0]) for item in seen] == list(range(20))  # type: ignore[index]
+    expected = [int((item.scores > 0.05).sum()) for item in known]
+    assert [len(item) for item in seen] == expected

@@ -16,9 +16,18 @@ import torch
 from PIL import Image
 
 from spairkit.cli.main import main
+from spairkit.data.shapes import KINDS
 from spairkit.errors import InputError
 from spairkit.experiments.experiment import Measured, over_seeds
-from spairkit.experiments.published import FIGURE_2, FIGURE_3, FIGURE_4, FIGURE_7, TABLE_1
+from spairkit.experiments.fidelity import DIFFERENCES
+from spairkit.experiments.published import (
+    FIGURE_2,
+    FIGURE_3,
+    FIGURE_4,
+    FIGURE_7,
+    OBJECTS_ARI,
+    TABLE_1,
+)
 from spairkit.experiments.shared_runs import Ended, Started
 from spairkit.experiments.work import (
     EXPERIMENTS,
@@ -189,6 +198,15 @@ def test_missing_extra_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every later write finds no space."""
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("spairkit.storage.durable._write_new", refuse)
+
+
 @AS_ONE
 def test_full_disk_is_one_line(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Any]
@@ -196,15 +214,24 @@ def test_full_disk_is_one_line(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "copy", symlinks=True)
 
-    def refuse(path: Path, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("spairkit.storage.durable._write_new", refuse)
+    fill_disk(monkeypatch)
     before = (tmp_path / "copy/table.txt").read_bytes()
     status, out, err = in_process("experiment", finished.name, "--out", "copy", "--quiet")
     assert (status, out) == (2, "")
     assert "No space left on device; free some space or write elsewhere" in err
     assert (tmp_path / "copy/table.txt").read_bytes() == before
+
+
+def test_images_without_space_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_process: Callable[..., Any]
+) -> None:
+    fill_disk(monkeypatch)
+    words = ("experiment", "objects", "--scale", "smoke", "--out", tmp_path / "new")
+    status, out, err = in_process(*words)
+    assert (status, out) == (2, "")
+    assert "No space left on device; free some space or write elsewhere" in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @AS_ONE
@@ -268,9 +295,9 @@ def test_every_scale_has_valid_configs(tmp_path: Path) -> None:
 def test_published_figures_are_those_of_the_paper() -> None:
     for rows in FIGURE_2.values():
         assert list(rows) == [1, 3, 5, 7, 9]
-    methods = {"conncomp", "1-5", "6-10", "11-15"}
+    lines_of_3 = {"conncomp", "1-5", "6-10", "11-15"}
     for figure, lines in FIGURE_3.items():
-        assert lines.keys() == methods
+        assert lines.keys() == lines_of_3
         for line in lines.values():
             assert list(line) == list(range(1, 21))
             assert all(
@@ -300,7 +327,23 @@ def test_published_figures_are_those_of_the_paper() -> None:
     order = ("truebb", "spair-unfixed", "spair-fixed", "conncomp", "convnet", "air-unfixed")
     largest = [FIGURE_4[method][128_000].mean for method in order]
     assert largest == sorted(largest, reverse=True)
+    assert OBJECTS_ARI.keys() == KINDS.keys()
+    for methods in OBJECTS_ARI.values():
+        assert all(0 < mean <= 1 and 0 < std < 0.1 for mean, std in methods.values())
     assert TABLE_1["spair"][0] > TABLE_1["truebb"][0] > TABLE_1["convnet"][0]
+
+
+def test_every_difference_of_the_sources_is_measured_or_explained(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/model.md").read_text()
+    table = text.partition("## 13. Differences")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if "|" in line]
+    assert list(DIFFERENCES) == rows[2:]
+    _, _, _, trials = open_experiment("fidelity", tmp_path / "new", scale="smoke")
+    made = {trial.name.rpartition("-seed-")[0] for trial in trials}
+    made |= {measure for trial in trials for measure in trial.measures}
+    shown = {name for names in DIFFERENCES.values() if isinstance(names, tuple) for name in names}
+    assert made - shown == {"baseline", "conncomp", "paper"}
+    assert shown < made
 
 
 def test_events_name_training_and_measuring(tmp_path: Path) -> None:

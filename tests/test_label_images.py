@@ -1,6 +1,7 @@
-"""Masks in a label image against loops over pixels and pycocotools."""
+"""Masks in a label image against loops over pixels and pairs of them, and pycocotools."""
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from spairkit.label_images import (
     areas,
     coco_segmentations,
+    foreground_ari,
     halved,
     intensities,
     outlines,
@@ -153,3 +155,46 @@ def test_halved_labels_keep_place_and_size_on_average() -> None:
     wide = np.zeros((2, 8), np.int32)
     wide[:, 2:6] = 7
     assert halved(wide).tolist() == [[0, 7, 7, 0]]
+
+
+def rand_index_over_pairs(found: Tensor, true: Tensor) -> float:
+    """The adjusted Rand index of Hubert and Arabie, by a loop over pairs of foreground pixels."""
+    pixels = [
+        (f, t)
+        for f, t in zip(found.flatten().tolist(), true.flatten().tolist(), strict=True)
+        if t > 0
+    ]
+    pairs = list(combinations(pixels, 2))
+    both = sum(a[0] == b[0] and a[1] == b[1] for a, b in pairs)
+    in_found = sum(a[0] == b[0] for a, b in pairs)
+    in_true = sum(a[1] == b[1] for a, b in pairs)
+    chance = in_found * in_true / len(pairs)
+    return float((both - chance) / ((in_found + in_true) / 2 - chance))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_foreground_ari_matches_pairs_of_pixels(seed: int) -> None:
+    found, true = painted(14, 15, 5, seed), painted(14, 15, 5, seed + 100)
+    true[:3, :4], true[9:, 9:] = 6, 7  # two objects at least
+    expected = rand_index_over_pairs(found, true)
+    assert foreground_ari(found, true) == pytest.approx(expected, abs=1e-12)
+    # names of labels and what lies on the background do not matter
+    renamed = torch.where(found > 0, 9 - found, 0)
+    assert foreground_ari(renamed, true) == pytest.approx(expected, abs=1e-12)
+    elsewhere = torch.where(true > 0, found, found + 20)
+    assert foreground_ari(elsewhere, true) == pytest.approx(expected, abs=1e-12)
+
+
+def test_foreground_ari_of_simple_images() -> None:
+    true = torch.tensor([[0, 1, 1], [0, 2, 2]], dtype=torch.int32)
+    assert foreground_ari(true, true) == 1.0
+    assert foreground_ari(torch.zeros_like(true), true) == 0.0  # all is one object
+    assert foreground_ari(torch.arange(6).reshape(2, 3), true) == 0.0
+    one = torch.tensor([[0, 3, 3]])
+    assert foreground_ari(torch.tensor([[0, 5, 5]]), one) == 1.0
+    assert foreground_ari(torch.tensor([[0, 5, 6]]), one) == 0.0
+    assert foreground_ari(one, torch.tensor([[0, 0, 1]])) == 1.0  # one pixel
+    with pytest.raises(ValueError, match="must have an object"):
+        foreground_ari(true, torch.zeros_like(true))
+    with pytest.raises(ValueError, match=r"differ in size: \[1, 3\], \[2, 3\]"):
+        foreground_ari(one, true)

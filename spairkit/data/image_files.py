@@ -7,7 +7,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spairkit.data import invaders
+from spairkit.data.shapes import SIDE, shapes
 from spairkit.detections import Truth
 from spairkit.images import png
 from spairkit.storage.durable import appearing, write_bytes, write_text
@@ -41,6 +44,23 @@ def invaders_source(seed: int, count: int) -> Source:
         count,
         (invaders.HEIGHT, invaders.WIDTH),
         categories=invaders.NAMES,
+    )
+
+
+def shapes_source(kind: str, seed: int, count: int) -> Source:
+    """Scenes of a kind of `data.shapes`."""
+    scenes = (shapes(kind, seed, index) for index in range(count))
+    return Source(
+        (
+            (
+                png(torch.from_numpy(scene.image).permute(2, 0, 1) / 255),
+                Truth(torch.from_numpy(scene.boxes), torch.zeros(len(scene.boxes)).long()),
+            )
+            for scene in scenes
+        ),
+        count,
+        (SIDE, SIDE),
+        categories=("object",),
     )
 
 

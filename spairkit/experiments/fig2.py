@@ -37,7 +37,7 @@ _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort(
         "quick", 2, 1, 4, 4, (1, 3), thresholds=3, threshold_images=4, search="refine", tiny=True
     ),
-    "cpu": Effort("quick", 5000, 2, 500, 256, _NUMBERS),
+    "cpu": Effort("quick", 1500, 1, 150, 64, (1, 5, 9), thresholds=50),
     "full": Effort("paper", 200_000, 6, 1000, 1000, _NUMBERS, threshold_images=1000),
 }
 

@@ -54,13 +54,14 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        5000,
+        1500,
         1,
-        1000,
-        train_images=(1000, 8000, 64_000),
+        500,
+        train_images=(1000, 32_000),
         classifier=ClassifierTraining(
-            steps=15_000, validation_every=500, patience=5000, learning_rate=3e-4
+            steps=3000, validation_every=500, patience=1000, learning_rate=3e-4
         ),
+        threshold_images=100,
     ),
     "full": Effort(
         "paper",

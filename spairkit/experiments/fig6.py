@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spairkit.config import SPAIRConfig
-from spairkit.data.datasets import data_settings, open_dataset
-from spairkit.data.folder import ImageFolder
+from spairkit.data.datasets import data_settings
 from spairkit.data.image_files import invaders_source, write_images
 from spairkit.detector import load
 from spairkit.experiments.experiment import (
@@ -33,7 +32,7 @@ from spairkit.experiments.experiment import (
     trend,
 )
 from spairkit.experiments.picture import Chart, Line
-from spairkit.experiments.side_by_side import Panel, draw_side_by_side
+from spairkit.experiments.side_by_side import draw_side_by_side, first_panels
 from spairkit.images import list_images
 from spairkit.storage.runs import Run
 from spairkit.survey import look
@@ -53,7 +52,7 @@ _FIGURES = {
     "count_error": "count error (objects)",
     "count_bias": "count bias (objects)",
 }
-_FRAMES: dict[Scale, int] = {"smoke": 8, "cpu": 200, "full": 1000}
+_FRAMES: dict[Scale, int] = {"smoke": 8, "cpu": 100, "full": 1000}
 _TRAIN, _TEST = "frames", "test"  # folders; a seed each
 _SHOWN = 3  # frames in the picture
 _COLOURS: dict[str, Any] = {
@@ -68,7 +67,7 @@ _COLOURS: dict[str, Any] = {
 
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort("quick", 2, 1, 2, 4, tiny=True),
-    "cpu": Effort("quick", 5000, 2, 50, 256),
+    "cpu": Effort("quick", 2500, 2, 20, 128),
     "full": Effort("paper", 200_000, 6, 100, 1000),
 }
 
@@ -131,14 +130,8 @@ def _draw(folder: Path, note: str) -> bytes:
         for title, run in runs.items()
     }
     data = Run.open(next(iter(runs.values()))).config.data
-    frames = open_dataset(replace(data, path=str((folder / _TEST).resolve())), "test")
-    assert isinstance(frames, ImageFolder)
-    panels = []
-    for name, _, image, true in frames.images():
-        found = {title: item.detect(image).boxes for title, item in detectors.items()}
-        panels.append(Panel(name, image, found, None if true is None else true.boxes))
-        if len(panels) == _SHOWN:
-            break
+    test = replace(data, path=str((folder / _TEST).resolve()))
+    panels = first_panels(test, detectors, _SHOWN)
     return draw_side_by_side(panels, max(panels[0].image.shape[1:]), note)
 
 

@@ -34,7 +34,7 @@ _PAPER: dict[str, dict[str, Any]] = {
 }
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort("quick", 2, 1, 2, 4, (5, 20), search="off", tiny=True),
-    "cpu": Effort("quick", 15_000, 3, 500, 256, tuple(range(1, 21)), search="off"),
+    "cpu": Effort("quick", 2500, 2, 200, 64, (1, 3, 5, 8, 10, 13, 15, 18, 20), search="off"),
     "full": Effort("paper", 200_000, 4, 1000, 1000, tuple(range(1, 21)), search="off"),
 }
 

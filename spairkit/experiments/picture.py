@@ -127,6 +127,48 @@ def _draw_chart(axes: Axes, chart: Chart) -> None:
     axes.set_ylabel(chart.title)
 
 
+def draw_methods(
+    ours: Mapping[str, Published],
+    published: Mapping[str, Published],
+    label: str,
+    note: str,
+    *,
+    level: float | None = None,
+) -> bytes:
+    """One figure of several methods, in rows from top to bottom, as a PNG.
+
+    Args:
+        ours: our results by method, in [0, 1], with 95 % intervals.
+        published: those of the paper, shown as rings, if there are any.
+        label: of the axis.
+        note: printed below.
+        level: of a dotted line.
+    """
+    rows = {name: -place for place, name in enumerate(ours)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 1.4 + 0.34 * len(rows)), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        for name, point in ours.items():
+            ends = [[point.mean - point.low], [point.high - point.mean]]
+            style: dict[str, Any] = {"marker": "o", "color": COLOURS[0], "capsize": 3}
+            axes.errorbar([point.mean], [rows[name]], xerr=ends, **style)
+            if name in published:
+                style = {"marker": "o", "color": COLOURS[0], "mfc": "white", "ls": ""}
+                axes.plot([published[name].mean], [rows[name]], **style)
+        if level is not None:
+            axes.axvline(level, color="#8b93a3", lw=0.8, ls=":")
+        axes.set_yticks(list(rows.values()), list(rows))
+        axes.set_ylim(0.5 - len(rows), 0.5)
+        axes.set_xlim(0, 1.02)
+        axes.grid(axis="x", color="#e8eaee", lw=0.8)
+        axes.set_axisbelow(True)
+        axes.set_xlabel(f"{label}; rings: the paper" if published else label)
+        figure.supxlabel(note, fontsize=7, color="#596070", parse_math=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
+    return buffer.getvalue()
+
+
 def _short(tick: int) -> str:
     """1,000 as 1k."""
     return f"{tick // 1000}k" if tick and tick % 1000 == 0 else str(tick)

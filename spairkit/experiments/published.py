@@ -1,4 +1,4 @@
-"""Results of the SPAIR paper, read off its plots (docs/model.md 12)."""
+"""Results of the SPAIR paper, read off its plots (docs/model.md 12), and of others on scenes."""
 
 from dataclasses import dataclass
 
@@ -176,3 +176,16 @@ TABLE_1: dict[str, tuple[float, float]] = {
     "truebb": (0.577, 0.012),
 }
 """Table 1: accuracy on SET by method, and its standard deviation over the runs."""
+
+OBJECTS_ARI: dict[str, dict[str, tuple[float, float]]] = {
+    "flat": {"Slot Attention on Multi-dSprites": (0.913, 0.003)},
+    "solid": {
+        "Slot Attention on CLEVR with up to 6 objects": (0.988, 0.003),
+        "Slot Attention on CLEVR": (0.959, 0.024),
+        "GNM on CLEVR": (0.651, 0.042),
+        "SPAIR on CLEVR": (0.771, 0.019),
+    },
+}
+"""`foreground_ari` by the kind of scene that is most like, method and dataset: mean, and standard
+deviation over the runs. The first of each is from Table 1 of Locatello et al. 2020
+(arXiv:2006.15055), the others are from Karazija et al. 2021 (ClevrTex)."""

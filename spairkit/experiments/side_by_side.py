@@ -1,9 +1,10 @@
-"""The picture of a comparison on a folder: a few images with the boxes of each model."""
+"""Pictures of a few images with the boxes of each model."""
 
 import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import matplotlib
@@ -13,8 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from spairkit.config import DataConfig
 from spairkit.data.datasets import open_dataset
 from spairkit.data.folder import ImageFolder
+from spairkit.detector import Detector
 from spairkit.experiments.found import Found
 from spairkit.experiments.settings import MODELS, Settings, config_of
 from spairkit.names import printable, printable_lines
@@ -62,6 +65,21 @@ def draw_folder(settings: Settings, runs: Mapping[str, Sequence[Found]], note: s
             found = {MODELS[model]: run.boxes[chosen[name]] for model, run in first.items()}
             panels.append(Panel(name, image, found, None if true is None else true.boxes))
     return draw_side_by_side(panels, round(_SIDE / config.prepare.scale), note)
+
+
+def first_panels(data: DataConfig, detectors: Mapping[str, Detector], number: int) -> list[Panel]:
+    """The first images of a folder, with the boxes that each detector finds.
+
+    Raises:
+        InputError: the folder or an image cannot be read.
+    """
+    dataset = open_dataset(data, "test")
+    assert isinstance(dataset, ImageFolder)
+    panels = []
+    for name, _, image, true in islice(dataset.images(), number):
+        found = {title: item.detect(image).boxes for title, item in detectors.items()}
+        panels.append(Panel(name, image, found, None if true is None else true.boxes))
+    return panels
 
 
 def draw_side_by_side(panels: Sequence[Panel], side: int, note: str) -> bytes:

@@ -8,13 +8,11 @@ At the scale cpu images have three cards. With seven, a classifier on the true b
 chance after 8,000 updates; the paper made up to 200,000, for 58 %.
 """
 
-import io
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from spairkit.config import SPAIRConfig
@@ -34,9 +32,8 @@ from spairkit.experiments.experiment import (
     over_seeds,
     trend,
 )
-from spairkit.experiments.picture import Chart, Line
+from spairkit.experiments.picture import Chart, Line, draw_methods
 from spairkit.experiments.published import TABLE_1, Published
-from spairkit.report.curves import COLOURS, STYLE
 from spairkit.training.classification import ClassifierTraining
 
 _UNITS = 256
@@ -63,13 +60,13 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        5000,
-        2,
-        1000,
+        2000,
+        1,
+        500,
         numbers=(3,),
         train_images=(128_000,),
         classifier=ClassifierTraining(
-            steps=20_000, validation_every=500, patience=10_000, learning_rate=3e-4
+            steps=2000, validation_every=500, patience=2000, learning_rate=1e-3
         ),
     ),
     "full": Effort(
@@ -148,32 +145,14 @@ def _conclude(settings: Settings, folder: Path, measured: Mapping[str, Measured]
                 ", ".join(f"{name} {value:.3f}" for name, value in means.items()),
             )
         ],
-        lambda note: _drawn(lines, images, note),
+        partial(
+            draw_methods,
+            {line.name: line.ours[images] for line in lines},
+            {line.name: line.published[images] for line in lines if line.published},
+            "accuracy (dotted: chance)",
+            level=_CHANCE,
+        ),
     )
-
-
-def _drawn(lines: list[Line], images: int, note: str) -> bytes:
-    """Accuracies side by side as a PNG; ours with intervals, the paper's as rings."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
-        axes = figure.subplots()
-        for place, (line, colour) in enumerate(zip(lines, COLOURS, strict=False)):
-            ours = line.ours[images]
-            ends = [[ours.mean - ours.low], [ours.high - ours.mean]]
-            axes.errorbar(
-                [place - 0.1], [ours.mean], yerr=ends, marker="o", color=colour, capsize=3
-            )
-            if line.published:
-                paper = line.published[images].mean
-                axes.plot([place + 0.1], [paper], marker="o", color=colour, mfc="white", ls="")
-        axes.axhline(_CHANCE, color="#8b93a3", lw=0.8, ls="--")
-        axes.set_xticks(range(len(lines)), [line.name for line in lines])
-        axes.set_xlim(-0.5, len(lines) - 0.5)
-        axes.set_ylabel("Accuracy (rings: the paper; dashed: chance)")
-        figure.supxlabel(note, fontsize=7, color="#596070", parse_math=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": "spairkit"})
-    return buffer.getvalue()
 
 
 EXPERIMENT = Experiment(

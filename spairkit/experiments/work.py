@@ -16,7 +16,7 @@ import torch
 from spairkit.config import DataConfig
 from spairkit.data.datasets import data_settings, open_dataset
 from spairkit.errors import InputError
-from spairkit.experiments import fig2, fig3, fig4, fig6, fig7, table1
+from spairkit.experiments import fidelity, fig2, fig3, fig4, fig6, fig7, objects, table1
 from spairkit.experiments.experiment import (
     Conclusion,
     Experiment,
@@ -41,7 +41,8 @@ from spairkit.storage.runs import LINKS, new_folder
 from spairkit.training.loop import Event, Step
 
 EXPERIMENTS = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (fig2, fig3, fig4, fig6, fig7, table1)
+    module.EXPERIMENT.name: module.EXPERIMENT
+    for module in (fig2, fig3, fig4, fig6, fig7, table1, objects, fidelity)
 }
 """All experiments by name."""
 

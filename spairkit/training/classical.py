@@ -4,7 +4,7 @@ ConnComp's thresholds are all tried on the same training images (docs/model.md 9
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from statistics import fmean
 
@@ -18,7 +18,7 @@ from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch
 from spairkit.detections import Detections, Truth
 from spairkit.detector import Detector
-from spairkit.metrics import average_precision, count_accuracy, count_error
+from spairkit.metrics import ap_spair, average_precision, count_accuracy, count_error
 from spairkit.models.conncomp import ConnComp, find_components
 from spairkit.models.watershed import Watershed
 from spairkit.preparation import otsu
@@ -30,6 +30,7 @@ LOWEST, HIGHEST = 0.01, 3.0
 """The ends of the grid, as in the authors' code."""
 
 _MAX_PIXELS = 1 << 24  # of the training images together
+_MAX_DISTANCES = 1 << 28  # of scenes whose background is known: their pixels are not kept
 _BATCH_SIZE = 32
 
 
@@ -41,8 +42,9 @@ def fit_classical(
 ) -> Iterator[Step | Validation]:
     """Fits ConnComp, or saves a Watershed, in the folder of `run`, from its last checkpoint on.
 
-    For ConnComp it takes the first `model.images` training images, up to 16 million pixels: scenes,
-    or whole files with known boxes. They give the background, if it is fitted, and each of
+    For ConnComp it takes the first `model.images` training images, up to 16 million pixels, or 268
+    million of scenes whose background is not fitted: scenes, or whole files with known boxes. They
+    give the background, if it is fitted, and each of
     `train.steps` thresholds is tried on them. The best one is kept, the lowest of equals. A given
     threshold, or Otsu's, needs no trial. Without known boxes "fit" is Otsu's too.
 
@@ -74,15 +76,23 @@ def _fit_threshold(
 ) -> Iterator[Step | Validation]:
     train, validation = open_splits(config, device)
     started = time.perf_counter()
-    batches = [
+    fits_background = settings.background in ("mode", "median")
+    few = fits_background or isinstance(train, ImageFolder)
+    batches: Iterable[Batch] = (
         prepared(batch, config.prepare)
-        for batch in _training_batches(train, settings.images, config.train.seed)
-    ]
+        for batch in _training_batches(
+            train, settings.images, config.train.seed, _MAX_PIXELS if few else _MAX_DISTANCES
+        )
+    )
     model = ConnComp(settings).to(device)
-    pixels = torch.cat([batch.images.transpose(0, 1).flatten(1) for batch in batches], dim=1)
-    model.fit_background(pixels[None, :, None])
-    distances = [model.distance(batch.images).cpu() for batch in batches]
-    truth = [item for batch in batches for item in batch.truth()]
+    if fits_background:
+        batches = list(batches)
+        pixels = torch.cat([batch.images.transpose(0, 1).flatten(1) for batch in batches], dim=1)
+        model.fit_background(pixels[None, :, None])
+    distances, truth = [], []
+    for batch in batches:
+        distances.append(model.distance(batch.images).cpu())
+        truth += batch.truth()
     grid = np.linspace(LOWEST, HIGHEST, config.train.steps)
     scores = _resumed(run, grid)
     steps = len(grid)
@@ -165,26 +175,24 @@ def _save(
     )
 
 
-def _training_batches(dataset: Dataset, images: int, seed: int) -> list[Batch]:
+def _training_batches(dataset: Dataset, images: int, seed: int, pixels: int) -> Iterator[Batch]:
     """At least one batch, within the limits on images and pixels."""
     if isinstance(dataset, ImageFolder):
         source = evaluation_batches(dataset, 1)
     else:
         first = seed << 32  # the scenes that training of this seed begins with
         area = dataset.config.image_height * dataset.config.image_width
-        size = max(min(_BATCH_SIZE, _MAX_PIXELS // area), 1)
+        size = max(min(_BATCH_SIZE, pixels // area), 1)
         source = (
             dataset.batch(torch.arange(first + i, first + min(i + size, images)))
             for i in range(0, images, size)
         )
-    batches: list[Batch] = []
     num_pixels = 0
-    for batch in islice(source, images):
+    for number, batch in enumerate(islice(source, images)):
         num_pixels += batch.images[:, 0].numel()
-        if batches and num_pixels > _MAX_PIXELS:
+        if number and num_pixels > pixels:
             break
-        batches.append(batch)
-    return batches
+        yield batch
 
 
 def _resumed(run: Run, grid: npt.NDArray[np.float64]) -> list[float]:
@@ -200,5 +208,7 @@ def _score(criterion: str, found: list[Detections], truth: list[Truth]) -> float
     """The criterion, negated if lower is better."""
     if criterion == "ap":
         return average_precision(found, truth)
+    if criterion == "ap_spair":
+        return ap_spair(found, truth, whole_pixels=True)
     counts = [len(item) for item in found], [len(item) for item in truth]
     return count_accuracy(*counts) if criterion == "count_accuracy" else -count_error(*counts)
