@@ -132,6 +132,72 @@ def test_single_process_gets_its_own_values_back() -> None:
     assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
 
 
+@pytest.mark.parametrize(
+    ("error", "of_the_group"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        # of torch 2.13, as seen when the other process was killed, ended, or was too late
+        (
+            RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [::1]"),
+            True,
+        ),
+        (RuntimeError("Application timeout caused pair closure"), True),
+    ],
+)
+def test_only_errors_of_the_group_are_those_of_another_process(
+    error: RuntimeError, of_the_group: bool
+) -> None:
+    def backward() -> None:
+        raise error
+
+    loss = torch.zeros(())
+    loss.backward = backward  # type: ignore[assignment]
+    with pytest.raises(InputError if of_the_group else type(error)) as raised:
+        World(0, 2).backward(loss)
+    assert ("another process" in str(raised.value)) is of_the_group
+
+
+EXCHANGES = """
+import os, signal
+import torch
+from spairkit.errors import InputError
+from spairkit.training.distributed import joined
+
+with joined(torch.device("cpu")) as (world, device):
+    replica = world.replica(torch.nn.Linear(3, 2), partial=False)
+
+    def backward():
+        world.backward(world.forward(replica, torch.ones(4, 3)).sum())
+
+    backward()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for exchange in (backward, lambda: world.greatest(1)):
+        try:
+            exchange()
+        except InputError as error:
+            print(error, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_killed_process_ends_every_exchange_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "exchanges.py").write_text(EXCHANGES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "exchanges.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.stdout.count("another process of this training has ended") == 2, ended.stderr
+
+
 def test_indivisible_batch_is_refused() -> None:
     config = from_dict({"train": {"batch_size": 6}})
     check(config, CPU, 3)

@@ -5,6 +5,7 @@ CPUs, so that no process waits for its GPU.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spairkit.errors import InputError, lacks_memory
+from spairkit.errors import InputError
 
 _PATIENCE = timedelta(hours=1)  # the other ranks wait this long while rank 0 validates
+# gloo has no type of error of its own, but a place in its source, or one of these texts
+_OF_GLOO = re.compile(
+    r"/gloo/|Connection (closed|reset|refused)|Broken pipe|pair closure|Timed out waiting"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class World:
     """The processes that train one model together; for a single process every method is free.
 
     All processes must call the methods in the same order. If another process has ended, they raise
-    InputError.
+    InputError. Errors of this process, as those of its GPU, are raised as they are.
     """
 
     rank: int = 0
@@ -88,12 +93,17 @@ class World:
         try:
             exchange()
         except RuntimeError as error:
-            if lacks_memory(error):
+            if not _is_of_the_group(error):
                 raise
             raise InputError(
                 "another process of this training has ended: see its message, or it was killed; "
                 f"restart all processes with --resume ({str(error).splitlines()[0][:200]})"
             ) from error
+
+
+def _is_of_the_group(error: RuntimeError) -> bool:
+    """Whether an exchange with the other processes has failed, and nothing of this one."""
+    return isinstance(error, dist.DistError) or bool(_OF_GLOO.search(str(error)))
 
 
 @contextmanager
