@@ -130,6 +130,9 @@ def test_single_process_gets_its_own_values_back() -> None:
     assert alone.from_first(b"abc") == b"abc"
     assert alone.from_first(b"") == b""
     assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
+    tensor = torch.tensor([1.0, 3.0])
+    alone.average([tensor])
+    assert tensor.tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -149,15 +152,14 @@ def test_single_process_gets_its_own_values_back() -> None:
     ],
 )
 def test_only_errors_of_the_group_are_those_of_another_process(
-    error: RuntimeError, of_the_group: bool
+    error: RuntimeError, of_the_group: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def backward() -> None:
+    def all_reduce(*_: object) -> None:
         raise error
 
-    loss = torch.zeros(())
-    loss.backward = backward  # type: ignore[assignment]
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     with pytest.raises(InputError if of_the_group else type(error)) as raised:
-        World(0, 2).backward(loss)
+        World(0, 2).average([torch.zeros(3)])
     assert ("another process" in str(raised.value)) is of_the_group
 
 
@@ -168,15 +170,13 @@ from spairkit.errors import InputError
 from spairkit.training.distributed import joined
 
 with joined(torch.device("cpu")) as (world, device):
-    replica = world.replica(torch.nn.Linear(3, 2), partial=False)
-
-    def backward():
-        world.backward(world.forward(replica, torch.ones(4, 3)).sum())
-
-    backward()
+    values = [torch.full((2, 3), world.rank), torch.full((), 3.0 * world.rank)]
+    values = [value.float() for value in values]
+    world.average(values)
+    print(*(value.tolist() for value in values), flush=True)
     if world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    for exchange in (backward, lambda: world.greatest(1)):
+    for exchange in (lambda: world.average(values), lambda: world.greatest(1)):
         try:
             exchange()
         except InputError as error:
@@ -195,6 +195,7 @@ def test_killed_process_ends_every_exchange_of_the_others(tmp_path: Path) -> Non
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert ended.stdout.count("[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] 1.5") == 2, ended.stderr
     assert ended.stdout.count("another process of this training has ended") == 2, ended.stderr
 
 

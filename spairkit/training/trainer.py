@@ -4,10 +4,11 @@ import math
 import warnings
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, TrainConfig
@@ -100,13 +101,18 @@ class Trainer:
         if run and checkpoint:
             self._resume(run, checkpoint)
         if self.world.size > 1:
-            state = self._state() | {"updates": torch.tensor(self.step)}
-            data = self.world.from_first(safetensors.torch.save(state))
-            shared = safetensors.torch.load(data)
-            self._restore(shared)
-            self.step = int(shared["updates"])
-        self.replica: nn.Module = self.model
-        self.wheels: bool | None = None  # whether training wheels are on in `replica`
+            self._take_from_first()
+        self.wheels: bool | None = None  # whether training wheels were on in the last update
+
+    def _take_from_first(self) -> None:
+        """Takes weights, moments and the number of updates from rank 0."""
+        weights = {f"model:{name}": value for name, value in self.model.state_dict().items()}
+        state = self._state() | weights | {"updates": torch.tensor(self.step)}
+        data = {name: value.contiguous() for name, value in state.items()}
+        shared = safetensors.torch.load(self.world.from_first(safetensors.torch.save(data)))
+        self.model.load_state_dict({name[6:]: shared[name] for name in weights})
+        self._restore(shared)
+        self.step = int(shared["updates"])
 
     def _fit(self, model: SPAIR) -> None:
         """Takes background and noise from training images, where the config says so."""
@@ -131,11 +137,10 @@ class Trainer:
         return losses
 
     def _set_wheels(self, wheels: bool) -> bool:
-        """Makes the replica for updates with or without training wheels; True if it is new."""
-        if wheels is self.wheels:
-            return False
-        self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
-        return True
+        """Takes training wheels on or off; True if this is a change, or the first update."""
+        changed = wheels is not self.wheels
+        self.wheels = wheels
+        return changed
 
     def _inputs(self, step: int) -> "Inputs":
         """Everything that the update of `step` depends on, besides weights and moments."""
@@ -168,8 +173,7 @@ class Trainer:
         assert batch is not None
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            losses: Losses = self.world.forward(
-                self.replica,
+            losses: Losses = self.model(
                 self._seen(batch),
                 success=inputs.success,
                 training_wheels=self.wheels,
@@ -179,8 +183,9 @@ class Trainer:
         if self.world.size > 1:
             self._share_noise()
         self.optimiser.zero_grad(set_to_none=True)
-        self.world.backward(losses.total.mean())
+        losses.total.mean().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.world.average(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~norm.isfinite()).float()
         self.skipped.add_(1).mul_(broken)
@@ -207,7 +212,7 @@ class Trainer:
             std = self.model.noise_std
             std.copy_(self.world.mean(std.square()).sqrt())
 
-    def _counts(self, batch: Batch) -> dict[str, Tensor]:
+    def _counts(self, batch: Batch) -> dict[str, Any]:
         """The true counts, if the model takes them."""
         return {"counts": batch.counts} if self.config.model.count_is_given else {}
 
