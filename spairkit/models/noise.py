@@ -21,6 +21,15 @@ class Part:
     size: int
 
 
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Several batches as one, each with the noise that its own generator gives it."""
+
+    generators: list[torch.Generator]
+    size: int
+    """Images of each batch but the last, which may have fewer."""
+
+
 class Tape:
     """Noise at the same address in every pass, as a CUDA graph needs it.
 
@@ -62,7 +71,7 @@ class Tape:
         return self._draws[self._next - 1][2]
 
 
-Source = torch.Generator | Part | Tape | None
+Source = torch.Generator | Part | Batches | Tape | None
 """Source of noise; None is torch's default generator."""
 
 
@@ -84,4 +93,9 @@ def _drawn(
     if isinstance(source, Part):
         whole = _drawn(draw, source.generator, like, source.size * batch, *shape)
         return whole[source.index * batch :][:batch]
+    if isinstance(source, Batches):
+        starts = range(0, batch, source.size)
+        sizes = [min(source.size, batch - start) for start in starts]
+        numbers = zip(source.generators, sizes, strict=True)
+        return torch.cat([_drawn(draw, one, like, size, *shape) for one, size in numbers])
     return draw(like.new_empty(batch, *shape), generator=source)

@@ -20,7 +20,7 @@ from spairkit.models.conncomp import ConnComp
 from spairkit.models.densities import count_success
 from spairkit.models.elbo import Losses
 from spairkit.models.loading import build, from_checkpoint
-from spairkit.models.noise import Part, Source, uniform
+from spairkit.models.noise import Batches, Part, Source, uniform
 from spairkit.models.spair import SPAIR
 from spairkit.models.watershed import Watershed
 from spairkit.names import printable
@@ -33,6 +33,7 @@ from spairkit.training.validation import Validation, box_figures, draw
 _FITTED_IMAGES = 256  # for the background "mode" and the first noise of likelihood "normal"
 _NEGLIGIBLE_NOISE = 1e-12
 _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
+_VALIDATED_PIXELS = 1 << 21  # of the images that a GPU computes together
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # purposes of a random stream
 
 
@@ -234,7 +235,7 @@ class Trainer:
         detector = Detector(self.model, self.config, search="off")  # a search takes longer
         figures = self._mean_elbo(dataset)
         if dataset.has_truth:
-            figures |= box_figures(detector, dataset, self.config.train.batch_size)
+            figures |= box_figures(detector, dataset, validation_rows(self.config, self.device))
         picture = draw(detector, dataset, run, self.step)
         self.model.train()
         score = figures[criterion(self.config.train)]
@@ -324,18 +325,17 @@ class Trainer:
     def _mean_elbo(self, dataset: Dataset) -> dict[str, float]:
         """Means over the images of `elbo`, under the final count prior, and of `found`, if known.
 
-        The noise is the same every time.
+        The noise of an image is the same every time, whatever the size of batches.
         """
         sums: dict[str, float] = {}
         images = 0
-        batches = validation_batches(dataset, self.config.train.batch_size, self.config.prepare)
-        for index, batch in enumerate(batches):
+        size = self.config.train.batch_size
+        rows = validation_rows(self.config, self.device)
+        for batch in validation_batches(dataset, rows, self.config.prepare):
+            indices = range(images // size, -(-(images + len(batch.images)) // size))
+            noise = Batches([self._generator(_VALIDATE, index) for index in indices], size)
             with torch.no_grad():
-                losses = self.model(
-                    batch.images,
-                    generator=self._generator(_VALIDATE, index),
-                    **self._counts(batch),
-                )
+                losses = self.model(batch.images, generator=noise, **self._counts(batch))
             for name, values in (("elbo", losses.elbo), ("found", losses.found)):
                 if values is not None:
                     sums[name] = sums.get(name, 0.0) + float(values.sum())
@@ -359,6 +359,15 @@ def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -
     parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
     noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     torch._foreach_add_(gradients, noises)
+
+
+def validation_rows(config: Config, device: torch.device) -> int:
+    """Images of a validation that are computed together: on a GPU several batches of training."""
+    size = config.train.batch_size
+    if device.type != "cuda":
+        return size
+    pixels = size * config.data.image_height * config.data.image_width
+    return size * max(_VALIDATED_PIXELS // pixels, 1)
 
 
 def criterion(settings: TrainConfig) -> str:
