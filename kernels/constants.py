@@ -24,6 +24,12 @@ MIN_PROBABILITY = 1e-30
 IMPOSSIBLE = -1e30
 """Log-weight of a count that the samples rule out; -inf would turn a softmax into NaN."""
 
+NEGLIGIBLE_SHARE = 2.0**-56
+"""A sum of positive terms ends when those that are left are at most this share of it."""
+
+LARGE_SUM = 2.0**500
+"""Sums whose quotient is wanted are divided by this when one exceeds it."""
+
 LOG_ROOT_TWO_PI = 0.9189385332046727
 """log sqrt(2 pi), of the normal density."""
 

@@ -123,19 +123,16 @@ def render_configurations() -> Iterator[Configuration]:
 
 
 def presence_configurations() -> Iterator[Configuration]:
-    """The table, the lookup with the KL, and the walk over relaxed samples at every block size."""
-    names = ("odds", "success", "prior_logit", "grad_logit", "grad_log_failure")
+    """The KL of hard samples, and the walk over relaxed ones, at every block size."""
+    names = ("success", "prior_logit", "grad_logit", "grad_log_failure")
     doubles = {f"{name}_ptr": "*fp64" for name in names}
     rows: list[tuple[str, Any, int, dict[str, Any], int, str]] = []
-    for num_cells in (1, 144):
-        constants = {"BLOCK": presence_triton.ODDS_BLOCK}
-        kernel = presence_triton._odds_kernel
-        rows.append(("odds", kernel, num_cells, constants, presence_triton.ODDS_WARPS, "fp32"))
     sizes = [(num_cells, "fp32") for num_cells in (1, 16, 144, 1024)]
     for num_cells, dtype in [*sizes, (144, "bf16")]:
-        constants = {"BLOCK": presence_triton.lookup_block(num_cells)}
+        constants = presence_triton.kl_block(num_cells)
+        warps = constants.pop("num_warps")
         kernel = presence_triton._presence_kl_kernel
-        rows.append(("KL", kernel, num_cells, constants, presence_triton.LOOKUP_WARPS, dtype))
+        rows.append(("KL", kernel, num_cells, constants, warps, dtype))
     for num_cells in (1, 16, 64, 144, 400, 576, 1024):
         counts, block, warps = walk_block(num_cells)
         constants = {"COUNTS": counts, "BLOCK": block}

@@ -1,7 +1,18 @@
-"""Block sizes of the Triton walk over relaxed samples, for callers without Triton too."""
+"""Sizes that decide how the presence prior is computed, for callers without Triton too."""
 
 MAX_CELLS = 1024
-"""Cells of an image in Triton: with more, the table of odds overflows and a walk spills."""
+"""Cells of an image in the Triton walk over relaxed samples: with more, it spills."""
+
+_MAX_TABLE = 1024
+
+
+def fits_table(num_cells: int) -> bool:
+    """Whether the odds of hard samples come from a table of n^2 numbers, which images share.
+
+    For more cells, and in Triton, the odds of each cell are summed by themselves: a table of the
+    62,500 cells of an image of 3000 x 3000 pixels would take 31 GB.
+    """
+    return num_cells <= _MAX_TABLE
 
 
 def walk_block(num_cells: int) -> tuple[int, int, int]:

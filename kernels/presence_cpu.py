@@ -1,7 +1,7 @@
 """Numba twins of the presence prior, which `spairkit.presence` explains; float64 inside.
 
-Hard samples read a table of odds. Relaxed ones walk the cells with the posterior over the count in
-log space, and the gradients walk back.
+Hard samples read a table of odds or, in images of many cells, sum the odds of each cell. Relaxed
+ones walk the cells with the posterior over the count in log space, and the gradients walk back.
 """
 
 import functools
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spairkit.kernels.constants import MIN_PROBABILITY
+from spairkit.kernels.constants import LARGE_SUM, MIN_PROBABILITY, NEGLIGIBLE_SHARE
 from spairkit.kernels.elementary_cpu import exp64, log64
-from spairkit.kernels.threads import arrays, compiled, inlined, over_images
+from spairkit.kernels.presence_blocks import fits_table
+from spairkit.kernels.threads import arrays, compiled, inlined, over_images, part
 
 # likelihood of a count that the samples rule out: -691 as a logarithm, far below that of any count
 # that they allow
@@ -40,14 +41,44 @@ def _odds(success: float, num_cells: int) -> np.ndarray:
     return odds
 
 
+@part
+def _summed_odds(failure, n, k, m):
+    """The entry of `_fill_odds` by its own sum, which `spairkit.presence` explains."""
+    num_open = n - k - 1.0
+    with_it, without, term_with, term = 1.0, 1.0, 1.0, 1.0
+    j = 0.0
+    while j < num_open:
+        share = failure * (num_open - j) / (j + 1.0)
+        term *= share * (m + j + 1.0) / (n - m - j)
+        term_with *= share * (m + j + 2.0) / (n - m - j - 1.0)
+        without += term
+        with_it += term_with
+        j += 1.0
+        rest = num_open - j
+        if term * rest <= NEGLIGIBLE_SHARE * without and (
+            term_with * rest <= NEGLIGIBLE_SHARE * with_it
+        ):
+            break
+        if with_it > LARGE_SUM:
+            term, term_with = term / LARGE_SUM, term_with / LARGE_SUM
+            without, with_it = without / LARGE_SUM, with_it / LARGE_SUM
+    return failure * (m + 1.0) / (n - m) * (with_it / without)
+
+
 @compiled
-def _presence_kl(start, stop, logits, samples, odds, kl, prior_logit):
+def _presence_kl(start, stop, logits, samples, odds, failure, kl, prior_logit):
+    n = np.float64(samples.shape[1])
     for b in range(start, stop):
         before = 0
         unknown = False
         for k in range(samples.shape[1]):
             unknown |= np.isnan(samples[b, k])
-            prior_odds = np.nan if unknown else odds[k, before]
+            if unknown:
+                prior_odds = np.nan
+            elif len(odds) > 0:
+                prior_odds = odds[k, before]
+            else:
+                prior_odds = _summed_odds(failure, n, np.float64(k), np.float64(before))
             prior_logit[b, k] = math.log(prior_odds)
             logit = np.float64(logits[b, k])
             e = math.exp(-abs(logit))
@@ -161,7 +192,8 @@ def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[T
     num_images, num_cells = samples.shape
     kl = torch.empty(num_images, num_cells, dtype=torch.float32)
     prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
-    inputs = *arrays(logits, samples), _odds(float(success), num_cells)
+    table = _odds(float(success), num_cells if fits_table(num_cells) else 0)
+    inputs = *arrays(logits, samples), table, 1.0 - float(success)
     over_images(_presence_kl, num_images, *inputs, kl.numpy(), prior_logit.numpy())
     return kl, prior_logit
 

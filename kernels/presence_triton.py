@@ -1,17 +1,8 @@
 """Triton twins of the presence prior, which `spairkit.presence` explains.
 
-Hard samples: one launch fills the table of odds, each entry by itself, and one looks the cells up
-and computes the KL. Relaxed samples: one program walks the cells of one image with the log-weights
-of all counts in registers, and a second one walks back.
-
-Building the table row by row would take n launches or n barriers. Of the first k cells let m hold
-objects, and let S(k, m) be the probability of one such arrangement, divided by its probability with
-all later cells empty. Adding j of the n - k open cells, term by term,
-
-    S(k, m) = sum_j r_0 r_1 .. r_(j-1),   r_j = (1 - s) (m + j + 1)/(j + 1) (n - k - j)/(n - m - j)
-
-a nested product of positive numbers below 2^1025 for n up to 1024, and the odds of cell k are
-(1 - s) (m + 1)/(n - m) S(k + 1, m + 1)/S(k + 1, m).
+Hard samples: one program walks the cells of one image, block by block, and sums over the counts of
+all cells of a block at once. Relaxed samples: one program walks the cells of one image with the
+log-weights of all counts in registers, and a second one walks back. Both take O(n) memory.
 """
 
 import torch
@@ -19,57 +10,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
+from spairkit.kernels.constants import (
+    IMPOSSIBLE,
+    LARGE_SUM,
+    MIN_PROBABILITY,
+    NEGLIGIBLE_SHARE,
+)
 from spairkit.kernels.launch import on
 from spairkit.kernels.presence_blocks import saved_shape, walk_block
 
-ODDS_BLOCK, ODDS_WARPS = 256, 4
-LOOKUP_WARPS = 4
+_TERMS = 8  # summed between two looks at whether the rest matters
 _IMPOSSIBLE = tl.constexpr(IMPOSSIBLE)
 _LEAST = tl.constexpr(MIN_PROBABILITY)
+_LARGE = tl.constexpr(LARGE_SUM)
+_SMALL = tl.constexpr(1.0 / LARGE_SUM)
+_SHARE = tl.constexpr(NEGLIGIBLE_SHARE)
 
 
 @triton.jit
-def _odds_kernel(
-    success_ptr,  # [] float64
-    odds_ptr,  # [n, n] float64, entry (k, m) for m <= k
-    num_cells,
-    BLOCK: tl.constexpr,
-):
-    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cell, m = entry // num_cells, entry % num_cells
-    exists = (cell < num_cells) & (m <= cell)
-    num_open = num_cells - cell - 1
-    failure = 1.0 - tl.load(success_ptr)
-    with_it = tl.full([BLOCK], 1.0, tl.float64)  # S(cell + 1, m + 1)
-    without = tl.full([BLOCK], 1.0, tl.float64)  # S(cell + 1, m)
-    j = num_cells - (tl.program_id(0) * BLOCK) // num_cells - 2
-    while j >= 0:
-        open_here = exists & (j < num_open)
-        share = tl.where(open_here, num_open - j, 0).to(tl.float64) * failure
-        share = share / (j + 1).to(tl.float64)
-        filled = (m + j + 1).to(tl.float64)
-        empty = tl.where(open_here, num_cells - m - j, 2).to(tl.float64)
-        without = 1.0 + share * filled / empty * without
-        # after m + 1 objects one cell more is full, and one fewer is left to fill
-        with_it = 1.0 + share * (filled + 1.0) / (empty - 1.0) * with_it
-        j -= 1
-    last = tl.where(exists, num_cells - m, 1).to(tl.float64)
-    odds = failure * (m + 1).to(tl.float64) / last * with_it / without
-    tl.store(odds_ptr + entry, odds, mask=exists)
+def _summed_odds(failure, cell, m, num_cells, exists, BLOCK: tl.constexpr, TERMS: tl.constexpr):
+    """[BLOCK] float64 odds of cells after m objects, each by the quotient of two sums."""
+    open_after = tl.where(exists, num_cells - cell - 1, 0).to(tl.float64)
+    empty = tl.where(exists, num_cells - m, 2).to(tl.float64)
+    objects = m.to(tl.float64)
+    one = tl.full([BLOCK], 1.0, tl.float64)
+    without, with_it, term, term_with = one, one, one, one
+    start = 0
+    matters = tl.max((open_after > 0).to(tl.int32), 0)
+    while matters > 0:
+        for following in range(TERMS):
+            j = start + following
+            exists_here = j < open_after
+            share = failure * (open_after - j) / (j + 1)
+            left = tl.where(exists_here, empty - j, 2.0)
+            term = tl.where(exists_here, term * (share * (objects + (j + 1)) / left), 0.0)
+            # after m + 1 objects one cell more is full, and one fewer is left to fill
+            ratio = share * (objects + (j + 2)) / (left - 1.0)
+            term_with = tl.where(exists_here, term_with * ratio, 0.0)
+            without += term
+            with_it += term_with
+        start += TERMS
+        rest = open_after - start
+        more = (term * rest > without * _SHARE) | (term_with * rest > with_it * _SHARE)
+        matters = tl.max(more.to(tl.int32), 0)
+        scale = tl.where(with_it > _LARGE, one * _SMALL, one)
+        term *= scale
+        term_with *= scale
+        without *= scale
+        with_it *= scale
+    return failure * (objects + 1.0) / empty * (with_it / without)
 
 
 @triton.jit
 def _presence_kl_kernel(
     logits_ptr,  # [B, n]
     samples_ptr,  # [B, n]
-    odds_ptr,  # [n, n] float64
+    success_ptr,  # [] float64
     kl_ptr,  # [B, n] float32
     prior_logit_ptr,  # [B, n] float64
     num_cells,
     BLOCK: tl.constexpr,
+    TERMS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * num_cells
+    success = tl.load(success_ptr)
+    failure = tl.where((success > 0) & (success < 1), 1.0 - success, float("nan"))
     before, unknown = 0, 0
     start = 0
     while start < num_cells:
@@ -80,7 +85,7 @@ def _presence_kl_kernel(
         nan = (sample != sample).to(tl.int32)
         m = before + tl.cumsum(present, 0) - present
         poisoned = unknown + tl.cumsum(nan, 0) > 0
-        odds = tl.load(odds_ptr + k.to(tl.int64) * num_cells + m, mask=exists, other=1.0)
+        odds = _summed_odds(failure, k, m, num_cells, exists, BLOCK, TERMS)
         prior_logit = tl.where(poisoned, float("nan"), tl.log(odds))
         logit = tl.load(logits_ptr + row + k, mask=exists, other=0.0).to(tl.float32)
         logit = logit.to(tl.float64)
@@ -250,9 +255,10 @@ def _count_posterior_backward_kernel(
     tl.store(grad_log_failure_ptr + b, tl.sum(tail * counts, 0).to(tl.float64))
 
 
-def lookup_block(num_cells: int) -> int:
-    """Cells that a program of the KL looks up at once."""
-    return min(256, max(32, int(triton.next_power_of_2(num_cells))))
+def kl_block(num_cells: int) -> dict[str, int]:
+    """Constants of the kernel of hard samples: cells of a block, and terms summed at a time."""
+    block = min(256, max(32, int(triton.next_power_of_2(num_cells))))
+    return {"BLOCK": block, "TERMS": _TERMS, "num_warps": max(1, block // 64)}
 
 
 def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,15 +268,10 @@ def presence_kl_triton(logits: Tensor, samples: Tensor, success: Tensor) -> tupl
     kl = torch.empty(samples.shape, device=device, dtype=torch.float32)
     prior_logit = torch.empty(samples.shape, device=device, dtype=torch.float64)
     if samples.numel():
-        odds = torch.empty(num_cells, num_cells, device=device, dtype=torch.float64)
-        programs = triton.cdiv(num_cells * num_cells, ODDS_BLOCK)
         with on(device):
-            _odds_kernel[(programs,)](
-                success, odds, num_cells, BLOCK=ODDS_BLOCK, num_warps=ODDS_WARPS
-            )
             _presence_kl_kernel[(num_images,)](
-                logits.contiguous(), samples.contiguous(), odds, kl, prior_logit, num_cells,
-                BLOCK=lookup_block(num_cells), num_warps=LOOKUP_WARPS,
+                logits.contiguous(), samples.contiguous(), success, kl, prior_logit, num_cells,
+                **kl_block(num_cells),
             )  # fmt: skip
     return kl, prior_logit
 

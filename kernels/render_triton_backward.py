@@ -131,10 +131,11 @@ def _render_backward_kernel(
         p = tl.arange(0, TILE_H * TILE_W)
         channel = tl.arange(0, CH)
         is_alpha = (channel == C)[None, :]
-        # with a floor the importance has a gradient of its own, in the channel after alpha's
+        grad_map = tl.zeros([SIZE_H, CH * SIZE_W], tl.float32)
+        # with a floor the importance has a gradient of its own, in the channel after alpha's or, if
+        # there is none, in a map of its own: one more channel would double their number
         SPARE: tl.constexpr = CH > C + 1
-        GRADS: tl.constexpr = 2 * CH if HAS_FLOOR and not SPARE else CH
-        grad_map = tl.zeros([SIZE_H, GRADS * SIZE_W], tl.float32)
+        grad_floored = tl.zeros([SIZE_H, SIZE_W], tl.float32)
         grad_x1 = tl.zeros([TILE_H * TILE_W], tl.float32)
         grad_x2 = tl.zeros([TILE_H * TILE_W], tl.float32)
         grad_y1 = tl.zeros([TILE_H * TILE_W], tl.float32)
@@ -149,16 +150,6 @@ def _render_backward_kernel(
                 in_y, i, f = axis_taps(y, y1, y2, MAP_H)
                 in_x, j, e = axis_taps(x, x1, x2, MAP_W)
                 here = in_y & in_x & (y < bottom) & (x < right)
-                t00, m00 = texel_values(map_ptr, i, j, here, channel, MAP_H, MAP_W, C + 1)
-                t01, m01 = texel_values(map_ptr, i, j + 1, here, channel, MAP_H, MAP_W, C + 1)
-                t10, m10 = texel_values(map_ptr, i + 1, j, here, channel, MAP_H, MAP_W, C + 1)
-                t11, m11 = texel_values(map_ptr, i + 1, j + 1, here, channel, MAP_H, MAP_W, C + 1)
-                w00, w01, w10, w11 = tap_weights(f, e)
-                value = weighted(w00, w01, w10, w11, t00, t01, t10, t11)
-                cover = w00 * m00 + w01 * m01 + w10 * m10 + w11 * m11
-                opacity = picked(value, channel, C)
-                alpha = opacity * presence
-
                 colour = here[:, None] & (channel < C)[None, :]
                 pixel = y * width + x
                 inverse = tl.load(inverse_ptr + b * height * width + pixel, mask=here, other=0.0)
@@ -175,6 +166,15 @@ def _render_backward_kernel(
                 grad = grad * inverse[:, None]  # 0 for the channel of alpha
                 uncovered = tl.sum(grad * background, 1)
                 common = tl.sum(grad * change, 1)
+                t00, m00 = texel_values(map_ptr, i, j, here, channel, MAP_H, MAP_W, C + 1)
+                t01, m01 = texel_values(map_ptr, i, j + 1, here, channel, MAP_H, MAP_W, C + 1)
+                t10, m10 = texel_values(map_ptr, i + 1, j, here, channel, MAP_H, MAP_W, C + 1)
+                t11, m11 = texel_values(map_ptr, i + 1, j + 1, here, channel, MAP_H, MAP_W, C + 1)
+                w00, w01, w10, w11 = tap_weights(f, e)
+                value = weighted(w00, w01, w10, w11, t00, t01, t10, t11)
+                cover = w00 * m00 + w01 * m01 + w10 * m10 + w11 * m11
+                opacity = picked(value, channel, C)
+                alpha = opacity * presence
                 contrast = tl.sum(grad * value, 1) - uncovered * cover
                 if HAS_FLOOR:
                     dim = presence * nearness
@@ -227,37 +227,37 @@ def _render_backward_kernel(
                 _in, row, beyond_y = axis_taps(tile_y + tl.arange(0, TILE_H), y1, y2, MAP_H)
                 wx = _tap_weights(column - first_column, beyond_x, SIZE_W)
                 wy = _tap_weights(row - first_row, beyond_y, SIZE_H)
-                if HAS_FLOOR:
-                    if SPARE:
-                        grad_value = tl.where(
-                            (channel == C + 1)[None, :], grad_importance[:, None], grad_value
-                        )
-                    else:
-                        extra = tl.where((channel == 0)[None, :], grad_importance[:, None], 0.0)
-                        grad_value = tl.permute(tl.join(grad_value, extra), (0, 2, 1))
-                        grad_value = tl.reshape(grad_value, [TILE_H * TILE_W, GRADS])
+                if HAS_FLOOR and SPARE:
+                    grad_value = tl.where(
+                        (channel == C + 1)[None, :], grad_importance[:, None], grad_value
+                    )
                 grad_map = _to_texels(
-                    grad_value, wx, wy, grad_map, TILE_H, TILE_W, GRADS, SIZE_H, SIZE_W
+                    grad_value, wx, wy, grad_map, TILE_H, TILE_W, CH, SIZE_H, SIZE_W
                 )
+                if HAS_FLOOR and not SPARE:
+                    grad_floored = _to_texels(
+                        grad_importance, wx, wy, grad_floored, TILE_H, TILE_W, 1, SIZE_H, SIZE_W
+                    )
                 tile_x += TILE_W
             tile_y += TILE_H
 
         r = first_row + tl.arange(0, SIZE_H)[:, None, None]
         c = first_column + tl.arange(0, SIZE_W)[None, :, None]
-        k = tl.arange(0, GRADS)[None, None, :]
+        k = channel[None, None, :]
         texel = (r * MAP_W + c) * (C + 1) + k
         in_map = (r < MAP_H) & (c < MAP_W) & (k < C + 1)
-        grads = tl.permute(tl.reshape(grad_map, [SIZE_H, GRADS, SIZE_W]), (0, 2, 1))
+        grads = tl.permute(tl.reshape(grad_map, [SIZE_H, CH, SIZE_W]), (0, 2, 1))
         here_presence, here_nearness = tl.sum(grad_presence, 0), tl.sum(grad_nearness, 0)
         if HAS_FLOOR:
             in_alpha = in_map & (k == C)
             opacities = tl.load(map_ptr + texel, mask=in_alpha, other=0.0).to(tl.float32)
             above = in_alpha & (opacities * (presence * nearness) >= floor)
+            if SPARE:
+                grad_floored = tl.sum(tl.where(k == C + 1, grads, 0.0), 2)
             # importance gets a gradient only above the floor
-            grad_above = tl.sum(tl.where(k == C + 1, grads, 0.0), 2)
-            grad_above = tl.where(above, grad_above[:, :, None], 0.0)
+            grad_above = tl.where(above, grad_floored[:, :, None], 0.0)
             grads += grad_above * (presence * nearness)
-            total = tl.sum(tl.reshape(grad_above * opacities, [SIZE_H * SIZE_W * GRADS]), 0)
+            total = tl.sum(tl.reshape(grad_above * opacities, [SIZE_H * SIZE_W * CH]), 0)
             here_presence += total * nearness
             here_nearness = total * presence
         tl.store(grad_rgba_ptr + item * (MAP_H * MAP_W * (C + 1)) + texel, grads, mask=in_map)
@@ -293,6 +293,18 @@ def backward_tile(map_height: int, map_width: int) -> dict[str, int]:
     }
 
 
+def register_limit(channels: int, map_side: int, floor: float) -> dict[str, int]:
+    """The option of a launch that bounds the registers of a thread, where none spills by it.
+
+    Left alone, the assembler takes 173 for maps of 14 texels a side with a floor, and then a
+    multiprocessor holds one block; at 104 it holds two. AMD's compiler has no such option.
+    """
+    spare = triton.next_power_of_2(channels) > channels
+    if floor == 0 or spare or map_side > 16 or torch.version.hip:
+        return {}
+    return {"maxnreg": 104}
+
+
 def render_backward_triton(
     grad_image: Tensor, rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor,
     background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
@@ -316,6 +328,7 @@ def render_backward_triton(
                 grad_presence, grad_background, num_objects, height, width, programs,
                 *grad_image.stride(), *background.stride(), floor,
                 C=num_colours, CH=triton.next_power_of_2(channels), HAS_FLOOR=floor > 0, **tile,
+                **register_limit(channels, max(map_height, map_width), floor),
             )  # fmt: skip
     grad_boxes, grad_depth, grad_presence = (
         part.squeeze(2) if tile["BANDS"] == 1 else part.sum(2)

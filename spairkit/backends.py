@@ -5,6 +5,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,9 +18,13 @@ interpreter on the CPU if TRITON_INTERPRET=1 is in the environment. `auto`: chos
 Precision = Literal["float32", "tf32", "bf16"]
 """Values of `train.precision`. With bf16, products that stay float32 are exact float32."""
 
-_PRODUCTS: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+# the older flag of torch, and the newer settings that it covers
+_PRODUCTS: tuple[tuple[Any, tuple[Any, ...]], ...] = (
+    (torch.backends.cuda.matmul, (torch.backends.cuda.matmul,)),
+    (
+        torch.backends.cudnn,
+        (torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
+    ),
 )
 
 _PRECISION_LOCK = threading.RLock()
@@ -147,13 +152,17 @@ class _Fused(torch.autograd.Function):
 def set_precision(precision: Precision, device: torch.device) -> None:
     """Sets the precision of float32 products on a GPU, and makes convolutions deterministic.
 
-    Reading torch's older flags, `allow_tf32`, raises afterwards: they cannot express the setting.
+    Torch's older flags, `allow_tf32`, and its newer settings, `fp32_precision`, are set alike:
+    reading a flag that contradicts the setting raises.
     """
     if device.type == "cuda":
-        # torch's default is tf32 for convolutions only
+        _ignore_age_of_flags()
         torch.backends.cudnn.deterministic = True
-        for products in _PRODUCTS:
-            products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+        # torch's default is tf32 for convolutions only
+        for flag, settings in _PRODUCTS:
+            flag.allow_tf32 = precision == "tf32"
+            for products in settings:
+                products.fp32_precision = "tf32" if precision == "tf32" else "ieee"
 
 
 @contextmanager
@@ -167,12 +176,34 @@ def computing_in(precision: Precision, device: torch.device) -> Iterator[None]:
         yield
         return
     with _PRECISION_LOCK:
+        _ignore_age_of_flags()
         deterministic = torch.backends.cudnn.deterministic
-        before = [products.fp32_precision for products in _PRODUCTS]
+        before = [
+            (flag, _allows_tf32(flag), [(products, products.fp32_precision) for products in some])
+            for flag, some in _PRODUCTS
+        ]
         set_precision(precision, device)
         try:
             yield
         finally:
             torch.backends.cudnn.deterministic = deterministic
-            for products, value in zip(_PRODUCTS, before, strict=True):
-                products.fp32_precision = value
+            for flag, allowed, settings in before:
+                if allowed is not None:
+                    flag.allow_tf32 = allowed
+                for products, value in settings:
+                    products.fp32_precision = value
+
+
+@cache
+def _ignore_age_of_flags() -> None:
+    """Torch 2.9 warns at each process's first use of the older flags."""
+    message = "Please use the new API settings to control TF32"
+    warnings.filterwarnings("ignore", message=message, category=UserWarning)
+
+
+def _allows_tf32(flag: Any) -> bool | None:
+    """An older flag of torch; None where it contradicts the newer settings and cannot be read."""
+    try:
+        return bool(flag.allow_tf32)
+    except RuntimeError:
+        return None

@@ -8,7 +8,14 @@ chain of Bernoullis, equations (B1) and (B2), which is computed as log-odds:
   r(k, m) be the probability of one arrangement of the first k cells with m + 1 objects, divided by
   that of one with m. Then r(n, m) = (1 - s)(m + 1)/(n - m), the odds of cell k are r(k + 1, m), and
   r(k, m) = r(k + 1, m) (1 + r(k + 1, m + 1))/(1 + r(k + 1, m)). Sums and products of positive
-  numbers are accurate in float64 for any s and n, and nothing underflows.
+  numbers are accurate in float64 for any s and n, and nothing underflows. This fills a table of n^2
+  odds. Triton, and every implementation in images of many cells, sums those that are needed: let
+  S(k, m) be the probability of one arrangement of the first k cells with m objects, divided by its
+  probability with all later cells empty. Adding j of the n - k open cells,
+  S(k, m) = sum_j t_j with t_0 = 1 and
+  t_(j+1) = t_j (1 - s)(m + j + 1)/(j + 1) (n - k - j)/(n - m - j), and the odds of cell k are
+  (1 - s)(m + 1)/(n - m) S(k + 1, m + 1)/S(k + 1, m). The factors decrease in j, so a sum ends when
+  the last term, times the number of those left, is negligible.
 - Relaxed samples: the posterior over the count is carried from cell to cell. It is kept in log
   space because (1 - s)^c underflows.
 """
@@ -21,9 +28,16 @@ import torch
 from torch import Tensor
 
 from spairkit.backends import Backend, chosen_backend
-from spairkit.kernels.constants import IMPOSSIBLE, MIN_PROBABILITY
-from spairkit.kernels.presence_blocks import MAX_CELLS
+from spairkit.kernels.constants import (
+    IMPOSSIBLE,
+    LARGE_SUM,
+    MIN_PROBABILITY,
+    NEGLIGIBLE_SHARE,
+)
+from spairkit.kernels.presence_blocks import MAX_CELLS, fits_table
 from spairkit.kernels.presence_op import count_posterior_op, presence_kl_op
+
+_TERMS = 16  # of the sum over counts, between two looks at whether the rest matters
 
 
 def presence_kl(
@@ -48,7 +62,7 @@ def presence_kl(
         relaxed: False reads `samples > 0.5`, and `samples` get no gradient; True uses the samples
             as they are, in [0, 1], with gradients.
         backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter; up to 1024
-            cells), or "auto".
+            cells if relaxed), or "auto".
 
     Returns:
         [B, n] nats, float64 if `logits` are, else float32. NaN from the first NaN sample on (with
@@ -147,11 +161,11 @@ def _chosen(
             )
         backend = "torch" if backend == "auto" else backend
     chosen = chosen_backend(backend, inputs, name)
-    if chosen == "triton" and inputs.shape[1] > MAX_CELLS:
+    if chosen == "triton" and relaxed and inputs.shape[1] > MAX_CELLS:
         if backend == "triton":
             raise ValueError(
-                f"backend 'triton' supports at most {MAX_CELLS} cells, got {inputs.shape[1]}: "
-                "use backend='torch'"
+                f"backend 'triton' supports at most {MAX_CELLS} cells of relaxed samples, "
+                f"got {inputs.shape[1]}: use backend='torch'"
             )
         return "torch"
     return chosen
@@ -214,16 +228,19 @@ def _prior_logit_torch(samples: Tensor, success: float | Tensor, relaxed: bool) 
         failure = 1 - success.double() if isinstance(success, Tensor) else 1.0 - success
         return _relaxed_prior_logit(samples.double(), failure)
     num_cells = samples.shape[1]
+    present = (samples > 0.5).long()
+    before = present.cumsum(1) - present
+    unknown = samples.isnan().cumsum(1) > 0
+    # a sum ends by its values, which a trace has not
+    if not (fits_table(num_cells) or torch.compiler.is_compiling()):
+        return torch.where(unknown, torch.nan, _summed_log_odds(1 - success, before))
     if isinstance(success, Tensor):
         table = _log_odds_table(1 - success.double(), num_cells)
     elif torch.compiler.is_compiling():
         table = _log_odds_table(samples.new_tensor(1.0 - success, dtype=torch.double), num_cells)
     else:
         table = _cached_log_odds_table(success, num_cells, samples.device)
-    present = (samples > 0.5).long()
-    before = present.cumsum(1) - present
     cell = torch.arange(num_cells, device=samples.device)
-    unknown = samples.isnan().cumsum(1) > 0
     return torch.where(unknown, torch.nan, table[cell, before])
 
 
@@ -251,6 +268,32 @@ def _log_odds_table(failure: Tensor, num_cells: int) -> Tensor:
         rows.append(odds)
     pad = torch.nn.functional.pad
     return torch.stack([pad(row.log(), (0, num_cells - len(row))) for row in rows[::-1]])
+
+
+def _summed_log_odds(failure: float | Tensor, before: Tensor) -> Tensor:
+    """[B, n] float64: log-odds of each cell after `before` objects, as the table has them."""
+    num_cells = before.shape[1]
+    m = before.double()
+    open_after = num_cells - 1 - torch.arange(num_cells, device=before.device).double()
+    term = term_with = without = with_it = torch.ones_like(m)
+    for j in range(num_cells - 1):
+        here = j < open_after
+        share = failure * (open_after - j) / (j + 1)
+        left = torch.where(here, num_cells - m - j, 2.0)
+        term = torch.where(here, term * (share * (m + j + 1) / left), 0.0)
+        term_with = torch.where(here, term_with * (share * (m + j + 2) / (left - 1)), 0.0)
+        without, with_it = without + term, with_it + term_with
+        if j % _TERMS == _TERMS - 1:
+            rest = open_after - j - 1
+            more = (term * rest > NEGLIGIBLE_SHARE * without) | (
+                term_with * rest > NEGLIGIBLE_SHARE * with_it
+            )
+            if not bool(more.any()):
+                break
+            scale = torch.ones_like(m).masked_fill(with_it > LARGE_SUM, 1 / LARGE_SUM)
+            term, term_with = term * scale, term_with * scale
+            without, with_it = without * scale, with_it * scale
+    return (failure * (m + 1) / (num_cells - m) * (with_it / without)).log()
 
 
 def _relaxed_prior_logit(samples: Tensor, failure: float | Tensor) -> Tensor:

@@ -130,6 +130,73 @@ def test_single_process_gets_its_own_values_back() -> None:
     assert alone.from_first(b"abc") == b"abc"
     assert alone.from_first(b"") == b""
     assert torch.equal(alone.mean(torch.tensor([1.0, 3.0])), torch.tensor([1.0, 3.0]))
+    tensor = torch.tensor([1.0, 3.0])
+    alone.average([tensor])
+    assert tensor.tolist() == [1.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_group"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        # of torch 2.13, as seen when the other process was killed, ended, or was too late
+        (
+            RuntimeError("[/x/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [::1]"),
+            True,
+        ),
+        (RuntimeError("Application timeout caused pair closure"), True),
+    ],
+)
+def test_only_errors_of_the_group_are_those_of_another_process(
+    error: RuntimeError, of_the_group: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_reduce(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with pytest.raises(InputError if of_the_group else type(error)) as raised:
+        World(0, 2).average([torch.zeros(3)])
+    assert ("another process" in str(raised.value)) is of_the_group
+
+
+EXCHANGES = """
+import os, signal
+import torch
+from spairkit.errors import InputError
+from spairkit.training.distributed import joined
+
+with joined(torch.device("cpu")) as (world, device):
+    values = [torch.full((2, 3), world.rank), torch.full((), 3.0 * world.rank)]
+    values = [value.float() for value in values]
+    world.average(values)
+    print(*(value.tolist() for value in values), flush=True)
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    for exchange in (lambda: world.average(values), lambda: world.greatest(1)):
+        try:
+            exchange()
+        except InputError as error:
+            print(error, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_killed_process_ends_every_exchange_of_the_others(tmp_path: Path) -> None:
+    (tmp_path / "exchanges.py").write_text(EXCHANGES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ended = subprocess.run(
+        [sys.executable, *launcher, str(tmp_path / "exchanges.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.stdout.count("[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] 1.5") == 2, ended.stderr
+    assert ended.stdout.count("another process of this training has ended") == 2, ended.stderr
 
 
 def test_indivisible_batch_is_refused() -> None:

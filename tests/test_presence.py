@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import resource
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_hard_prior_is_exact_to_float32(num_cells: int, success: float, backend:
     prior = presence_prior(samples, success, backend=backend)
     assert prior.dtype == torch.float32
     torch.testing.assert_close(prior.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_prior_of_a_large_image_takes_little_memory(backend: Backend) -> None:
+    """62,500 cells, of 3000 x 3000 pixels; a table of their odds would take 31 GB."""
+    num_cells, success = 62_500, 0.98
+    random = torch.Generator().manual_seed(0)
+    samples = (torch.rand(1, num_cells, generator=random) < 0.02).float()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kl = presence_kl(torch.zeros(1, num_cells), samples, success, backend=backend)
+    prior = presence_prior(samples, success, backend=backend).double()
+    risen = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert risen < 300 * 1024  # KiB
+    chain = torch.where(samples > 0.5, prior, 1 - prior).log().sum(1)
+    closed = log_presence_prior(samples.sum(1), torch.tensor(float(num_cells)), success)
+    torch.testing.assert_close(chain, closed.double(), rtol=1e-5, atol=0)
+    uninformed = -(prior * (1 - prior)).log() / 2 - math.log(2)  # KL of a chance of one half
+    torch.testing.assert_close(kl.double(), uninformed, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("success", SUCCESSES)

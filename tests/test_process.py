@@ -27,12 +27,19 @@ print(first, second)
 
 
 def settings() -> tuple[str, str, bool]:
-    backends = torch.backends
-    return (
-        backends.cuda.matmul.fp32_precision,
-        backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        backends.cudnn.deterministic,
+    """Those of products, convolutions and determinism; torch's older flags must not differ."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = (
+        products.fp32_precision,
+        convolutions.conv.fp32_precision,  # type: ignore[attr-defined]
+        convolutions.deterministic,
     )
+    # reading one of these raises where it contradicts the newer settings
+    assert products.allow_tf32 == (found[0] == "tf32")
+    assert convolutions.allow_tf32 == (found[1] == "tf32")
+    assert torch.get_float32_matmul_precision() == ("high" if found[0] == "tf32" else "highest")
+    assert convolutions.rnn.fp32_precision == found[1]  # type: ignore[attr-defined]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -53,6 +60,21 @@ def test_precision_is_restored_after_an_error() -> None:
     with pytest.raises(KeyError), computing_in("tf32", CUDA):
         raise KeyError
     assert settings() == before
+
+
+def test_precision_of_the_user_is_restored_even_if_contradictory() -> None:
+    products = torch.backends.cuda.matmul
+    try:
+        products.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            assert products.allow_tf32
+        with computing_in("float32", CUDA):
+            assert settings() == ("ieee", "ieee", True)
+        assert products.fp32_precision == "tf32"
+    finally:
+        products.allow_tf32 = False
+        products.fp32_precision = "none"
+    settings()
 
 
 def test_precision_is_unchanged_on_a_cpu() -> None:

@@ -30,7 +30,13 @@ from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
 from spairkit.training import trainer as trainer_module
 from spairkit.training.loop import Step, Validation, fit
-from spairkit.training.trainer import _VALIDATE, Trainer, learning_rate, success_at
+from spairkit.training.trainer import (
+    _VALIDATE,
+    Trainer,
+    learning_rate,
+    success_at,
+    validation_rows,
+)
 
 NoSync = Callable[[], AbstractContextManager[object]]
 
@@ -410,6 +416,31 @@ def test_validation_elbo_is_the_mean_over_batches_with_fixed_noise(tmp_path: Pat
             noise = trainer._generator(_VALIDATE, index)
             elbos += trainer.model(dataset.batch(rows).images, generator=noise).elbo.tolist()
     assert trainer._mean_elbo(dataset)["elbo"] == pytest.approx(sum(elbos) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TINY["model"],
+        {"kind": "air", "count": "inferred", "presence": "concrete"},
+        {"kind": "dair", "count": "given"},
+    ],
+)
+def test_validation_figures_do_not_depend_on_the_size_of_batches(
+    model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU computes several batches together, of which the last has fewer images."""
+    config = from_dict(TINY | {"model": model, "data": TINY["data"] | {"validation_images": 11}})
+    train, validation = open_splits(config)
+    trainer = Trainer(config, None, train, CPU)
+    assert validation_rows(config, CPU) == 4
+    assert validation_rows(config, torch.device("cuda")) == 4 * (2**21 // (4 * 24 * 24))
+    found = []
+    for rows in (4, 8, 12, 40):
+        monkeypatch.setattr(trainer_module, "validation_rows", lambda *_, rows=rows: rows)
+        found.append(trainer._mean_elbo(validation))
+    for figures in found[1:]:
+        assert figures == pytest.approx(found[0], rel=1e-6)
 
 
 def test_non_finite_updates_change_no_state(

@@ -102,6 +102,7 @@ class AIR(nn.Module):
         training_wheels: bool = False,
         generator: Source = None,
         counts: Tensor | None = None,  # [B] int64
+        steps: int | None = None,
     ) -> Losses:
         """The terms of the negative ELBO with one sample of the latents.
 
@@ -113,6 +114,8 @@ class AIR(nn.Module):
             generator: source of the sampling noise, which may be a `Part` of a batch; None is
                 torch's default generator.
             counts: the true numbers of objects, if `config.count` is "given".
+            steps: at least the greatest of `counts`, which are then not read, as in a CUDA graph;
+                None reads them, if they are given.
 
         Returns:
             Losses, every term [B] in nats; no `kl_pres` where counts are given.
@@ -122,7 +125,8 @@ class AIR(nn.Module):
                 negative or of another shape.
             InputError: `images` has another size, or a count is above 256.
         """
-        steps = self._steps(images, counts)
+        if steps is None:
+            steps = self._steps(images, counts)
         noise = self._draw(images, steps, generator)
         objects = self._find(images, steps, noise, counts, training_wheels)
         if success is None:

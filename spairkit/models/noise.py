@@ -21,6 +21,15 @@ class Part:
     size: int
 
 
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """Several batches as one, each with the noise that its own generator gives it."""
+
+    generators: list[torch.Generator]
+    size: int
+    """Images of each batch but the last, which may have fewer."""
+
+
 class Tape:
     """Noise at the same address in every pass, as a CUDA graph needs it.
 
@@ -30,29 +39,39 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self._source: torch.Generator | None = None
-        self._draws: list[tuple[Callable[..., Tensor], Tensor]] = []
+        self._source: torch.Generator | Part | None = None
+        # how numbers are drawn, those of the whole batch, and those of its part
+        self._draws: list[tuple[Callable[..., Tensor], Tensor, Tensor]] = []
         self._next = 0
 
-    def wind(self, source: torch.Generator) -> None:
+    def wind(self, source: torch.Generator | Part) -> None:
         """Repeats the draws of the first pass with new numbers, for the next pass."""
         self._source = source
-        for draw, numbers in self._draws:
-            draw(numbers, generator=source)
+        generator = source.generator if isinstance(source, Part) else source
+        for draw, numbers, _ in self._draws:
+            draw(numbers, generator=generator)
 
     def rewind(self) -> None:
         """Starts a pass."""
         self._next = 0
 
-    def take(self, draw: Callable[..., Tensor], like: Tensor, *shape: int) -> Tensor:
-        """The next numbers [*shape], which `draw` writes into a tensor in the first pass."""
+    def take(self, draw: Callable[..., Tensor], like: Tensor, batch: int, *shape: int) -> Tensor:
+        """The next numbers [batch, *shape], which `draw` writes into a tensor in the first pass."""
         if self._next == len(self._draws):
-            self._draws.append((draw, draw(like.new_empty(shape), generator=self._source)))
+            source = self._source
+            if isinstance(source, Part):
+                whole = draw(
+                    like.new_empty(source.size * batch, *shape), generator=source.generator
+                )
+                self._draws.append((draw, whole, whole[source.index * batch :][:batch]))
+            else:
+                whole = draw(like.new_empty(batch, *shape), generator=source)
+                self._draws.append((draw, whole, whole))
         self._next += 1
-        return self._draws[self._next - 1][1]
+        return self._draws[self._next - 1][2]
 
 
-Source = torch.Generator | Part | Tape | None
+Source = torch.Generator | Part | Batches | Tape | None
 """Source of noise; None is torch's default generator."""
 
 
@@ -74,4 +93,9 @@ def _drawn(
     if isinstance(source, Part):
         whole = _drawn(draw, source.generator, like, source.size * batch, *shape)
         return whole[source.index * batch :][:batch]
+    if isinstance(source, Batches):
+        starts = range(0, batch, source.size)
+        sizes = [min(source.size, batch - start) for start in starts]
+        numbers = zip(source.generators, sizes, strict=True)
+        return torch.cat([_drawn(draw, one, like, size, *shape) for one, size in numbers])
     return draw(like.new_empty(batch, *shape), generator=source)

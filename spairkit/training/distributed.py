@@ -5,21 +5,23 @@ CPUs, so that no process waits for its GPU.
 """
 
 import os
-import warnings
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from spairkit.errors import InputError, lacks_memory
+from spairkit.errors import InputError
 
 _PATIENCE = timedelta(hours=1)  # the other ranks wait this long while rank 0 validates
+# gloo has no type of error of its own, but a place in its source, or one of these texts
+_OF_GLOO = re.compile(
+    r"/gloo/|Connection (closed|reset|refused)|Broken pipe|pair closure|Timed out waiting"
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class World:
     """The processes that train one model together; for a single process every method is free.
 
     All processes must call the methods in the same order. If another process has ended, they raise
-    InputError.
+    InputError. Errors of this process, as those of its GPU, are raised as they are.
     """
 
     rank: int = 0
@@ -56,31 +58,17 @@ class World:
         self._together(lambda: dist.broadcast(shared, 0))
         return shared.numpy().tobytes()
 
-    def replica(self, model: nn.Module, *, partial: bool) -> nn.Module:
-        """The model with the weights of rank 0, whose gradients `backward` averages.
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replaces tensors, such as gradients, by their means over all processes.
 
-        Args:
-            model: on the device of the training.
-            partial: whether some parameters get no gradient; finding them waits for the device.
+        One exchange for all, which a CUDA graph can record; shapes must be the same on all ranks.
         """
-        if self.size == 1:
-            return model
-        return DistributedDataParallel(model, find_unused_parameters=partial)
-
-    def forward(self, replica: nn.Module, images: Tensor, **options: Any) -> Any:
-        """The result of a replica, which gets the buffers of rank 0 first."""
-        if self.size == 1:
-            return replica(images, **options)
-        results: list[Any] = []
-        self._together(lambda: results.append(replica(images, **options)))
-        return results[0]
-
-    def backward(self, loss: Tensor) -> None:
-        """Computes the gradients of `loss`; those of a replica are averaged over all processes."""
-        if self.size == 1:
-            loss.backward()
-        else:
-            self._together(loss.backward)
+        if self.size == 1 or not tensors:
+            return
+        means = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = means.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
     def _together(self, exchange: Callable[[], object]) -> None:
         if self.size == 1:
@@ -88,12 +76,17 @@ class World:
         try:
             exchange()
         except RuntimeError as error:
-            if lacks_memory(error):
+            if not _is_of_the_group(error):
                 raise
             raise InputError(
                 "another process of this training has ended: see its message, or it was killed; "
                 f"restart all processes with --resume ({str(error).splitlines()[0][:200]})"
             ) from error
+
+
+def _is_of_the_group(error: RuntimeError) -> bool:
+    """Whether an exchange with the other processes has failed, and nothing of this one."""
+    return isinstance(error, dist.DistError) or bool(_OF_GLOO.search(str(error)))
 
 
 @contextmanager
@@ -118,8 +111,8 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
             )
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    # gradients of torch's convolutions are channels-last; copying them is cheap
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        # torch demands this of programs that record exchanges in CUDA graphs
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size()), device

@@ -4,10 +4,11 @@ import math
 import warnings
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, TrainConfig
@@ -19,7 +20,7 @@ from spairkit.models.conncomp import ConnComp
 from spairkit.models.densities import count_success
 from spairkit.models.elbo import Losses
 from spairkit.models.loading import build, from_checkpoint
-from spairkit.models.noise import Part, Source, uniform
+from spairkit.models.noise import Batches, Part, Source, uniform
 from spairkit.models.spair import SPAIR
 from spairkit.models.watershed import Watershed
 from spairkit.names import printable
@@ -32,6 +33,7 @@ from spairkit.training.validation import Validation, box_figures, draw
 _FITTED_IMAGES = 256  # for the background "mode" and the first noise of likelihood "normal"
 _NEGLIGIBLE_NOISE = 1e-12
 _WITHIN = math.erf(math.sqrt(2))  # share of a normal within two standard deviations
+_VALIDATED_PIXELS = 1 << 21  # of the images that a GPU computes together
 _SAMPLE, _GRADIENT, _VALIDATE = 1, 2, 3  # purposes of a random stream
 
 
@@ -100,13 +102,18 @@ class Trainer:
         if run and checkpoint:
             self._resume(run, checkpoint)
         if self.world.size > 1:
-            state = self._state() | {"updates": torch.tensor(self.step)}
-            data = self.world.from_first(safetensors.torch.save(state))
-            shared = safetensors.torch.load(data)
-            self._restore(shared)
-            self.step = int(shared["updates"])
-        self.replica: nn.Module = self.model
-        self.wheels: bool | None = None  # whether training wheels are on in `replica`
+            self._take_from_first()
+        self.wheels: bool | None = None  # whether training wheels were on in the last update
+
+    def _take_from_first(self) -> None:
+        """Takes weights, moments and the number of updates from rank 0."""
+        weights = {f"model:{name}": value for name, value in self.model.state_dict().items()}
+        state = self._state() | weights | {"updates": torch.tensor(self.step)}
+        data = {name: value.contiguous() for name, value in state.items()}
+        shared = safetensors.torch.load(self.world.from_first(safetensors.torch.save(data)))
+        self.model.load_state_dict({name[6:]: shared[name] for name in weights})
+        self._restore(shared)
+        self.step = int(shared["updates"])
 
     def _fit(self, model: SPAIR) -> None:
         """Takes background and noise from training images, where the config says so."""
@@ -131,11 +138,10 @@ class Trainer:
         return losses
 
     def _set_wheels(self, wheels: bool) -> bool:
-        """Makes the replica for updates with or without training wheels; True if it is new."""
-        if wheels is self.wheels:
-            return False
-        self.wheels, self.replica = wheels, self.world.replica(self.model, partial=wheels)
-        return True
+        """Takes training wheels on or off; True if this is a change, or the first update."""
+        changed = wheels is not self.wheels
+        self.wheels = wheels
+        return changed
 
     def _inputs(self, step: int) -> "Inputs":
         """Everything that the update of `step` depends on, besides weights and moments."""
@@ -168,8 +174,7 @@ class Trainer:
         assert batch is not None
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            losses: Losses = self.world.forward(
-                self.replica,
+            losses: Losses = self.model(
                 self._seen(batch),
                 success=inputs.success,
                 training_wheels=self.wheels,
@@ -179,8 +184,9 @@ class Trainer:
         if self.world.size > 1:
             self._share_noise()
         self.optimiser.zero_grad(set_to_none=True)
-        self.world.backward(losses.total.mean())
+        losses.total.mean().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.world.average(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         broken = (~norm.isfinite()).float()
         self.skipped.add_(1).mul_(broken)
@@ -207,7 +213,7 @@ class Trainer:
             std = self.model.noise_std
             std.copy_(self.world.mean(std.square()).sqrt())
 
-    def _counts(self, batch: Batch) -> dict[str, Tensor]:
+    def _counts(self, batch: Batch) -> dict[str, Any]:
         """The true counts, if the model takes them."""
         return {"counts": batch.counts} if self.config.model.count_is_given else {}
 
@@ -229,7 +235,7 @@ class Trainer:
         detector = Detector(self.model, self.config, search="off")  # a search takes longer
         figures = self._mean_elbo(dataset)
         if dataset.has_truth:
-            figures |= box_figures(detector, dataset, self.config.train.batch_size)
+            figures |= box_figures(detector, dataset, validation_rows(self.config, self.device))
         picture = draw(detector, dataset, run, self.step)
         self.model.train()
         score = figures[criterion(self.config.train)]
@@ -319,18 +325,17 @@ class Trainer:
     def _mean_elbo(self, dataset: Dataset) -> dict[str, float]:
         """Means over the images of `elbo`, under the final count prior, and of `found`, if known.
 
-        The noise is the same every time.
+        The noise of an image is the same every time, whatever the size of batches.
         """
         sums: dict[str, float] = {}
         images = 0
-        batches = validation_batches(dataset, self.config.train.batch_size, self.config.prepare)
-        for index, batch in enumerate(batches):
+        size = self.config.train.batch_size
+        rows = validation_rows(self.config, self.device)
+        for batch in validation_batches(dataset, rows, self.config.prepare):
+            indices = range(images // size, -(-(images + len(batch.images)) // size))
+            noise = Batches([self._generator(_VALIDATE, index) for index in indices], size)
             with torch.no_grad():
-                losses = self.model(
-                    batch.images,
-                    generator=self._generator(_VALIDATE, index),
-                    **self._counts(batch),
-                )
+                losses = self.model(batch.images, generator=noise, **self._counts(batch))
             for name, values in (("elbo", losses.elbo), ("found", losses.found)):
                 if values is not None:
                     sums[name] = sums.get(name, 0.0) + float(values.sum())
@@ -354,6 +359,15 @@ def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -
     parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
     noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     torch._foreach_add_(gradients, noises)
+
+
+def validation_rows(config: Config, device: torch.device) -> int:
+    """Images of a validation that are computed together: on a GPU several batches of training."""
+    size = config.train.batch_size
+    if device.type != "cuda":
+        return size
+    pixels = size * config.data.image_height * config.data.image_width
+    return size * max(_VALIDATED_PIXELS // pixels, 1)
 
 
 def criterion(settings: TrainConfig) -> str:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from spairkit.config import Config
 from spairkit.data.datasets import Dataset
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.models.elbo import Losses
-from spairkit.models.noise import Tape
+from spairkit.models.noise import Part, Tape
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
 from spairkit.training.trainer import Inputs, Trainer
@@ -30,10 +31,12 @@ def make_trainer(
 ) -> Trainer:
     """A `RecordingTrainer` where an update can be recorded, else a `Trainer`.
 
-    A record needs one GPU in one process. The updates of a model that is given the true counts
-    differ in shape.
+    A record needs a GPU for each process. With the true counts of a folder's images the updates of
+    AIR and DAIR differ in shape; scenes have a greatest count, for which all updates can be made.
     """
-    records = device.type == "cuda" and world.size == 1 and not config.model.count_is_given
+    records = device.type == "cuda" and (
+        not config.model.count_is_given or isinstance(train, Scenes)
+    )
     return (RecordingTrainer if records else Trainer)(config, run, train, device, world)
 
 
@@ -54,7 +57,7 @@ class RecordingTrainer(Trainer):
     def update(self) -> Losses:
         """As `Trainer.update`; the returned tensors are overwritten by the next update."""
         if self._set_wheels(self.step < self.config.train.training_wheels):
-            self.graph = UpdateGraph(self._recorded, self.device)
+            self.graph = UpdateGraph(self._recorded, self.device, self.world)
             self.tapes = Tape(), Tape()
             self.places: dict[str, Tensor] = {}
         self.placed = self._placed(self._inputs(self.step))
@@ -68,7 +71,7 @@ class RecordingTrainer(Trainer):
     def _placed(self, inputs: Inputs) -> Inputs:
         """The inputs in the tensors that the record reads, and noise on tapes."""
         for tape, source in zip(self.tapes, (inputs.noise, inputs.gradient_noise), strict=True):
-            assert isinstance(source, torch.Generator)
+            assert isinstance(source, torch.Generator | Part)
             tape.wind(source)
         batch = inputs.batch
         if batch is None:
@@ -102,24 +105,34 @@ class RecordingTrainer(Trainer):
         inputs = self.placed
         if inputs.batch is None:
             assert isinstance(self.train, Scenes)
-            rows = torch.arange(self.config.train.batch_size, device=self.device)
+            share = self.config.train.batch_size // self.world.size
+            rows = torch.arange(share, device=self.device)
             inputs = replace(inputs, batch=self.train.unchecked(self.places["first"] + rows))
         return self._apply(inputs)
+
+    def _counts(self, batch: Batch) -> dict[str, Any]:
+        """As in `Trainer`, and the number of steps, which a record cannot read off the counts."""
+        given = super()._counts(batch)
+        return given | {"steps": max(self.config.data.max_objects, 1)} if given else given
 
 
 class UpdateGraph:
     """Calls of `update`: the first three run it, the fourth records it, and later ones replay.
 
-    Where recording fails there is one warning, and every call runs `update`.
+    Where recording fails, in this process or another one, there is one warning, and every call of
+    every process runs `update`: exchanges that are recorded here and not there might not meet.
 
     Args:
         update: reads and writes tensors that stay in one place, and waits for no result. Python
             values that it reads keep the value that they had when it was recorded.
         device: a GPU.
+        world: the processes that take part in its exchanges.
     """
 
-    def __init__(self, update: Callable[[], Losses], device: torch.device) -> None:
-        self._update, self._device = update, device
+    def __init__(
+        self, update: Callable[[], Losses], device: torch.device, world: World | None = None
+    ) -> None:
+        self._update, self._device, self._world = update, device, world or World()
         self._calls = 0
         self._play: Callable[[], Losses] | None = None
 
@@ -129,11 +142,13 @@ class UpdateGraph:
         if self._calls <= WARM_UP:
             return _aside(self._update, self._device)
         if self._play is None:
+            self._play, reason = self._update, "another process could not record its own"
             try:
                 self._play = _record(self._update, self._device)
             except RuntimeError as error:
                 # the context names the operation that broke the recording
-                reason = error.__context__ or error
+                reason = str(error.__context__ or error)
+            if self._world.greatest(int(not self.plays)):
                 warnings.warn(
                     "an update could not be recorded as a CUDA graph; updates are launched kernel "
                     f"by kernel, which is slower: {reason}",
@@ -176,7 +191,8 @@ def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], 
     with torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
         try:
-            with torch.cuda.graph(graph, stream=aside):
+            # other threads, such as NCCL's, may wait for events meanwhile
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 losses = update()
         finally:
             torch.cuda.set_stream(here)  # torch stays on the other stream if recording fails
