@@ -1,29 +1,45 @@
-"""The loop over the cells of a batch in training as one compiled call, for float32 on the CPU.
+"""The loop over the cells of a batch in training as one compiled call, for float32.
 
 The mathematics is that of `SPAIR._encode_wave`, which defines it and runs everywhere else. There a
-wave takes about 90 small operations, each recorded by autograd; `spairkit.kernels.cells_op` walks
-all waves in one call forward and one backward.
+wave takes about 90 small operations, each recorded by autograd; `spairkit.kernels.cells_op` (Numba)
+and `spairkit.kernels.cells_triton_op` walk all waves in one call forward and one backward.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from spairkit.backends import runs_compiled
+from spairkit.backends import Backend, chosen_backend, runs_compiled
 from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise, unpack
 from spairkit.models.networks import LateralNetwork, shared_weights
 from spairkit.models.wavefront import Wavefront
 
 if TYPE_CHECKING:
+    from spairkit.kernels import cells_layout
     from spairkit.kernels.cells_cpu import Grid, Numbers
 
 
-def has_kernel(images: Tensor, encoder: nn.Sequential) -> bool:
-    """Whether `encode_cells` can run: float32 on the CPU, a hidden layer in the encoder."""
-    return runs_compiled(images) and len(_lines(encoder)) > 1
+def cells_backend(
+    images: Tensor, encoder: nn.Sequential, backend: Backend = "auto"
+) -> Literal["torch", "cpu", "triton"]:
+    """The implementation of the loop over cells in training; "torch" is the plain loop.
+
+    "auto" is Numba for float32 on the CPU and a hidden layer in the encoder. On a GPU it is the
+    plain loop, because the Triton kernel was never run on one; "triton" selects it.
+
+    Raises:
+        ValueError: as `chosen_backend`.
+    """
+    if torch.compiler.is_compiling():
+        return "torch"
+    if backend == "auto" and not runs_compiled(images):
+        return "torch"
+    chosen = chosen_backend(backend, images, "images")
+    return "torch" if chosen == "cpu" and len(_lines(encoder)) < 2 else chosen
 
 
 def encode_cells(
@@ -36,6 +52,7 @@ def encode_cells(
     config: SPAIRConfig,
     front: Wavefront,
     training_wheels: bool,
+    backend: Literal["cpu", "triton"],
 ) -> Latents:
     """Relaxed latents in raster order, with gradients to everything except images and noise.
 
@@ -44,8 +61,6 @@ def encode_cells(
     Raises:
         RuntimeError: a second derivative was requested.
     """
-    from spairkit.kernels.cells_op import encode_cells_cpu
-
     # the context has no columns without lateral connections, and where has no inputs of its own
     weights = [shared_weights(networks, config.features, networks[0].shared)]
     for network in networks:
@@ -59,9 +74,17 @@ def encode_cells(
     for line in _lines(encoder):
         weights += [line.weight, line.bias]
     products = products.to(images.dtype)  # from bfloat16, under autocast
-    grid, numbers = _grid(front), _numbers(config, images, training_wheels)
-    given = (noise.normal, noise.logistic, edge, weights)
-    return unpack(encode_cells_cpu(grid, numbers, images, products, *given), config.what)
+    given = images, products, noise.normal, noise.logistic, edge, weights
+    if backend == "cpu":
+        from spairkit.kernels.cells_op import encode_cells_cpu
+
+        grid, numbers = _grid(front), _numbers(config, images, training_wheels)
+        latents = encode_cells_cpu(grid, numbers, *given)
+    else:
+        from spairkit.kernels.cells_triton_op import encode_cells_triton
+
+        latents = encode_cells_triton(_triton_numbers(config, images, training_wheels), *given)
+    return unpack(latents, config.what)
 
 
 def _lines(encoder: nn.Sequential) -> list[nn.Linear]:
@@ -91,6 +114,27 @@ def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool) -> "Num
         columns=-(-images.shape[-1] // config.cell),
         size=config.object_size,
         temperature=np.float32(config.temperature),
+        relu=config.activation == "relu",
+        training_wheels=training_wheels,
+    )
+
+
+def _triton_numbers(
+    config: SPAIRConfig, images: Tensor, training_wheels: bool
+) -> "cells_layout.Numbers":
+    """The settings and the grid for the Triton loop."""
+    from spairkit.kernels.cells_layout import Numbers
+
+    height, width = images.shape[-2:]
+    return Numbers(
+        rows=-(-height // config.cell),
+        columns=-(-width // config.cell),
+        side=config.object_size,
+        low=config.centre_min,
+        span=config.centre_max - config.centre_min,
+        cell=float(config.cell),
+        anchor=config.anchor,
+        temperature=config.temperature,
         relu=config.activation == "relu",
         training_wheels=training_wheels,
     )

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spairkit.backends import Backend
 from spairkit.boxes import whole_pixels, xyxy_from_centre
 from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour, num_channels
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
 from spairkit.label_images import halved
-from spairkit.models.cell_loop import encode_cells, has_kernel
+from spairkit.models.cell_loop import cells_backend, encode_cells
 from spairkit.models.densities import (
     Group,
     bernoulli_cross_entropy,
@@ -85,10 +86,13 @@ class SPAIR(nn.Module):
     noise_std: Tensor
     """0-d: standard deviation of a pixel, for likelihood "normal" only. In training mode every
     call moves it towards the root mean square of the residuals."""
+    backend: Backend
+    """Implementation of the loop over cells in training (`spairkit.models.cell_loop`)."""
 
     def __init__(self, config: SPAIRConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = "auto"
         c = config
         self.vector = BOX + c.what + 2  # of one object: box, what, depth, presence
         context = len(NEIGHBOURS) * self.vector if c.lateral else 0
@@ -465,10 +469,10 @@ class SPAIR(nn.Module):
         products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
         trains = relaxed and torch.is_grad_enabled() and not images.requires_grad
-        if noise is not None and trains and has_kernel(images, self.encoder):
-            return encode_cells(
-                images, products, noise, edge, networks, self.encoder, c, front, training_wheels
-            )
+        backend = cells_backend(images, self.encoder, self.backend) if trains else "torch"
+        if noise is not None and backend != "torch":
+            given = images, products, noise, edge, networks, self.encoder, c, front
+            return encode_cells(*given, training_wheels, backend)
         # from bfloat16, under autocast
         products = products.to(images.dtype).transpose(0, 1)[front.order]
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
