@@ -130,7 +130,7 @@ def columns(sizes: Sizes) -> Columns:
     def segment(width: int) -> int:
         nonlocal end
         begin = end
-        end = begin + -(-width // _ALIGNMENT) * _ALIGNMENT
+        end = begin + _padded(width)
         return begin
 
     depth, pres = sizes.own
@@ -185,12 +185,32 @@ def _layers(sizes: Sizes) -> list[_Layer]:
     return layers
 
 
+class Packing(NamedTuple):
+    """Where a weight [outputs, inputs] lies, and where its packed forms do."""
+
+    weight: int
+    outputs: int
+    inputs: int
+    forward: int  # [inputs, outputs]
+    backward: int  # [outputs, inputs]
+
+
+class Tables(NamedTuple):
+    """What the kernels walk, as int32 on the device."""
+
+    forward: Tensor  # [L, 9] `Forward`
+    backward: Tensor  # [L, 7] `Backward`, from the last layer on
+    packing: Tensor  # [L, 5] `Packing`
+    forward_size: int  # of all packed weights
+    backward_size: int
+
+
 @cache  # without limit: a recorded CUDA graph reads from their addresses
 @torch.inference_mode(False)  # the cache outlives the mode
 def tables(
     sizes: Sizes, numbers: tuple[int, ...], training_wheels: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """[L, 9] and [L, 7] int32: `Forward` in order, and `Backward` in the reverse order.
+) -> Tables:
+    """The layers in order, and in the reverse order those that get gradients.
 
     Args:
         sizes: of the networks.
@@ -199,24 +219,34 @@ def tables(
         device: of the tables.
     """
     starts = [sum(numbers[:i]) for i in range(len(numbers))]
-    forward, backward = [], []
+    forward, backward, packing = [], [], []
+    size = back_size = 0
     for layer in _layers(sizes):
         bias = starts[layer.weight + 1] if layer.rest == BIAS else 0
         # where has no inputs of its own: its first layer is activated with the context's product
         activated = sizes.hidden if layer.rest == PRODUCT else layer.outputs
         rest = layer.rest, bias, 0 if layer.draws else activated, layer.draws
-        weight = starts[layer.weight]
         out = layer.out, layer.outputs
-        forward.append(Forward(layer.left, layer.inputs, weight, *out, *rest))
+        forward.append(Forward(layer.left, layer.inputs, size, *out, *rest))
         of_encoder = layer.weight > _HEADS * _OF_HEAD
         if (of_encoder or not training_wheels) and layer.inputs:
             ends = training_wheels and not layer.stacked
             back = layer.left, 0 if ends else layer.inputs, int(layer.stacked), layer.draws
-            backward.append(Backward(*out, weight, *back))
-    return (
-        torch.tensor(forward, dtype=torch.int32, device=device),
-        torch.tensor(backward[::-1], dtype=torch.int32, device=device),
-    )
+            backward.append(Backward(*out, back_size, *back))
+        shape = layer.outputs, layer.inputs
+        packing.append(Packing(starts[layer.weight], *shape, size, back_size))
+        size += layer.inputs * _padded(layer.outputs)
+        back_size += layer.outputs * _padded(layer.inputs)
+
+    def on_device(table: Sequence[tuple[int, ...]]) -> Tensor:
+        return torch.tensor(table, dtype=torch.int32, device=device)
+
+    layers = on_device(forward), on_device(backward[::-1])
+    return Tables(*layers, on_device(packing), size, back_size)
+
+
+def _padded(width: int) -> int:
+    return -(-width // _ALIGNMENT) * _ALIGNMENT
 
 
 def weight_gradients(

@@ -18,24 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from spairkit.kernels import cells_layout as layout
-from spairkit.kernels.cells_layout import Numbers, Sizes
-from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT, STD_SCALE
+from spairkit.kernels import constants
+from spairkit.kernels.cells_layout import Numbers, Sizes, Tables
+from spairkit.kernels.glimpse_triton import cut_glimpses
 from spairkit.kernels.launch import on
 
-_BOX = tl.constexpr(BOX)
-_LIMIT = tl.constexpr(LOGIT_LIMIT)
-_STD_SCALE = tl.constexpr(STD_SCALE)
-_DEPTH_SCALE = tl.constexpr(DEPTH_SCALE)
+BOX = tl.constexpr(constants.BOX)
+LIMIT = tl.constexpr(constants.LOGIT_LIMIT)
+STD_SCALE = tl.constexpr(constants.STD_SCALE)
+DEPTH_SCALE = tl.constexpr(constants.DEPTH_SCALE)
 _FIELDS = tl.constexpr(len(layout.Forward._fields))
+_PACKING_FIELDS = tl.constexpr(len(layout.Packing._fields))
+PACK_BLOCK, PACK_PROGRAMS, PACK_WARPS = 32, 16, 4  # programs of each weight
 _BIAS, _ADDED = tl.constexpr(layout.BIAS), tl.constexpr(layout.ADDED)
-_WHERE, _WHAT = tl.constexpr(layout.WHERE), tl.constexpr(layout.WHAT)
-_DEPTH, _PRES = tl.constexpr(layout.DEPTH), tl.constexpr(layout.PRES)
+WHERE, WHAT = tl.constexpr(layout.WHERE), tl.constexpr(layout.WHAT)
+DEPTH, PRES = tl.constexpr(layout.DEPTH), tl.constexpr(layout.PRES)
 
 
 @triton.jit
 def clip(logit):
     """The logit, clipped to [-10, 10]."""
-    return tl.where(logit > _LIMIT, _LIMIT, tl.where(logit < -_LIMIT, -_LIMIT, logit))
+    return tl.where(logit > LIMIT, LIMIT, tl.where(logit < -LIMIT, -LIMIT, logit))
 
 
 @triton.jit
@@ -52,10 +55,11 @@ def wave_cells(t, rows, columns):
 
 
 @triton.jit
-def tile_cells(r, start, n, t, top, columns):
-    """Index of the image and of the cell, and row of the grid, of rows r of a wave."""
+def tile_cells(r, n, t, top, columns):
+    """Image of the program, index of the cell, and its row and column, of rows r of a wave."""
     i = top + r // n
-    return start + r % n, i * columns + t - 2 * i, i
+    j = t - 2 * i
+    return r % n, i * columns + j, i, j
 
 
 @triton.jit
@@ -74,106 +78,38 @@ def beyond(i, j, rows, columns, D: tl.constexpr, SIGN: tl.constexpr):
 
 @triton.jit
 def product(
-    left_ptr, rows, exists, inputs, weight_ptr, outputs, columns, BY_OUTPUT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    left_ptr, rows, exists, inputs, weight_ptr, outputs, columns, M: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[M, N]: sum over `inputs` of left[rows, :] times the weights of the output `columns`.
+    """[M, N]: sum over `inputs` of left[rows, :] times the packed weights of the output `columns`.
 
-    The weights are [outputs, inputs] if BY_OUTPUT, else [inputs, outputs].
+    The loop copies the next pieces to shared memory meanwhile; the weights' rows begin at multiples
+    of 16, so that four numbers are copied at once.
     """
     acc = tl.zeros([M, N], tl.float32)
-    wanted = columns < outputs
-    k = 0
-    while k < inputs:
+    stride = (outputs + 15) // 16 * 16
+    for k in tl.range(0, inputs, K, num_stages=3):
         ks = k + tl.arange(0, K)
         inside = ks < inputs
-        left = tl.load(
-            left_ptr + rows[:, None] + ks[None, :],
-            mask=exists[:, None] & inside[None, :],
-            other=0.0,
-        )
-        if BY_OUTPUT:
-            place = columns[None, :] * inputs + ks[:, None]
-        else:
-            place = ks[:, None] * outputs + columns[None, :]
-        weight = tl.load(weight_ptr + place, mask=inside[:, None] & wanted[None, :], other=0.0)
+        mask = exists[:, None] & inside[None, :]
+        left = tl.load(left_ptr + rows[:, None] + ks[None, :], mask=mask, other=0.0)
+        mask = inside[:, None] & (columns < stride)[None, :]
+        place = weight_ptr + (ks[:, None] * stride + columns[None, :])
+        weight = tl.load(place, mask=mask, other=0.0)
         acc = tl.dot(left, weight, acc, input_precision=PRECISION)
-        k += K
     return acc
 
 
 @triton.jit
 def activation(x, RELU: tl.constexpr):
     """relu or celu."""
-    if RELU:
-        y = tl.where(x < 0, 0.0, x)
-    else:
-        y = tl.where(x > 0, x, tl.exp(x) - 1.0)
-    return y
-
-
-@triton.jit
-def glimpse_axis(low, high, point, num_points, num_pixels):
-    """[M, N] first taps and fractions of points on one axis, where not clamped; share; scale.
-
-    The points run from edge to edge of boxes [M]. A coordinate beyond the image reads the border
-    pixel; NaN reads as 0.
-    """
-    limit = num_pixels - 1.0
-    scale = limit / num_pixels
-    share = point.to(tl.float32)[None, :] / (num_points - 1.0)
-    position = (low[:, None] + (high - low)[:, None] * share) * scale
-    inside = (position > 0) & (position < limit)
-    position = tl.where(position > 0, tl.where(position < limit, position, limit), 0.0)
-    tap = tl.maximum(tl.minimum(position.to(tl.int32), num_pixels - 2), 0)
-    return tap, position - tap.to(tl.float32), inside, share, scale
-
-
-@triton.jit
-def glimpse_pixels(images_ptr, image, channel, row, column, mask, height, width):
-    """[M, N] the four pixels round a point: upper left and right, lower left and right."""
-    place = (image.to(tl.int64) * 3)[:, None] + channel[None, :]
-    place = images_ptr + (place * height + row) * width + column
-    below = tl.where(row + 1 < height, width, 0)
-    beside = tl.where(column + 1 < width, 1, 0)
-    upper_left = tl.load(place, mask=mask, other=0.0)
-    upper_right = tl.load(place + beside, mask=mask, other=0.0)
-    lower_left = tl.load(place + below, mask=mask, other=0.0)
-    lower_right = tl.load(place + below + beside, mask=mask, other=0.0)
-    return upper_left, upper_right, lower_left, lower_right
-
-
-@triton.jit
-def _cut_glimpses(
-    images_ptr, latents_ptr, record_ptr, image, boxes, glimpses, exists, side, height, width,
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Fills the glimpses of a tile; `boxes` and `glimpses` are places [M]."""
-    x1 = tl.load(latents_ptr + boxes, mask=exists, other=0.0)
-    y1 = tl.load(latents_ptr + boxes + 1, mask=exists, other=0.0)
-    x2 = tl.load(latents_ptr + boxes + 2, mask=exists, other=0.0)
-    y2 = tl.load(latents_ptr + boxes + 3, mask=exists, other=0.0)
-    pixels = side * side
-    begin = 0
-    while begin < 3 * pixels:
-        q = begin + tl.arange(0, N)
-        mask = exists[:, None] & (q < 3 * pixels)[None, :]
-        row, v, _inside, _share, _scale = glimpse_axis(y1, y2, q % pixels // side, side, height)
-        column, u, _inside, _share, _scale = glimpse_axis(x1, x2, q % side, side, width)
-        upper_left, upper_right, lower_left, lower_right = glimpse_pixels(
-            images_ptr, image, q // pixels, row, column, mask, height, width
-        )
-        left = upper_left + v * (lower_left - upper_left)
-        right = upper_right + v * (lower_right - upper_right)
-        place = record_ptr + glimpses[:, None] + q[None, :]
-        tl.store(place, left + u * (right - left), mask=mask)
-        begin += N
+    return tl.where(x < 0, 0.0, x) if RELU else tl.where(x > 0, x, tl.exp(x) - 1.0)
 
 
 @triton.jit
 def _draw(mean, raw, normal, latents_ptr, place, size, mask):
     """A sample; mean, standard deviation and sample go to the latents."""
-    std = squash(raw) * _STD_SCALE
+    std = squash(raw) * STD_SCALE
     sample = mean + std * normal
     tl.store(latents_ptr + place, mean, mask=mask)
     tl.store(latents_ptr + place + size, std, mask=mask)
@@ -183,7 +119,7 @@ def _draw(mean, raw, normal, latents_ptr, place, size, mask):
 
 @triton.jit
 def _fill_edges(
-    edge_ptr, record_ptr, begin, num_rows, rows, columns, vector, stride, M: tl.constexpr,
+    edge_ptr, record_ptr, num_rows, rows, columns, vector, stride, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """The learned object beyond the rim, wherever it is read."""
@@ -191,7 +127,7 @@ def _fill_edges(
     while r0 < num_rows:
         r = r0 + tl.arange(0, M)
         i, j = r % (rows * columns) // columns, r % columns
-        slot = record_ptr + (begin + r).to(tl.int64) * stride
+        slot = record_ptr + r * stride
         for d in tl.static_range(4):
             is_edge = (r < num_rows) & beyond(i, j, rows, columns, d, 1)
             v0 = 0
@@ -217,13 +153,13 @@ def _draw_where(
         for d in tl.static_range(2):  # the size, then the position
             c = axis + 2 - 2 * d
             mean = tl.load(record_ptr + out + c, mask=exists, other=0.0)
-            raw = tl.load(record_ptr + out + _BOX + c, mask=exists, other=0.0)
+            raw = tl.load(record_ptr + out + BOX + c, mask=exists, other=0.0)
             normal = tl.load(normal_ptr + row * size + c, mask=exists, other=0.0)
             sample = _draw(mean, raw, normal, latents_ptr, row * packed + c, size, exists)
             placed = squash(sample)
             if d == 1:
                 placed = low + span * placed
-            tl.store(record_ptr + out + 2 * _BOX + passed + c, placed, mask=exists)
+            tl.store(record_ptr + out + 2 * BOX + passed + c, placed, mask=exists)
             if d == 0:
                 extent = placed * anchor
             else:
@@ -242,9 +178,9 @@ def _draw_what(
     """what, to the inputs of depth and of pres, and the box to those of pres."""
     size = 5 + what
     packed = 3 * size + 6
-    b = tl.arange(0, _BOX)
-    box = tl.load(record_ptr + (of_depth - _BOX)[:, None] + b[None, :], mask=exists[:, None])
-    tl.store(record_ptr + (of_pres - _BOX)[:, None] + b[None, :], box, mask=exists[:, None])
+    b = tl.arange(0, BOX)
+    box = tl.load(record_ptr + (of_depth - BOX)[:, None] + b[None, :], mask=exists[:, None])
+    tl.store(record_ptr + (of_pres - BOX)[:, None] + b[None, :], box, mask=exists[:, None])
     begin = 0
     while begin < what:
         a = begin + tl.arange(0, N)
@@ -252,9 +188,9 @@ def _draw_what(
         place = out[:, None] + a[None, :]
         mean = tl.load(record_ptr + place, mask=mask, other=0.0)
         raw = tl.load(record_ptr + place + what, mask=mask, other=0.0)
-        normal = normal_ptr + (row * size + _BOX)[:, None] + a[None, :]
+        normal = normal_ptr + (row * size + BOX)[:, None] + a[None, :]
         normal = tl.load(normal, mask=mask, other=0.0)
-        place = (row * packed + _BOX)[:, None] + a[None, :]
+        place = (row * packed + BOX)[:, None] + a[None, :]
         sample = _draw(mean, raw, normal, latents_ptr, place, size, mask)
         tl.store(record_ptr + of_depth[:, None] + a[None, :], sample, mask=mask)
         tl.store(record_ptr + of_pres[:, None] + a[None, :], sample, mask=mask)
@@ -269,7 +205,7 @@ def _draw_depth(record_ptr, normal_ptr, latents_ptr, row, exists, out, passed, s
     normal = tl.load(normal_ptr + row * size + size - 1, mask=exists, other=0.0)
     place = row * (3 * size + 6) + size - 1
     sample = _draw(mean, raw, normal, latents_ptr, place, size, exists)
-    near = squash(-sample) * _DEPTH_SCALE
+    near = squash(-sample) * DEPTH_SCALE
     tl.store(record_ptr + out + 1 + passed + size, near, mask=exists)
 
 
@@ -304,9 +240,37 @@ def _draw_presence(
 
 
 @triton.jit
+def _pack_kernel(
+    packing_ptr,  # [L, 5] int32, `Packing`
+    weights_ptr,  # all weights, flat; each [outputs, inputs]
+    forward_ptr,  # to be filled: each [inputs, outputs], rows padded with zeros
+    backward_ptr,  # to be filled: each [outputs, inputs], rows padded with zeros
+    BLOCK: tl.constexpr,
+):
+    entry = packing_ptr + tl.program_id(0) * _PACKING_FIELDS
+    weight, outputs, inputs = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    forward, backward = tl.load(entry + 3), tl.load(entry + 4)
+    outputs_padded, inputs_padded = (outputs + 15) // 16 * 16, (inputs + 15) // 16 * 16
+    across = (inputs_padded + BLOCK - 1) // BLOCK
+    tile = tl.program_id(1)
+    while tile < (outputs_padded + BLOCK - 1) // BLOCK * across:
+        o = (tile // across * BLOCK + tl.arange(0, BLOCK))[:, None]
+        i = (tile % across * BLOCK + tl.arange(0, BLOCK))[None, :]
+        exists = (o < outputs) & (i < inputs)
+        values = tl.load(weights_ptr + weight + o * inputs + i, mask=exists, other=0.0)
+        mask = (o < outputs) & (i < inputs_padded)
+        tl.store(backward_ptr + backward + o * inputs_padded + i, values, mask=mask)
+        mask = (o < outputs_padded) & (i < inputs)
+        place = forward_ptr + forward + tl.trans(i * outputs_padded + o)
+        tl.store(place, tl.trans(values), mask=tl.trans(mask))
+        tile += tl.num_programs(1)
+
+
+@triton.jit
 def _cells_forward_kernel(
     layers_ptr,  # [L, 9] int32, `Forward`
-    weights_ptr,  # all weights, flat
+    weights_ptr,  # packed
+    biases_ptr,  # all weights, flat
     images_ptr,  # [B, 3, H, W]
     products_ptr,  # [R, 3 h] first layers applied to features, with their biases
     normal_ptr,  # [R, M] standard normal
@@ -326,7 +290,6 @@ def _cells_forward_kernel(
     passed,
     what,
     stride,  # of the record; then its columns
-    first,
     where_out,
     depth_out,
     glimpse,
@@ -351,11 +314,16 @@ def _cells_forward_kernel(
     size = 5 + what  # M
     vector = size + 1  # V
     packed = 3 * size + 6
+    # rows of the program count from 0, so that their places fit in 32 bits
+    begin = start.to(tl.int64) * num_cells
+    images_ptr += start.to(tl.int64) * (3 * height * width)
+    products_ptr += begin * (3 * hidden)
+    normal_ptr += begin * size
+    jitter_ptr += begin
+    record_ptr += begin * stride
+    latents_ptr += begin * packed
     if LATERAL:
-        _fill_edges(
-            edge_ptr, record_ptr, start * num_cells, n * num_cells, rows, columns, vector, stride,
-            M, C,
-        )  # fmt: skip
+        _fill_edges(edge_ptr, record_ptr, n * num_cells, rows, columns, vector, stride, M, C)
     t = 0
     while t < columns + 2 * (rows - 1):
         tl.debug_barrier()
@@ -364,7 +332,8 @@ def _cells_forward_kernel(
         layer = 0
         while layer < num_layers:
             entry = layers_ptr + layer * _FIELDS
-            left, inputs, weight = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+            left, inputs = tl.load(entry), tl.load(entry + 1)
+            weight = tl.multiple_of(tl.load(entry + 2), 16)
             out, outputs = tl.load(entry + 3), tl.load(entry + 4)
             rest, bias = tl.load(entry + 5), tl.load(entry + 6)
             activated, then = tl.load(entry + 7), tl.load(entry + 8)
@@ -372,19 +341,19 @@ def _cells_forward_kernel(
             while r0 < num_rows:
                 r = r0 + tl.arange(0, M)
                 exists = r < num_rows
-                image, k, _i = tile_cells(r, start, n, t, top, columns)
-                row = image.to(tl.int64) * num_cells + k
-                begin = 0
-                while begin < outputs:
-                    o = begin + tl.arange(0, N)
+                image, k, _i, _j = tile_cells(r, n, t, top, columns)
+                row = image * num_cells + k
+                o0 = 0
+                while o0 < outputs:
+                    o = o0 + tl.arange(0, N)
                     acc = product(
                         record_ptr + left, row * stride, exists, inputs, weights_ptr + weight,
-                        outputs, o, True, M, N, K, PRECISION,
+                        outputs, o, M, N, K, PRECISION,
                     )  # fmt: skip
                     mask = exists[:, None] & (o < outputs)[None, :]
                     place = record_ptr + (row * stride + out)[:, None] + o[None, :]
                     if rest == _BIAS:
-                        acc += tl.load(weights_ptr + bias + o, mask=o < outputs, other=0.0)[None, :]
+                        acc += tl.load(biases_ptr + bias + o, mask=o < outputs, other=0.0)[None, :]
                     elif rest == _ADDED:
                         acc += tl.load(place, mask=mask, other=0.0)
                     else:
@@ -392,39 +361,39 @@ def _cells_forward_kernel(
                         acc += tl.load(given, mask=mask, other=0.0)
                     acc = tl.where((o < activated)[None, :], activation(acc, RELU), acc)
                     tl.store(place, acc, mask=mask)
-                    begin += N
+                    o0 += N
                 r0 += M
             tl.debug_barrier()
             r0 = tl.where(then > 0, 0, num_rows)
             while r0 < num_rows:
                 r = r0 + tl.arange(0, M)
                 exists = r < num_rows
-                image, k, i = tile_cells(r, start, n, t, top, columns)
-                row = image.to(tl.int64) * num_cells + k
+                image, k, i, j = tile_cells(r, n, t, top, columns)
+                row = image * num_cells + k
                 at = row * stride
-                if then == _WHERE:
+                if then == WHERE:
                     _draw_where(
-                        record_ptr, normal_ptr, latents_ptr, row, i, k - i * columns, exists,
+                        record_ptr, normal_ptr, latents_ptr, row, i, j, exists,
                         at + where_out, passed, size, low, span, cell, anchor,
                     )  # fmt: skip
                     tl.debug_barrier()
-                    _cut_glimpses(
+                    cut_glimpses(
                         images_ptr, latents_ptr, record_ptr, image, row * packed + 3 * size + 2,
                         at + glimpse, exists, side, height, width, M, C,
                     )  # fmt: skip
-                elif then == _WHAT:
+                elif then == WHAT:
                     _draw_what(
                         record_ptr, normal_ptr, latents_ptr, row, exists, at + what_out,
                         at + where_out + 12 + passed, at + depth_out + 6 + passed, what, M, C,
                     )  # fmt: skip
-                elif then == _DEPTH:
+                elif then == DEPTH:
                     _draw_depth(
                         record_ptr, normal_ptr, latents_ptr, row, exists, at + depth_out,
                         passed, size,
                     )  # fmt: skip
                 else:
                     _draw_presence(
-                        record_ptr, jitter_ptr, latents_ptr, row, i, k - i * columns, exists,
+                        record_ptr, jitter_ptr, latents_ptr, row, i, j, exists,
                         at, depth_out + 2 + passed, pres_out, rows, columns, size, stride,
                         temperature, LATERAL, C,
                     )  # fmt: skip
@@ -442,12 +411,14 @@ class Tile(NamedTuple):
     constants: dict[str, int]
 
 
-def cells_tile(num_images: int, rows: int, columns: int) -> Tile:
+def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile:
     """Two images to a program, or up to eight where there are many; tiles of the largest wave."""
     images = min(8, max(2, int(triton.next_power_of_2(triton.cdiv(num_images, 128)))))
     largest = images * min(rows, (columns + 1) // 2)
-    m = min(64, max(16, int(triton.next_power_of_2(largest))))
-    return Tile(images, 8, {"M": m, "N": 64, "K": 32})
+    least = 16 if precision == "tf32" else 4  # tensor cores take 16 rows
+    m = min(32, max(least, int(triton.next_power_of_2(largest))))
+    warps, c = (4, 32) if m < 16 else (8, 16)
+    return Tile(images, warps, {"M": m, "N": 128, "K": 32, "C": c})
 
 
 def precision(device: torch.device) -> str:
@@ -457,23 +428,31 @@ def precision(device: torch.device) -> str:
 
 
 def cells_forward_triton(
-    layers: Tensor, sizes: Sizes, numbers: Numbers, weights: Tensor, images: Tensor,
+    tables: Tables, sizes: Sizes, numbers: Numbers, weights: Tensor, images: Tensor,
     products: Tensor, normal: Tensor, jitter: Tensor, edge: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The record of all cells [R, width], and latents [B, K, 3 M + 6]."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The record of all cells [R, width], latents [B, K, 3 M + 6], weights for the gradients."""
     batch, num_cells, size = normal.shape
     at = layout.columns(sizes)
     record = normal.new_empty(batch * num_cells, at.width)
     latents = normal.new_empty(batch, num_cells, 3 * size + 6)
-    tile = cells_tile(batch, numbers.rows, numbers.columns)
+    packed, packed_back = (
+        normal.new_empty(tables.forward_size),
+        normal.new_empty(tables.backward_size),
+    )
+    exact = precision(images.device)
+    tile = cells_tile(batch, numbers.rows, numbers.columns, exact)
     with on(images.device):
+        _pack_kernel[(len(tables.packing), PACK_PROGRAMS)](
+            tables.packing, weights, packed, packed_back, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS
+        )
         _cells_forward_kernel[(triton.cdiv(batch, tile.images),)](
-            layers, weights, images, products, normal, jitter, edge, record, latents,
-            batch, tile.images, len(layers), numbers.rows, numbers.columns, *images.shape[2:],
-            numbers.side, sizes.hidden, sizes.passed, sizes.what, at.width, at.first, at.where[-1],
-            at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low, numbers.span,
+            tables.forward, packed, weights, images, products, normal, jitter, edge, record,
+            latents, batch, tile.images, len(tables.forward), numbers.rows, numbers.columns,
+            *images.shape[2:], numbers.side, sizes.hidden, sizes.passed, sizes.what, at.width,
+            at.where[-1], at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low, numbers.span,
             numbers.cell, numbers.anchor, numbers.temperature, LATERAL=sizes.context > 0,
-            RELU=numbers.relu, PRECISION=precision(images.device), num_warps=tile.warps,
+            RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
             **tile.constants,
         )  # fmt: skip
-    return record, latents
+    return record, latents, packed_back

@@ -3,7 +3,7 @@
 Gradients of all layers, before their activation, go to a record with the columns of the forward
 pass; the weights' gradients are products over all its rows, which `spairkit.kernels.cells_layout`
 takes afterwards. An object vector collects the gradients that its followers left in their contexts.
-Nothing is added atomically, so bits do not vary. Letters are those of `spairkit.kernels.cells_triton`.
+Nothing is added atomically, so bits do not vary. Letters are those of the forward pass.
 """
 
 import triton
@@ -13,18 +13,15 @@ from torch import Tensor
 from spairkit.kernels import cells_layout as layout
 from spairkit.kernels.cells_layout import Numbers, Sizes
 from spairkit.kernels.cells_triton import (
-    _BOX,
-    _DEPTH,
-    _DEPTH_SCALE,
-    _LIMIT,
-    _PRES,
-    _STD_SCALE,
-    _WHAT,
-    _WHERE,
+    BOX,
+    DEPTH,
+    DEPTH_SCALE,
+    LIMIT,
+    PRES,
+    STD_SCALE,
+    WHAT,
     beyond,
     cells_tile,
-    glimpse_axis,
-    glimpse_pixels,
     precision,
     product,
     squash,
@@ -32,6 +29,7 @@ from spairkit.kernels.cells_triton import (
     tile_cells,
     wave_cells,
 )
+from spairkit.kernels.glimpse_triton import boxes_back
 from spairkit.kernels.launch import on
 
 _FIELDS = tl.constexpr(len(layout.Backward._fields))
@@ -41,17 +39,13 @@ _FIELDS = tl.constexpr(len(layout.Backward._fields))
 def _slope(logit):
     """The derivative of `squash`."""
     squashed = squash(logit)
-    return tl.where(tl.abs(logit) <= _LIMIT, squashed * (1.0 - squashed), 0.0)
+    return tl.where(tl.abs(logit) <= LIMIT, squashed * (1.0 - squashed), 0.0)
 
 
 @triton.jit
 def _activation_slope(y, RELU: tl.constexpr):
     """From an activation's output: relu' = [y > 0], celu' = exp(min(x, 0)) = min(y, 0) + 1."""
-    if RELU:
-        slope = tl.where(y > 0, 1.0, 0.0)
-    else:
-        slope = tl.where(y < 0, y + 1.0, 1.0)
-    return slope
+    return tl.where(y > 0, 1.0, 0.0) if RELU else tl.where(y < 0, y + 1.0, 1.0)
 
 
 @triton.jit
@@ -71,7 +65,7 @@ def _moments_back(grad, raw, normal, grad_latents_ptr, place, size, mask):
     grad += tl.load(grad_latents_ptr + place + 2 * size, mask=mask, other=0.0)
     grad_std = tl.load(grad_latents_ptr + place + size, mask=mask, other=0.0) + grad * normal
     grad_mean = tl.load(grad_latents_ptr + place, mask=mask, other=0.0) + grad
-    return grad_mean, grad_std * _slope(raw) * _STD_SCALE
+    return grad_mean, grad_std * _slope(raw) * STD_SCALE
 
 
 @triton.jit
@@ -84,13 +78,11 @@ def _presence_back(
     present = tl.load(latents_ptr + place + 1, mask=exists, other=0.0)
     grad = tl.load(grad_latents_ptr + place + 1, mask=exists, other=0.0)
     if LATERAL:
-        grad += _from_followers(
-            grads_ptr, at, size, i, j, exists, rows, columns, size + 1, stride
-        )
+        grad += _from_followers(grads_ptr, at, size, i, j, exists, rows, columns, size + 1, stride)
     grad = grad * present * (1.0 - present) / temperature
     grad += tl.load(grad_latents_ptr + place, mask=exists, other=0.0)
     logit = tl.load(record_ptr + at + pres_out, mask=exists, other=0.0)
-    grad = tl.where(tl.abs(logit) <= _LIMIT, grad, 0.0)
+    grad = tl.where(tl.abs(logit) <= LIMIT, grad, 0.0)
     tl.store(grads_ptr + at + pres_out, grad, mask=exists)
 
 
@@ -110,7 +102,7 @@ def _depth_back(
     raw = tl.load(record_ptr + at + out + 1, mask=exists, other=0.0)
     normal = tl.load(normal_ptr + row * size + size - 1, mask=exists, other=0.0)
     grad_mean, grad_raw = _moments_back(
-        -grad * _slope(sample) * _DEPTH_SCALE, raw, normal, grad_latents_ptr, place, size, exists
+        -grad * _slope(sample) * DEPTH_SCALE, raw, normal, grad_latents_ptr, place, size, exists
     )
     tl.store(grads_ptr + at + out, grad_mean, mask=exists)
     tl.store(grads_ptr + at + out + 1, grad_raw, mask=exists)
@@ -129,59 +121,22 @@ def _what_back(
         a = begin + tl.arange(0, N)[None, :]
         mask = exists[:, None] & (a < what)
         here = at[:, None] + a
-        normal = tl.load(normal_ptr + (row * size + _BOX)[:, None] + a, mask=mask, other=0.0)
+        normal = tl.load(normal_ptr + (row * size + BOX)[:, None] + a, mask=mask, other=0.0)
         grad = tl.zeros_like(normal)
         if not WHEELS:
             grad += tl.load(grads_ptr + here + of_depth, mask=mask, other=0.0)
             grad += tl.load(grads_ptr + here + of_pres, mask=mask, other=0.0)
             if LATERAL:
                 grad += _from_followers(
-                    grads_ptr, at[:, None], _BOX + a, i[:, None], j[:, None], mask, rows, columns,
+                    grads_ptr, at[:, None], BOX + a, i[:, None], j[:, None], mask, rows, columns,
                     size + 1, stride,
                 )  # fmt: skip
         raw = tl.load(record_ptr + here + out + what, mask=mask, other=0.0)
-        place = (row * (3 * size + 6) + _BOX)[:, None] + a
-        grad_mean, grad_raw = _moments_back(
-            grad, raw, normal, grad_latents_ptr, place, size, mask
-        )
+        place = (row * (3 * size + 6) + BOX)[:, None] + a
+        grad_mean, grad_raw = _moments_back(grad, raw, normal, grad_latents_ptr, place, size, mask)
         tl.store(grads_ptr + here + out, grad_mean, mask=mask)
         tl.store(grads_ptr + here + out + what, grad_raw, mask=mask)
         begin += N
-
-
-@triton.jit
-def _boxes_back(
-    images_ptr, latents_ptr, grads_ptr, image, boxes, glimpses, exists, side, height, width,
-    M: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """[M] gradients of x1, y1, x2, y2 from those of the glimpses; the first two are places."""
-    x1 = tl.load(latents_ptr + boxes, mask=exists, other=0.0)
-    y1 = tl.load(latents_ptr + boxes + 1, mask=exists, other=0.0)
-    x2 = tl.load(latents_ptr + boxes + 2, mask=exists, other=0.0)
-    y2 = tl.load(latents_ptr + boxes + 3, mask=exists, other=0.0)
-    grad_x1, grad_y1 = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    grad_x2, grad_y2 = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-    pixels = side * side
-    begin = 0
-    while begin < 3 * pixels:
-        q = begin + tl.arange(0, N)
-        mask = exists[:, None] & (q < 3 * pixels)[None, :]
-        row, v, moves_y, share_y, scale_y = glimpse_axis(y1, y2, q % pixels // side, side, height)
-        column, u, moves_x, share_x, scale_x = glimpse_axis(x1, x2, q % side, side, width)
-        upper_left, upper_right, lower_left, lower_right = glimpse_pixels(
-            images_ptr, image, q // pixels, row, column, mask, height, width
-        )
-        grad = tl.load(grads_ptr + glimpses[:, None] + q[None, :], mask=mask, other=0.0)
-        left, right = lower_left - upper_left, lower_right - upper_right
-        grad_y = tl.where(moves_y, grad * (left + u * (right - left)) * scale_y, 0.0)
-        grad_x = upper_right - upper_left + v * (right - left)
-        grad_x = tl.where(moves_x, grad * grad_x * scale_x, 0.0)
-        grad_x1 += tl.sum((1.0 - share_x) * grad_x, 1)
-        grad_y1 += tl.sum((1.0 - share_y) * grad_y, 1)
-        grad_x2 += tl.sum(share_x * grad_x, 1)
-        grad_y2 += tl.sum(share_y * grad_y, 1)
-        begin += N
-    return grad_x1, grad_y1, grad_x2, grad_y2
 
 
 @triton.jit
@@ -208,18 +163,18 @@ def _where_back(
             place = row * packed + c
             sample = tl.load(latents_ptr + place + 2 * size, mask=exists, other=0.0)
             grad *= _slope(sample) * (span if d == 0 else 1.0)
-            raw = tl.load(record_ptr + at + out + _BOX + c, mask=exists, other=0.0)
+            raw = tl.load(record_ptr + at + out + BOX + c, mask=exists, other=0.0)
             normal = tl.load(normal_ptr + row * size + c, mask=exists, other=0.0)
             grad_mean, grad_raw = _moments_back(
                 grad, raw, normal, grad_latents_ptr, place, size, exists
             )
             tl.store(grads_ptr + at + out + c, grad_mean, mask=exists)
-            tl.store(grads_ptr + at + out + _BOX + c, grad_raw, mask=exists)
+            tl.store(grads_ptr + at + out + BOX + c, grad_raw, mask=exists)
 
 
 @triton.jit
 def _edges_back(
-    grads_ptr, grad_edges_ptr, begin, num_rows, rows, columns, vector, stride, M: tl.constexpr,
+    grads_ptr, grad_edges_ptr, num_rows, rows, columns, vector, stride, M: tl.constexpr,
     N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the object beyond the rim, from all cells of the program."""
@@ -231,7 +186,7 @@ def _edges_back(
         while r0 < num_rows:
             r = r0 + tl.arange(0, M)
             i, j = r % (rows * columns) // columns, r % columns
-            slot = (begin + r).to(tl.int64) * stride
+            slot = r * stride
             for d in tl.static_range(4):
                 is_edge = (r < num_rows) & beyond(i, j, rows, columns, d, 1)
                 place = slot[:, None] + (d * vector + v)[None, :]
@@ -246,7 +201,7 @@ def _edges_back(
 @triton.jit
 def _cells_backward_kernel(
     layers_ptr,  # [L, 7] int32, `Backward`
-    weights_ptr,  # all weights, flat
+    weights_ptr,  # packed
     images_ptr,  # [B, 3, H, W]
     normal_ptr,  # [R, M]
     record_ptr,  # [R, width]
@@ -287,6 +242,15 @@ def _cells_backward_kernel(
     start = tl.program_id(0) * images_per_program
     n = tl.minimum(images_per_program, num_images - start)
     size = 5 + what  # M
+    packed = 3 * size + 6
+    # rows of the program count from 0, so that their places fit in 32 bits
+    begin = start.to(tl.int64) * num_cells
+    images_ptr += start.to(tl.int64) * (3 * height * width)
+    normal_ptr += begin * size
+    record_ptr += begin * stride
+    grads_ptr += begin * stride
+    latents_ptr += begin * packed
+    grad_latents_ptr += begin * packed
     t = columns + 2 * (rows - 1) - 1
     while t >= 0:
         top, num_of_wave = wave_cells(t, rows, columns)
@@ -294,38 +258,38 @@ def _cells_backward_kernel(
         layer = 0
         while layer < num_layers:
             entry = layers_ptr + layer * _FIELDS
-            left, inputs, weight = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+            left, inputs = tl.load(entry), tl.load(entry + 1)
+            weight = tl.multiple_of(tl.load(entry + 2), 16)
             out, outputs = tl.load(entry + 3), tl.load(entry + 4)
             is_activated, before = tl.load(entry + 5), tl.load(entry + 6)
             r0 = tl.where(before > 0, 0, num_rows)
             while r0 < num_rows:
                 r = r0 + tl.arange(0, M)
                 exists = r < num_rows
-                image, k, i = tile_cells(r, start, n, t, top, columns)
-                row = image.to(tl.int64) * num_cells + k
-                j = k - i * columns
+                image, k, i, j = tile_cells(r, n, t, top, columns)
+                row = image * num_cells + k
                 at = row * stride
-                of_depth, of_pres = where_out + 2 * _BOX + passed, depth_out + 2 + passed
-                if before == _PRES:
+                of_depth, of_pres = where_out + 2 * BOX + passed, depth_out + 2 + passed
+                if before == PRES:
                     _presence_back(
                         record_ptr, latents_ptr, grad_latents_ptr, grads_ptr, row, i, j, exists,
                         at, pres_out, rows, columns, size, stride, temperature, LATERAL,
                     )  # fmt: skip
-                elif before == _DEPTH:
+                elif before == DEPTH:
                     _depth_back(
                         record_ptr, normal_ptr, latents_ptr, grad_latents_ptr, grads_ptr, row, i,
                         j, exists, at, depth_out, passed, rows, columns, size, stride, LATERAL,
                     )  # fmt: skip
-                elif before == _WHAT:
+                elif before == WHAT:
                     _what_back(
                         record_ptr, normal_ptr, grad_latents_ptr, grads_ptr, row, i, j, exists, at,
-                        what_out, of_depth + _BOX, of_pres + _BOX, rows, columns, what, stride,
+                        what_out, of_depth + BOX, of_pres + BOX, rows, columns, what, stride,
                         LATERAL, WHEELS, C,
                     )  # fmt: skip
                 else:
-                    grad_x1, grad_y1, grad_x2, grad_y2 = _boxes_back(
+                    grad_x1, grad_y1, grad_x2, grad_y2 = boxes_back(
                         images_ptr, latents_ptr, grads_ptr, image,
-                        row * (3 * size + 6) + 3 * size + 2, at + glimpse, exists, side, height,
+                        row * packed + 3 * size + 2, at + glimpse, exists, side, height,
                         width, M, C,
                     )  # fmt: skip
                     _where_back(
@@ -339,14 +303,14 @@ def _cells_backward_kernel(
             while r0 < num_rows:
                 r = r0 + tl.arange(0, M)
                 exists = r < num_rows
-                image, k, _i = tile_cells(r, start, n, t, top, columns)
-                at = (image.to(tl.int64) * num_cells + k) * stride
-                begin = 0
-                while begin < outputs:
-                    o = begin + tl.arange(0, N)
+                image, k, _i, _j = tile_cells(r, n, t, top, columns)
+                at = (image * num_cells + k) * stride
+                o0 = 0
+                while o0 < outputs:
+                    o = o0 + tl.arange(0, N)
                     acc = product(
                         grads_ptr + left, at, exists, inputs, weights_ptr + weight, outputs, o,
-                        False, M, N, K, PRECISION,
+                        M, N, K, PRECISION,
                     )  # fmt: skip
                     mask = exists[:, None] & (o < outputs)[None, :]
                     place = (at + out)[:, None] + o[None, :]
@@ -354,38 +318,37 @@ def _cells_backward_kernel(
                         y = tl.load(record_ptr + place, mask=mask, other=0.0)
                         acc *= _activation_slope(y, RELU)
                     tl.store(grads_ptr + place, acc, mask=mask)
-                    begin += N
+                    o0 += N
                 r0 += M
             tl.debug_barrier()
             layer += 1
         t -= 1
-    if LATERAL:
-        if not WHEELS:
-            _edges_back(
-                grads_ptr, grad_edges_ptr, start * num_cells, n * num_cells, rows, columns,
-                size + 1, stride, M, C,
-            )  # fmt: skip
+    if LATERAL and not WHEELS:
+        _edges_back(
+            grads_ptr, grad_edges_ptr, n * num_cells, rows, columns, size + 1, stride, M, C
+        )  # fmt: skip
 
 
 def cells_backward_triton(
-    layers: Tensor, sizes: Sizes, numbers: Numbers, weights: Tensor, images: Tensor,
+    layers: Tensor, sizes: Sizes, numbers: Numbers, packed: Tensor, images: Tensor,
     normal: Tensor, record: Tensor, latents: Tensor, grad_latents: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of all layers [R, width], and of the edge for each program [programs, V]."""
     batch, _, size = normal.shape
     at = layout.columns(sizes)
-    tile = cells_tile(batch, numbers.rows, numbers.columns)
+    exact = precision(images.device)
+    tile = cells_tile(batch, numbers.rows, numbers.columns, exact)
     programs = triton.cdiv(batch, tile.images)
     grads = record.new_empty(record.shape)
     grad_edges = record.new_empty(programs, size + 1)
     with on(images.device):
         _cells_backward_kernel[(programs,)](
-            layers, weights, images, normal, record, latents, grad_latents, grads, grad_edges,
+            layers, packed, images, normal, record, latents, grad_latents, grads, grad_edges,
             batch, tile.images, len(layers), numbers.rows, numbers.columns, *images.shape[2:],
             numbers.side, sizes.passed, sizes.what, at.width, at.where[-1], at.depth[-1],
             at.glimpse, at.encoder[-1], at.pres[-1], numbers.span, numbers.cell, numbers.anchor,
             numbers.temperature, LATERAL=sizes.context > 0, WHEELS=numbers.training_wheels,
-            RELU=numbers.relu, PRECISION=precision(images.device), num_warps=tile.warps,
+            RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
             **tile.constants,
         )  # fmt: skip
     return grads, grad_edges

@@ -41,27 +41,27 @@ class _Cells(torch.autograd.Function):
         sizes = Sizes.of(weights)
         flat = torch.cat([weight.detach().flatten() for weight in weights])
         counts = tuple(weight.numel() for weight in weights)
-        layers, ctx.layers = tables(sizes, counts, numbers.training_wheels, images.device)
+        walked = tables(sizes, counts, numbers.training_wheels, images.device)
         images, products, normal, jitter = (
             x.contiguous() for x in (images, products, normal, jitter)
         )
         # without lateral connections nothing is read from it
         rim = flat if edge is None else edge.contiguous()
-        record, latents = cells_forward_triton(
-            layers, sizes, numbers, flat, images, products, normal, jitter, rim
+        record, latents, packed = cells_forward_triton(
+            walked, sizes, numbers, flat, images, products, normal, jitter, rim
         )
-        ctx.numbers, ctx.sizes = numbers, sizes
+        ctx.numbers, ctx.sizes, ctx.layers = numbers, sizes, walked.backward
         # torch notices where one of them is changed, and frees them after the backward pass
-        ctx.save_for_backward(images, normal, record, latents, flat, *weights)
+        ctx.save_for_backward(images, normal, record, latents, packed, *weights)
         return latents
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_latents: Tensor) -> tuple[Tensor | None, ...]:
-        images, normal, record, latents, flat, *_ = ctx.saved_tensors
+        images, normal, record, latents, packed, *_ = ctx.saved_tensors
         sizes, numbers = ctx.sizes, ctx.numbers
         grads, grad_edges = cells_backward_triton(
-            ctx.layers, sizes, numbers, flat, images, normal, record, latents,
+            ctx.layers, sizes, numbers, packed, images, normal, record, latents,
             grad_latents.contiguous(),
         )  # fmt: skip
         grad_products, grad_edge = None, None
