@@ -450,9 +450,9 @@ def cells_forward_triton(
             tables.forward, packed, weights, images, products, normal, jitter, edge, record,
             latents, batch, tile.images, len(tables.forward), numbers.rows, numbers.columns,
             *images.shape[2:], numbers.side, sizes.hidden, sizes.passed, sizes.what, at.width,
-            at.where[-1], at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low, numbers.span,
-            numbers.cell, numbers.anchor, numbers.temperature, LATERAL=sizes.context > 0,
-            RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
+            at.where[-1], at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low,
+            numbers.span, numbers.cell, numbers.anchor, numbers.temperature,
+            LATERAL=sizes.context > 0, RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
             **tile.constants,
         )  # fmt: skip
     return record, latents, packed_back

@@ -4,8 +4,9 @@
 
 Triton brings its own assembler, so neither a GPU nor a driver is needed. The interpreter accepts
 code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills,
-shared memory and occupancy, the warps that a multiprocessor holds at once; the exit status is 1 if a kernel does not compile, a default configuration
-spills, or another one spills more than a few words. Do not set TRITON_INTERPRET.
+shared memory and occupancy: the warps that a multiprocessor holds at once. The exit status is 1 if
+a kernel does not compile, a default configuration spills, or another one spills more than a few
+words. Do not set TRITON_INTERPRET.
 """
 
 import argparse
