@@ -9,10 +9,9 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from spairkit.backends import Backend, chosen_backend, runs_compiled
+from spairkit.backends import Backend, compiled_backend
 from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise, unpack
 from spairkit.models.networks import LateralNetwork, shared_weights
@@ -28,17 +27,12 @@ def cells_backend(
 ) -> Literal["torch", "cpu", "triton"]:
     """The implementation of the loop over cells in training; "torch" is the plain loop.
 
-    "auto" is Numba for float32 on the CPU and a hidden layer in the encoder. On a GPU it is the
-    plain loop, because the Triton kernel was never run on one; "triton" selects it.
+    As `spairkit.backends.compiled_backend`; Numba needs a hidden layer in the encoder.
 
     Raises:
         ValueError: as `chosen_backend`.
     """
-    if torch.compiler.is_compiling():
-        return "torch"
-    if backend == "auto" and not runs_compiled(images):
-        return "torch"
-    chosen = chosen_backend(backend, images, "images")
+    chosen = compiled_backend(backend, images)
     return "torch" if chosen == "cpu" and len(_lines(encoder)) < 2 else chosen
 
 

@@ -87,7 +87,9 @@ class SPAIR(nn.Module):
     """0-d: standard deviation of a pixel, for likelihood "normal" only. In training mode every
     call moves it towards the root mean square of the residuals."""
     backend: Backend
-    """Implementation of the loop over cells in training (`spairkit.models.cell_loop`)."""
+    """Of the loop over cells in training, KL terms, likelihood and decoder's sigmoid, as in
+    `spairkit.backends.compiled_backend`: the plain torch versions on a GPU, unless it is set to
+    "triton"."""
 
     def __init__(self, config: SPAIRConfig) -> None:
         super().__init__()
@@ -411,9 +413,10 @@ class SPAIR(nn.Module):
                 Bernoulli likelihood always counts three.
         """
         if self.config.likelihood == "bernoulli":
-            return bernoulli_cross_entropy(drawn, images, self.config.likelihood_floor)
+            floor = self.config.likelihood_floor
+            return bernoulli_cross_entropy(drawn, images, floor, backend=self.backend)
         # a copy, because the running mean changes in place before the backward pass
-        nats = normal_nll(drawn, images, self.noise_std.clone())
+        nats = normal_nll(drawn, images, self.noise_std.clone(), backend=self.backend)
         return nats * (channels.to(nats.dtype) / 3)
 
     def pixel_loss(self, drawn: Tensor, images: Tensor, channels: Tensor) -> Tensor:  # [B, H, W]
@@ -580,7 +583,7 @@ class SPAIR(nn.Module):
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
         logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
         scale, bias = appearance_constants(c, logits.device, logits.dtype)
-        return scaled_squash(logits, scale, bias)
+        return scaled_squash(logits, scale, bias, backend=self.backend)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
         """One colour for each image (docs/model.md 4.4); the MLP has no KL, as in the code."""
@@ -626,6 +629,7 @@ class SPAIR(nn.Module):
             # the gradient through the weight is what switches useless cells off
             latents.presence,
             *self.priors,
+            backend=self.backend,
         ).unbind(1)
         return Losses(
             reconstruction=self.reconstruction_loss(image, images, num_channels(images)),
