@@ -3,6 +3,8 @@
 Forward, one program sums an image: partial sums in float32, their sum in float64. NaN propagates.
 """
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -115,7 +117,9 @@ def _normal_nll_backward_kernel(
 
 def cross_entropy_triton(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
     """-log p(target | image) in nats, of images [B, ...]; `floor` is added in both logarithms."""
-    sums, size = image.new_empty(len(image)), image[0].numel()
+    sums, size = image.new_empty(len(image)), _size(image)
+    if len(image) == 0:
+        return sums
     with on(image.device):
         _cross_entropy_kernel[(len(image),)](
             image.contiguous(), target.contiguous(), sums, size, floor, BLOCK=LIKELIHOOD_BLOCK,
@@ -128,7 +132,9 @@ def cross_entropy_backward_triton(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, floor: float
 ) -> tuple[Tensor, None]:
     """The gradient of the image, and None for the target."""
-    grad_image, size = image.new_empty(image.shape), image[0].numel()
+    grad_image, size = image.new_empty(image.shape), _size(image)
+    if len(image) == 0:
+        return grad_image, None
     with on(image.device):
         _cross_entropy_backward_kernel[_blocks(image)](
             grad_sums.contiguous(), image.contiguous(), target.contiguous(), grad_image, size,
@@ -139,7 +145,9 @@ def cross_entropy_backward_triton(
 
 def normal_nll_triton(image: Tensor, target: Tensor, std: Tensor) -> Tensor:  # [B]
     """-log p(target | image) in nats, of images [B, ...] under normal noise; `std` is 0-d."""
-    sums, size = image.new_empty(len(image)), image[0].numel()
+    sums, size = image.new_empty(len(image)), _size(image)
+    if len(image) == 0:
+        return sums
     with on(image.device):
         _normal_nll_kernel[(len(image),)](
             image.contiguous(), target.contiguous(), std, sums, size, BLOCK=LIKELIHOOD_BLOCK,
@@ -152,7 +160,9 @@ def normal_nll_backward_triton(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, std: Tensor
 ) -> tuple[Tensor, None, None]:
     """The gradient of the image, and None for the target and the standard deviation."""
-    grad_image, size = image.new_empty(image.shape), image[0].numel()
+    grad_image, size = image.new_empty(image.shape), _size(image)
+    if len(image) == 0:
+        return grad_image, None, None
     with on(image.device):
         _normal_nll_backward_kernel[_blocks(image)](
             grad_sums.contiguous(), image.contiguous(), target.contiguous(), std, grad_image,
@@ -161,5 +171,10 @@ def normal_nll_backward_triton(
     return grad_image, None, None
 
 
+def _size(image: Tensor) -> int:
+    """Numbers of one image."""
+    return math.prod(image.shape[1:])
+
+
 def _blocks(image: Tensor) -> tuple[int, int]:
-    return triton.cdiv(image[0].numel(), LIKELIHOOD_BLOCK), len(image)
+    return triton.cdiv(_size(image), LIKELIHOOD_BLOCK), len(image)

@@ -4,7 +4,6 @@ Needs Triton: `test_interpreter.py` runs this file in Triton's interpreter. The 
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import pytest
@@ -16,10 +15,13 @@ from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise
 from spairkit.models.spair import SPAIR
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton: see test_interpreter.py",
-)
+pytestmark = [
+    pytest.mark.usefixtures("fast_interpreter"),
+    pytest.mark.skipif(
+        not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"),
+        reason="needs Triton: see test_interpreter.py",
+    ),
+]
 
 SMALL = SPAIRConfig(
     cell=4,
@@ -39,20 +41,6 @@ ALONE = replace(SMALL, lateral=False, passthrough=0, hidden=9)
 # logits beyond the bounds of clipping, where gradients are zero
 CLIPPED = replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=9.8)
 WIDE = replace(SMALL, centre_min=-0.25, centre_max=1.0, encoder_hidden=(), what=9, hidden=21)
-
-
-@pytest.fixture(autouse=True)
-def _fast_interpreter() -> Iterator[None]:
-    """Without the checks of integers, which take half the time and cannot fail in there."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    from triton.runtime.interpreter import interpreter_builder as builder
-
-    before = builder.options
-    builder.options = replace(before, sanitize_overflow=False)
-    yield
-    builder.options = before
 
 
 @pytest.fixture
@@ -152,7 +140,7 @@ def test_equals_the_plain_loop(
     assert_matches_plain_loop(config, grid, batch, wheels=wheels)
 
 
-@pytest.mark.parametrize("tiles", [(3, 2, 4, 4, 8)], indirect=True)
+@pytest.mark.parametrize("tiles", [(3, 4, 8, 8, 16)], indirect=True)
 def test_waves_and_layers_wider_than_a_tile(tiles: None) -> None:
     assert_matches_plain_loop(SMALL, (2, 3), 4)
 

@@ -5,16 +5,18 @@ wave takes about 90 small operations, each recorded by autograd; `spairkit.kerne
 and `spairkit.kernels.cells_triton_op` walk all waves in one call forward and one backward.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from spairkit.backends import Backend, compiled_backend
 from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise, unpack
-from spairkit.models.networks import LateralNetwork, shared_weights
+from spairkit.models.networks import LateralNetwork
 from spairkit.models.wavefront import Wavefront
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def encode_cells(
     noise: Noise,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
+    first: Sequence[Sequence[Tensor]],  # their first weights for context, and for own inputs
     encoder: nn.Sequential,
     config: SPAIRConfig,
     front: Wavefront,
@@ -56,9 +59,10 @@ def encode_cells(
         RuntimeError: a second derivative was requested.
     """
     # the context has no columns without lateral connections, and where has no inputs of its own
-    weights = [shared_weights(networks, config.features, networks[0].shared)]
-    for network in networks:
-        weights += [network.first.weight[:, network.shared :]]
+    of_context, of_own = first
+    weights = [torch.cat(list(of_context))]
+    for network, own in zip(networks, of_own, strict=True):
+        weights += [own]
         for line in (network.second, network.last):
             weights += [line.weight, line.bias]
     if training_wheels:

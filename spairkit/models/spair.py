@@ -41,7 +41,6 @@ from spairkit.models.networks import (
     check_images,
     mlp,
     row_product,
-    shared_weights,
 )
 from spairkit.models.noise import Source
 from spairkit.models.parts import Part
@@ -467,14 +466,15 @@ class SPAIR(nn.Module):
         front = wavefront(rows, columns, images.device)
         features = features.flatten(2).transpose(1, 2)  # [B, K, F]
         networks = (self.where_network, self.depth_network, self.presence_network)
-        weights = shared_weights(networks, 0, c.features)
+        of_features, *rest = zip(*(n.first_weights(c.features) for n in networks), strict=True)
         bias = torch.cat([network.first.bias for network in networks])
+        weights = torch.cat(of_features)
         products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
         trains = relaxed and torch.is_grad_enabled() and not images.requires_grad
         backend = cells_backend(images, self.encoder, self.backend) if trains else "torch"
         if noise is not None and backend != "torch":
-            given = images, products, noise, edge, networks, self.encoder, c, front
+            given = images, products, noise, edge, networks, rest, self.encoder, c, front
             return encode_cells(*given, training_wheels, backend)
         # from bfloat16, under autocast
         products = products.to(images.dtype).transpose(0, 1)[front.order]
@@ -485,7 +485,7 @@ class SPAIR(nn.Module):
             jitter = noise.logistic.T[front.order, :, None]  # [K, B, 1]
 
         if edge is not None:
-            context_weights = shared_weights(networks, c.features, networks[0].shared)
+            context_weights = torch.cat(rest[0])
             edge = edge.expand(1, images.shape[0], -1)
         vectors: list[Tensor] = []  # of the waves so far, [n, B, V]
         waves: list[Latents] = []  # cells first
