@@ -3,9 +3,10 @@
     python -m spairkit.kernels.gate [--representative]
 
 Triton brings its own assembler, so neither a GPU nor a driver is needed. The interpreter accepts
-code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills
-and shared memory; the exit status is 1 if a kernel does not compile, a default configuration
-spills, or another one spills more than a few words. Do not set TRITON_INTERPRET.
+code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills,
+shared memory and occupancy: the warps that a multiprocessor holds at once. The exit status is 1 if
+a kernel does not compile, a default configuration spills, or another one spills more than a few
+words. Do not set TRITON_INTERPRET.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spairkit.kernels import (
+    cells_triton,
+    cells_triton_backward,
     presence_triton,
     render_triton,
     render_triton_backward,
@@ -38,6 +41,15 @@ from spairkit.kernels.presence_blocks import walk_block
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+# of a multiprocessor: warps, programs, bytes of shared memory
+_LIMITS = {
+    80: (64, 32, 164 << 10),
+    89: (48, 24, 100 << 10),
+    90: (64, 32, 228 << 10),
+    100: (64, 32, 228 << 10),
+    120: (48, 24, 100 << 10),
+}
 
 # words of spill that pass outside the defaults: the assembler gives up a few registers on purpose
 # to reach the next step of occupancy, and any edit changes which kernel that happens to
@@ -73,6 +85,7 @@ class Build(NamedTuple):
     registers: int = 0
     spills: int = 0
     shared: int = 0
+    occupancy: int = 0  # warps that a multiprocessor holds at once
     error: str = ""
 
     def passes(self, configuration: Configuration) -> bool:
@@ -195,10 +208,55 @@ def compose_configurations() -> Iterator[Configuration]:
         )
 
 
+def cells_configurations() -> Iterator[Configuration]:
+    """The loop over cells: each height of a tile, with and without neighbours, training wheels."""
+    rows = [  # images, side of the grid, activation, precision, lateral, training wheels
+        (32, 4, "relu", "ieee", True, False), (1024, 4, "relu", "ieee", True, False),
+        (1024, 12, "relu", "ieee", True, False), (32, 4, "celu", "ieee", True, False),
+        (32, 12, "celu", "ieee", True, False), (32, 4, "relu", "ieee", True, True),
+        (32, 4, "relu", "ieee", False, False), (32, 4, "relu", "tf32", True, False),
+        (1024, 12, "relu", "tf32", True, False), (1, 1, "relu", "ieee", True, False),
+    ]  # fmt: skip
+    forward = cells_triton._cells_forward_kernel
+    backward = cells_triton_backward._cells_backward_kernel
+    types = dict.fromkeys(("low", "span", "cell", "anchor", "temperature"), "fp32")
+    types |= {"layers_ptr": "*i32"}
+    for images, side, activation, precision, lateral, wheels in rows:
+        tile = cells_triton.cells_tile(images, side, side, precision)
+        common = {"LATERAL": lateral, "RELU": activation == "relu", "PRECISION": precision}
+        common |= tile.constants
+        passes = [("backward", backward, common | {"WHEELS": wheels})]
+        if not wheels:  # they change nothing in the forward pass
+            passes.append(("forward", forward, common))
+        for name, kernel, constants in passes:
+            if side == 1:
+                ones = ("num_images", "rows", "columns")
+                constants = dict.fromkeys(ones, 1) | constants
+            kind = f"{activation} {precision}{' wheels' if wheels else ''}"
+            yield Configuration(
+                name=f"cells {name} {side}x{side} B{images} {kind}{'' if lateral else ' alone'}",
+                kernel=kernel,
+                types=types,
+                constants=constants,
+                warps=tile.warps,
+                is_default=lateral and not wheels and side == 4 and precision == "ieee",
+            )
+    kernel = cells_triton._pack_kernel
+    yield Configuration(
+        name="cells packing",
+        kernel=kernel,
+        types={"packing_ptr": "*i32"},
+        constants={"BLOCK": cells_triton.PACK_BLOCK},
+        warps=cells_triton.PACK_WARPS,
+        is_default=True,
+    )
+
+
 def configurations() -> list[Configuration]:
     """All configurations that ship."""
     scenes = [*scatter_configurations(), *compose_configurations()]
-    return [*render_configurations(), *presence_configurations(), *scenes]
+    operators = [*render_configurations(), *presence_configurations()]
+    return [*operators, *cells_configurations(), *scenes]
 
 
 def build(configuration: Configuration, target: GPUTarget) -> Build:
@@ -220,7 +278,9 @@ def build(configuration: Configuration, target: GPUTarget) -> Build:
     if target.backend == "hip":
         keys = (r"\.vgpr_count:\s*(\d+)", r"\.vgpr_spill_count:\s*(\d+)")
         registers, spills = (int(re.findall(key, built.asm["amdgcn"])[0]) for key in keys)
-        return Build(registers, spills, built.metadata.shared)
+        shared = built.metadata.shared
+        held = occupancy(target, registers, shared, configuration.warps)
+        return Build(registers, spills, shared, held)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -228,7 +288,34 @@ def build(configuration: Configuration, target: GPUTarget) -> Build:
         assembly = _output(_TOOLS / "nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[0])
     shared = max(built.metadata.shared, int(re.findall(r"SHARED:(\d+)", usage)[0]))
-    return Build(registers, len(re.findall(r"\b(?:LDL|STL)\b", assembly)), shared)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", assembly))
+    return Build(
+        registers, spills, shared, occupancy(target, registers, shared, configuration.warps)
+    )
+
+
+def occupancy(target: GPUTarget, registers: int, shared: int, warps: int) -> int:
+    """Warps of programs of one kernel that a multiprocessor holds at once.
+
+    Args:
+        target: the GPU.
+        registers: of a thread.
+        shared: memory of a program, bytes, with what the driver reserves.
+        warps: of a program.
+
+    Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; for
+    gfx942 AMD's CDNA 3 ISA guide: four SIMDs with 512 vector registers a lane, 64 KiB of LDS.
+    """
+    if target.backend == "hip":
+        of_simd = min(8, 512 // max(8, -(-registers // 8) * 8))  # waves
+        programs = 4 * of_simd // warps
+        return warps * min(programs, 65536 // max(shared, 1))
+    most_warps, most_programs, most_shared = _LIMITS[target.arch]
+    of_warp = -(-registers * 32 // 256) * 256
+    # warps are bound to one of four schedulers with 16,384 registers each
+    held = 4 * (16384 // max(of_warp, 256))
+    programs = min(most_programs, min(most_warps, held) // warps)
+    return warps * min(programs, most_shared // max(-(-shared // 128) * 128, 1))
 
 
 def _output(*command: str | Path) -> str:
@@ -254,7 +341,7 @@ def main() -> int:
                 print(
                     f"{'ok' if passes else 'FAIL':4} {name:6} {configuration.name:45} "
                     f"registers {result.registers:3} spills {result.spills:3} "
-                    f"shared {result.shared:6} {result.error}",
+                    f"shared {result.shared:6} warps {result.occupancy:2} {result.error}",
                     flush=True,
                 )
     print(f"{failures} failed", file=sys.stderr)

@@ -79,6 +79,26 @@ def runs_compiled(*tensors: Tensor) -> bool:
     return chosen_backend("auto", tensors[0], "tensors") == "cpu"
 
 
+def compiled_backend(backend: Backend, *tensors: Tensor) -> Literal["torch", "cpu", "triton"]:
+    """The implementation of training's functions other than the operators.
+
+    "auto" is Numba for float32 on the CPU, and plain torch elsewhere: their Triton kernels were
+    never run on a GPU, so there "triton" has to be named. Plain torch also serves tracing, and
+    tensors that are not all float32 on one device.
+
+    Raises:
+        ValueError: as `chosen_backend`.
+    """
+    if backend == "auto":
+        return "cpu" if runs_compiled(*tensors) else "torch"
+    if torch.compiler.is_compiling():
+        return "torch"
+    chosen = chosen_backend(backend, tensors[0], "the first tensor")
+    here = tensors[0].device
+    fits = all(tensor.device == here and tensor.dtype == torch.float32 for tensor in tensors)
+    return chosen if fits else "torch"
+
+
 def _works(backend: Literal["cpu", "triton"]) -> bool:
     """Whether the backend can be used; tried once in each process."""
     if backend not in _tried:

@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +105,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def kernel_device(kernel: str) -> torch.device:
     """The device of tensors for the backend `kernel`."""
     return torch.device("cuda" if kernel == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def fast_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter without its checks of integers, which take half the time and report
+    nothing in there."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
 
 
 class _NoSync(TorchDispatchMode):

@@ -16,6 +16,9 @@ FILES = [
     "tests/test_kernels_render.py",
     "tests/test_kernels_presence.py",
     "tests/test_kernels_scenes.py",
+    "tests/test_kernels_cells.py",
+    "tests/test_kernels_densities.py",
+    "tests/test_kernels_launches.py",
     "tests/test_update_graph.py",  # only the tests of scenes
     "tests/test_extreme_inputs.py",  # only those of rendering and of the count prior
 ]
@@ -25,6 +28,13 @@ CHOSEN = "test_kernels or scene or rendered_images or count_priors"
 @pytest.mark.timeout(900)
 def test_kernels_pass_in_the_interpreter() -> None:
     interpret(CHOSEN, "not long", FILES)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_every_grid_of_cells_passes_in_the_interpreter() -> None:
+    files = [file for file in FILES if "cells" in file or "launches" in file]
+    interpret(CHOSEN, "long", files)
 
 
 @pytest.mark.long

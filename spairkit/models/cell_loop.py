@@ -1,39 +1,50 @@
-"""The loop over the cells of a batch as one compiled call, for float32 on the CPU.
+"""The loop over the cells of a batch as one compiled call, for float32.
 
 The mathematics is that of `SPAIR._encode_wave`, which defines it and runs everywhere else. There a
-wave takes about 90 small operations; `spairkit.kernels.cells_op` walks all waves in one call
-forward and one backward. Without gradients a row has the same bits beside any other rows.
+wave takes about 90 small operations; `spairkit.kernels.cells_op` (Numba) and, in training only,
+`spairkit.kernels.cells_triton_op` walk all waves in one call forward and one backward. With Numba
+and without gradients a row has the same bits beside any other rows.
 """
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spairkit.backends import runs_compiled
+from spairkit.backends import Backend, compiled_backend
 from spairkit.config import SPAIRConfig
 from spairkit.kernels.constants import BOX
 from spairkit.models.glimpses import pixel_frames
 from spairkit.models.latents import Latents, Noise, unpack
-from spairkit.models.networks import LateralNetwork, shared_weights
+from spairkit.models.networks import LateralNetwork
 from spairkit.models.parts import Part
 from spairkit.models.wavefront import Wavefront
 
 if TYPE_CHECKING:
+    from spairkit.kernels import cells_layout
     from spairkit.kernels.cells_cpu import Grid, Numbers
 
 
-def has_kernel(images: Tensor, encoder: nn.Sequential, relaxed: bool) -> bool:
-    """Whether `encode_cells` can run: float32 on the CPU, a hidden layer in the encoder.
+def cells_backend(
+    images: Tensor, encoder: nn.Sequential, relaxed: bool, backend: Backend = "auto"
+) -> Literal["torch", "cpu", "triton"]:
+    """The implementation of the loop over cells; "torch" is the plain loop.
 
-    It has no gradient to images, nor through presences of 0 or 1.
+    As `spairkit.backends.compiled_backend`. Numba needs a hidden layer in the encoder; Triton only
+    trains. Neither has gradients to images, or through presences of 0 or 1.
+
+    Raises:
+        ValueError: as `chosen_backend`.
     """
-    if torch.is_grad_enabled() and (images.requires_grad or not relaxed):
-        return False
-    return runs_compiled(images) and len(_lines(encoder)) > 1
+    trains = torch.is_grad_enabled()
+    if trains and (images.requires_grad or not relaxed):
+        return "torch"
+    chosen = compiled_backend(backend, images)
+    fits = len(_lines(encoder)) > 1 if chosen == "cpu" else trains
+    return chosen if fits else "torch"
 
 
 def encode_cells(
@@ -42,12 +53,14 @@ def encode_cells(
     noise: Noise | None,
     edge: Tensor | None,  # [V] the object beyond the rim; None without lateral connections
     networks: tuple[LateralNetwork, LateralNetwork, LateralNetwork],  # where, depth, pres
+    first: Sequence[Sequence[Tensor]],  # their first weights for context, and for own inputs
     encoder: nn.Sequential,
     config: SPAIRConfig,
     front: Wavefront,
     training_wheels: bool,
     relaxed: bool,
     part: Part | Sequence[Part] | None,
+    backend: Literal["cpu", "triton"],
 ) -> Latents:
     """Latents in raster order, their means without noise; gradients reach all but images and noise.
 
@@ -56,12 +69,11 @@ def encode_cells(
     Raises:
         RuntimeError: a second derivative was requested.
     """
-    from spairkit.kernels.cells_op import encode_cells_cpu
-
     # the context has no columns without lateral connections, and where has no inputs of its own
-    weights = [shared_weights(networks, config.features, networks[0].shared)]
-    for network in networks:
-        weights += [network.first.weight[:, network.shared :]]
+    of_context, of_own = first
+    weights = [torch.cat(list(of_context))]
+    for network, own in zip(networks, of_own, strict=True):
+        weights += [own]
         for line in (network.second, network.last):
             weights += [line.weight, line.bias]
     if training_wheels:
@@ -76,9 +88,19 @@ def encode_cells(
         jitter = images.new_zeros(products.shape[:2])
     else:
         normal, jitter = noise.normal, noise.logistic
-    numbers = _numbers(config, images, training_wheels, hard=not relaxed)
-    given = (pixel_frames(images, part), products, normal, jitter, edge, weights)
-    return unpack(encode_cells_cpu(_grid(front), numbers, images, *given), config.what)
+    given = products, normal, jitter, edge, weights
+    if backend == "cpu":
+        from spairkit.kernels.cells_op import encode_cells_cpu
+
+        numbers = _numbers(config, images, training_wheels, hard=not relaxed)
+        frames = pixel_frames(images, part)
+        latents = encode_cells_cpu(_grid(front), numbers, images, frames, *given)
+    else:
+        from spairkit.kernels.cells_triton_op import encode_cells_triton
+
+        settings = _triton_numbers(config, images, training_wheels)
+        latents = encode_cells_triton(settings, images, *given)
+    return unpack(latents, config.what)
 
 
 def _lines(encoder: nn.Sequential) -> list[nn.Linear]:
@@ -112,4 +134,25 @@ def _numbers(config: SPAIRConfig, images: Tensor, training_wheels: bool, hard: b
         training_wheels=training_wheels,
         hard=hard,
         apart=not torch.is_grad_enabled(),
+    )
+
+
+def _triton_numbers(
+    config: SPAIRConfig, images: Tensor, training_wheels: bool
+) -> "cells_layout.Numbers":
+    """The settings and the grid for the Triton loop."""
+    from spairkit.kernels.cells_layout import Numbers
+
+    height, width = images.shape[-2:]
+    return Numbers(
+        rows=-(-height // config.cell),
+        columns=-(-width // config.cell),
+        side=config.object_size,
+        low=config.centre_min,
+        span=config.centre_max - config.centre_min,
+        cell=float(config.cell),
+        anchor=config.anchor,
+        temperature=config.temperature,
+        relu=config.activation == "relu",
+        training_wheels=training_wheels,
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.backends import fused, runs_compiled
+from spairkit.backends import Backend, compiled_backend, fused
 from spairkit.kernels.constants import LOG_ROOT_TWO_PI, LOGIT_LIMIT
 
 _EPSILON = 1e-9
@@ -31,21 +31,29 @@ def squash(logits: Tensor) -> Tensor:
     return torch.sigmoid(padded)[: clipped.numel()].view(clipped.shape)
 
 
-def scaled_squash(logits: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """squash(logits * scale + bias), in a single pass with Numba.
+def scaled_squash(
+    logits: Tensor, scale: Tensor, bias: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """squash(logits * scale + bias), in a single pass with Numba or Triton.
 
     Args:
         logits: any shape.
         scale: the shape of the last axes of `logits`.
         bias: the shape of `scale`.
+        backend: as `spairkit.backends.compiled_backend`.
     """
     fits = scale.shape == bias.shape == logits.shape[-scale.dim() :]
     constant = not (scale.requires_grad or bias.requires_grad)
-    if not (fits and constant and runs_compiled(logits, scale, bias)):
+    chosen = compiled_backend(backend, logits, scale, bias) if fits and constant else "torch"
+    if chosen == "torch":
         return squash(logits * scale + bias)
-    from spairkit.kernels.appearance_cpu import squash_backward_cpu, squash_cpu
-
-    return fused(squash_cpu, squash_backward_cpu, (logits, scale, bias))
+    if chosen == "cpu":
+        from spairkit.kernels.appearance_cpu import squash_backward_cpu as backward
+        from spairkit.kernels.appearance_cpu import squash_cpu as forward
+    else:
+        from spairkit.kernels.appearance_triton import squash_backward_triton as backward
+        from spairkit.kernels.appearance_triton import squash_triton as forward
+    return fused(forward, backward, (logits, scale, bias))
 
 
 class _Limited(torch.autograd.Function):
@@ -87,20 +95,26 @@ def weighted_kls(
     std: Tensor,  # [B, K, M] positive
     weight: Tensor,  # [B, K]
     *groups: Group,
+    backend: Backend = "auto",
 ) -> Tensor:  # [B, G]
     """`normal_kl` of consecutive groups of the M dimensions, in nats, weighted, summed over cells.
 
-    mean, std and weight get gradients.
+    mean, std and weight get gradients. `backend` is as in `spairkit.backends.compiled_backend`.
     """
     fits = mean.shape == std.shape == (*weight.shape, sum(size for size, _, _ in groups))
-    if not fits or not runs_compiled(mean, std, weight):
+    chosen = compiled_backend(backend, mean, std, weight) if fits else "torch"
+    if chosen == "torch":
         sizes = [size for size, _, _ in groups]
         parts = zip(mean.split(sizes, dim=-1), std.split(sizes, dim=-1), groups, strict=True)
         kls = [normal_kl(m, s, *prior).sum(-1) for m, s, (_, *prior) in parts]  # [B, K] each
         return torch.stack([(weight * kl).sum(1) for kl in kls], dim=1)
-    from spairkit.kernels.normal_kl_cpu import weighted_kls_backward_cpu, weighted_kls_cpu
-
-    return fused(weighted_kls_cpu, weighted_kls_backward_cpu, (mean, std, weight), groups)
+    if chosen == "cpu":
+        from spairkit.kernels.normal_kl_cpu import weighted_kls_backward_cpu as backward
+        from spairkit.kernels.normal_kl_cpu import weighted_kls_cpu as forward
+    else:
+        from spairkit.kernels.normal_kl_triton import weighted_kls_backward_triton as backward
+        from spairkit.kernels.normal_kl_triton import weighted_kls_triton as forward
+    return fused(forward, backward, (mean, std, weight), groups)
 
 
 def logistic(uniform: Tensor) -> Tensor:
@@ -122,22 +136,31 @@ def concrete_sample(logits: Tensor, noise: Tensor, temperature: float) -> Tensor
     return torch.sigmoid((logits + noise) / temperature)
 
 
-def bernoulli_cross_entropy(image: Tensor, target: Tensor, floor: float) -> Tensor:
+def bernoulli_cross_entropy(
+    image: Tensor, target: Tensor, floor: float, *, backend: Backend = "auto"
+) -> Tensor:
     """-log p(target | image) in nats, summed over all but the first axis: [B, ...] -> [B].
 
     Args:
         image: reconstruction, in [0, 1] up to rounding.
         target: in [0, 1], not only 0 and 1; the same shape.
         floor: positive, added inside both logarithms.
+        backend: as `spairkit.backends.compiled_backend`.
 
     Source: docs/model.md 5, "Reconstruction".
     """
     fits = image.shape == target.shape and floor >= torch.finfo(torch.float32).tiny
-    if not fits or target.requires_grad or not runs_compiled(image, target):
+    fits = fits and not target.requires_grad
+    chosen = compiled_backend(backend, image, target) if fits else "torch"
+    if chosen == "torch":
         return cross_entropy_by_torch(image, target, floor)
-    from spairkit.kernels.likelihood_cpu import cross_entropy_backward_cpu, cross_entropy_cpu
-
-    return fused(cross_entropy_cpu, cross_entropy_backward_cpu, (image, target), (floor,))
+    if chosen == "cpu":
+        from spairkit.kernels.likelihood_cpu import cross_entropy_backward_cpu as backward
+        from spairkit.kernels.likelihood_cpu import cross_entropy_cpu as forward
+    else:
+        from spairkit.kernels.likelihood_triton import cross_entropy_backward_triton as backward
+        from spairkit.kernels.likelihood_triton import cross_entropy_triton as forward
+    return fused(forward, backward, (image, target), (floor,))
 
 
 def cross_entropy_by_torch(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
@@ -147,24 +170,30 @@ def cross_entropy_by_torch(image: Tensor, target: Tensor, floor: float) -> Tenso
     return -(off + target * (on - off)).flatten(1).sum(1)
 
 
-def normal_nll(image: Tensor, target: Tensor, std: Tensor) -> Tensor:
+def normal_nll(image: Tensor, target: Tensor, std: Tensor, *, backend: Backend = "auto") -> Tensor:
     """-log p(target | image) in nats, summed over all but the first axis: [B, ...] -> [B].
 
     Args:
         image: reconstruction, the mean of the normal.
         target: the same shape.
         std: 0-d and positive, the standard deviation of every element.
+        backend: as `spairkit.backends.compiled_backend`.
 
     Source: docs/model.md 5, "Normal likelihood".
     """
     fits = image.shape == target.shape and std.dim() == 0
     constant = not (target.requires_grad or std.requires_grad)
-    if not (fits and constant and runs_compiled(image, target, std)):
+    chosen = compiled_backend(backend, image, target, std) if fits and constant else "torch"
+    if chosen == "torch":
         squares = ((image - target) / std).square().flatten(1)
         return 0.5 * squares.sum(1) + squares.shape[1] * (std.log() + LOG_ROOT_TWO_PI)
-    from spairkit.kernels.likelihood_cpu import normal_nll_backward_cpu, normal_nll_cpu
-
-    return fused(normal_nll_cpu, normal_nll_backward_cpu, (image, target, std))
+    if chosen == "cpu":
+        from spairkit.kernels.likelihood_cpu import normal_nll_backward_cpu as backward
+        from spairkit.kernels.likelihood_cpu import normal_nll_cpu as forward
+    else:
+        from spairkit.kernels.likelihood_triton import normal_nll_backward_triton as backward
+        from spairkit.kernels.likelihood_triton import normal_nll_triton as forward
+    return fused(forward, backward, (image, target, std))
 
 
 def count_success(step: int, start: float, end: float, decay: float, schedule: str) -> float:

@@ -114,6 +114,16 @@ class LateralNetwork(nn.Module):
         self.last = linear(hidden, outputs)
         self.activation = _ACTIVATIONS[activation]()
 
+    def first_weights(self, features: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[hidden, ...] weights of the first layer for features, context and own inputs.
+
+        One split, whose gradient is one operation, where each slice would take three.
+        """
+        weight = self.first.weight
+        sizes = [features, self.shared - features, weight.shape[1] - self.shared]
+        of_features, of_context, of_own = weight.split(sizes, dim=1)
+        return of_features, of_context, of_own
+
     def forward(self, product: Tensor, own: Tensor | None) -> Tensor:
         """[..., outputs] from the shared product [..., hidden] and the own inputs [..., own]."""
         if own is not None:

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spairkit.backends import Backend
 from spairkit.boxes import whole_pixels, xyxy_from_centre
 from spairkit.config import SPAIRConfig
 from spairkit.detections import Detections, Explanation
 from spairkit.images import commonest_colour, num_channels
 from spairkit.kernels.constants import BOX, DEPTH_SCALE, LOGIT_LIMIT
 from spairkit.label_images import halved
-from spairkit.models.cell_loop import encode_cells, has_kernel
+from spairkit.models.cell_loop import cells_backend, encode_cells
 from spairkit.models.densities import (
     Group,
     bernoulli_cross_entropy,
@@ -40,7 +41,6 @@ from spairkit.models.networks import (
     check_images,
     mlp,
     row_product,
-    shared_weights,
 )
 from spairkit.models.noise import Source
 from spairkit.models.parts import Part
@@ -85,10 +85,15 @@ class SPAIR(nn.Module):
     noise_std: Tensor
     """0-d: standard deviation of a pixel, for likelihood "normal" only. In training mode every
     call moves it towards the root mean square of the residuals."""
+    backend: Backend
+    """Of the loop over cells in training, KL terms, likelihood and decoder's sigmoid, as in
+    `spairkit.backends.compiled_backend`: the plain torch versions on a GPU, unless it is set to
+    "triton"."""
 
     def __init__(self, config: SPAIRConfig) -> None:
         super().__init__()
         self.config = config
+        self.backend = "auto"
         c = config
         self.vector = BOX + c.what + 2  # of one object: box, what, depth, presence
         context = len(NEIGHBOURS) * self.vector if c.lateral else 0
@@ -407,9 +412,10 @@ class SPAIR(nn.Module):
                 Bernoulli likelihood always counts three.
         """
         if self.config.likelihood == "bernoulli":
-            return bernoulli_cross_entropy(drawn, images, self.config.likelihood_floor)
+            floor = self.config.likelihood_floor
+            return bernoulli_cross_entropy(drawn, images, floor, backend=self.backend)
         # a copy, because the running mean changes in place before the backward pass
-        nats = normal_nll(drawn, images, self.noise_std.clone())
+        nats = normal_nll(drawn, images, self.noise_std.clone(), backend=self.backend)
         return nats * (channels.to(nats.dtype) / 3)
 
     def pixel_loss(self, drawn: Tensor, images: Tensor, channels: Tensor) -> Tensor:  # [B, H, W]
@@ -460,15 +466,15 @@ class SPAIR(nn.Module):
         front = wavefront(rows, columns, images.device)
         features = features.flatten(2).transpose(1, 2)  # [B, K, F]
         networks = (self.where_network, self.depth_network, self.presence_network)
-        weights = shared_weights(networks, 0, c.features)
+        of_features, *rest = zip(*(n.first_weights(c.features) for n in networks), strict=True)
         bias = torch.cat([network.first.bias for network in networks])
+        weights = torch.cat(of_features)
         products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
         edge = self._edge() if c.lateral else None
-        if has_kernel(images, self.encoder, relaxed):
-            return encode_cells(
-                images, products, noise, edge, networks, self.encoder, c, front, training_wheels,
-                relaxed, part,
-            )  # fmt: skip
+        backend = cells_backend(images, self.encoder, relaxed, self.backend)
+        if backend != "torch":
+            given = images, products, noise, edge, networks, rest, self.encoder, c, front
+            return encode_cells(*given, training_wheels, relaxed, part, backend)
         # from bfloat16, under autocast
         products = products.to(images.dtype).transpose(0, 1)[front.order]
         corners = torch.stack([front.order // columns, front.order % columns], dim=-1)
@@ -478,7 +484,7 @@ class SPAIR(nn.Module):
             jitter = noise.logistic.T[front.order, :, None]  # [K, B, 1]
 
         if edge is not None:
-            context_weights = shared_weights(networks, c.features, networks[0].shared)
+            context_weights = torch.cat(rest[0])
             edge = edge.expand(1, images.shape[0], -1)
         vectors: list[Tensor] = []  # of the waves so far, [n, B, V]
         waves: list[Latents] = []  # cells first
@@ -576,7 +582,7 @@ class SPAIR(nn.Module):
         logits = self.decoder(what).to(what.dtype)  # from bfloat16, under autocast
         logits = logits.unflatten(-1, (c.object_size, c.object_size, 4))
         scale, bias = appearance_constants(c, logits.device, logits.dtype)
-        return scaled_squash(logits, scale, bias)
+        return scaled_squash(logits, scale, bias, backend=self.backend)
 
     def _background(self, images: Tensor, noise: Noise | None) -> Tensor:  # [B, 3, 1, 1]
         """One colour for each image (docs/model.md 4.4); the MLP has no KL, as in the code."""
@@ -622,6 +628,7 @@ class SPAIR(nn.Module):
             # the gradient through the weight is what switches useless cells off
             latents.presence,
             *self.priors,
+            backend=self.backend,
         ).unbind(1)
         return Losses(
             reconstruction=self.reconstruction_loss(image, images, num_channels(images)),

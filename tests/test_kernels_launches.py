@@ -1,0 +1,130 @@
+"""The number of kernels that an update launches on a GPU, counted in Triton's interpreter.
+
+An operation of torch counts as one launch unless it returns a view or only allocates. Some take
+more than one on a GPU, such as the gradient of a convolution, and all of Adam counts as one.
+"""
+
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spairkit import backends, presence, presets, rendering
+from spairkit.backends import Backend
+from spairkit.data.datasets import open_dataset
+from spairkit.models.spair import SPAIR
+from spairkit.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton: see test_interpreter.py"
+)
+ALLOCATING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+FREE = ALLOCATING | {"detach", "lift_fresh", "_unsafe_view", "_reshape_alias"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that launch a kernel, also those inside spairkit's own operators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+        self.interpreting = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        own = OPDEFS.get(func._schema.name)
+        if own is not None:
+            with self:
+                return own._init_fn(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and not (self.interpreting or func.is_view or name in FREE):
+            self.counts[name] += 1
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _poison_fresh_memory() -> None:
+    """Not here: filling fresh memory would count."""
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, fast_interpreter: None) -> Launches:
+    """Counts launches, Triton's included, where torch takes the ways that it takes on a GPU."""
+    from triton.runtime.interpreter import GridExecutor
+
+    counter, execute = Launches(), GridExecutor.__call__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counter.counts[self.fn.__name__] += 1
+        counter.interpreting = True  # it copies every argument
+        try:
+            return execute(self, *args, **kwargs)
+        finally:
+            counter.interpreting = False
+
+    def chosen(backend: Backend, tensor: torch.Tensor, name: str) -> str:
+        is_auto = backend == "auto" and tensor.dtype != torch.float64
+        return backends.chosen_backend("triton" if is_auto else backend, tensor, name)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    for module in (presence, rendering):
+        monkeypatch.setattr(module, "chosen_backend", chosen)
+    monkeypatch.setitem(backends._tried, "cpu", False)
+    # squash and row_product pad on a CPU, unless they are exported
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    return counter
+
+
+def launches_of_update(
+    launches: Launches, preset: str, side: int, backend: Backend
+) -> Counter[str]:
+    """Of an update of a tiny SPAIR, with side x side cells and as many layers as in `preset`,
+    from a batch and noise that lie on the device."""
+    device = torch.device("cpu")
+    model = {
+        "kind": "spair",
+        "cell": 12,
+        "backbone_channels": [2],
+        "features": 3,
+        "hidden": 4,
+        "passthrough": 2,
+        "what": 2,
+        "encoder_hidden": [3, 3],
+        "decoder_hidden": [3, 3],
+        "object_size": 2,
+    }
+    data = {"image_height": 12 * side, "image_width": 12 * side, "max_objects": 1}
+    train = {"batch_size": 1, "training_wheels": 0, "threads": 1}
+    config = presets.resolve(preset, {"data": data, "model": model, "train": train})
+    trainer = Trainer(config, None, open_dataset(config.data, "train", device), device)
+    assert isinstance(trainer.model, SPAIR)
+    trainer.model.backend = backend
+    trainer.update()
+    inputs = trainer._inputs(1)
+    launches.counts.clear()
+    with launches:
+        trainer._apply(inputs)
+    return Counter(launches.counts)
+
+
+@pytest.mark.parametrize("preset", ["paper", "quick"])
+def test_update_takes_at_most_200_launches_at_any_grid(preset: str, launches: Launches) -> None:
+    small, large = (launches_of_update(launches, preset, side, "triton") for side in (1, 2))
+    assert small == large
+    assert large["_cells_forward_kernel"] == large["_cells_backward_kernel"] == 1
+    assert large["convolution_backward"] >= 5
+    assert large.total() <= 200, large
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", [4, 12])
+def test_update_at_the_grids_of_the_paper(side: int, launches: Launches) -> None:
+    compiled, plain = (
+        launches_of_update(launches, "paper", side, backend) for backend in ("triton", "torch")
+    )
+    print(f"{side} x {side} cells: {compiled.total()} launches, plain {plain.total()}")
+    assert compiled.total() <= 200 < plain.total()
