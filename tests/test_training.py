@@ -505,7 +505,7 @@ def test_update_does_not_synchronise_with_the_device(
     preset, kind, *likelihood = recipe.split()
     model = {"kind": kind} | ({"likelihood": likelihood[0]} if likelihood else {})
     for module in (cell_loop, densities):  # the code path of a GPU, without CPU kernels
-        monkeypatch.setattr(module, "runs_compiled", lambda *_: False)
+        monkeypatch.setattr(module, "compiled_backend", lambda *_: "torch")
     loop = {"batch_size": 2, "training_wheels": 9 if wheels else 0, "threads": 1}
     config = presets.resolve(preset, {"model": model, "train": loop})
     run = Run.create(tmp_path / "run", config)
