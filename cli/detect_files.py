@@ -81,6 +81,11 @@ def folders_of(
             raise InputError(
                 f"--format {format_} writes a file for each image: name a folder, --out"
             )
+        if out.suffix.lower() == suffix and not out.is_dir():
+            raise InputError(
+                f"--out {out}: --format {format_} writes a file for each image into a folder; "
+                f"name the folder, such as {out.with_suffix('')}"
+            )
         folders["--out"] = out, suffix
     if annotated is not None:
         folders["--annotated"] = annotated, _OVERLAY

@@ -175,6 +175,9 @@ def test_inputs_are_not_overwritten(run: Runner) -> None:
     assert (
         ended.err == "spairkit: --format rois writes a file for each image: name a folder, --out\n"
     )
+    ended = run("detect", "cells", "--format", "labels", "--out", "cells.tif", *QUICKLY)
+    assert ended.status == 2
+    assert ended.err.endswith("name the folder, such as cells\n")
     assert sorted(path.name for path in Path().iterdir()) == ["cells", "found"]
 
 
