@@ -181,9 +181,7 @@ def test_sums_of_many_cells_equal_the_table(
     _, samples = make_inputs(2, num_cells, relaxed=False, device=kernel_device)
     samples[1, :200] = 1
     if kernel == "triton" and kernel_device.type == "cpu":
-        samples = samples[
-            1:
-        ]  # the full image, whose sums are the greatest: the interpreter is slow
+        samples = samples[1:]  # whose sums are the greatest: the interpreter is slow
     table = _log_odds_table(
         torch.tensor(1 - success, dtype=torch.double, device=kernel_device), num_cells
     )
