@@ -202,14 +202,14 @@ class ImageFolder:
                 truths.append(NOTHING)
         return batch_of(self._prepared_crops(crops), truths, (height, width))
 
-    def _prepared_crops(self, crops: list[Tensor]) -> list[Tensor]:  # of [3, height, width]
+    def _prepared_crops(self, crops: list[Tensor]) -> Sequence[Tensor] | Tensor:
         """The crops as a model sees them: of one form, as they mostly are, all at once."""
         height, width = self.config.image_height, self.config.image_width
         if len({(crop.dtype, crop.shape) for crop in crops}) == 1:
-            crops = list(of_prepared_pixels(torch.stack(crops), self.prepare))
-        else:
-            crops = [of_prepared_pixels(crop, self.prepare) for crop in crops]
-        return [_continued(crop, height, width) for crop in crops]
+            together = of_prepared_pixels(torch.stack(crops), self.prepare)
+            return _continued(together, height, width).contiguous()
+        crops = [of_prepared_pixels(crop, self.prepare) for crop in crops]
+        return [_continued(crop[None], height, width)[0] for crop in crops]
 
     def crops(self) -> Batch:
         """The same crops at every call, for a validation: the first `config.validation_images`.
@@ -425,9 +425,11 @@ def _damage_at(path: Path, changed: int, size: int) -> str:
     return ""
 
 
-def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int, int]) -> Batch:
+def batch_of(
+    images: Sequence[Tensor] | Tensor, truths: Sequence[Truth], size: tuple[int, int]
+) -> Batch:
     """A batch on the device of the images, which all have this height and width."""
-    device = images[0].device if images else torch.device("cpu")
+    device = images[0].device if len(images) else torch.device("cpu")
     counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
     most = int(counts.max()) if len(counts) else 0
     most_crowds = max((len(truth.crowds) for truth in truths), default=0)
@@ -435,10 +437,14 @@ def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int,
     boxes = torch.zeros(len(truths), most, 4)
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
+        if truth is NOTHING:
+            continue
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
         if crowds is not None:
             crowds[b, : len(truth.crowds)] = truth.crowds
-    if len(images) == 1:
+    if isinstance(images, Tensor):
+        stack = images
+    elif len(images) == 1:
         stack = images[0][None]  # no copy of a large image
     else:
         stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
@@ -450,9 +456,9 @@ NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 """The ground truth of an image without objects."""
 
 
-def _continued(crop: Tensor, height: int, width: int) -> Tensor:
-    missing = (0, width - crop.shape[2], 0, height - crop.shape[1])
-    return functional.pad(crop[None], missing, mode="replicate")[0] if any(missing) else crop
+def _continued(crops: Tensor, height: int, width: int) -> Tensor:  # [B, 3, ...]
+    missing = (0, width - crops.shape[3], 0, height - crops.shape[2])
+    return functional.pad(crops, missing, mode="replicate") if any(missing) else crops
 
 
 def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:
