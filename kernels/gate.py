@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +66,8 @@ class Configuration:
     warps: int
     types: dict[str, str]
     """Of arguments that are neither constants, float32 pointers nor int32 numbers."""
+    limit: dict[str, int] = field(default_factory=dict)
+    """The launcher's bound on registers, for compilers that take one."""
     is_default: bool = False
     """Whether the paper's shapes use it: it must not spill."""
 
@@ -117,6 +119,7 @@ def render_configurations() -> Iterator[Configuration]:
         common = {"C": colours, "CH": int(triton.next_power_of_2(colours + 1))}
         common |= {"HAS_FLOOR": has_floor, "stride_x": 1}
         tile = render_triton.forward_tile(objects, colours)
+        limit = render_triton_backward.register_limit(colours + 1, side, float(has_floor))
         passes = [("forward", forward, tile | {"MAP_H": side, "MAP_W": side})]
         if objects != 576:  # the backward pass is the same for any number
             # a stride of 1, as in the gradient of a contiguous image, is compiled in
@@ -131,6 +134,7 @@ def render_configurations() -> Iterator[Configuration]:
                 types=types,
                 constants=_of_one(kernel, constants) if objects == 1 else constants,
                 warps=warps,
+                limit=limit if name == "backward" else {},
                 is_default=(side, colours, objects, dtype) == (14, 3, 64, "fp32"),
             )
 
@@ -271,7 +275,9 @@ def build(configuration: Configuration, target: GPUTarget) -> Build:
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     try:
         source = ASTSource(configuration.kernel, signature, constants, aligned)
-        built = triton.compile(source, target=target, options={"num_warps": configuration.warps})
+        limit = {} if target.backend == "hip" else configuration.limit
+        options = {"num_warps": configuration.warps, **limit}
+        built = triton.compile(source, target=target, options=options)
     # whatever the compiler raises is this row's result, and the other rows still have to be tried
     except Exception as error:
         return Build(error=f"{type(error).__name__}: {error}")

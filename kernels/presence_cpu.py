@@ -192,8 +192,11 @@ def presence_kl_cpu(logits: Tensor, samples: Tensor, success: Tensor) -> tuple[T
     num_images, num_cells = samples.shape
     kl = torch.empty(num_images, num_cells, dtype=torch.float32)
     prior_logit = torch.empty(num_images, num_cells, dtype=torch.double)
-    table = _odds(float(success), num_cells if fits_table(num_cells) else 0)
-    inputs = *arrays(logits, samples), table, 1.0 - float(success)
+    s = float(success)
+    if not 0.0 < s < 1.0:  # which a compiled caller could not check
+        s = math.nan
+    table = _odds(s, num_cells if fits_table(num_cells) else 0)
+    inputs = *arrays(logits, samples), table, 1.0 - s
     over_images(_presence_kl, num_images, *inputs, kl.numpy(), prior_logit.numpy())
     return kl, prior_logit
 

@@ -541,7 +541,7 @@ def chosen_device(device: torch.device | str) -> torch.device:
         InputError: the device is unknown, or a GPU is asked for and torch finds none.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _default_device()
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
@@ -551,6 +551,10 @@ def chosen_device(device: torch.device | str) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device}: torch finds no such GPU; see `spairkit doctor`")
     return chosen
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _pixels(image: Tensor | Exception) -> int:

@@ -342,11 +342,11 @@ def _in_range(image: Tensor) -> Tensor:
     return image
 
 
-def to_colour(pixels: Tensor) -> Tensor:  # [1 or 3, H, W] -> [3, H, W] float32 in [0, 1]
+def to_colour(pixels: Tensor) -> Tensor:  # [..., 1 or 3, H, W] -> [..., 3, H, W] float32 in [0, 1]
     """RGB in [0, 1] of `read_pixels`; the channels of a grey image share memory."""
     full = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype)
     scaled = pixels.float() / full if full else pixels
-    return scaled.expand(3, -1, -1)
+    return scaled.expand(*pixels.shape[:-3], 3, -1, -1)
 
 
 def commonest_colour(images: Tensor) -> Tensor:  # [..., 3, H, W] -> [3]

@@ -83,8 +83,8 @@ def prepare_pixels(pixels: Tensor, config: PrepareConfig) -> Tensor:
     return _in_16_bits(_resized_pixels(pixels, size))
 
 
-def of_prepared_pixels(part: Tensor, config: PrepareConfig) -> Tensor:  # [3, h, w] float32
-    """The prepared image, or a part of it, from that of `prepare_pixels`."""
+def of_prepared_pixels(part: Tensor, config: PrepareConfig) -> Tensor:  # [..., 3, h, w] float32
+    """Prepared images, or parts of them, from those of `prepare_pixels`."""
     colour = to_colour(part)
     return fixed_levels(colour, config) if config.contrast == "none" else colour
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spairkit import detector as detector_module
 from spairkit.cli.main import main
 from spairkit.config import SPAIRConfig
 from spairkit.images import num_channels, write_png
@@ -33,6 +34,8 @@ from spairkit.search.energy import Energy, Scene
 
 # otherwise every compilation by Triton warns that this default will change
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 
 # torch remembers the functions that a default device applies to: those before the patches below
 with torch.device("meta"):
@@ -48,6 +51,29 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cpu_by_default() -> Iterator[None]:
+    """Gives the CPU to tests that ask for no device, and to processes that they start.
+
+    They compare bits and files, which on a GPU are others.
+    """
+    torch.cuda.is_available()  # the driver of this process reads the variable now
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(detector_module, "_default_device", lambda: "cpu")
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _gpus_for_processes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the GPUs back to processes that tests of GPUs start."""
+    if request.node.get_closest_marker("gpu"):
+        if _VISIBLE is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", _VISIBLE)
 
 
 @pytest.fixture(autouse=True, scope="module")

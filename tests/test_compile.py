@@ -32,6 +32,15 @@ def test_default_kernels_compile_without_spills() -> None:
     assert all(line.startswith("ok") and "spills   0" in line for line in lines)
 
 
+def test_registers_are_bounded_in_the_backward_pass_of_training() -> None:
+    """By as much as lets a multiprocessor of 65,536 registers hold two blocks of 256 threads."""
+    backward = {row.name: row.limit for row in configurations() if "backward" in row.name}
+    assert backward["render backward 14x14 C3 N64 fp32"] == {}
+    bound = backward["render backward 14x14 C3 N64 fp32 floor"]["maxnreg"]
+    assert 2 * 256 * bound <= 65536
+    assert backward["render backward 28x28 C3 N64 fp32 floor"] == {}, "it would spill"
+
+
 def test_gate_lists_every_kernel() -> None:
     listed = {configuration.kernel.__name__ for configuration in configurations()}
     written = {

@@ -1,5 +1,6 @@
 """Detector: every form of image, batches of images, explanations, and training from Python."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -319,6 +320,14 @@ def test_train_returns_a_detector(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(InputError, match=r"train\.stepz: unknown key, did you mean steps"):
         spairkit.train(set={"train.stepz": 2}, out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_tests_take_the_cpu_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU too: see conftest.py."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert detector_module.chosen_device("auto") == torch.device("cpu")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,14 @@ class ImageFolder:
             ValueError: the indices are not a row of int64.
             InputError: a file has changed, or every file of the split is damaged.
         """
+        return self.on_host(indices).to(self.device)
+
+    def on_host(self, indices: Tensor) -> Batch:
+        """As `batch`, but on the CPU, and for a GPU in memory that it copies without a stop."""
+        made = self._made(indices)
+        return made.each(Tensor.pin_memory) if self.device.type == "cuda" else made
+
+    def _made(self, indices: Tensor) -> Batch:
         if indices.dtype != torch.int64 or indices.dim() != 1:
             raise ValueError(
                 f"indices must be int64 [B], got {indices.dtype} {list(indices.shape)}"
@@ -180,19 +188,28 @@ class ImageFolder:
         words = torch.stack(
             [draws(keys, purpose) for purpose in (_TOP, _LEFT, _WHETHER, _WHICH)], 1
         )
-        for drawn, word in zip(self._drawn(indices, keys), words, strict=True):
+        # Python's numbers, which are faster one by one
+        for drawn, word in zip(self._drawn(indices, keys), words.tolist(), strict=True):
             file, pixels = self._readable(drawn)
             rows, columns = self._prepared_sizes[file]
             top, left = self._place(file, pixels, (rows, columns), word)
-            crop = pixels[:, top : top + height, left : left + width]
-            crops.append(_continued(of_prepared_pixels(crop, self.prepare), height, width))
+            crops.append(pixels[:, top : top + height, left : left + width])
             truth = self._prepared_truth(file)
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
                 truths.append(_clipped(truth, frame))
             else:
                 truths.append(NOTHING)
-        return batch_of(crops, truths, (height, width)).to(self.device)
+        return batch_of(self._prepared_crops(crops), truths, (height, width))
+
+    def _prepared_crops(self, crops: list[Tensor]) -> Sequence[Tensor] | Tensor:
+        """The crops as a model sees them: of one form, as they mostly are, all at once."""
+        height, width = self.config.image_height, self.config.image_width
+        if len({(crop.dtype, crop.shape) for crop in crops}) == 1:
+            together = of_prepared_pixels(torch.stack(crops), self.prepare)
+            return _continued(together, height, width).contiguous()
+        crops = [of_prepared_pixels(crop, self.prepare) for crop in crops]
+        return [_continued(crop[None], height, width)[0] for crop in crops]
 
     def crops(self) -> Batch:
         """The same crops at every call, for a validation: the first `config.validation_images`.
@@ -300,7 +317,7 @@ class ImageFolder:
         return sizes
 
     def _place(
-        self, file: int, pixels: Tensor, size: tuple[int, int], words: Tensor
+        self, file: int, pixels: Tensor, size: tuple[int, int], words: list[int]
     ) -> tuple[int, int]:
         """Top and left of a crop in a prepared image of `size`, by four words drawn for it.
 
@@ -309,16 +326,16 @@ class ImageFolder:
         """
         crop = self.config.image_height, self.config.image_width
         most = [max(length - side, 0) for length, side in zip(size, crop, strict=True)]
-        if self.config.crops == "objects" and int(below(words[2], 2)):
+        if self.config.crops == "objects" and below(words[2], 2):
             bright = self._bright_blocks(file, pixels)
             if len(bright):
-                block = bright[int(below(words[3], len(bright)))].tolist()
+                block = bright[below(words[3], len(bright))].tolist()
                 starts = [
-                    _BLOCK * place - int(below(word, max(side - _BLOCK, 0) + 1))
+                    _BLOCK * place - below(word, max(side - _BLOCK, 0) + 1)
                     for place, word, side in zip(block, words, crop, strict=False)
                 ]
                 return min(max(starts[0], 0), most[0]), min(max(starts[1], 0), most[1])
-        return int(below(words[0], most[0] + 1)), int(below(words[1], most[1] + 1))
+        return below(words[0], most[0] + 1), below(words[1], most[1] + 1)
 
     def _bright_blocks(self, file: int, pixels: Tensor) -> Tensor:  # [m, 2] rows and columns
         """The blocks of 4 x 4 pixels of a prepared image that are not background."""
@@ -408,9 +425,11 @@ def _damage_at(path: Path, changed: int, size: int) -> str:
     return ""
 
 
-def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int, int]) -> Batch:
+def batch_of(
+    images: Sequence[Tensor] | Tensor, truths: Sequence[Truth], size: tuple[int, int]
+) -> Batch:
     """A batch on the device of the images, which all have this height and width."""
-    device = images[0].device if images else torch.device("cpu")
+    device = images[0].device if len(images) else torch.device("cpu")
     counts = torch.tensor([len(truth) for truth in truths], dtype=torch.int64)
     most = int(counts.max()) if len(counts) else 0
     most_crowds = max((len(truth.crowds) for truth in truths), default=0)
@@ -418,10 +437,14 @@ def batch_of(images: Sequence[Tensor], truths: Sequence[Truth], size: tuple[int,
     boxes = torch.zeros(len(truths), most, 4)
     labels = torch.full((len(truths), most), -1)
     for b, truth in enumerate(truths):
+        if truth is NOTHING:
+            continue
         boxes[b, : len(truth)], labels[b, : len(truth)] = truth.boxes, truth.labels
         if crowds is not None:
             crowds[b, : len(truth.crowds)] = truth.crowds
-    if len(images) == 1:
+    if isinstance(images, Tensor):
+        stack = images
+    elif len(images) == 1:
         stack = images[0][None]  # no copy of a large image
     else:
         stack = torch.stack(list(images)) if images else torch.zeros(0, 3, *size)
@@ -433,9 +456,9 @@ NOTHING = Truth(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
 """The ground truth of an image without objects."""
 
 
-def _continued(crop: Tensor, height: int, width: int) -> Tensor:
-    missing = (0, width - crop.shape[2], 0, height - crop.shape[1])
-    return functional.pad(crop[None], missing, mode="replicate")[0] if any(missing) else crop
+def _continued(crops: Tensor, height: int, width: int) -> Tensor:  # [B, 3, ...]
+    missing = (0, width - crops.shape[3], 0, height - crops.shape[2])
+    return functional.pad(crops, missing, mode="replicate") if any(missing) else crops
 
 
 def _clipped(truth: Truth, frame: tuple[int, int, int, int]) -> Truth:

@@ -1,5 +1,7 @@
 """Random integers by counter: a pure function of a key, equal on every device and machine."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -46,8 +48,12 @@ def draws(key: Tensor, counter: Tensor | int) -> Tensor:
     return (hashed(key, counter) >> 32) & 0xFFFFFFFF
 
 
-def below(draw: Tensor, bound: Tensor | int) -> Tensor:
-    """Integers in [0, bound) from `draws`, int64; 0 where bound is 0.
+@overload
+def below(draw: int, bound: int) -> int: ...
+@overload
+def below(draw: Tensor, bound: Tensor | int) -> Tensor: ...
+def below(draw: Tensor | int, bound: Tensor | int) -> Tensor | int:
+    """Integers in [0, bound) from `draws`, int64 or one of Python's; 0 where bound is 0.
 
     No value is likelier than another by more than bound / 2^32 of itself; bound is below 2^31.
     """

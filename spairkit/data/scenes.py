@@ -48,8 +48,8 @@ class Batch:
     """[B, M, 4], as in `Truth`, empty beyond the number of an image; None where there are none."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
-        return self.each(lambda tensor: tensor.to(device))
+        """The batch on another device; copies of pinned memory to a GPU are not waited for."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The batch with every tensor changed by a function."""

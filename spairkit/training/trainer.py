@@ -13,6 +13,7 @@ from torch import Tensor
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, TrainConfig
 from spairkit.data.datasets import Dataset, validation_batches
+from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch, Scenes
 from spairkit.detector import Detector
 from spairkit.errors import InputError
@@ -27,6 +28,7 @@ from spairkit.names import printable
 from spairkit.preparation import fixed_levels
 from spairkit.storage.checkpoints import Checkpoint, Scalar, environment
 from spairkit.storage.runs import Run
+from spairkit.training.ahead import Ahead
 from spairkit.training.distributed import World
 from spairkit.training.validation import Validation, box_figures, draw
 
@@ -103,6 +105,9 @@ class Trainer:
             self._resume(run, checkpoint)
         if self.world.size > 1:
             self._take_from_first()
+        self._ahead: Ahead | None = None
+        if device.type == "cuda":
+            self._look_ahead()
         self.wheels: bool | None = None  # whether training wheels were on in the last update
 
     def _take_from_first(self) -> None:
@@ -157,9 +162,20 @@ class Trainer:
         )
 
     def _batch(self, step: int) -> Batch | None:
+        if self._ahead:
+            return self._ahead(step).to(self.device)
+        return self.train.batch(self._images(step))
+
+    def _images(self, step: int) -> Tensor:  # [b] int64
+        """Indices of the images of this process in the update of `step`."""
         first = self._first_image(step)
-        rows = self.config.train.batch_size // self.world.size
-        return self.train.batch(torch.arange(first, first + rows))
+        return torch.arange(first, first + self.config.train.batch_size // self.world.size)
+
+    def _look_ahead(self) -> None:
+        """Has a thread crop and pin the images of the next update of a folder."""
+        if isinstance(folder := self.train, ImageFolder):
+            images = self._images
+            self._ahead = Ahead(lambda step: folder.on_host(images(step)), self.config.train.steps)
 
     def _first_image(self, step: int) -> int:
         """Index of the first image of this process in the update of `step`."""

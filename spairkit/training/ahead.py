@@ -1,0 +1,36 @@
+"""Batches that a thread makes one update ahead, while a GPU computes."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from spairkit.data.scenes import Batch
+
+
+class Ahead:
+    """Calls `make` for consecutive steps, for the next one while the result of this one is used.
+
+    Only one thread at a time is inside `make`, and steps are made in the order in which they are
+    asked for, so results and errors are those of plain calls. The thread ends with this object or
+    with Python, after the batch that it is making.
+
+    Args:
+        make: the batch of a step.
+        end: the step after the last one that is asked for.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], end: int) -> None:
+        self._make, self._end = make, end
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spairkit-batch")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of `step`; raises what `make` raised for it."""
+        expected, coming = self._next or (None, None)
+        self._next = None
+        if coming is None or expected != step:
+            # after the one that is being made and that nobody wants
+            coming = self._thread.submit(self._make, step)
+        batch = coming.result()
+        if step + 1 < self._end:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return batch
