@@ -54,7 +54,7 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        1500,
+        1200,
         1,
         500,
         train_images=(1000, 32_000),
