@@ -56,7 +56,7 @@ _EFFORTS: dict[Scale, Effort] = {
         search="off",
         tiny=True,
     ),
-    "cpu": Effort("quick", 800, 2, 300, 64, train_images=(2000,), thresholds=50, search="off"),
+    "cpu": Effort("quick", 800, 1, 300, 64, train_images=(2000,), thresholds=50, search="off"),
     "full": Effort(
         "paper",
         200_000,

@@ -54,12 +54,12 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        1500,
+        1000,
         1,
         500,
         train_images=(1000, 32_000),
         classifier=ClassifierTraining(
-            steps=3000, validation_every=500, patience=1000, learning_rate=3e-4
+            steps=2500, validation_every=500, patience=1000, learning_rate=3e-4
         ),
         threshold_images=100,
     ),

@@ -62,7 +62,7 @@ object. Objects are rare at first, so that the background is learned before they
 _TRAIN: dict[str, dict[str, Any]] = {"quick": {"training_wheels": 300}, "paper": {}}
 _EFFORTS: dict[Scale, Effort] = {
     "smoke": Effort("quick", 2, 1, 2, 4, train_images=(12,), search="refine", tiny=True),
-    "cpu": Effort("quick", 2000, 1, 60, 64, train_images=(4000,)),
+    "cpu": Effort("quick", 1200, 1, 40, 64, train_images=(2000,)),
     "full": Effort("paper", 200_000, 4, 320, 1000, train_images=(50_000,)),
 }
 

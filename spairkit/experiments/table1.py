@@ -60,13 +60,13 @@ _EFFORTS: dict[Scale, Effort] = {
     ),
     "cpu": Effort(
         "quick",
-        2000,
+        1200,
         1,
         500,
         numbers=(3,),
         train_images=(128_000,),
         classifier=ClassifierTraining(
-            steps=2000, validation_every=500, patience=2000, learning_rate=1e-3
+            steps=1200, validation_every=300, patience=1200, learning_rate=1e-3
         ),
     ),
     "full": Effort(
