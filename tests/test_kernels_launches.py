@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spairkit import backends, presence, presets, rendering
 from spairkit.backends import Backend
 from spairkit.data.datasets import open_dataset
-from spairkit.models.spair import SPAIR
 from spairkit.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
@@ -79,10 +78,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, fast_interpreter: None) -> Launche
     return counter
 
 
-def launches_of_update(
-    launches: Launches, preset: str, side: int, backend: Backend
-) -> Counter[str]:
-    """Of an update of a tiny SPAIR, with side x side cells and as many layers as in `preset`,
+def launches_of_update(launches: Launches, preset: str, side: int, backend: str) -> Counter[str]:
+    """Of an update of a tiny SPAIR, with as many layers as in `preset`,
     from a batch and noise that lie on the device."""
     device = torch.device("cpu")
     model = {
@@ -97,12 +94,10 @@ def launches_of_update(
         "decoder_hidden": [3, 3],
         "object_size": 2,
     }
-    data = {"image_height": 12 * side, "image_width": 12 * side, "max_objects": 1}
-    train = {"batch_size": 1, "training_wheels": 0, "threads": 1}
+    data = {"image_height": 12 * grid[0], "image_width": 12 * grid[1], "max_objects": 1}
+    train = {"batch_size": 1, "training_wheels": 0, "threads": 1, "backend": backend}
     config = presets.resolve(preset, {"data": data, "model": model, "train": train})
     trainer = Trainer(config, None, open_dataset(config.data, "train", device), device)
-    assert isinstance(trainer.model, SPAIR)
-    trainer.model.backend = backend
     trainer.update()
     inputs = trainer._inputs(1)
     launches.counts.clear()
@@ -113,7 +108,8 @@ def launches_of_update(
 
 @pytest.mark.parametrize("preset", ["paper", "quick"])
 def test_update_takes_at_most_200_launches_at_any_grid(preset: str, launches: Launches) -> None:
-    small, large = (launches_of_update(launches, preset, side, "triton") for side in (1, 2))
+    grids = (2, 2), (2, 3)
+    small, large = (launches_of_update(launches, preset, grid, "triton") for grid in grids)
     assert small == large
     assert large["_cells_forward_kernel"] == large["_cells_backward_kernel"] == 1
     assert large["convolution_backward"] >= 5
@@ -124,7 +120,8 @@ def test_update_takes_at_most_200_launches_at_any_grid(preset: str, launches: La
 @pytest.mark.parametrize("side", [4, 12])
 def test_update_at_the_grids_of_the_paper(side: int, launches: Launches) -> None:
     compiled, plain = (
-        launches_of_update(launches, "paper", side, backend) for backend in ("triton", "torch")
+        launches_of_update(launches, "paper", (side, side), backend)
+        for backend in ("triton", "auto")
     )
     print(f"{side} x {side} cells: {compiled.total()} launches, plain {plain.total()}")
     assert compiled.total() <= 200 < plain.total()
