@@ -78,7 +78,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, fast_interpreter: None) -> Launche
     return counter
 
 
-def launches_of_update(launches: Launches, preset: str, side: int, backend: str) -> Counter[str]:
+def launches_of_update(
+    launches: Launches, preset: str, grid: tuple[int, int], backend: str
+) -> Counter[str]:
     """Of an update of a tiny SPAIR, with as many layers as in `preset`,
     from a batch and noise that lie on the device."""
     device = torch.device("cpu")
