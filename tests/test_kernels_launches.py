@@ -73,11 +73,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return counter
 
 
-def launches_of_update(
-    launches: Launches, preset: str, grid: tuple[int, int], backend: str
-) -> Counter[str]:
-    """Of an update of a tiny SPAIR, with as many layers as in `preset`,
-    from a batch and noise that lie on the device."""
+def make_trainer(preset: str, grid: tuple[int, int], backend: str) -> Trainer:
+    """Of a tiny SPAIR with as many layers as in `preset`, after one update."""
     device = torch.device("cpu")
     model = {
         "kind": "spair",
@@ -96,6 +93,14 @@ def launches_of_update(
     config = presets.resolve(preset, {"data": data, "model": model, "train": train})
     trainer = Trainer(config, None, open_dataset(config.data, "train", device), device)
     trainer.update()
+    return trainer
+
+
+def launches_of_update(
+    launches: Launches, preset: str, grid: tuple[int, int], backend: str
+) -> Counter[str]:
+    """Of an update from a batch and noise that lie on the device."""
+    trainer = make_trainer(preset, grid, backend)
     inputs = trainer._inputs(1)
     launches.counts.clear()
     with launches:
@@ -124,3 +129,11 @@ def test_plain_loop_takes_more_launches_the_more_waves(launches: Launches) -> No
     )
     print(f"plain: {few} and {many} launches")
     assert many > 2 * few > 2000
+
+
+def test_update_never_waits_for_the_device(launches: Launches, no_sync: type[Any]) -> None:
+    trainer = make_trainer("paper", (2, 3), "triton")
+    inputs = trainer._inputs(1)
+    with no_sync():
+        trainer._apply(inputs)
+    assert launches.counts["_cells_backward_kernel"] == 2
