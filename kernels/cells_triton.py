@@ -88,7 +88,7 @@ def product(
     """
     acc = tl.zeros([M, N], tl.float32)
     stride = (outputs + 15) // 16 * 16
-    for k in tl.range(0, inputs, K, num_stages=3):
+    for k in tl.range(0, inputs, K, num_stages=4):
         ks = k + tl.arange(0, K)
         inside = ks < inputs
         mask = exists[:, None] & inside[None, :]
@@ -407,8 +407,8 @@ class Tile(NamedTuple):
     """What a launch chooses by shape alone."""
 
     images: int  # of a program
-    warps: int
     constants: dict[str, int]
+    options: dict[str, int]
 
 
 def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile:
@@ -417,8 +417,12 @@ def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile
     largest = images * min(rows, (columns + 1) // 2)
     least = 16 if precision == "tf32" else 4  # tensor cores take 16 rows
     m = min(32, max(least, int(triton.next_power_of_2(largest))))
-    warps, c = (4, 32) if m < 16 else (8, 16)
-    return Tile(images, warps, {"M": m, "N": 128, "K": 32, "C": c})
+    k = 32 if precision == "tf32" else 16
+    options = {"num_warps": 4 if m < 16 else 8}
+    if torch.version.hip is None:
+        # the assembler would spill to make room for more programs than there are
+        options["maxnreg"] = 255
+    return Tile(images, {"M": m, "N": 128, "K": k, "C": 32 if m < 32 else 16}, options)
 
 
 def precision(device: torch.device) -> str:
@@ -452,7 +456,7 @@ def cells_forward_triton(
             *images.shape[2:], numbers.side, sizes.hidden, sizes.passed, sizes.what, at.width,
             at.where[-1], at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low,
             numbers.span, numbers.cell, numbers.anchor, numbers.temperature,
-            LATERAL=sizes.context > 0, RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
-            **tile.constants,
+            LATERAL=sizes.context > 0, RELU=numbers.relu, PRECISION=exact, **tile.constants,
+            **tile.options,
         )  # fmt: skip
     return record, latents, packed_back

@@ -348,7 +348,6 @@ def cells_backward_triton(
             numbers.side, sizes.passed, sizes.what, at.width, at.where[-1], at.depth[-1],
             at.glimpse, at.encoder[-1], at.pres[-1], numbers.span, numbers.cell, numbers.anchor,
             numbers.temperature, LATERAL=sizes.context > 0, WHEELS=numbers.training_wheels,
-            RELU=numbers.relu, PRECISION=exact, num_warps=tile.warps,
-            **tile.constants,
+            RELU=numbers.relu, PRECISION=exact, **tile.constants, **tile.options,
         )  # fmt: skip
     return grads, grad_edges

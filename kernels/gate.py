@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,8 @@ class Configuration:
     warps: int
     types: dict[str, str]
     """Of arguments that are neither constants, float32 pointers nor int32 numbers."""
-    limit: dict[str, int] = field(default_factory=dict)
-    """The launcher's bound on registers, for compilers that take one."""
+    most_registers: int | None = None
+    """Of a thread, if the launcher asks for it (NVIDIA only)."""
     is_default: bool = False
     """Whether the paper's shapes use it: it must not spill."""
 
@@ -134,7 +134,7 @@ def render_configurations() -> Iterator[Configuration]:
                 types=types,
                 constants=_of_one(kernel, constants) if objects == 1 else constants,
                 warps=warps,
-                limit=limit if name == "backward" else {},
+                most_registers=limit.get("maxnreg") if name == "backward" else None,
                 is_default=(side, colours, objects, dtype) == (14, 3, 64, "fp32"),
             )
 
@@ -215,11 +215,12 @@ def compose_configurations() -> Iterator[Configuration]:
 def cells_configurations() -> Iterator[Configuration]:
     """The loop over cells: each height of a tile, with and without neighbours, training wheels."""
     rows = [  # images, side of the grid, activation, precision, lateral, training wheels
-        (32, 4, "relu", "ieee", True, False), (1024, 4, "relu", "ieee", True, False),
-        (1024, 12, "relu", "ieee", True, False), (32, 4, "celu", "ieee", True, False),
-        (32, 12, "celu", "ieee", True, False), (32, 4, "relu", "ieee", True, True),
-        (32, 4, "relu", "ieee", False, False), (32, 4, "relu", "tf32", True, False),
-        (1024, 12, "relu", "tf32", True, False), (1, 1, "relu", "ieee", True, False),
+        (32, 4, "relu", "ieee", True, False), (32, 4, "celu", "ieee", True, False),
+        (32, 4, "relu", "ieee", True, True), (32, 4, "relu", "ieee", False, False),
+        (1, 1, "relu", "ieee", True, False), (256, 4, "celu", "ieee", True, False),
+        (512, 4, "relu", "ieee", True, False), (1024, 4, "relu", "ieee", True, False),
+        (1024, 12, "relu", "ieee", True, False), (32, 4, "relu", "tf32", True, False),
+        (1024, 12, "relu", "tf32", True, False),
     ]  # fmt: skip
     forward = cells_triton._cells_forward_kernel
     backward = cells_triton_backward._cells_backward_kernel
@@ -242,8 +243,10 @@ def cells_configurations() -> Iterator[Configuration]:
                 kernel=kernel,
                 types=types,
                 constants=constants,
-                warps=tile.warps,
-                is_default=lateral and not wheels and side == 4 and precision == "ieee",
+                warps=tile.options["num_warps"],
+                most_registers=tile.options.get("maxnreg"),
+                is_default=(images, side, lateral, wheels, precision)
+                == (32, 4, True, False, "ieee"),
             )
     kernel = cells_triton._pack_kernel
     yield Configuration(
@@ -273,10 +276,11 @@ def build(configuration: Configuration, target: GPUTarget) -> Build:
     constants = {(names.index(name),): value for name, value in configuration.constants.items()}
     pointers = [name for name, kind in types.items() if kind.startswith("*")]
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    options = {"num_warps": configuration.warps}
+    if configuration.most_registers and target.backend == "cuda":
+        options["maxnreg"] = configuration.most_registers
     try:
         source = ASTSource(configuration.kernel, signature, constants, aligned)
-        limit = {} if target.backend == "hip" else configuration.limit
-        options = {"num_warps": configuration.warps, **limit}
         built = triton.compile(source, target=target, options=options)
     # whatever the compiler raises is this row's result, and the other rows still have to be tried
     except Exception as error:

@@ -427,6 +427,10 @@ class TrainConfig:
     of the mantissa. `bf16` (7 bits) applies to SPAIR's backbone and decoder, and to all networks of
     AIR and DAIR; weights, Adam, losses, operators and SPAIR's loop over cells stay float32, as do
     validation and all other commands. A CPU without bfloat16 instructions is slower with it."""
+    backend: Literal["auto", "triton"] = "auto"
+    """Implementation, on a GPU, of SPAIR's loop over cells, KL terms, likelihood and decoder's
+    sigmoid. `auto` is plain torch inside a CUDA graph. `triton` is Triton kernels, a tenth of the
+    launches; they were checked in Triton's interpreter and never ran on a GPU."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads; 0 is torch's choice. Results depend on it in the last bits."""
 

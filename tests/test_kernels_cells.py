@@ -50,7 +50,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> No
     from spairkit.kernels.cells_triton import Tile
 
     images, m, n, k, c = request.param
-    tile = Tile(images, 4, {"M": m, "N": n, "K": k, "C": c})
+    tile = Tile(images, {"M": m, "N": n, "K": k, "C": c}, {"num_warps": 4})
     for module in (cells_triton, cells_triton_backward):
         monkeypatch.setattr(module, "cells_tile", lambda *_: tile)
 

@@ -550,6 +550,12 @@ def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
         train(tiny(precision="tf32"), tmp_path / "run")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the backend")
+def test_triton_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.backend: .* needs the model on a GPU"):
+        train(tiny(backend="triton"), tmp_path / "run")
+
+
 def test_ap_selects_the_best_and_patience_ends_training(tmp_path: Path) -> None:
     config = tiny(steps=400, validation_every=2, patience=4, select="ap", learning_rate=1e-6)
     run = train(config, tmp_path / "run")

@@ -376,15 +376,16 @@ def test_updates_on_scenes_are_recorded_on_gpus(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize(
     "recipe", ["quick spair", "paper spair mlp", "quick spair mode normal", "quick air"]
 )
 def test_updates_replayed_on_a_gpu_equal_unrecorded_ones(
-    recipe: str, precision: str, monkeypatch: pytest.MonkeyPatch
+    recipe: str, precision: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda")
-    config = config_of(recipe, precision=precision)
+    config = config_of(recipe, precision=precision, backend=backend)
     trainer = recording_trainer(config, device)
     assert trainer.makes_scenes
     _, found = trained(trainer)
@@ -401,7 +402,7 @@ def test_updates_replayed_on_a_gpu_equal_unrecorded_ones(
         unrecorded = trained(recording_trainer(config, device))[1]
     assert found == pytest.approx(unrecorded, rel=tolerance)
     for wheels in (WHEELS, 0):  # so that each of the two graphs is replayed within six updates
-        config = config_of(recipe, precision=precision, training_wheels=wheels)
+        config = config_of(recipe, precision=precision, backend=backend, training_wheels=wheels)
         played = trained(recording_trainer(config, device))[1]
         wanted = trained(plain_trainer(config, device))[1]
         # scalars in tensors are rounded differently, which grows

@@ -82,6 +82,7 @@ def check(config: Config, device: torch.device) -> None:
     config = replace(config, model=replace(config.model, likelihood_floor=_CHECKED_FLOOR))
     images = open_dataset(config.data, "train", device).batch(torch.arange(2)).images
     model: Any = build(config).to(device)
+    model.backend = config.train.backend
     found = losses_and_gradients(model, images)
     for name, expected in losses_and_gradients(PlainSPAIR.like(model), images).items():
         error = float((found[name] - expected).norm() / (expected.norm() + 1e-12))

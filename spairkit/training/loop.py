@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from spairkit import presets
-from spairkit.backends import computing_in
+from spairkit.backends import chosen_backend, computing_in
 from spairkit.config import ClassicalConfig, Config
 from spairkit.config_values import from_toml, merge, nested, to_toml
 from spairkit.data.datasets import data_settings, open_dataset, open_splits
@@ -157,13 +157,18 @@ def check(config: Config, device: torch.device, processes: int) -> None:
 
     Raises:
         InputError: the batch cannot be shared evenly among the processes, the model is trained by
-            one process only, or the device does not support the precision.
+            one process only, or the device does not support the precision or the backend.
     """
     if config.train.precision == "tf32" and device.type != "cuda":
         raise InputError(
             "train.precision = 'tf32' needs an NVIDIA GPU, but the device is "
             f"{device.type}; use 'float32' or 'bf16'"
         )
+    if config.train.backend == "triton":
+        try:
+            chosen_backend("triton", torch.empty(0, device=device), "the model")
+        except ValueError as error:
+            raise InputError(f"train.backend: {error}; use 'auto'") from None
     if processes > 1 and isinstance(config.model, ClassicalConfig):
         raise InputError(f"{config.model.kind} is fitted by one process; run without torchrun")
     if config.train.batch_size % processes:

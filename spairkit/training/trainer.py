@@ -92,8 +92,10 @@ class Trainer:
         )
         assert not isinstance(model, ConnComp | Watershed)
         self.model = model.train()
-        if checkpoint is None and isinstance(self.model, SPAIR):
-            self._fit(self.model)
+        if isinstance(self.model, SPAIR):
+            self.model.backend = config.train.backend
+            if checkpoint is None:
+                self._fit(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.Adam(
             self.parameters.values(),
