@@ -29,7 +29,9 @@ def extract_glimpses(
     Source: docs/model.md 3.4 (Sonnet's AffineGridWarper and the authors' `resampler_edge`).
     """
     batch, channels, height, width = images.shape
-    scale, steps = _constants(height, width, size, boxes.device, boxes.dtype)
+    # a trace must not leave its tensors in the cache
+    constants = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+    scale, steps = constants(height, width, size, boxes.device, boxes.dtype)
     if part is None:
         corners = boxes * scale - 1  # edges of the image at -1 and 1, as grid_sample wants them
     else:
