@@ -268,12 +268,12 @@ def cells_configurations() -> Iterator[Configuration]:
         ("squash forward", appearance._squash_kernel, *of_squash),
         ("squash backward", appearance._squash_backward_kernel, *of_squash),
     ]  # fmt: skip
-    for name, kernel, constants, warps in others:
+    for name, kernel, fixed, warps in others:
         yield Configuration(
             name=f"update {name}",
             kernel=kernel,
             types={"packing_ptr": "*i32", "floor": "fp32"},
-            constants=dict(constants),
+            constants=dict(fixed),
             warps=warps,
             is_default=True,
         )
