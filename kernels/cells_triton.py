@@ -412,17 +412,18 @@ class Tile(NamedTuple):
 
 
 def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile:
-    """Two images to a program, or up to eight where there are many; tiles of the largest wave."""
+    """Two images to a program, or up to eight where there are many; tiles of the largest wave, or
+    of 16 of its rows: higher ones spill registers."""
     images = min(8, max(2, int(triton.next_power_of_2(triton.cdiv(num_images, 128)))))
     largest = images * min(rows, (columns + 1) // 2)
     least = 16 if precision == "tf32" else 4  # tensor cores take 16 rows
-    m = min(32, max(least, int(triton.next_power_of_2(largest))))
-    k = 32 if precision == "tf32" else 16
+    m = min(16, max(least, int(triton.next_power_of_2(largest))))
+    k, c = (32, 16) if precision == "tf32" else (16, 32)
     options = {"num_warps": 4 if m < 16 else 8}
     if torch.version.hip is None:
         # the assembler would spill to make room for more programs than there are
         options["maxnreg"] = 255
-    return Tile(images, {"M": m, "N": 128, "K": k, "C": 32 if m < 32 else 16}, options)
+    return Tile(images, {"M": m, "N": 128, "K": k, "C": c}, options)
 
 
 def precision(device: torch.device) -> str:

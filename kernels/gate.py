@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +28,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from spairkit.kernels import (
+    appearance_triton,
     cells_triton,
     cells_triton_backward,
+    likelihood_triton,
+    normal_kl_triton,
     presence_triton,
     render_triton,
     render_triton_backward,
@@ -213,14 +216,13 @@ def compose_configurations() -> Iterator[Configuration]:
 
 
 def cells_configurations() -> Iterator[Configuration]:
-    """The loop over cells: each height of a tile, with and without neighbours, training wheels."""
+    """The loop over cells: each height of a tile, with and without neighbours, training wheels;
+    and the functions beside it in an update."""
     rows = [  # images, side of the grid, activation, precision, lateral, training wheels
         (32, 4, "relu", "ieee", True, False), (32, 4, "celu", "ieee", True, False),
         (32, 4, "relu", "ieee", True, True), (32, 4, "relu", "ieee", False, False),
-        (1, 1, "relu", "ieee", True, False), (256, 4, "celu", "ieee", True, False),
-        (512, 4, "relu", "ieee", True, False), (1024, 4, "relu", "ieee", True, False),
-        (1024, 12, "relu", "ieee", True, False), (32, 4, "relu", "tf32", True, False),
-        (1024, 12, "relu", "tf32", True, False),
+        (1, 1, "relu", "ieee", True, False), (512, 4, "relu", "ieee", True, False),
+        (1024, 4, "relu", "ieee", True, False), (32, 4, "relu", "tf32", True, False),
     ]  # fmt: skip
     forward = cells_triton._cells_forward_kernel
     backward = cells_triton_backward._cells_backward_kernel
@@ -248,15 +250,32 @@ def cells_configurations() -> Iterator[Configuration]:
                 is_default=(images, side, lateral, wheels, precision)
                 == (32, 4, True, False, "ieee"),
             )
-    kernel = cells_triton._pack_kernel
-    yield Configuration(
-        name="cells packing",
-        kernel=kernel,
-        types={"packing_ptr": "*i32"},
-        constants={"BLOCK": cells_triton.PACK_BLOCK},
-        warps=cells_triton.PACK_WARPS,
-        is_default=True,
-    )
+    kls, likelihood, appearance = normal_kl_triton, likelihood_triton, appearance_triton
+    rows_of_kl = {"GROUPS": 4, "ROWS": kls.KL_ROWS, "COLUMNS": kls.KL_COLUMNS}
+    of_kl = ({"GROUPS": 4, "BLOCK": kls.KL_BLOCK}, kls.KL_WARPS)
+    of_likelihood = ({"BLOCK": likelihood.LIKELIHOOD_BLOCK}, likelihood.LIKELIHOOD_WARPS)
+    of_squash = ({"BLOCK": appearance.SQUASH_BLOCK}, appearance.SQUASH_WARPS)
+    others: list[tuple[str, Any, Mapping[str, Any], int]] = [
+        ("packing", cells_triton._pack_kernel, {"BLOCK": cells_triton.PACK_BLOCK},
+         cells_triton.PACK_WARPS),
+        ("KL forward", kls._weighted_kls_kernel, *of_kl),
+        ("KL backward", kls._weighted_kls_backward_kernel, rows_of_kl, kls.KL_WARPS),
+        ("likelihood forward", likelihood._cross_entropy_kernel, *of_likelihood),
+        ("likelihood backward", likelihood._cross_entropy_backward_kernel, *of_likelihood),
+        ("normal forward", likelihood._normal_nll_kernel, *of_likelihood),
+        ("normal backward", likelihood._normal_nll_backward_kernel, *of_likelihood),
+        ("squash forward", appearance._squash_kernel, *of_squash),
+        ("squash backward", appearance._squash_backward_kernel, *of_squash),
+    ]  # fmt: skip
+    for name, kernel, fixed, warps in others:
+        yield Configuration(
+            name=f"update {name}",
+            kernel=kernel,
+            types={"packing_ptr": "*i32", "floor": "fp32"},
+            constants=dict(fixed),
+            warps=warps,
+            is_default=True,
+        )
 
 
 def configurations() -> list[Configuration]:

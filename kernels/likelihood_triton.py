@@ -12,7 +12,7 @@ from torch import Tensor
 from spairkit.kernels.constants import LOG_ROOT_TWO_PI
 from spairkit.kernels.launch import on
 
-LIKELIHOOD_BLOCK, LIKELIHOOD_WARPS = 1024, 4
+LIKELIHOOD_BLOCK, LIKELIHOOD_WARPS = 1024, 8
 _LOG_ROOT_TWO_PI = tl.constexpr(LOG_ROOT_TWO_PI)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spairkit.kernels.gate import Build, configurations
+from spairkit.kernels.gate import TARGETS, Build, configurations, occupancy
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,3 +63,21 @@ def test_failures_and_spills_fail_the_gate() -> None:
     assert Build(spills=8).passes(other)
     assert not Build(spills=9).passes(other)
     assert not Build(error="CompilationError").passes(other)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "held"),
+    [
+        # 64 warps, 65,536 registers in four parts, 228 KiB of shared memory
+        (64, 1024, 1, 32),
+        (56, 2048, 4, 36),
+        (80, 7168, 8, 24),
+        (95, 7168, 8, 16),
+        (32, 0, 4, 64),
+        (32, 116736, 4, 8),
+        (32, 116737, 4, 4),
+        (255, 0, 8, 8),
+    ],
+)
+def test_occupancy_on_a_hopper(registers: int, shared: int, warps: int, held: int) -> None:
+    assert occupancy(TARGETS["sm_90"], registers, shared, warps) == held
