@@ -39,7 +39,7 @@ SMALL = SPAIRConfig(
 CELU = replace(SMALL, activation="celu", encoder_hidden=(7, 5), object_size=4)
 ALONE = replace(SMALL, lateral=False, passthrough=0, hidden=9)
 # logits beyond the bounds of clipping, where gradients are zero
-CLIPPED = replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=9.8)
+CLIPPED = replace(SMALL, size_bias=-9.9, std_bias=10.0, presence_bias=14.0)
 WIDE = replace(SMALL, centre_min=-0.25, centre_max=1.0, encoder_hidden=(), what=9, hidden=21)
 
 
@@ -106,6 +106,10 @@ def assert_matches_plain_loop(
     images = F.interpolate(coarse, size=size, mode="bicubic").clamp(0, 1)
     noise = model._draw(images, torch.Generator(device).manual_seed(1))
     exact = encoded(model, images, noise, wheels, "torch")
+    if config is CLIPPED and batch == 3:
+        clipped = exact[0]["presence_logit"] == 10
+        assert bool(clipped.any())
+        assert not bool(clipped.all())
     model = model.float()
     plain, rough = (encoded(model, images, noise, wheels, way) for way in ("torch", "triton"))
     # an unused parameter has grad None, not zeros: optimisers treat them differently
