@@ -27,8 +27,8 @@ from torch import Tensor
 from spairkit.kernels.constants import BOX
 
 _ALIGNMENT = 16  # floats
-_HEADS = 3  # where, depth, pres
-_OF_HEAD = 5  # weights of each: own, then weight and bias of the second and of the last layer
+HEADS = 3  # where, depth, pres
+OF_HEAD = 5  # weights of each: own, then weight and bias of the second and of the last layer
 
 BIAS, ADDED, PRODUCT = range(3)
 """What joins the products of a layer: a bias, what its outputs hold already, or `products`."""
@@ -105,10 +105,10 @@ class Sizes(NamedTuple):
     def of(cls, weights: Sequence[Tensor]) -> "Sizes":
         """From weights in the order of `spairkit.kernels.cells_op`."""
         context, *rest = weights
-        encoder = rest[_HEADS * _OF_HEAD :: 2]
+        encoder = rest[HEADS * OF_HEAD :: 2]
         return cls(
             context=context.shape[1],
-            hidden=len(context) // _HEADS,
+            hidden=len(context) // HEADS,
             passed=len(rest[3]) - 2 * BOX,
             what=len(encoder[-1]) // 2,
             glimpse=encoder[0].shape[1],
@@ -136,7 +136,7 @@ def columns(sizes: Sizes) -> Columns:
     depth, pres = sizes.own
     return Columns(
         contexts=segment(sizes.context),
-        first=segment(_HEADS * sizes.hidden),
+        first=segment(HEADS * sizes.hidden),
         where=(segment(sizes.hidden), segment(2 * BOX + depth)),
         depth=(segment(sizes.hidden), segment(2 + pres)),
         glimpse=segment(sizes.glimpse),
@@ -162,10 +162,10 @@ class _Layer(NamedTuple):
 def _layers(sizes: Sizes) -> list[_Layer]:
     """All layers in the order in which they run, the context first."""
     at, h = columns(sizes), sizes.hidden
-    layers = [_Layer(at.contexts, sizes.context, 0, at.first, _HEADS * h, PRODUCT, NOTHING, False)]
+    layers = [_Layer(at.contexts, sizes.context, 0, at.first, HEADS * h, PRODUCT, NOTHING, False)]
 
     def head(number: int, begin: int, out: tuple[int, int], outputs: int, draws: int) -> None:
-        weight = 1 + _OF_HEAD * number
+        weight = 1 + OF_HEAD * number
         below = at.first + number * h
         if number > 0:
             inputs = sizes.own[number - 1]
@@ -176,7 +176,7 @@ def _layers(sizes: Sizes) -> list[_Layer]:
     head(0, 0, at.where, 2 * BOX + sizes.passed, WHERE)
     begin, inputs = at.glimpse, sizes.glimpse
     for i, (out, outputs) in enumerate(zip(at.encoder, sizes.encoder, strict=True)):
-        weight = 1 + _HEADS * _OF_HEAD + 2 * i
+        weight = 1 + HEADS * OF_HEAD + 2 * i
         draws = WHAT if i == len(at.encoder) - 1 else NOTHING
         layers.append(_Layer(begin, inputs, weight, out, outputs, BIAS, draws, i > 0))
         begin, inputs = out, outputs
@@ -228,7 +228,7 @@ def tables(
         rest = layer.rest, bias, 0 if layer.draws else activated, layer.draws
         out = layer.out, layer.outputs
         forward.append(Forward(layer.left, layer.inputs, size, *out, *rest))
-        of_encoder = layer.weight > _HEADS * _OF_HEAD
+        of_encoder = layer.weight > HEADS * OF_HEAD
         if (of_encoder or not training_wheels) and layer.inputs:
             ends = training_wheels and not layer.stacked
             back = layer.left, 0 if ends else layer.inputs, int(layer.stacked), layer.draws
@@ -260,11 +260,11 @@ def weight_gradients(
     With training wheels only those of the encoder.
     """
     sums = grads.sum(0)
-    result: list[Tensor | None] = [None] * (1 + _HEADS * _OF_HEAD + 2 * len(sizes.encoder))
+    result: list[Tensor | None] = [None] * (1 + HEADS * OF_HEAD + 2 * len(sizes.encoder))
     if not training_wheels:
         result[1] = grads.new_zeros(sizes.hidden, 0)
     for layer in _layers(sizes):
-        if training_wheels and layer.weight <= _HEADS * _OF_HEAD:
+        if training_wheels and layer.weight <= HEADS * OF_HEAD:
             continue
         grad = grads[:, layer.out : layer.out + layer.outputs]
         result[layer.weight] = grad.t() @ record[:, layer.left : layer.left + layer.inputs]

@@ -16,10 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from spairkit.kernels import cells_cpu as cells
 from spairkit.kernels.cells_cpu import DEPTH, ENCODER, OUTPUTS, PRES, WHERE, Grid, Network, Numbers
+from spairkit.kernels.cells_layout import HEADS, OF_HEAD
 from spairkit.kernels.threads import arrays, over_images, single_threaded_blas
-
-_HEADS = 3  # where, depth, pres
-_OF_HEAD = 5  # weights: own, then weight and bias of the second and of the last layer
 
 
 def encode_cells_cpu(
@@ -61,7 +59,7 @@ def _forward(
     record = products.new_empty(batch, num_cells, 3 * size + 6)
     inputs = arrays(images, products, frames, normal, jitter)
     edge = products.new_zeros(size + 1) if edge is None else edge
-    shared = arrays(edge, weights[0], weights[_HEADS * _OF_HEAD + 2][None])
+    shared = arrays(edge, weights[0], weights[HEADS * OF_HEAD + 2][None])
     with single_threaded_blas():
         over_images(
             cells.cells_forward, batch, grid, numbers, networks, *inputs, *shared, contexts,
@@ -105,7 +103,7 @@ class _CompiledCells(torch.autograd.Function):
         own, *later = _weight_gradients(networks[ENCODER], grads[ENCODER])
         encoder = own, _by_layer(grads[ENCODER], networks[ENCODER])[0].sum(0), *later
         if numbers.training_wheels:
-            return (*(None,) * 8, *(None,) * (1 + _HEADS * _OF_HEAD), *encoder)
+            return (*(None,) * 8, *(None,) * (1 + HEADS * OF_HEAD), *encoder)
         lateral = context_weight.shape[1] > 0
         heads = [_weight_gradients(networks[i], grads[i]) for i in (WHERE, DEPTH, PRES)]
         return (
@@ -127,8 +125,8 @@ def _networks(
     `rows` gives [R, columns] for their inputs and values, in turn.
     """
     context, *rest = weights
-    parts = [rest[_OF_HEAD * i : _OF_HEAD * (i + 1)] for i in range(_HEADS)]
-    first, _, *later = rest[_HEADS * _OF_HEAD :]
+    parts = [rest[OF_HEAD * i : OF_HEAD * (i + 1)] for i in range(HEADS)]
+    first, _, *later = rest[HEADS * OF_HEAD :]
     parts.insert(ENCODER, [first, *later])
     networks = []
     for own, *later in parts:

@@ -1,4 +1,4 @@
-"""Sizes that decide how the presence prior is computed, for callers without Triton too."""
+"""Block sizes and limits of the presence prior; imports no Triton."""
 
 MAX_CELLS = 1024
 """Cells of an image in the Triton walk over relaxed samples: with more, it spills."""

@@ -424,8 +424,8 @@ class TrainConfig:
     set."""
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Precision of products and convolutions in training. `tf32` (NVIDIA GPUs only) keeps 10 bits
-    of the mantissa. `bf16` (7 bits) applies to SPAIR's backbone and decoder, and to all networks of
-    AIR and DAIR; weights, Adam, losses, operators and SPAIR's loop over cells stay float32, as do
+    of the mantissa. `bf16` (7 bits) applies to all networks, but SPAIR's loop over cells stays
+    float32 on a CPU and in Triton; weights, Adam, losses and operators stay float32, as do
     validation and all other commands. A CPU without bfloat16 instructions is slower with it."""
     backend: Literal["auto", "triton"] = "auto"
     """Implementation, on a GPU, of SPAIR's loop over cells, KL terms, likelihood and decoder's

@@ -153,7 +153,7 @@ def _chosen(
     backend: Backend, inputs: Tensor, name: str, success: float | Tensor, relaxed: bool
 ) -> Literal["torch", "cpu", "triton"]:
     if isinstance(success, Tensor) and success.requires_grad and not relaxed:
-        # the compiled backends read a table of odds, which passes on no gradient
+        # the compiled backends pass on no gradient of the odds
         if backend in ("cpu", "triton"):
             raise ValueError(
                 f"backend {backend!r} has no gradient of success for hard samples: "
@@ -173,7 +173,8 @@ def _chosen(
 
 def _as_tensor(success: float | Tensor, samples: Tensor) -> Tensor:
     if isinstance(success, Tensor):
-        return success.double()
+        value = success.double()
+        return torch.where((value > 0) & (value < 1), value, torch.nan)
     return torch.full((), success, dtype=torch.double, device=samples.device)
 
 
@@ -224,9 +225,9 @@ def _bernoulli_kl(logits: Tensor, prior_logit: Tensor) -> Tensor:
 
 def _prior_logit_torch(samples: Tensor, success: float | Tensor, relaxed: bool) -> Tensor:
     """[B, n] float64: log-odds of the prior of each cell."""
+    success = _as_tensor(success, samples) if isinstance(success, Tensor) else success
     if relaxed:
-        failure = 1 - success.double() if isinstance(success, Tensor) else 1.0 - success
-        return _relaxed_prior_logit(samples.double(), failure)
+        return _relaxed_prior_logit(samples.double(), 1 - success)
     num_cells = samples.shape[1]
     present = (samples > 0.5).long()
     before = present.cumsum(1) - present
@@ -235,7 +236,7 @@ def _prior_logit_torch(samples: Tensor, success: float | Tensor, relaxed: bool) 
     if not (fits_table(num_cells) or torch.compiler.is_compiling()):
         return torch.where(unknown, torch.nan, _summed_log_odds(1 - success, before))
     if isinstance(success, Tensor):
-        table = _log_odds_table(1 - success.double(), num_cells)
+        table = _log_odds_table(1 - success, num_cells)
     elif torch.compiler.is_compiling():
         table = _log_odds_table(samples.new_tensor(1.0 - success, dtype=torch.double), num_cells)
     else:

@@ -9,7 +9,7 @@ on a ground of one grey.
 stand on a grey floor. Nearer ones are lower in the image, larger, and hide the others. They cast no
 shadows.
 
-The pictures of those datasets are others; figures on them do not compare.
+These are not the datasets' own images, so figures are not comparable.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ _COLOURS = (
     (255, 238, 51),
 )
 """Of solid shapes: those of CLEVR."""
-_LIGHT = np.array([-0.5, -0.6, 0.62])  # from where it comes: x, y down, z to the viewer
+_LIGHT = np.array([-0.5, -0.6, 0.62])  # direction of the light: x, y down, z to the viewer
 _AMBIENT = 0.45
 _ROWS, _COLUMNS = np.mgrid[:SIDE, :SIDE] + 0.5
 

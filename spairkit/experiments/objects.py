@@ -3,7 +3,7 @@
 Two kinds of scenes of our own (`spairkit.data.shapes`), in the manner of Multi-dSprites and CLEVR,
 64 x 64 pixels. SPAIR infers the colour of the ground. It is measured by the masks of what it finds
 (ARI-FG), by boxes and by counts. The published figures of others are on those datasets, not on our
-scenes, so they tell what is usual, not who is better.
+scenes, so they are for orientation only.
 """
 
 from collections.abc import Mapping

@@ -29,7 +29,8 @@ class World:
     """The processes that train one model together; for a single process every method is free.
 
     All processes must call the methods in the same order. If another process has ended, they raise
-    InputError. Errors of this process, as those of its GPU, are raised as they are.
+    InputError; an exchange of GPUs may wait instead, until torchrun ends this process. Errors of
+    this process, as those of its GPU, are raised as they are.
     """
 
     rank: int = 0
@@ -85,7 +86,7 @@ class World:
 
 
 def _is_of_the_group(error: RuntimeError) -> bool:
-    """Whether an exchange with the other processes has failed, and nothing of this one."""
+    """Whether the error comes from the process group rather than from this process."""
     return isinstance(error, dist.DistError) or bool(_OF_GLOO.search(str(error)))
 
 

@@ -165,6 +165,8 @@ def check(config: Config, device: torch.device, processes: int) -> None:
             f"{device.type}; use 'float32' or 'bf16'"
         )
     if config.train.backend == "triton":
+        if config.model.kind != "spair":
+            raise InputError(f"train.backend = 'triton' is for SPAIR only, not {config.model.kind}")
         try:
             chosen_backend("triton", torch.empty(0, device=device), "the model")
         except ValueError as error:

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -94,7 +95,7 @@ class Trainer:
         self.model = model.train()
         if isinstance(self.model, SPAIR):
             self.model.backend = config.train.backend
-            if checkpoint is None:
+            if checkpoint is None and self.world.rank == 0:
                 self._fit(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.optimiser = torch.optim.Adam(
@@ -166,25 +167,17 @@ class Trainer:
     def _batch(self, step: int) -> Batch | None:
         if self._ahead:
             return self._ahead(step).to(self.device)
-        return self.train.batch(self._images(step))
-
-    def _images(self, step: int) -> Tensor:  # [b] int64
-        """Indices of the images of this process in the update of `step`."""
-        first = self._first_image(step)
-        return torch.arange(first, first + self.config.train.batch_size // self.world.size)
+        return self.train.batch(_images(self.config.train, self.world, step))
 
     def _look_ahead(self) -> None:
-        """Has a thread crop and pin the images of the next update of a folder."""
+        """Starts a thread that crops and pins the images of the next update of a folder."""
         if isinstance(folder := self.train, ImageFolder):
-            images = self._images
+            images = partial(_images, self.config.train, self.world)
             self._ahead = Ahead(lambda step: folder.on_host(images(step)), self.config.train.steps)
 
     def _first_image(self, step: int) -> int:
         """Index of the first image of this process in the update of `step`."""
-        settings = self.config.train
-        rows = settings.batch_size // self.world.size
-        # no scene of another seed
-        return (settings.seed << 32) + step * settings.batch_size + self.world.rank * rows
+        return int(_images(self.config.train, self.world, step)[0])
 
     def _apply(self, inputs: "Inputs") -> Losses:
         """The update with these inputs; reads nothing that is on the device."""
@@ -377,6 +370,14 @@ def _add_noise(gradients: list[Tensor], scale: float | Tensor, source: Source) -
     parts = noise.erfinv_().mul_(scale * math.sqrt(2)).split_with_sizes(sizes)
     noises = [part.view_as(g) for part, g in zip(parts, gradients, strict=True)]
     torch._foreach_add_(gradients, noises)
+
+
+def _images(settings: TrainConfig, world: World, step: int) -> Tensor:  # [b] int64
+    """Indices of the images of this process in the update of `step`."""
+    rows = settings.batch_size // world.size
+    # no scene of another seed
+    first = (settings.seed << 32) + step * settings.batch_size + world.rank * rows
+    return torch.arange(first, first + rows)
 
 
 def validation_rows(config: Config, device: torch.device) -> int:

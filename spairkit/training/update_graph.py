@@ -16,6 +16,7 @@ from torch import Tensor
 from spairkit.config import Config
 from spairkit.data.datasets import Dataset
 from spairkit.data.scenes import Batch, Scenes
+from spairkit.errors import InputError
 from spairkit.models.elbo import Losses
 from spairkit.models.noise import Part, Tape
 from spairkit.storage.runs import Run
@@ -145,8 +146,8 @@ class UpdateGraph:
             self._play, reason = self._update, "another process could not record its own"
             try:
                 self._play = _record(self._update, self._device)
-            except RuntimeError as error:
-                # the context names the operation that broke the recording
+            except (RuntimeError, InputError) as error:
+                # the context names the operation or exchange that broke the recording
                 reason = str(error.__context__ or error)
             if self._world.greatest(int(not self.plays)):
                 warnings.warn(
