@@ -129,7 +129,7 @@ def assert_matches_plain_loop(
     ("config", "grid", "batch", "wheels"),
     [
         (SMALL, (1, 1), 1, False),
-        (CELU, (3, 4), 2, False),
+        (CELU, (7, 5), 2, False),
         (ALONE, (2, 2), 9, False),
         (CLIPPED, (4, 1), 3, False),
         (WIDE, (1, 3), 5, False),
