@@ -85,7 +85,8 @@ def _listening(port: int) -> Iterator[socket.socket]:
 def _session(
     folder: Path, checkpoint: Path | None, out: Path | None, device: options.Device
 ) -> "Session":
-    from spairkit.app.session import CORRECTIONS, Session
+    from spairkit.app.corrections import CORRECTIONS
+    from spairkit.app.session import Session
     from spairkit.report.signs import failed_run
     from spairkit.storage.runs import newest_run
 

@@ -138,7 +138,7 @@ def _rows(found: "list[Found]") -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
     def row(name: str, objects: int, counts: CountPosterior | None) -> dict[str, Any]:
         low, high = (None, None) if counts is None else counts.interval()
-        mean = None if counts is None else counts.mean
+        mean = None if counts is None else round(counts.mean, 4)
         return {"image": name, "count": objects, "expected": mean, "low": low, "high": high}
 
     posteriors = [item.counts() for item in found]

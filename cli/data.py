@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from spairkit.data.image_files import Source
     from spairkit.detections import Truth
 
-app = typer.Typer(no_args_is_help=True, help="List datasets, or write scenes as image files.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at a folder of images; list datasets; write scenes as image files.",
+)
 
 _ABOUT = {
     "digits": "scenes of UCI optical digits, which ship with spairkit",

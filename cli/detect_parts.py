@@ -104,7 +104,7 @@ def opened(
     for option, path in written.items():
         refuse_input(path, files.inputs, option)
     detector, loaded = options.open_detector(
-        checkpoint, device, box_contrast, search, refuse_failed=True
+        checkpoint, device, box_contrast, search, images=files.inputs, refuse_failed=True
     )
     for option, path in written.items():
         refuse_input(path, loaded.files, option)

@@ -9,7 +9,7 @@ from typing import Annotated
 from spairkit.cli import options
 from spairkit.cli.console import echo, json_text, print_json, say
 from spairkit.cli.figures import measure, print_report
-from spairkit.cli.files import check_output, refuse_input
+from spairkit.cli.files import check_outputs, refuse_input
 from spairkit.errors import InputError
 
 
@@ -43,7 +43,7 @@ def evaluate(
             f"--set {others[0]}: eval accepts only data settings, such as data.max_objects=5"
         )
     if out is not None:
-        check_output(out)
+        check_outputs({"--out": out})
     from spairkit.config_values import from_dict, merge, to_dict
     from spairkit.data.files import changed_files, data_files, sha256_of_files
     from spairkit.storage.durable import write_text

@@ -186,10 +186,18 @@ def check_output(path: Path, option: str = "--out") -> None:
 
 
 def check_outputs(outputs: Mapping[str, Path], folders: Mapping[str, Path] | None = None) -> None:
-    """`check_output` of several, by their options; no two may be the same file, or a folder."""
+    """`check_output` of several, by their options; no two may be the same file, or a folder.
+
+    Annotations and corrections are not replaced, whatever the images are.
+    """
+    from spairkit.app.corrections import CORRECTIONS
+    from spairkit.data.folder import ANNOTATIONS
+
     seen = {path.resolve(): option for option, path in (folders or {}).items()}
     for option, path in outputs.items():
         check_output(path, option)
+        if path.exists() and path.resolve().name in (ANNOTATIONS, CORRECTIONS):
+            raise InputError(f"{option} {path}: holds annotations; name another file")
         if other := seen.get(path.resolve()):
             raise InputError(f"{option} {path}: is the output of {other} too; name another file")
         seen[path.resolve()] = option

@@ -1,7 +1,7 @@
 """The `spairkit` command: its subcommands, and the place where every error becomes one line.
 
-Exit status: 0; 2 for a user error; 1 for an internal error; 129, 130 and 143 when stopped by
-SIGHUP, Ctrl-C and SIGTERM.
+Exit status: 0; 2 for a user error; 1 for an internal error; 3 for a failed training; 129, 130 and
+143 when stopped by SIGHUP, Ctrl-C and SIGTERM.
 """
 
 import os
@@ -102,8 +102,8 @@ def _root(
 
     Start with `spairkit viz IMAGE` or `spairkit train --data FOLDER`.
 
-    Exit status: 0: success; 1: internal error; 2: user error (one-line message); 129, 130 and 143:
-    stopped by SIGHUP, Ctrl-C and SIGTERM.
+    Exit status: 0: success; 1: internal error; 2: user error (one-line message); 3: a failed
+    training; 129, 130 and 143: stopped by SIGHUP, Ctrl-C and SIGTERM.
     """
 
 

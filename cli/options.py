@@ -1,6 +1,6 @@
 """Options shared by several commands, and the values that they stand for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -130,8 +130,10 @@ JsonOption = Annotated[bool, output_option("--json", help="Print the result as J
 QuietOption = Annotated[bool, output_option("--quiet", help="Show no progress.")]
 
 
-def choose_checkpoint(given: Path | None) -> Path:
+def choose_checkpoint(given: Path | None, images: Iterable[Path] = ()) -> Path:
     """The checkpoint asked for, else that of the newest run, else the packaged one; says which.
+
+    A run that was trained on the folder of the images goes before newer ones of other images.
 
     Raises:
         InputError: `last` or `best` is asked for, and there is no run.
@@ -140,13 +142,15 @@ def choose_checkpoint(given: Path | None) -> Path:
 
     if given is not None and (given.exists() or str(given) not in ("last", "best")):
         return given
-    run = newest_run()
+    folders = dict.fromkeys(folder for path in images for folder in list(path.parents)[:2])
+    own = next(filter(None, (newest_run(data=folder) for folder in folders)), None)
+    run = own or newest_run()
     if given is not None:
         if run is None:
             raise InputError(f"--checkpoint {given}: no run under ./{ROOT}; name a checkpoint")
         return run / given
     if run is not None:
-        say(f"using the newest run: {run}")
+        say(f"using the newest run{' on these images' if own else ''}: {run}")
         return run
     say("no run under ./runs: using the packaged model (preset quick, digits)")
     return pretrained()
@@ -169,16 +173,17 @@ def open_detector(
     box_contrast: float | None,
     search: Search | None,
     *,
+    images: Iterable[Path] = (),
     refuse_failed: bool = False,
 ) -> "tuple[Detector, Checkpoint]":
-    """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`.
+    """The detector of `--checkpoint`, `--device`, `--box-contrast` and `--search`, for images.
 
     Warns of a run whose training failed or, with `refuse_failed`, ends with status 3.
     """
     from spairkit.detector import detector_of
     from spairkit.storage.checkpoints import load_checkpoint
 
-    loaded = load_checkpoint(choose_checkpoint(checkpoint))
+    loaded = load_checkpoint(choose_checkpoint(checkpoint, images))
     detector = detector_of(
         loaded,
         choose_device(device),

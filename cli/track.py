@@ -108,9 +108,11 @@ def track(
 
 
 def _refuse_other_sizes(paths: list[Path]) -> None:
-    """Raises InputError if frames differ in size, as their places then do not compare."""
+    """Raises InputError for one frame, and if frames differ in size: places then do not compare."""
     from spairkit.images import image_size
 
+    if len(paths) < 2:
+        raise InputError(f"{paths[0]}: is one frame; name a folder or a stack of several")
     first = image_size(paths[0])
     for path in paths[1:]:
         size = image_size(path)

@@ -65,7 +65,9 @@ def viz(
     from spairkit.report.drawing import panel
     from spairkit.report.signs import misfit
 
-    detector, _ = options.open_detector(checkpoint, device, box_contrast, search)
+    detector, _ = options.open_detector(
+        checkpoint, device, box_contrast, search, images=files.inputs
+    )
     drawn = []
     unfit: list[str] = []
     with counted("images", len(files.paths), quiet=as_json) as show_done:

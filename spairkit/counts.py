@@ -100,6 +100,8 @@ class CountPosterior:
     @classmethod
     def total(cls, counts: Sequence["CountPosterior"]) -> "CountPosterior":
         """The number of objects in several images: independent ones, unless a doubt is shared."""
+        if len(counts) == 1:
+            return counts[0]
         if any(item.is_shared for item in counts):
             return _summed_together(counts)
         least, masses = 0, np.ones(1)

@@ -307,6 +307,14 @@ def test_default_checkpoint_is_newest_run_else_packaged(
     (made.path / "last").symlink_to("checkpoints/step-1")
     assert choose_checkpoint(None) == made.path
     assert capsys.readouterr().err == f"using the newest run: {made.path}\n"
+    other = {"name": "folder", "path": str(tmp_path / "cells")}
+    trained = Run.create(None, resolve("quick", {"data": other}))
+    (trained.path / "checkpoints" / "step-1").mkdir(parents=True)
+    os.utime(trained.path / "checkpoints" / "step-1", (0, 0))  # before the other one
+    assert choose_checkpoint(None, [tmp_path / "cells" / "a.png"]) == trained.path
+    assert capsys.readouterr().err == f"using the newest run on these images: {trained.path}\n"
+    assert choose_checkpoint(None, [tmp_path / "others" / "a.png"]) == made.path
+    assert capsys.readouterr().err == f"using the newest run: {made.path}\n"
     assert choose_checkpoint(Path("last")) == made.path / "last"
     assert choose_checkpoint(Path("elsewhere")) == Path("elsewhere")
     (tmp_path / "last").mkdir()

@@ -161,6 +161,7 @@ def test_a_spread_count_is_a_normal_distribution_over_whole_numbers(
 def test_shared_doubts_add_up() -> None:
     """All counts are too low together, so the width of a total is the sum of the widths."""
     parts = [CountPosterior.spread(mean, sd) for mean, sd in ((50, 5), (20, 4), (50, 5))]
+    assert CountPosterior.total(parts[:1]) is parts[0]
     total = CountPosterior.total(parts)
     assert total.is_shared
     assert total.mean == pytest.approx(120, abs=0.1)

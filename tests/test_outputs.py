@@ -82,7 +82,10 @@ def test_data_are_not_overwritten(
     before = contents()
     ended = run(*command, "--out", out, *QUICKLY)
     assert ended.status == 2
-    assert ended.err.splitlines()[-1].startswith(f"spairkit: --out {out}: is an input (")
+    reasons = "is an input (", "holds annotations;"
+    assert ended.err.splitlines()[-1].startswith(
+        tuple(f"spairkit: --out {out}: {reason}" for reason in reasons)
+    )
     assert contents() == before
 
 
@@ -237,3 +240,18 @@ def test_folder_whose_training_was_killed_at_once_can_be_trained_into(run: Runne
     assert ended.status in (0, 3)
     assert not [path for path in Path("run").rglob("*") if "tmp" in path.name]
     assert run(*words).status == 2, "it holds a run now"
+
+
+@pytest.mark.parametrize("command", ["detect", "count", "track"])
+@pytest.mark.parametrize("name", ["annotations.json", "spairkit-corrections.json"])
+def test_annotations_are_kept_though_only_an_image_is_named(
+    run: Runner, command: str, name: str
+) -> None:
+    place = Path("cells") / name
+    place.write_text("by hand")
+    linked("link.json", place)
+    for out in (place, Path("link.json")):
+        ended = run(command, "cells/a.png", "cells/b.png", "--out", out, *QUICKLY)
+        assert ended.status == 2
+        assert ended.err == f"spairkit: --out {out}: holds annotations; name another file\n"
+    assert place.read_text() == "by hand"

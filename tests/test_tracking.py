@@ -274,4 +274,7 @@ def test_frames_of_different_sizes_are_refused(stack: Path, command: Callable[..
     ended = command("track", "frames", "--out", "tracks.csv")
     assert ended.status == 2
     assert "frames/2.png: has 90x96 pixels (height x width) and frames/0.png 96x96" in ended.err
+    ended = command("track", "frames/0.png", "--out", "tracks.csv")
+    assert ended.status == 2
+    assert "frames/0.png: is one frame; name a folder or a stack of several" in ended.err
     assert not list(Path().glob("tracks.csv*"))

@@ -22,6 +22,9 @@ from spairkit.storage import durable
 MAX_BOXES = 10_000
 """Boxes taken away, and boxes added, of one image; `data.annotations` reads no more."""
 
+CORRECTIONS = "spairkit-corrections.json"
+"""The name of the file of corrections, in the folder of images."""
+
 _MAX_BYTES = 1 << 28
 _MAX_IMAGES = 1_000_000
 _MOST = 1e6  # px

@@ -22,9 +22,6 @@ from spairkit.presets import DEFAULT, resolve
 from spairkit.report.signs import failed_run
 from spairkit.survey import look
 
-CORRECTIONS = "spairkit-corrections.json"
-"""The name of the file of corrections, in the folder of images."""
-
 WATERSHED = "watershed"
 """The name of the model that needs no training."""
 
