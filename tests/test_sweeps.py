@@ -259,7 +259,8 @@ def test_ctrl_c_saves_and_prints_resume_command(
 @pytest.mark.slow
 def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> None:
     out = Path("sweep").resolve()
-    sets = ("--set", "train.steps=60", "--set", "train.validation_every=10")
+    # long enough for a worker to start before the others have done all trials
+    sets = ("--set", "train.steps=600", "--set", "train.validation_every=100")
     words = ("--config", "tiny.toml", *sets, "--out", out, "--trials", 3, "--workers", 2)
     with spairkit("sweep", *words, "--device", "cpu", "--json") as process:
 
@@ -277,7 +278,7 @@ def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> 
     assert f"worker process {pid} ended with status -9" in said
     trials = json.loads(printed)["trials"]
     assert sorted(trial["number"] for trial in trials) == [0, 1, 2]
-    assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 60)}
+    assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 600)}
     assert len(figures(killed)) == 6
 
 
