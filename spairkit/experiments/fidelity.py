@@ -81,7 +81,7 @@ _CONNCOMP: dict[str, tuple[str, str, bool]] = {
 """Name in the table, criterion, and whether all training images are used, by run."""
 DIFFERENCES: dict[str, str | tuple[str, ...]] = {
     "order of the latents": "spairkit has that of the code only",
-    "depth": "spairkit has the paper's sign only",
+    "depth": "spairkit has the paper's sign and, between cells, the code's scale",
     "importance floor": ("floor",),
     "border of an object": "spairkit has that of the code only",
     "training wheels, gradient noise, logit scales": ("wheels", "noise", "logits"),
