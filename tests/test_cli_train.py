@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
