@@ -577,6 +577,26 @@ def test_workers_end_with_their_parent(run: Runner, number: signal.Signals) -> N
     assert parts("found.parts")
 
 
+def test_interrupts_are_held_from_the_first_worker_on(tmp_path: Path) -> None:
+    """Also if multiprocessing starts its tracker of resources meanwhile, which lets them through."""
+    script = tmp_path / "workers.py"
+    script.write_text(
+        "import multiprocessing, signal\n"
+        "from spairkit.parts.processes import _interrupts_held\n"
+        "def show():\n"
+        "    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in range(2):\n"
+        "        with _interrupts_held():\n"
+        "            worker = multiprocessing.get_context('spawn').Process(target=show)\n"
+        "            worker.start()\n"
+        "        worker.join()\n"
+        "    show()\n"
+    )
+    shown = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["True", "True", "False"]
+
+
 def killed_twice(words: list[object], after: int) -> None:
     """Runs the command, and kills it, and its workers with it, twice after so many more parts."""
     for _ in range(2):

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
@@ -125,6 +125,7 @@ def _environment(**values: str) -> Iterator[None]:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Holds Ctrl-C back; processes that are started in the block never see it."""
+    resource_tracker.ensure_running()  # to start it in the block would let Ctrl-C through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
