@@ -578,7 +578,7 @@ def test_workers_end_with_their_parent(run: Runner, number: signal.Signals) -> N
 
 
 def test_interrupts_are_held_from_the_first_worker_on(tmp_path: Path) -> None:
-    """Also if multiprocessing starts its tracker of resources meanwhile, which lets them through."""
+    """Also if multiprocessing starts its tracker meanwhile, which lets them through again."""
     script = tmp_path / "workers.py"
     script.write_text(
         "import multiprocessing, signal\n"
