@@ -260,8 +260,8 @@ def test_ctrl_c_saves_and_prints_resume_command(
 def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> None:
     out = Path("sweep").resolve()
     # long enough for a worker to start before the others have done all trials
-    sets = ("--set", "train.steps=600", "--set", "train.validation_every=100")
-    words = ("--config", "tiny.toml", *sets, "--out", out, "--trials", 3, "--workers", 2)
+    sets = ("--set", "train.steps=420", "--set", "train.validation_every=70")
+    words = ("--config", "tiny.toml", *sets, "--out", out, "--trials", 5, "--workers", 2)
     with spairkit("sweep", *words, "--device", "cpu", "--json") as process:
 
         def trainer_of_worker() -> tuple[Path, int]:
@@ -277,8 +277,8 @@ def test_trial_of_a_killed_worker_is_resumed_by_another_process(run: Runner) -> 
     assert process.returncode == 0, said
     assert f"worker process {pid} ended with status -9" in said
     trials = json.loads(printed)["trials"]
-    assert sorted(trial["number"] for trial in trials) == [0, 1, 2]
-    assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 600)}
+    assert sorted(trial["number"] for trial in trials) == list(range(5))
+    assert {(trial["state"], trial["steps"]) for trial in trials} == {("complete", 420)}
     assert len(figures(killed)) == 6
 
 
