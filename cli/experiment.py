@@ -33,7 +33,7 @@ def experiment(
         Scale | None,
         options.runs_option(
             help="smoke: a test of under a minute with tiny networks; cpu (default): a result "
-            "within half an hour on one core; full: the paper's protocol, for a GPU."
+            "in 3 to 16 minutes of CPU time; full: the paper's protocol, for a GPU."
         ),
     ] = None,
     seeds: Annotated[

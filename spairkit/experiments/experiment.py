@@ -31,7 +31,7 @@ from spairkit.training.classification import ClassifierTraining
 from spairkit.training.loop import Event
 
 Scale = Literal["smoke", "cpu", "full"]
-"""`smoke` exercises every line, `cpu` takes up to half an hour on a core, `full` is the paper's."""
+"""`smoke` exercises every line, `cpu` takes 3 to 16 minutes of CPU time, `full` is the paper's."""
 
 Figures = dict[str, float]
 """Figures by name, all finite."""

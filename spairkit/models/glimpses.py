@@ -60,10 +60,8 @@ def pixel_frames(images: Tensor, part: Part | Sequence[Part] | None) -> Tensor: 
     parts = [part] * batch if part is None or isinstance(part, Part) else part
     rows = []
     for p in parts:
-        lengths, corner = (extent, (0, 0)) if p is None else (p.size, p.corner)
-        rows.append(
-            [x for n, start in zip(lengths, corner, strict=True) for x in ((n - 1) / n, -start / n)]
-        )
+        (height, width), (y, x) = (extent, (0, 0)) if p is None else (p.size, p.corner)
+        rows.append([(height - 1) / height, -y / height, (width - 1) / width, -x / width])
     return torch.tensor(rows, dtype=torch.float64)
 
 
