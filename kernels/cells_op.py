@@ -31,7 +31,7 @@ def encode_cells_cpu(
     edge: Tensor | None,  # [V]
     weights: list[Tensor],
 ) -> Tensor:  # [B, K, 3 M + 6], columns as in `spairkit.models.latents.unpack`
-    """Latents in raster order, with gradients to products, edge and weights unless presence is hard.
+    """Latents in raster order; gradients to products, edge and weights unless presence is hard.
 
     Raises:
         RuntimeError: a second derivative was requested.
