@@ -95,7 +95,7 @@ def count_objects(
     parts = parts_of(files, {})
     job = job_of(detector, loaded, threshold, count, _Counted(), parts, where)
     settings = settings_of(job, command="count")
-    with kept_parts(out, settings, shared=shard is not None) as kept:
+    with kept_parts(out, settings, written.values(), shared=shard is not None) as kept:
         found = do_parts(files, parts, kept, job, detector, where, quiet=quiet)
         if shard is not None:
             say(f"shard {shard}: {several(len(found), 'image')} finished, kept in {kept.folder}")

@@ -136,7 +136,8 @@ def detect(
     parts = parts_of(files, each.by_name())
     job = job_of(detector, loaded, threshold, count, describe, parts, where)
     settings = settings_of(job, **asdict(describe))
-    with kept_parts(main_output, settings, shared=shard is not None) as kept:
+    files_written = [*written.values(), *each.paths()]
+    with kept_parts(main_output, settings, files_written, shared=shard is not None) as kept:
         found = do_parts(files, parts, kept, job, detector, where, quiet=quiet)
         if shard is not None:
             say(f"shard {shard}: {several(len(found), 'image')} finished, kept in {kept.folder}")

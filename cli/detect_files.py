@@ -51,6 +51,10 @@ class FilesOfImages:
             str(image): tuple(str(path) for _, path in pairs) for image, pairs in self.files.items()
         }
 
+    def paths(self) -> list[Path]:
+        """All files of all images."""
+        return [path for pairs in self.files.values() for _, path in pairs]
+
     def refuse(self, inputs: Iterable[Path]) -> None:
         """Raises InputError if one of the files is an input, by this or any other name."""
         known = {file_id(path): path for path in inputs}

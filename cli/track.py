@@ -81,7 +81,7 @@ def track(
     detector, loaded = opened(files, written, checkpoint, device, box_contrast, search)
     parts = parts_of(files, {})
     job = job_of(detector, loaded, threshold, count, _Kept(), parts, Where())
-    with kept_parts(out, settings_of(job, command="track")) as kept:
+    with kept_parts(out, settings_of(job, command="track"), written.values()) as kept:
         items = do_parts(files, parts, kept, job, detector, Where(), quiet=quiet)
         finished = {item.number: item for item in items}
         frames = list(zip(files.paths, files.numbers, strict=True))

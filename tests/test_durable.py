@@ -223,8 +223,8 @@ def test_links_are_relative_and_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "one", "two"]
 
 
-def test_sweep_removes_only_leftovers_of_killed_processes(tmp_path: Path) -> None:
-    durable.write_text(tmp_path / "kept", "kept")
+def killed_writes(folder: Path) -> list[Path]:
+    """Leaves what a killed process leaves of the file `lost` and the folder `lost too`."""
     left: list[Path] = []
     real_replace = os.replace
 
@@ -234,13 +234,30 @@ def test_sweep_removes_only_leftovers_of_killed_processes(tmp_path: Path) -> Non
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "replace", die)
-        durable.write_text(tmp_path / "lost", "lost")
+        durable.write_text(folder / "lost", "lost")
         patched.setattr(os, "rename", die)
-        durable.write_folder(tmp_path / "lost too", {"inside": b""})
+        durable.write_folder(folder / "lost too", {"inside": b""})
     assert len(left) == 2
     assert all(path.exists() for path in left)
+    return left
+
+
+def test_sweep_removes_only_leftovers_of_killed_processes(tmp_path: Path) -> None:
+    durable.write_text(tmp_path / "kept", "kept")
+    killed_writes(tmp_path)
     durable.sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_sweep_beside_removes_only_leftovers_of_the_paths_named(tmp_path: Path) -> None:
+    file, folder = killed_writes(tmp_path)
+    durable.sweep_beside([tmp_path / "other", tmp_path / "absent" / "lost"])
+    assert set(tmp_path.iterdir()) == {file, folder}
+    (tmp_path / "link").symlink_to("lost")
+    durable.sweep_beside([tmp_path / "link"])
+    assert set(tmp_path.iterdir()) == {folder, tmp_path / "link"}
+    durable.sweep_beside([tmp_path / "lost too", tmp_path / "lost"])
+    assert list(tmp_path.iterdir()) == [tmp_path / "link"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

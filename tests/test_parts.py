@@ -28,6 +28,7 @@ from spairkit.images import write_png
 from spairkit.parts import plan
 from spairkit.parts.plan import Item, planned
 from spairkit.parts.work import Worker
+from spairkit.storage.durable import write_text
 
 if TYPE_CHECKING:
     from conftest import Ended
@@ -630,6 +631,22 @@ def test_kills_lose_no_finished_part(run: Runner, kills: int) -> None:
     assert run(*words, "--out", "found").status == 0
     assert Path("found").read_bytes() == Path("whole").read_bytes()
     assert sorted(os.listdir()) == ["found", "many", "whole"]
+
+
+def test_writes_of_killed_processes_are_removed_at_the_end(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["detect", scenes(Path("few"), 2), "--out", "found.json", "--table", "found.csv"]
+    words += ["--annotated", "drawn", *QUICKLY]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: None)  # as if killed before
+        assert run(*words, "--shard", "1/1").status == 0
+        for name in ("found.json", "found.csv", "other"):
+            write_text(Path(name), "")
+    assert len(list(Path().rglob(".spairkit-tmp-*"))) == 6
+    assert run(*words).status == 0
+    assert len(list(Path().rglob(".spairkit-tmp-*"))) == 1, "of `other`, which is not written here"
+    assert sorted(os.listdir("drawn")) == ["000.png", "001.png"]
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +26,7 @@ from spairkit.storage.durable import (
     make_folder,
     refuse_links,
     remove_folder,
+    sweep_beside,
     write_bytes,
 )
 
@@ -109,13 +110,19 @@ class KeptParts:
 
 @contextmanager
 def kept_parts(
-    out: Path | None, settings: Mapping[str, Any], *, shared: bool = False
+    out: Path | None,
+    settings: Mapping[str, Any],
+    written: Iterable[Path] = (),
+    *,
+    shared: bool = False,
 ) -> Iterator[KeptParts]:
     """What is finished of the output `out`; it is removed if the block ends well.
 
     Args:
         out: the output; None keeps results in memory only.
         settings: what results depend on besides the images.
+        written: the files that this process writes; what killed ones left half-written of them
+            is removed too.
         shared: other processes that share may work on this output too, and nothing is removed.
 
     Raises:
@@ -137,6 +144,7 @@ def kept_parts(
                 remove_folder(folder)
             raise
         if not shared:
+            sweep_beside([folder, *written])
             remove_folder(folder)
     finally:
         os.close(lock)

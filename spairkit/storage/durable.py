@@ -2,13 +2,14 @@
 
 Data is written to a temporary name in the same folder, flushed to disk and renamed in one step;
 then the folder is flushed. Modes follow the umask. A killed process leaves a temporary name behind,
-which `sweep` removes.
+which `sweep` and `sweep_beside` remove.
 
 Every function raises InputError if the system refuses (no space, no permission, no folder); an
 existing file of that name is then unchanged.
 """
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from spairkit.errors import InputError
 
 _PREFIX = ".spairkit-tmp-"
+_DIGITS = 16  # of a hash of the path, after which a temporary name is random
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -178,11 +180,24 @@ def sweep(folder: Path, least_age: float = 0.0) -> None:
                 with suppress(FileNotFoundError):  # it was in use
                     if path.lstat().st_mtime > before:
                         continue
-                    if path.is_dir() and not path.is_symlink():
-                        shutil.rmtree(path, ignore_errors=True)
-                    else:
-                        path.unlink()
+                    _remove(path)
             folders[:] = [name for name in folders if not is_temporary(name)]
+
+
+def sweep_beside(paths: Iterable[Path]) -> None:
+    """Removes what killed processes left half-written of these files and folders.
+
+    Args:
+        paths: no other process may write them. Others may be written in the same folders.
+    """
+    beginnings: dict[Path, set[str]] = {}
+    for path in map(Path, map(os.path.realpath, paths)):
+        beginnings.setdefault(path.parent, set()).add(_beginning(path))
+    for folder, ours in beginnings.items():
+        with _refusals(folder), suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                if name[: len(_PREFIX) + _DIGITS] in ours:
+                    _remove(folder / name)
 
 
 def refuse_links(folder: Path, but: Collection[str] = ()) -> None:
@@ -236,7 +251,19 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_PREFIX}{secrets.token_hex(8)}")
+    return path.with_name(f"{_beginning(path)}{secrets.token_hex(8)}")
+
+
+def _beginning(path: Path) -> str:
+    """How the temporary names of a path begin."""
+    return _PREFIX + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:_DIGITS]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
