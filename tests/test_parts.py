@@ -611,7 +611,9 @@ def killed_twice(words: list[object], after: int) -> None:
         assert len(parts("found.parts")) >= reached + after, "nothing went back"
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(7200)])]
+)
 def test_kills_lose_no_finished_part(run: Runner, kills: int) -> None:
     words = ["detect", scenes(Path("many"), 640), *ALL, *QUICKLY[:-1]]
     assert run(*words, "--out", "whole").status == 0
