@@ -5,9 +5,8 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,13 +18,13 @@ from spairkit.cli.console import (
     counted,
     json_text,
     print_json,
-    progress_bar,
     results,
     say,
     several,
 )
-from spairkit.cli.figures import AUTHORS_RULE, listed, measure, print_report, say_skipped
+from spairkit.cli.figures import AUTHORS_RULE, measure, print_report, say_skipped
 from spairkit.cli.interrupts import Interrupts
+from spairkit.cli.train_progress import show_compiling, show_events
 from spairkit.cli.workers import parent_ended
 from spairkit.errors import InputError
 
@@ -38,10 +37,6 @@ if TYPE_CHECKING:
     from spairkit.storage.runs import Run
     from spairkit.survey import Survey
     from spairkit.training.distributed import World
-    from spairkit.training.loop import Event
-
-_LINE_EVERY_SECONDS = 10
-_COMPILING_SECONDS = 3.0  # between lines about kernels
 
 
 class Select(StrEnum):
@@ -218,12 +213,13 @@ def _train(
         ending = stop()
         return ending > 0
 
-    _compile(settings, device, quiet=quiet or run is None)
+    show_compiling(settings, device, quiet=quiet or run is None)
     events = fit(settings, run, device, stops, world)
     if run is None:
         deque(events, maxlen=0)
         return ending, 0, {}
-    step, validation = _follow(events, run, quiet=quiet)
+    first = _last_step(run)
+    step, validation = show_events(events, run.config, first, quiet=quiet)
     return ending, step, validation
 
 
@@ -424,81 +420,6 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
         )
     options.refuse_absent(asked.data)
     return asked
-
-
-def _compile(config: "Config", device: "torch.device", *, quiet: bool) -> None:
-    """Compiles the CPU kernels, or loads them from the cache on disk, and shows the progress."""
-    from spairkit.models.compiling import compiling
-
-    line_at = time.monotonic()
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task("compiling kernels (first use only)", total=None, note="")
-        for step in compiling(config.model, device):
-            bar.update(task, completed=step.done, total=step.total)
-            if not quiet and bar.disable and time.monotonic() - line_at >= _COMPILING_SECONDS:
-                line_at = time.monotonic()
-                share = f"{step.done / step.total:.0%}"
-                say(f"compiling kernels (first use only): {share}, next: {step.name}")
-
-
-def _follow(events: "Iterable[Event]", run: "Run", *, quiet: bool) -> tuple[int, dict[str, float]]:
-    """Shows events; gives the last step and the figures of the last validation."""
-    from spairkit.training.loop import Restart, Step
-
-    step = _last_step(run)
-    figures: dict[str, float] = {}
-    place = "a crop" if run.config.data.name == "folder" else "an image"
-    losses, line_at = "", 0.0
-    rate_from = step, 0.0
-    with progress_bar(quiet=quiet) as bar:
-        task = bar.add_task("training", total=run.config.train.steps, completed=step, note="")
-
-        for event in events:
-            if isinstance(event, Restart):
-                step, figures, rate_from = 0, {}, (0, 0.0)
-                bar.update(task, completed=step)
-                bar.say(str(event))
-                continue
-            if not isinstance(event, Step):
-                figures = event.figures
-                best = ", the best so far" if event.is_best else ""
-                bar.say(f"step {event.step}: validation {_validation(figures, place)}{best}")
-                continue
-            step = event.step
-            if event.losses:
-                losses = _elbo(event.losses, place)
-            if not rate_from[1]:
-                # the first step compiles, so its time says nothing of the others
-                rate_from = step, event.seconds
-                continue
-            rate = (step - rate_from[0]) / max(event.seconds - rate_from[1], 1e-9)
-            bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
-            if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
-                line_at = event.seconds
-                left = timedelta(seconds=round((event.steps - step) / max(rate, 1e-9)))
-                line = f"step {step} of {event.steps}, {rate:.1f}/s, {left} left  {losses}"
-                bar.say(line.rstrip())
-    return step, figures
-
-
-def _validation(figures: dict[str, float], place: str) -> str:
-    """Objects in a place, if the model counts them, and the other figures."""
-    rest = {name: value for name, value in figures.items() if name != "found"}
-    return _found(figures, place, ", " if rest else "") + listed(rest)
-
-
-def _found(figures: dict[str, float], place: str, end: str) -> str:
-    return f"{figures['found']:.1f} objects {place}{end}" if "found" in figures else ""
-
-
-def _elbo(losses: dict[str, float], place: str) -> str:
-    """Objects in a place, the ELBO and its terms in nats."""
-    terms = ", ".join(
-        f"{name.removeprefix('kl_')} {value:.1f}"
-        for name, value in losses.items()
-        if name not in ("total", "elbo", "found")
-    )
-    return f"{_found(losses, place, '  ')}elbo {losses['elbo']:.1f} = -({terms})"
 
 
 def _print_next(run: "Run", page: Path, image: Path, *, has_truth: bool) -> None:

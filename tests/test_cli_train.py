@@ -21,7 +21,9 @@ from PIL import Image
 from torch import Tensor
 
 from spairkit.cli import train as train_command
+from spairkit.cli import train_progress
 from spairkit.cli.main import main
+from spairkit.cli.train_progress import show_compiling, show_events
 from spairkit.config import Config, PrepareConfig, TrainConfig
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation
@@ -1001,19 +1003,18 @@ def test_run_cannot_be_resumed_with_another_model(run: Runner) -> None:
 
 
 def test_progress_shows_the_objects_of_an_image(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_command, "_LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(train_progress, "_LINE_EVERY_SECONDS", 0.0)
     losses = {"reconstruction": 9.0, "kl_pres": 1.0, "total": 10.0, "elbo": -10.0, "found": 18.26}
     settings = Config(train=TrainConfig(steps=40))
     events = [Step(step, 40, losses if step == 20 else None, step / 10) for step in range(1, 31)]
-    made = Run.create(tmp_path / "run", settings)
-    step, figures = train_command._follow([*events], made, quiet=False)
+    step, figures = show_events([*events], settings, 0, quiet=False)
     assert (step, figures) == (30, {})
     said = capsys.readouterr().err.splitlines()
     shown = "18.3 objects an image  elbo -10.0 = -(reconstruction 9.0, pres 1.0)"
     assert said[-1] == f"step 30 of 40, 10.0/s, 0:00:01 left  {shown}"
-    train_command._follow([*events], made, quiet=True)
+    show_events([*events], settings, 0, quiet=True)
     assert not capsys.readouterr().err
 
 
@@ -1022,10 +1023,10 @@ def test_slow_compilation_shows_its_progress(
 ) -> None:
     steps = [Compiling(0, 4, "cells"), Compiling(1, 4, "renderer"), Compiling(3, 4, "likelihood")]
     monkeypatch.setattr(compiling, "compiling", lambda *_: iter(steps))
-    monkeypatch.setattr(train_command, "_COMPILING_SECONDS", 0.0)
-    train_command._compile(Config(), torch.device("cpu"), quiet=False)
+    monkeypatch.setattr(train_progress, "_COMPILING_SECONDS", 0.0)
+    show_compiling(Config(), torch.device("cpu"), quiet=False)
     said = capsys.readouterr().err.splitlines()
     assert said[1] == "compiling kernels (first use only): 25%, next: renderer"
     assert len(said) == 3
-    train_command._compile(Config(), torch.device("cpu"), quiet=True)
+    show_compiling(Config(), torch.device("cpu"), quiet=True)
     assert not capsys.readouterr().err
