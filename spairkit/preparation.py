@@ -36,7 +36,7 @@ _STEEP = 0.4  # of this contrast: standard deviation of light that changes much
 _SMOOTHING = 1.0  # standard deviation of the filter before levels are measured, px
 _WHITE = 2.5  # contrasts of a typical object that become 1
 _NOISES = 8.0  # standard deviations of the noise that become 1 at least
-_LEAST_NOISE = 0.5 / 255  # half a level of an 8-bit image
+_LEVELS_16, _LEVEL_8 = 1 << 16, 257  # levels of 16 bits, and of these those of one of 8 bits
 _SOFT = 3.0  # standard deviations of the noise beyond which contrasts are compressed
 _BINS = 256
 _STRIP_PIXELS = 1 << 21  # that are converted to float32 together
@@ -95,13 +95,14 @@ def _in_16_bits(image: Tensor) -> Tensor:  # in [0, 1] -> uint16
 
 def _levelled_contrast(pixels: Tensor, config: PrepareConfig) -> Tensor:  # [h, w] in [0, 1]
     size = prepared_size(pixels.shape[-2], pixels.shape[-1], config.scale)
+    least_noise = half_level(pixels)
     if config.contrast == "direction":
         grey = _resized_pixels(pixels, size, config.direction)[0].numpy()
-        contrast = _without_background(grey, config, _LOW)
+        contrast = _without_background(grey, config, _LOW, least_noise)
     else:
-        contrast = contrast_of(_resized_pixels(pixels, size).numpy(), config)
+        contrast = contrast_of(_resized_pixels(pixels, size).numpy(), config, least_noise)
     if config.levels == "image":
-        contrast /= white_level(contrast, config.least_white)
+        contrast /= white_level(contrast, config.least_white, least_noise)
     else:
         contrast -= config.black
         contrast /= config.white - config.black
@@ -163,8 +164,28 @@ def fixed_levels(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape,
     return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
 
 
-def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w] -> [h, w]
+def half_level(pixels: Tensor) -> float:  # [1 or 3, H, W], as `images.read_pixels` gives them
+    """Half of the least difference between intensities; from half a level of 16 bits to one of 8.
+
+    Rounding to levels makes noise of about this size, or hides what is smaller. Of 12 bits in 16,
+    or of 8 that fill a small part of 16, it is smaller than of 8 bits that fill the range.
+    """
+    if pixels.dtype == torch.uint8:
+        return _LEVEL_8 / 2 / (_LEVELS_16 - 1)
+    used = np.zeros(_LEVELS_16, bool)
+    for strip in pixels.split(max(_STRIP_PIXELS // pixels.shape[-1], 1), -2):
+        levels = strip.numpy()
+        if pixels.dtype != torch.uint16:
+            levels = np.round(levels * (_LEVELS_16 - 1)).astype(np.uint16)
+        used[levels.ravel()] = True
+    gaps = np.diff(np.flatnonzero(used))
+    return min(int(gaps.min(initial=_LEVEL_8)), _LEVEL_8) / 2 / (_LEVELS_16 - 1)
+
+
+def contrast_of(image: Array, config: PrepareConfig, least_noise: float) -> Array:
     """How far each pixel differs from the background, in intensities; the background is about 0.
+
+    [1 or 3, h, w] -> [h, w]; `least_noise` is that of `half_level`.
 
     "direction" adds the channels with the weights of `config.direction`, so contrasts have a sign.
     "distance" is the distance of the colour to that of the background, in which the colours of the
@@ -173,9 +194,9 @@ def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w]
     """
     if config.contrast == "direction":
         weights = np.asarray(config.direction, np.float32)
-        return _without_background(np.tensordot(weights, image, 1), config, _LOW)
-    flat = [_without_background(channel.copy(), config, _MIDDLE) for channel in image]
-    spread = [_TO_STD * float(np.median(np.abs(_bands(c)))) + _LEAST_NOISE for c in flat]
+        return _without_background(np.tensordot(weights, image, 1), config, _LOW, least_noise)
+    flat = [_without_background(c.copy(), config, _MIDDLE, least_noise) for c in image]
+    spread = [_TO_STD * float(np.median(np.abs(_bands(c)))) + least_noise for c in flat]
     unit = sum(spread) / len(spread)
     for channel, own in zip(flat, spread, strict=True):
         channel *= unit / own
@@ -187,9 +208,11 @@ def contrast_of(image: Array, config: PrepareConfig) -> Array:  # [1 or 3, h, w]
     return distance
 
 
-def _without_background(grey: Array, config: PrepareConfig, percentile: float) -> Array:
+def _without_background(
+    grey: Array, config: PrepareConfig, percentile: float, least_noise: float
+) -> Array:
     """The same array [h, w], less its background."""
-    grey -= background_of(grey, config.background, percentile)
+    grey -= background_of(grey, config.background, percentile, least_noise)
     return grey
 
 
@@ -202,8 +225,8 @@ def _bands(grey: Array) -> Array:  # [h, w] -> [at most h, w]
     return np.concatenate([grey[start : start + _BAND] for start in starts])
 
 
-def background_of(grey: Array, kind: str, percentile: float) -> Array:  # [h, w] -> [h, w]
-    """The background: 0, one value, or a smooth surface.
+def background_of(grey: Array, kind: str, percentile: float, least_noise: float) -> Array:
+    """The background [h, w] of an image [h, w]: 0, one value, or a smooth surface.
 
     The surface goes through low percentiles of blocks. As they lie too low where the light changes
     within a block, a quadric is fitted and subtracted first, if the light changes much.
@@ -214,14 +237,14 @@ def background_of(grey: Array, kind: str, percentile: float) -> Array:  # [h, w]
     if kind == "image" or rows * columns == 1:
         smooth = ndimage.gaussian_filter(_bands(grey), _SMOOTHING)
         return np.full_like(grey, np.percentile(smooth, percentile))
-    quadric = _quadric(grey, percentile)
+    quadric = _quadric(grey, percentile, least_noise)
     if quadric is None:
         return _through_blocks(grey, (rows, columns), percentile)
     quadric += _through_blocks(grey - quadric, (rows, columns), percentile)
     return quadric
 
 
-def _quadric(grey: Array, percentile: float) -> Array | None:  # [h, w]
+def _quadric(grey: Array, percentile: float, least_noise: float) -> Array | None:  # [h, w]
     """The quadric below which `percentile` of the image lies, if it is far from flat.
 
     A quantile regression on means of 5 x 5 pixels at 64 x 64 places, by reweighted least squares.
@@ -247,7 +270,7 @@ def _quadric(grey: Array, percentile: float) -> Array | None:  # [h, w]
         factors = np.linalg.lstsq(terms * root[:, None], values.ravel() * root, rcond=None)[0]
         rest = values.ravel() - terms @ factors
         size = np.abs(rest)
-        least = _NEARLY * max(float(np.median(size)), _LEAST_NOISE)
+        least = _NEARLY * max(float(np.median(size)), least_noise)
         weights = np.where(rest > 0, share, 1 - share) / np.maximum(size, least)
     low, high = np.percentile(rest, (percentile, _HIGH))
     if (terms @ factors).std() <= _STEEP * (high - low):
@@ -299,33 +322,34 @@ def _smooth_weights(side: int, blocks: int) -> Array:  # [side, blocks + 2]
     return smooth
 
 
-def noise_of(grey: Array) -> float:  # [h, w]
-    """The standard deviation of noise that is independent between pixels, at least `_LEAST_NOISE`.
+def noise_of(grey: Array, least: float) -> float:  # [h, w]
+    """The standard deviation of noise that is independent between pixels, at least `least`.
 
     From the median size of second differences (Immerkaer 1996, with a median in place of the mean).
     """
     differences = ndimage.convolve(grey, _SECOND_DIFFERENCE)
-    return max(_TO_STD * float(np.median(np.abs(differences))) / 6, _LEAST_NOISE)
+    return max(_TO_STD * float(np.median(np.abs(differences))) / 6, least)
 
 
-def typical_contrast(contrast: Array) -> float:  # [h, w]
+def typical_contrast(contrast: Array, least_noise: float) -> float:  # [h, w]
     """The median contrast of the pixels that Otsu's rule takes for objects, 0 if there are none.
 
     The rule is applied to logarithms beyond the noise, so dim objects count beside bright ones.
     """
     smooth = np.maximum(ndimage.gaussian_filter(contrast, _SMOOTHING), 0)
-    soft = np.arcsinh(smooth / (_SOFT * noise_of(contrast)))
+    soft = np.arcsinh(smooth / (_SOFT * noise_of(contrast, least_noise)))
     chosen = smooth[soft > otsu(soft)]
     return float(np.median(chosen)) if chosen.size else 0.0
 
 
-def white_level(contrast: Array, least: float) -> float:  # [h, w]
+def white_level(contrast: Array, least: float, least_noise: float) -> float:  # [h, w]
     """The contrast that becomes 1: 2.5 typical ones, but at least `least` and 8 noises.
 
     The noise keeps an image without objects dark.
     """
     measured = _bands(contrast)
-    return max(_WHITE * typical_contrast(measured), _NOISES * noise_of(measured), least)
+    typical, noise = typical_contrast(measured, least_noise), noise_of(measured, least_noise)
+    return max(_WHITE * typical, _NOISES * noise, least)
 
 
 def otsu(values: npt.NDArray[np.floating]) -> float:

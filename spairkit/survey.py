@@ -36,6 +36,7 @@ from spairkit.preparation import (
     OBJECT_PX,
     background_of,
     contrast_of,
+    half_level,
     in_file_pixels,
     noise_of,
     otsu,
@@ -65,7 +66,7 @@ _SHARE = 0.38  # of the contrast above noise that lies in compact objects, at le
 _BRIGHT = 0.2  # of white: contrast above noise
 _LEAST_MASS = 1e-9
 _ALIGNED = 0.75  # agreement of the colours of objects that calls for one direction
-_GREY = 2e-3  # largest difference between the channels of a grey image
+_GREY = 2e-3  # of the range of a grey image: largest difference between its channels
 _UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for a surface
 _LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
@@ -324,7 +325,10 @@ def look(
     """
     images, files = [image for _, image in _read(paths, _IMAGES)], len(paths)
     reduced = [resized(image, _within(image.shape[-2:], _SIDE)) for image in images]
-    is_grey = all(float((im - im[:1]).abs().max()) < _GREY for im in reduced)
+    is_grey = all(
+        float((image - image[:1]).abs().max()) <= _GREY * float(image.max() - image.min())
+        for image in reduced
+    )
     contrast, direction, agreement = _colours(reduced, is_grey)
     holds = _held(chosen or {})
     direction = holds.get("direction", direction)
@@ -344,10 +348,16 @@ def look(
         resized(field, prepared_size(field.shape[-2], field.shape[-1], scale)).numpy()
         for field in fields
     ]
-    contrasts = [contrast_of(image, config) for image in seen]
-    typical = float(np.median([typical_contrast(image) for image in contrasts]))
-    whites = [white_level(image, 0.0) for image in contrasts]
-    background = holds.get("background") or _background(seen, config, typical)
+    least_noises = [half_level(image) for image in images]
+    contrasts = [
+        (contrast_of(image, config, least), least)
+        for image, least in zip(seen, least_noises, strict=True)
+    ]
+    typical = float(np.median([typical_contrast(*pair) for pair in contrasts]))
+    whites = [white_level(image, 0.0, least) for image, least in contrasts]
+    background = holds.get("background")
+    if background is None:
+        background = _background(seen, config, typical, min(least_noises))
     sides = measured.sides if len(measured.sides) else np.array([diameter])
     return Survey(
         images=files,
@@ -364,7 +374,7 @@ def look(
         largest=float(np.percentile(sides, _SPREAD[1])),
         objects=len(measured.sides) / max(measured.images, 1),
         objects_per_crop=len(measured.sides) / max(measured.area, 1) * _CROP**2,
-        noise=float(np.median([noise_of(image) for image in contrasts])),
+        noise=float(np.median([noise_of(*pair) for pair in contrasts])),
         contrast=typical,
         agreement=agreement,
         is_grey=is_grey,
@@ -540,13 +550,13 @@ def _middle(image: Tensor, side: int) -> Tensor:
 
 
 def _background(
-    images: Sequence[Array], config: PrepareConfig, typical: float
+    images: Sequence[Array], config: PrepareConfig, typical: float, least_noise: float
 ) -> Literal["image", "surface"]:
     """A surface if the background of most images is uneven."""
     spreads = []
     for image in images:
         weights = np.asarray(config.direction, np.float32)[:, None, None]
-        surface = background_of((image * weights).sum(0), "surface", 20.0)
+        surface = background_of((image * weights).sum(0), "surface", 20.0, least_noise)
         spreads.append(float(surface.std()))
     return "surface" if np.median(spreads) > _UNEVEN * typical else "image"
 

@@ -1,5 +1,7 @@
 """Preparation: the same objects look the same, whatever the file's light, polarity and size."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -8,16 +10,20 @@ from torch import Tensor
 
 from spairkit.config import PrepareConfig, WatershedConfig
 from spairkit.detections import Detections
+from spairkit.images import to_colour
 from spairkit.models.watershed import Watershed
 from spairkit.preparation import (
     _quadric,
     background_of,
     contrast_of,
+    half_level,
     in_file_pixels,
     noise_of,
+    of_prepared_pixels,
     otsu,
     prepare_image,
     prepare_images,
+    prepare_pixels,
     prepared_size,
 )
 
@@ -88,7 +94,7 @@ def test_curved_light_is_removed_under_objects_of_a_quarter_of_the_image(side: i
     noise = 0.005 * torch.randn(side, side, generator=torch.Generator().manual_seed(0))
     grey = (image[0] + light + noise).numpy()
     assert 0.1 < float(mask.float().mean()) < 0.4
-    rest = torch.from_numpy(grey - background_of(grey, "surface", 20.0))
+    rest = torch.from_numpy(grey - background_of(grey, "surface", 20.0, 0.002))
     ground = rest[~mask]
     assert float(ground.std()) < 0.02
     assert abs(float(ground.mean())) < 0.02
@@ -97,9 +103,10 @@ def test_curved_light_is_removed_under_objects_of_a_quarter_of_the_image(side: i
 def test_even_light_is_measured_by_blocks_alone() -> None:
     image, _ = discs(side=288)
     for light in (torch.zeros(288), 0.1 * torch.linspace(0, 1, 288)):
-        assert _quadric((image + light)[0].numpy(), 20.0) is None
-    assert _quadric((image + torch.linspace(0, 2, 288))[0].numpy(), 20.0) is not None
-    assert _quadric(np.linspace(0, 1, 7, dtype=np.float32)[None], 20.0) is not None, "one row"
+        assert _quadric((image + light)[0].numpy(), 20.0, 0.002) is None
+    assert _quadric((image + torch.linspace(0, 2, 288))[0].numpy(), 20.0, 0.002) is not None
+    one_row = np.linspace(0, 1, 7, dtype=np.float32)[None]
+    assert _quadric(one_row, 20.0, 0.002) is not None
 
 
 def test_distance_finds_objects_of_any_colour() -> None:
@@ -125,6 +132,41 @@ def test_noise_alone_stays_dark() -> None:
     assert float((seen > 0.75).float().mean()) < 1e-3
     flat = prepare_image(torch.full((3, 90, 90), 0.4), LIGHT)
     assert float(flat.max()) < 0.01
+
+
+@pytest.mark.parametrize("background", ["image", "surface"])
+def test_a_small_part_of_16_bits_is_seen_like_all_of_it(
+    background: Literal["image", "surface"],
+) -> None:
+    """Cameras often fill a few hundred of 65,536 levels."""
+    image, mask = discs(noise=0.02)
+    dim = (50 + 300 * image[:1]).round().to(torch.uint16)
+    config = PrepareConfig(contrast="direction", background=background, levels="image")
+    whole, part = prepare_pixels(image[:1], config), prepare_pixels(dim, config)
+    assert (
+        float((of_prepared_pixels(part, config) - of_prepared_pixels(whole, config)).std()) < 0.01
+    )
+    assert float(of_prepared_pixels(part, config)[0][mask].mean()) > 0.3
+    torch.testing.assert_close(
+        prepare_image(to_colour(dim), config), of_prepared_pixels(part, config), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("pixels", "levels"),
+    [
+        (torch.tensor([[[0, 255]]], dtype=torch.uint8), 257),
+        (torch.tensor([[[0, 5, 9]]]).to(torch.uint16), 4),
+        (torch.tensor([[[0, 1000]]]).to(torch.uint16), 257),
+        (torch.tensor([[[7, 7]]]).to(torch.uint16), 257),
+        (torch.tensor([[[0, 1, 4]]]) / 255, 257),
+        (torch.tensor([[[0, 1, 4]]]) / 4095, 16),
+        (torch.tensor([[[0, 1e-7, 0.1, 0.10002]]]), 1),
+    ],
+)
+def test_half_level_is_that_of_the_levels_in_use(pixels: torch.Tensor, levels: int) -> None:
+    assert half_level(pixels) == pytest.approx(levels / 2 / 65535)
+    assert half_level(pixels.expand(3, -1, -1)) == half_level(pixels)
 
 
 def test_least_white_keeps_an_empty_image_dark() -> None:
@@ -161,7 +203,7 @@ def test_noise_is_that_of_independent_pixels() -> None:
     y, x = np.mgrid[:300, :300]
     smooth = 0.3 + 0.2 * np.sin(x / 30) * np.cos(y / 40)
     grain = np.random.default_rng(0).normal(0, 0.03, (300, 300))
-    assert noise_of((smooth + grain).astype(np.float32)) == pytest.approx(0.03, rel=0.05)
+    assert noise_of((smooth + grain).astype(np.float32), 0.002) == pytest.approx(0.03, rel=0.05)
 
 
 def test_otsu_equals_an_exhaustive_search() -> None:
@@ -186,7 +228,7 @@ def test_contrast_of_direction_has_the_weights() -> None:
     image = np.zeros((3, 8, 8), np.float32)
     image[1, 2, 2] = 0.5
     config = PrepareConfig(contrast="direction", direction=(0.0, -1.0, 0.0))
-    found = contrast_of(image, config)
+    found = contrast_of(image, config, 0.002)
     assert found[2, 2] == pytest.approx(-0.5)
     assert found[0, 0] == 0
 

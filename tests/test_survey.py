@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
@@ -102,6 +103,18 @@ def test_discs_of_any_size_and_polarity_are_measured(
     assert step > 0, "objects become brighter than the background"
     assert 0.6 < survey.contrast / step < 1.1, "blurred rims count"
     assert survey.share > 0.5
+    assert survey.doubts() == []
+
+
+def test_objects_in_a_small_part_of_16_bits_are_measured(tmp_path: Path) -> None:
+    """A few hundred levels above the offset of a camera, with its noise."""
+    image, number = spots(170, [20])
+    path = tmp_path / "dim.tif"
+    tifffile.imwrite(path, (100 + 200 * image[0]).round().numpy().astype(np.uint16))
+    survey = look([path])
+    assert survey.diameter == pytest.approx(20, rel=0.15)
+    assert survey.objects == pytest.approx(number, rel=0.2)
+    assert survey.noise < 3 / 65535
     assert survey.doubts() == []
 
 
