@@ -95,7 +95,7 @@ def _in_16_bits(image: Tensor) -> Tensor:  # in [0, 1] -> uint16
 
 def _levelled_contrast(pixels: Tensor, config: PrepareConfig) -> Tensor:  # [h, w] in [0, 1]
     size = prepared_size(pixels.shape[-2], pixels.shape[-1], config.scale)
-    least_noise = half_level(pixels)
+    least_noise = least_noise_of(pixels, config)
     if config.contrast == "direction":
         grey = _resized_pixels(pixels, size, config.direction)[0].numpy()
         contrast = _without_background(grey, config, _LOW, least_noise)
@@ -162,6 +162,25 @@ def fixed_levels(images: Tensor, config: PrepareConfig) -> Tensor:  # any shape,
     if (config.black, config.white) == (0, 1):
         return images
     return ((images - config.black) / (config.white - config.black)).clamp(0, 1)
+
+
+def least_noise_of(pixels: Tensor, config: PrepareConfig) -> float:
+    """What the noise of the prepared image is at least, as a share of the file's range.
+
+    That is `half_level`, and of an image that is enlarged, the noise before: between enlarged
+    pixels it is smooth, and would be taken for objects.
+
+    Args:
+        pixels: [1 or 3, H, W], as `images.read_pixels` gives them.
+    """
+    least = half_level(pixels)
+    if config.scale <= 1:
+        return least
+    image = to_colour(pixels).numpy()
+    if config.contrast == "direction":
+        weights = np.asarray(config.direction, np.float32)
+        return noise_of(_bands(np.tensordot(weights, image, 1)), least)
+    return float(np.mean([noise_of(_bands(channel), least) for channel in image]))
 
 
 def half_level(pixels: Tensor) -> float:  # [1 or 3, H, W], as `images.read_pixels` gives them

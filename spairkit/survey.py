@@ -36,8 +36,8 @@ from spairkit.preparation import (
     OBJECT_PX,
     background_of,
     contrast_of,
-    half_level,
     in_file_pixels,
+    least_noise_of,
     noise_of,
     otsu,
     prepare_image,
@@ -53,7 +53,7 @@ _IMAGES = 6  # that are measured
 _MOST_SIDE = 3072  # px of the files; of a larger image the middle is measured
 _FIELD = 1536  # px after resizing; the same for levels and background
 _SIDE = 480  # of the part of an image that is measured at one scale, px after resizing
-_STARTS = (6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
+_STARTS = (4.0, 6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
 _LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
@@ -348,7 +348,8 @@ def look(
         resized(field, prepared_size(field.shape[-2], field.shape[-1], scale)).numpy()
         for field in fields
     ]
-    least_noises = [half_level(image) for image in images]
+    enlarged = replace(config, scale=scale)
+    least_noises = [least_noise_of(image, enlarged) for image in images]
     contrasts = [
         (contrast_of(image, config, least), least)
         for image, least in zip(seen, least_noises, strict=True)

@@ -118,6 +118,23 @@ def test_objects_in_a_small_part_of_16_bits_are_measured(tmp_path: Path) -> None
     assert survey.doubts() == []
 
 
+def test_noise_between_small_spots_is_no_object(tmp_path: Path) -> None:
+    """Gaussian spots of 4 px; enlarged noise looks like objects of their size."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:256, :256] + 0.5
+    image = np.full((256, 256), 100.0)
+    for cy, cx in rng.uniform(8, 248, (60, 2)):
+        peak = rng.uniform(200, 600)
+        image += peak * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * 1.2**2))
+    path = tmp_path / "spots.tif"
+    tifffile.imwrite(path, (rng.poisson(image) + rng.normal(0, 5, (256, 256))).astype(np.uint16))
+    survey = look([path])
+    assert survey.diameter == pytest.approx(4.3, rel=0.2)
+    [(_, middle, found)] = sample([path], survey)
+    area = middle.shape[1] * middle.shape[2]
+    assert len(found) == pytest.approx(60 * area / 240**2, rel=0.3)
+
+
 def test_parts_of_patterned_objects_are_not_measured(tmp_path: Path) -> None:
     true: list[float] = []
     for index in range(3):
