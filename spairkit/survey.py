@@ -61,6 +61,7 @@ _CLOSE = 1.04  # ratio of two diameters that agree
 _KEPT = 0.97  # of the share of the contrast that objects hold: about as much
 _MORE = 1.2  # times as many objects as at the start: their parts
 _COMPACT = 0.6  # share of its box that a single object fills at least
+_LONG, _FULL = 2.0, 0.97  # length of a rod in widths; area in that of a rectangle
 _FEWEST = 5  # objects that a diameter is measured on
 _SHARE = 0.38  # of the contrast above noise that lies in compact objects, at least
 _BRIGHT = 0.2  # of white: contrast above noise
@@ -535,13 +536,31 @@ def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -
         mass = np.stack([np.bincount(labels, c, len(extent) + 1)[1:] for c in contrasts])
         end = np.array(seen.shape[::-1])
         inside = (parts.boxes[:, :2] > 0).all(1) & (parts.boxes[:, 2:] < end).all(1)
-        kept = inside & (area >= _COMPACT * extent.prod(1))
+        kept = inside & ((area >= _COMPACT * extent.prod(1)) | _are_rods(parts.label_image, area))
         sides.append(np.sqrt(extent[kept].prod(1, dtype=np.float64)) / scale)
         held += mass[:, kept].sum(1)
         total += [contrast.sum() for contrast in contrasts]
         measured += seen.size
     share, bright = (held / np.maximum(total, _LEAST_MASS)).tolist()
     return _Measured(np.concatenate(sides), share, bright, len(images), measured)
+
+
+def _are_rods(
+    labels: npt.NDArray[np.int32],  # [H, W]
+    area: npt.NDArray[np.integer],  # [n] pixels
+) -> npt.NDArray[np.bool_]:  # [n]
+    """Which objects are long, and as full as a rectangle of the same second moments."""
+    rows, columns = np.nonzero(labels)
+    number = labels[rows, columns] - 1
+
+    def mean(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        return np.bincount(number, values, len(area)) / area
+
+    y, x = rows - mean(rows)[number], columns - mean(columns)[number]
+    yy, xx, yx = mean(y * y) + 1 / 12, mean(x * x) + 1 / 12, mean(y * x)  # 1/12 is a pixel's
+    middle, apart = (yy + xx) / 2, np.hypot((yy - xx) / 2, yx)
+    full = area >= _FULL * 12 * np.sqrt(np.maximum(yy * xx - yx**2, 0))
+    return full & (middle + apart > _LONG**2 * (middle - apart))
 
 
 def _middle(image: Tensor, side: int) -> Tensor:

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from spairkit import survey as survey_module
@@ -116,6 +117,25 @@ def test_objects_in_a_small_part_of_16_bits_are_measured(tmp_path: Path) -> None
     assert survey.objects == pytest.approx(number, rel=0.2)
     assert survey.noise < 3 / 65535
     assert survey.doubts() == []
+
+
+def test_rods_at_any_angle_are_measured(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    image = np.full((300, 300), 0.1)
+    sides = []
+    y, x = np.mgrid[:300, :300] + 0.5
+    for cy in range(25, 300, 50):
+        for cx in range(25, 300, 50):
+            angle = rng.uniform(0, np.pi)
+            u = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
+            v = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
+            rod = np.hypot(np.maximum(np.abs(u) - 10, 0), v) < 3.5
+            image[rod] = 0.6
+            sides.append(np.sqrt(np.prod([np.ptp(axis) + 1 for axis in np.nonzero(rod)])))
+    image = ndimage.gaussian_filter(image, 1) + rng.normal(0, 0.03, image.shape)
+    survey = look_at(tmp_path, torch.from_numpy(image).clamp(0, 1).float().expand(3, -1, -1))
+    assert survey.diameter == pytest.approx(np.median(sides), rel=0.2)
+    assert survey.objects == pytest.approx(36, rel=0.1)
 
 
 def test_noise_between_small_spots_is_no_object(tmp_path: Path) -> None:

@@ -25,6 +25,25 @@ def noise(seed: int, *size: int) -> Array:
     return np.random.default_rng(seed).normal(0, 1, size)
 
 
+def rods(
+    size: tuple[int, int],
+    centres: list[tuple[float, float]],
+    angle: float,
+    length: float,
+    width: float,
+) -> Array:
+    """Rods with round ends, of brightness .6 on .1; the angle is in degrees."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    image = np.full(size, 0.1)
+    along = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    for cy, cx in centres:
+        u = (x - cx) * along[0] + (y - cy) * along[1]
+        v = (y - cy) * along[0] - (x - cx) * along[1]
+        beyond = np.maximum(np.abs(u) - (length - width) / 2, 0)
+        image[np.hypot(beyond, v) < width / 2] = 0.6
+    return image
+
+
 @pytest.mark.parametrize("diameter", [4.0, 7.0, 12.0, 40.0])
 def test_separate_discs_of_any_size_are_found_exactly(diameter: float) -> None:
     size = (round(8 * diameter), round(10 * diameter))
@@ -139,6 +158,13 @@ def test_specks_are_dropped() -> None:
     assert len(find_parts(image, 12).boxes) == 1
 
 
+@pytest.mark.parametrize("angle", [0, 20, 45, 70, 90])
+def test_rods_stay_whole_where_their_width_hardly_changes(angle: float) -> None:
+    image = rods((96, 96), [(24, 48), (48, 48), (72, 48)], angle, length=15, width=5)
+    found = find_parts(ndimage.gaussian_filter(image, 0.6) + noise(1, 96, 96) * 0.04, 12)
+    assert len(found.boxes) == 3
+
+
 def test_split_equals_a_plain_flood() -> None:
     """From the highest pixel down; a pixel takes the part of its highest neighbour."""
     generator = np.random.default_rng(3)
@@ -147,9 +173,10 @@ def test_split_equals_a_plain_flood() -> None:
         height = generator.integers(0, 30, shape).astype(float) + 1
         mask = generator.random(shape) < 0.8
         relief, gap = float(generator.choice([0.0, 0.2])), float(generator.choice([0.0, 1.5]))
-        found = split(height, mask, relief=relief, gap=gap)
+        thin = float(generator.choice([0.0, 15.0]))
+        found = split(height, mask, relief=relief, gap=gap, thin=thin)
         np.testing.assert_array_equal(found > 0, mask)
-        expected = flooded(height, mask, relief, gap)
+        expected = flooded(height, mask, relief, gap, thin)
         # as partitions, and numbered by first pixels
         pairs = set(zip(found[mask].tolist(), expected[mask].tolist(), strict=True))
         assert len(pairs) == len(np.unique(found[mask])) == len(np.unique(expected[mask])), trial
@@ -157,7 +184,9 @@ def test_split_equals_a_plain_flood() -> None:
         assert np.all(np.diff(firsts) > 0)
 
 
-def flooded(height: Array, mask: npt.NDArray[np.bool_], relief: float, gap: float) -> Array:
+def flooded(
+    height: Array, mask: npt.NDArray[np.bool_], relief: float, gap: float, thin: float
+) -> Array:
     order = sorted(zip(*np.nonzero(mask), strict=True), key=lambda p: (-height[p], p))
     rank = {place: number for number, place in enumerate(order)}
     up: dict[tuple[int, int], tuple[int, int]] = {}
@@ -196,7 +225,8 @@ def flooded(height: Array, mask: npt.NDArray[np.bool_], relief: float, gap: floa
             continue
         low, high = sorted((one, other), key=lambda place: -rank[place])
         distance = np.hypot(low[0] - high[0], low[1] - high[1])
-        if distance <= gap or height[low] - level < relief * height[low]:
+        least = max(relief, 0.15) if height[high] < thin else relief
+        if distance <= gap or height[low] - level < least * height[low]:
             into[low] = high
     labels = np.zeros(height.shape)
     for place in order:

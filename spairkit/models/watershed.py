@@ -34,6 +34,7 @@ _NOISE_LAG = 1 / 6
 _NOISE_FACTOR = 2.0
 _LEAST_CONTRAST = 0.02
 _RELIEF = 0.02  # of the height of a peak
+_THIN, _THIN_RELIEF = 0.25, 0.15  # half-width of thin objects in diameters, and their relief
 _LEAST_GAP = 5 / 12  # between two peaks
 _DISTANCE_SMOOTHING = 1 / 12
 _EDGE = 0.55  # of the mean contrast of an object
@@ -169,7 +170,7 @@ def _parts(grey: npt.NDArray[np.float32], diameter: float) -> Parts:
     mask = _filled(mask, _LARGEST_HOLE * diameter**2)
     distance = ndimage.distance_transform_edt(mask).astype(np.float32)
     height = ndimage.gaussian_filter(distance, _DISTANCE_SMOOTHING * diameter)
-    labels = split(height, mask, relief=_RELIEF, gap=_LEAST_GAP * diameter)
+    labels = split(height, mask, relief=_RELIEF, gap=_LEAST_GAP * diameter, thin=_THIN * diameter)
     labels = _numbered(labels, _LEAST_AREA * diameter**2)
     labels = _numbered(_outlined(labels, smooth, diameter), _LEAST_AREA * diameter**2)
     areas = np.bincount(labels.ravel())[1:]
@@ -245,13 +246,15 @@ def split(
     *,
     relief: float,
     gap: float,
+    thin: float = 0.0,
 ) -> npt.NDArray[np.int32]:  # [H, W]
     """The watershed of a mask: 1, 2 ... on its parts in the order of first pixels, else 0.
 
     Each pixel belongs to the peak that steepest ascent over its eight neighbours leads to. Then,
     from the highest pass between two parts down to the lowest, they become one if the lower peak
     rises above the pass by less than `relief` of its height, or lies at most `gap` pixels from the
-    other peak. The higher peak stays the peak of both.
+    other peak. The higher peak stays the peak of both. If it is below `thin`, as along a rod, whose
+    width hardly changes, the relief is at least `_THIN_RELIEF`.
     """
     rows, columns = mask.shape
     stride = columns + 2
@@ -281,6 +284,7 @@ def split(
         np.stack(np.divmod(places[tops], stride), axis=1),
         relief,
         gap,
+        thin,
     )
     labels[mask] = owners[basin] + 1
     return _numbered(labels, 1)
@@ -312,7 +316,12 @@ def _passes(
 
 
 def _merged(
-    passes: tuple[Array, Array], peaks: Array, places: Array, relief: float, gap: float
+    passes: tuple[Array, Array],
+    peaks: Array,
+    places: Array,
+    relief: float,
+    gap: float,
+    thin: float,
 ) -> Array:
     """The basin that each basin is merged into, or itself; see `split`."""
     owner = list(range(len(peaks)))
@@ -330,7 +339,8 @@ def _merged(
             continue
         (y, x), (v, u) = points[low], points[high]
         is_near = (y - v) ** 2 + (x - u) ** 2 <= gap**2
-        if is_near or heights[low] - height < relief * heights[low]:
+        least = max(relief, _THIN_RELIEF) if heights[high] < thin else relief
+        if is_near or heights[low] - height < least * heights[low]:
             owner[low] = high
     return np.array([root(basin) for basin in range(len(peaks))])
 
