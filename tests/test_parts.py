@@ -384,6 +384,20 @@ def test_a_worker_that_dies_loses_nothing(
     assert sorted(os.listdir()) == ["found", "many", "whole"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_logs_have_lines_of_progress(
+    run: Runner, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(plan, "MAX_IMAGES", 2)
+    words = ["detect", scenes(Path("few"), 6), *QUICKLY[:-1], "--workers", workers, "--out"]
+    assert "images: " not in run(*words, "found").err, "not that soon"
+    monkeypatch.setattr("spairkit.cli.console.LINE_EVERY_SECONDS", 0)
+    lines = run(*words, "again").err.splitlines()
+    shown = [line for line in lines if line.startswith("images: ")]
+    assert shown == [f"images: {done} of 6" for done in range(1, 7)]
+    assert "images: " not in run(*words, "thrice", "--quiet").err
+
+
 def test_an_image_that_kills_every_worker_is_named_and_the_rest_is_kept(
     run: Runner, monkeypatch: pytest.MonkeyPatch, deadly: Path
 ) -> None:
