@@ -97,6 +97,8 @@ def _session(
     if checkpoint is None:
         newest = newest_run(data=folder)
         checkpoint = newest if newest is None or failed_run(newest) is None else None
+        if checkpoint is not None and (rest := options.unfinished(checkpoint)):
+            say(f"using the newest run on these images: {checkpoint}{rest}")
     else:
         checkpoint = options.choose_checkpoint(checkpoint)
     return Session(folder, path, checkpoint, options.choose_device(device), _start)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+LINE_EVERY_SECONDS = 10.0
+"""Time between two lines of progress where there is no bar, as in a log file."""
+
 _TABLE_WIDTH = 80  # of the figures by number of objects
 _LONG_SECONDS = 2.0  # of a search, after which its own progress is shown
 
@@ -127,28 +130,42 @@ def progress_bar(*, quiet: bool = False) -> Any:
 
 
 class Counter:
-    """A progress bar of things done, and below it one of a search that takes long."""
+    """A progress bar of things done, and below it one of a search that takes long.
+
+    Where no bar can be drawn, a line is printed every ten seconds.
+    """
 
     def __init__(self, bar: Any, description: str, total: int | None) -> None:
         self.bar, self.began = bar, time.monotonic()
         self.task = bar.add_task(description, total=total, note="")
         self.part = bar.add_task("", total=100, visible=False, note="")
+        self._line_at = self.began
 
-    def __call__(self, done: int) -> None:
-        """Shows that so many are done."""
+    def __call__(self, done: int, description: str | None = None) -> None:
+        """Shows that so many are done, and what is done now if that has changed."""
         self.began = time.monotonic()
-        self.bar.update(self.task, completed=done)
+        self.bar.update(self.task, completed=done, description=description)
         self.bar.update(self.part, visible=False)
+        self._line()
 
     def search(self, phase: str, share: float) -> None:
         """Shows the share of a phase that is done, if the search began a while ago."""
         slow = time.monotonic() - self.began > _LONG_SECONDS
         percent = round(100 * share)
         self.bar.update(self.part, description=phase, completed=percent, visible=slow)
+        self._line(f", {phase} {percent} %" if slow else "")
+
+    def _line(self, search: str = "") -> None:
+        now = time.monotonic()
+        if self.bar.disable and now - self._line_at >= LINE_EVERY_SECONDS:
+            self._line_at = now
+            task = next(task for task in self.bar.tasks if task.id == self.task)
+            total = "" if task.total is None else f" of {task.total:g}"
+            self.bar.say(f"{task.description}: {task.completed:g}{total}{search}")
 
 
 @contextmanager
 def counted(description: str, total: int | None, *, quiet: bool) -> Iterator[Counter]:
-    """A progress bar, as a `Counter`."""
+    """A progress bar, or lines of progress, as a `Counter`."""
     with progress_bar(quiet=quiet) as bar:
         yield Counter(bar, description, total)

@@ -56,14 +56,14 @@ def export(
     if path.exists():
         raise InputError(f"{path} already exists; name a new file with --out")
     sides = _sides(size) if size else None
+    from spairkit.export import PHASES, metadata
     from spairkit.export import export as write_graph
-    from spairkit.export import metadata
 
     detector, _ = options.open_detector(run, options.Device.CPU, None, options.Search.OFF)
     data = detector.config.data
     sides = sides or (data.image_height, data.image_width)
-    with counted("tracing the network, for seconds to minutes", None, quiet=False):
-        write_graph(detector, sides, format_.value, path)
+    with counted("tracing the network", PHASES, quiet=False) as show_done:
+        write_graph(detector, sides, format_.value, path, on_phase=show_done)
     facts = metadata(detector, sides)
     say(
         f"wrote {path}: images [B, 3, {sides[0]}, {sides[1]}] to boxes, scores, embeddings and "

@@ -1,5 +1,6 @@
 """Options shared by several commands, and the values that they stand for."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from functools import partial
@@ -148,12 +149,33 @@ def choose_checkpoint(given: Path | None, images: Iterable[Path] = ()) -> Path:
     if given is not None:
         if run is None:
             raise InputError(f"--checkpoint {given}: no run under ./{ROOT}; name a checkpoint")
+        if rest := unfinished(run):
+            say(f"using {run / given}{rest}")
         return run / given
     if run is not None:
-        say(f"using the newest run{' on these images' if own else ''}: {run}")
+        say(f"using the newest run{' on these images' if own else ''}: {run}{unfinished(run)}")
         return run
     say("no run under ./runs: using the packaged model (preset quick, digits)")
     return pretrained()
+
+
+def unfinished(path: Path) -> str:
+    """What to add to the name of a run whose training has not ended; else nothing."""
+    from spairkit.report.signs import is_judged
+    from spairkit.storage.runs import Run
+
+    try:
+        run = Run.open(path)
+    except InputError:
+        return ""  # to load it tells why
+    missing = run.missing
+    if not missing or is_judged(path):
+        return ""
+    steps = run.config.train.steps
+    place = f"at update {steps - missing} of {steps}"
+    if run.is_training:
+        return f", {place}: its training goes on"
+    return f", interrupted {place}; continue with: spairkit train --resume {shlex.quote(str(path))}"
 
 
 def choose_device(device: Device) -> "torch.device":

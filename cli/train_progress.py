@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from spairkit.cli.console import progress_bar, say
+from spairkit.cli.console import LINE_EVERY_SECONDS, progress_bar, say
 from spairkit.cli.figures import listed
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from spairkit.config import Config
     from spairkit.training.loop import Event
 
-_LINE_EVERY_SECONDS = 10
 _COMPILING_SECONDS = 3.0  # between lines about kernels
 
 
@@ -70,7 +69,7 @@ def show_events(
                 continue
             rate = (step - rate_from[0]) / max(event.seconds - rate_from[1], 1e-9)
             bar.update(task, completed=step, note=f"{rate:.1f}/s  {losses}")
-            if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
+            if bar.disable and event.seconds - line_at >= LINE_EVERY_SECONDS:
                 line_at = event.seconds
                 left = timedelta(seconds=round((event.steps - step) / max(rate, 1e-9)))
                 line = f"step {step} of {event.steps}, {rate:.1f}/s, {left} left  {losses}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
-from spairkit.cli.console import progress_bar, say
+from spairkit.cli.console import LINE_EVERY_SECONDS, progress_bar, say
 from spairkit.cli.figures import listed
 from spairkit.cli.interrupts import Interrupts
 from spairkit.cli.options import Device, runs_option
@@ -29,7 +29,6 @@ WorkersOption = Annotated[
     ),
 ]
 
-_LINE_EVERY_SECONDS = 10
 _GRACE_SECONDS = 5.0  # in which an orphan saves its run
 _PARENT = "SPAIRKIT_PARENT"  # in a worker's environment: the process that started it
 
@@ -155,7 +154,7 @@ def _show(events: Iterator[Any], total: int, *, quiet: bool) -> None:
                 bar.say(f"{name}: {event.steps} {event.unit}; {done} of {total} runs finished")
             elif isinstance(event, Step):
                 bar.update(current, completed=event.step)
-                if bar.disable and event.seconds - line_at >= _LINE_EVERY_SECONDS:
+                if bar.disable and event.seconds - line_at >= LINE_EVERY_SECONDS:
                     line_at = event.seconds
                     bar.say(f"{name}: step {event.step} of {event.steps}")
             elif isinstance(event, Ended):

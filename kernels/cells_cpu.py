@@ -1,4 +1,4 @@
-"""Numba twin of `SPAIR._encode_wave` in float32: one call forward, one backward.
+"""Numba twin of `SPAIR.encode_wave` in float32: one call forward, one backward.
 
 A call handles n images, those of one thread, and no two calls share a row. Row
 start * K + place * n + (image - start) belongs to one cell of one image: the cells of a wave lie

@@ -1,4 +1,4 @@
-"""Triton twin of `SPAIR._encode_wave`, forward: all waves of a batch in one launch.
+"""Triton twin of `SPAIR.encode_wave`, forward: all waves of a batch in one launch.
 
 The cells of an image depend on no other image, so one program owns a few images and walks the waves
 of their cells; programs share nothing but the weights. Rows of a tile are the cells of a wave, each

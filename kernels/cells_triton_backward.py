@@ -1,4 +1,4 @@
-"""Triton twin of `SPAIR._encode_wave`, backward: all waves of a batch, in reverse, in one launch.
+"""Triton twin of `SPAIR.encode_wave`, backward: all waves of a batch, in reverse, in one launch.
 
 Gradients of all layers, before their activation, go to a record with the columns of the forward
 pass; the weights' gradients are products over all its rows, which `spairkit.kernels.cells_layout`

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from spairkit import __version__
 from spairkit.detector import Detector
 from spairkit.errors import InputError
+from spairkit.models.cell_scan import scan_cells
 from spairkit.models.spair import SPAIR
+from spairkit.models.wavefront import even_waves
 from spairkit.storage.durable import write_bytes
 
 Format = Literal["pt2", "onnx"]
@@ -33,8 +35,13 @@ OUTPUTS = ("boxes", "scores", "embeddings", "depth")
 METADATA = "spairkit"
 """Name of the metadata, JSON: a property of an ONNX model, and a file in a .pt2."""
 
-MAX_SIDE = 512
-"""Of the prepared images of a graph, px; tracing takes longer with each cell."""
+PHASES = 2
+
+MAX_SIDE = 4096
+"""Of the prepared images of a graph, px."""
+
+_OPSET = 18
+"""The last of ONNX in which a loop's `GridSample` has the name of its mode that torch writes."""
 
 _PACKAGES = ("onnx", "onnxscript")
 
@@ -45,11 +52,18 @@ class _Encoder(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        latents = self.network.means(images)
-        return latents.boxes, latents.presence_logit.sigmoid(), latents.what, latents.depth
+        boxes, logits, what, depth = scan_cells(self.network, images)
+        return boxes, logits.sigmoid(), what, depth
 
 
-def export(detector: Detector, size: tuple[int, int], format_: Format, path: Path) -> None:
+def export(
+    detector: Detector,
+    size: tuple[int, int],
+    format_: Format,
+    path: Path,
+    *,
+    on_phase: Callable[[int, str], None] = lambda done, phase: None,
+) -> None:
     """Writes the encoder of a SPAIR as a graph.
 
     The input is `images` [B, 3, H, W] float32 in [0, 1], prepared as the metadata say. The outputs,
@@ -60,6 +74,7 @@ def export(detector: Detector, size: tuple[int, int], format_: Format, path: Pat
         detector: on the CPU.
         size: height and width of the prepared images, from a cell to `MAX_SIDE` px.
         path: replaced if it exists.
+        on_phase: called with the number of phases done, of `PHASES`, and what begins.
 
     Raises:
         InputError: the network is no SPAIR, the size is out of range, a package is missing, or the
@@ -81,12 +96,19 @@ def export(detector: Detector, size: tuple[int, int], format_: Format, path: Pat
     text = json.dumps(metadata(detector, size))
     data = io.BytesIO()
     with _quiet():
-        program = _traced(network, size)
+        on_phase(0, "tracing the network")
+        program = traced(network, size)
+        on_phase(1, "converting the graph")
         if format_ == "pt2":
             torch.export.save(program, data, extra_files={METADATA: text})
         else:
             converted = torch.onnx.export(
-                program, input_names=["images"], output_names=OUTPUTS, dynamo=True, verbose=False
+                program,
+                input_names=["images"],
+                output_names=OUTPUTS,
+                opset_version=_OPSET,
+                dynamo=True,
+                verbose=False,
             )
             assert converted is not None
             model = converted.model_proto
@@ -130,15 +152,18 @@ def metadata(detector: Detector, size: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _traced(network: SPAIR, size: tuple[int, int]) -> torch.export.ExportedProgram:
+def traced(network: SPAIR, size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """The encoder for images of one size and batches of any, on the CPU: `OUTPUTS` of `images`."""
     network = deepcopy(network).requires_grad_(False)
     del network.decoder  # of no use in the graph
     encoder = _Encoder(network).eval()
     images = torch.zeros(2, 3, *size)
+    even_waves(*network.grid(*size))
     with torch.no_grad():
-        encoder(images)  # fills caches of constants, which would else hold those of the tracer
         batch = {"images": {0: torch.export.Dim.DYNAMIC}}
-        return torch.export.export(encoder, (images,), dynamic_shapes=batch)
+        program = torch.export.export(encoder, (images,), dynamic_shapes=batch)
+    program.example_inputs = None  # or they would be written too
+    return program
 
 
 @contextmanager

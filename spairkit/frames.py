@@ -37,14 +37,31 @@ def frames_of(path: Path) -> list[Path]:
     file, frame = file_of(path)
     if frame is not None:
         return [path]
+    number, channels = _frames(file)
+    if number == 1 or channels > 1:
+        return [path]
+    digits = len(str(number))
+    return [path / f"{i:0{digits}}" for i in range(1, number + 1)]
+
+
+def refuse_remote_stack(place: Path, url: str) -> None:
+    """Raises ImageFileError if the file of a URL, which lies at `place`, has several frames."""
+    number, _ = _frames(place)
+    if number > 1:
+        raise ImageFileError(
+            f"{url}: a stack of {several_pages(number)}; of URLs only single images are read: copy "
+            "it to this machine"
+        )
+
+
+def _frames(file: Path) -> tuple[int, int]:
+    """The numbers of frames and of channels of a file; 1 if it cannot be read."""
     try:
         with file.open("rb") as opened:
             stack = open_stack(file, opened, None)
-            number = 1 if stack is None or stack.num_channels > 1 else stack.num_frames
+            return (1, 1) if stack is None else (stack.num_frames, stack.num_channels)
     except Exception:  # reading it as an image tells why
-        return [path]
-    digits = len(str(number))
-    return [path] if number == 1 else [path / f"{i:0{digits}}" for i in range(1, number + 1)]
+        return 1, 1
 
 
 def open_stack(path: Path, file: BinaryIO, frame: int | None) -> Tiff | NumpyImages | None:

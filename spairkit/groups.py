@@ -6,6 +6,7 @@ from torch import Tensor
 _MAX_GROUPS = 6
 _LEAST_MEMBERS = 4  # objects per group, on average, or there are fewer groups
 _LEAST_SILHOUETTE = 0.25  # else all objects are one group
+_MOST = 20_000  # rows that make the groups of `clusters`
 _ROUNDS = 50
 _SEED = 0
 
@@ -37,13 +38,26 @@ def grouped(embeddings: Tensor) -> list[list[int]]:  # [n, A]
 
 
 def clusters(embeddings: Tensor) -> list[int]:  # [n, A]
-    """The number of each row's group in `grouped`, from 1, the largest; empty if n or A is 0."""
+    """The number of each row's group in `grouped`, from 1, the largest; empty if n or A is 0.
+
+    Of more than 20,000 rows as many, evenly spread, make the groups, and the others belong to that
+    of the nearest mean.
+    """
     if not embeddings.numel():
         return []
+    points = embeddings[:: -(-len(embeddings) // _MOST)].double().nan_to_num()
+    parts = grouped(points)
+    if len(points) < len(embeddings):
+        return nearest(embeddings, torch.stack([points[rows].mean(0) for rows in parts])).tolist()
     numbers = torch.zeros(len(embeddings), dtype=torch.int64)
-    for number, rows in enumerate(grouped(embeddings), start=1):
+    for number, rows in enumerate(parts, start=1):
         numbers[rows] = number
     return numbers.tolist()
+
+
+def nearest(embeddings: Tensor, means: Tensor) -> Tensor:  # [n, A], [k, A] -> [n] int64
+    """The number of the nearest mean of each row, from 1."""
+    return 1 + torch.cdist(embeddings.double().nan_to_num(), means.double()).argmin(1)
 
 
 def _centres(points: Tensor, k: int) -> Tensor:  # [k, A]

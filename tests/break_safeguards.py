@@ -77,7 +77,7 @@ SAFEGUARDS = (
     Safeguard(
         "a run is locked",
         "spairkit/storage/runs.py",
-        "            lock.acquire(timeout=0)\n",
+        "            lock.acquire(timeout=_LOOK_SECONDS, poll_interval=_LOOK_SECONDS / 4)\n",
         "            pass\n",
         ("test_runs.py",),
     ),

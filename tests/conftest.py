@@ -4,6 +4,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import signal
@@ -81,6 +82,12 @@ def _exclude_imports_from_garbage_collection() -> None:
     """Scanning torch's compiler would add a third of a second to each collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_lines_of_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands in this process say the same on slow machines."""
+    monkeypatch.setattr("spairkit.cli.console.LINE_EVERY_SECONDS", math.inf)
 
 
 @pytest.fixture(autouse=True)

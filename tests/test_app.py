@@ -557,7 +557,7 @@ def test_groups_are_those_of_the_whole_folder() -> None:
         embeddings = generator.normal(0, 0.1, (20, 4)) + 5 * kinds[:, None]
         boxes = np.arange(80.0).reshape(20, 4)
         scores = np.where(np.arange(20) == 3, 0.2, 0.9)
-        objects[image] = embeddings.astype(np.float16), scores, boxes
+        objects[image] = embeddings.astype(np.float32), scores, boxes
     groups, numbers = groups_of(objects)
     assert [group.count for group in groups] == [39, 18]  # of 13 and 7, less the doubtful one
     assert all(numbers[image].tolist() == ([2, 1, 1] * 7)[:20] for image in range(3))
@@ -566,6 +566,28 @@ def test_groups_are_those_of_the_whole_folder() -> None:
         assert numbers[group.image][row] == number
     assert groups_of({0: (np.zeros((5, 0)), np.ones(5), np.zeros((5, 4)))}) == ([], {})
     assert groups_of({}) == ([], {})
+    alike = {image: (np.zeros((20, 4), np.float32), np.ones(20), boxes) for image in range(2)}
+    groups, numbers = groups_of(alike)
+    assert groups == [], "nothing to switch off"
+    assert all(numbers[image].tolist() == [1] * 20 for image in range(2))
+
+
+@pytest.mark.parametrize("least", [-1.0, 2.0])
+def test_csv_has_the_clusters_of_detect(
+    workplace: Path,
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    least: float,
+) -> None:
+    monkeypatch.setattr("spairkit.groups._LEAST_SILHOUETTE", least)
+    words = ["detect", "cells", "--checkpoint", "run", "--table", "objects.csv"]
+    assert command(*words).status == 0
+    expected = list(csv.DictReader(io.StringIO(Path("objects.csv").read_text())))
+    with serving(workplace / "cells", workplace / "run") as served:
+        answer = served.finished().ask("/api/export/csv?threshold=0.5")
+    rows = list(csv.DictReader(io.StringIO(answer.body.decode())))
+    assert [row["cluster"] for row in rows] == [row["cluster"] for row in expected]
+    assert ({row["cluster"] for row in rows} == {"1"}) == (least > 1), "else all look alike"
 
 
 def test_groups_can_be_left_out(workplace: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from spairkit.config_values import from_toml
 from spairkit.errors import InputError
 from spairkit.images import is_picture, write_png
 from spairkit.presets import names, resolve
+from spairkit.report.signs import Signs, write_signs
 from spairkit.storage.runs import Run, pretrained
 
 COMMANDS = ("train", "eval", "viz", "detect", "count", "doctor", "data", "config", "report")
@@ -302,13 +304,14 @@ def test_default_checkpoint_is_newest_run_else_packaged(
     monkeypatch.chdir(tmp_path)
     assert choose_checkpoint(None) == pretrained()
     assert "using the packaged model" in capsys.readouterr().err
-    made = Run.create(None, resolve("quick"))
+    brief = {"train": {"steps": 1}}
+    made = Run.create(None, resolve("quick", brief))
     (made.path / "checkpoints" / "step-1").mkdir(parents=True)
     (made.path / "last").symlink_to("checkpoints/step-1")
     assert choose_checkpoint(None) == made.path
     assert capsys.readouterr().err == f"using the newest run: {made.path}\n"
     other = {"name": "folder", "path": str(tmp_path / "cells")}
-    trained = Run.create(None, resolve("quick", {"data": other}))
+    trained = Run.create(None, resolve("quick", brief, {"data": other}))
     (trained.path / "checkpoints" / "step-1").mkdir(parents=True)
     os.utime(trained.path / "checkpoints" / "step-1", (0, 0))  # before the other one
     assert choose_checkpoint(None, [tmp_path / "cells" / "a.png"]) == trained.path
@@ -320,6 +323,37 @@ def test_default_checkpoint_is_newest_run_else_packaged(
     (tmp_path / "last").mkdir()
     assert choose_checkpoint(Path("last")) == Path("last"), "an existing path takes precedence"
     assert capsys.readouterr().err == ""
+
+
+def test_a_default_run_that_is_not_done_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = Run.create(Path("runs/a run"), resolve("quick", {"train": {"steps": 9}}))
+    (made.path / "checkpoints" / "step-3").mkdir(parents=True)
+    resume = "continue with: spairkit train --resume 'runs/a run'"
+    choose_checkpoint(None)
+    assert capsys.readouterr().err == (
+        f"using the newest run: runs/a run, interrupted at update 3 of 9; {resume}\n"
+    )
+    choose_checkpoint(Path("best"))
+    assert capsys.readouterr().err == (
+        f"using runs/a run/best, interrupted at update 3 of 9; {resume}\n"
+    )
+    with made.lock():
+        choose_checkpoint(None)
+    assert capsys.readouterr().err == (
+        "using the newest run: runs/a run, at update 3 of 9: its training goes on\n"
+    )
+    assert not made.is_training
+    (made.path / "checkpoints" / "step-9").mkdir()
+    choose_checkpoint(None)
+    choose_checkpoint(Path("best"))
+    assert capsys.readouterr().err == "using the newest run: runs/a run\n"
+    shutil.rmtree(made.path / "checkpoints" / "step-9")
+    write_signs(made.path, Signs())  # as at the end of --minutes
+    choose_checkpoint(None)
+    assert capsys.readouterr().err == "using the newest run: runs/a run\n"
 
 
 def test_doctor_tries_the_backends(run: Runner) -> None:

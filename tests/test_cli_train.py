@@ -1005,7 +1005,7 @@ def test_run_cannot_be_resumed_with_another_model(run: Runner) -> None:
 def test_progress_shows_the_objects_of_an_image(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_progress, "_LINE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(train_progress, "LINE_EVERY_SECONDS", 0.0)
     losses = {"reconstruction": 9.0, "kl_pres": 1.0, "total": 10.0, "elbo": -10.0, "found": 18.26}
     settings = Config(train=TrainConfig(steps=40))
     events = [Step(step, 40, losses if step == 20 else None, step / 10) for step in range(1, 31)]

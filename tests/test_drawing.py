@@ -10,13 +10,13 @@ from torch import Tensor
 
 from spairkit.counts import CountPosterior
 from spairkit.detections import Detections, Explanation, Truth
+from spairkit.report.colours import COLOURS, DARK_COLOURS, colour_numbers
 from spairkit.report.drawing import (
-    COLOURS,
-    DARK_COLOURS,
     MAX_OBJECTS,
     contact_sheet,
     display_levels,
     draw_boxes,
+    overlay,
     panel,
     reconstruction_sheet,
 )
@@ -313,6 +313,60 @@ def test_thousands_of_boxes_can_be_drawn() -> None:
         boxes, torch.rand(3000, generator=generator), torch.zeros(3000, 0), torch.zeros(3000)
     )
     assert boxed(dark_image(512, 512), many, 1).shape == (3, 512, 512)
+
+
+def test_neighbours_have_other_colours() -> None:
+    rows, columns = np.mgrid[:100, :100].reshape(2, -1)
+    x, y = 10.0 * columns + 5 * (rows % 2), 8.0 * rows
+    corners = np.stack([x, y, x + 10, y + 10], axis=1)
+    drawn = np.random.default_rng(0).permutation(len(corners))
+    boxes = torch.from_numpy(corners[drawn])
+    chosen = np.empty(len(corners), np.int64)
+    chosen[drawn] = colour_numbers(boxes)
+    assert np.array_equal(chosen[drawn], colour_numbers(boxes)), "the same each time"
+    grid = chosen.reshape(100, 100)
+    assert (grid[:, 1:] != grid[:, :-1]).all(), "left and right"
+    for start in (0, 1):  # the rows above and below
+        row, below = grid[start:-1:2], grid[start + 1 :: 2]
+        row, below = row[: len(below)], below[: len(row)]
+        assert (row != below).all()
+        assert (row[:, 1:] != below[:, :-1] if start == 0 else row[:, :-1] != below[:, 1:]).all()
+    assert set(np.bincount(chosen) > 500) == {True}, "all colours"
+
+
+def test_objects_far_from_each_other_have_the_colours_that_they_want() -> None:
+    boxes = torch.tensor([[40.0 * i, 0, 40.0 * i + 9, 9] for i in range(9)])
+    assert colour_numbers(boxes).tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2]
+    wanted = np.full(9, 7)
+    assert colour_numbers(boxes, wanted).tolist() == [1] * 9
+    near = torch.tensor([[12.0 * i, 0, 12.0 * i + 9, 9] for i in range(4)])  # gaps of a third
+    assert colour_numbers(near, wanted[:4]).tolist() == [1, 2, 1, 2]
+    assert colour_numbers(torch.zeros(0, 4)).tolist() == []
+    nan = float("nan")
+    odd = torch.tensor([[nan, 0, 9, 9], [5, 5, 3, 9], [0, 0, 9, 9], [0, 0, float("inf"), 9]])
+    assert colour_numbers(odd).tolist() == [0, 1, 2, 3]
+
+
+def test_objects_among_too_many_neighbours_have_the_colour_of_the_farthest() -> None:
+    boxes = torch.tensor([[2.0 * i, 0, 2.0 * i + 40, 40] for i in range(6)] + [[50.0, 0, 90, 40]])
+    chosen = colour_numbers(boxes).tolist()
+    assert sorted(chosen[:6]) == [0, 1, 2, 3, 4, 5]
+    assert chosen[6] == 0, "10 px away; the others are nearer or overlap"
+
+
+def test_masks_that_touch_have_other_colours() -> None:
+    image = dark_image(48, 64)
+    boxes = [[10.0, 10.0, 20.0, 20.0]] + [[60.0, 40.0, 61.0, 41.0]] * 5
+    found = detections([*boxes, [20.0, 10.0, 30.0, 20.0]])
+    label_image = torch.zeros(48, 64, dtype=torch.int32)
+    label_image[10:20, 10:20] = 1
+    label_image[10:20, 20:30] = 7
+    labels = torch.arange(1, 8, dtype=torch.int32)
+    picture = overlay(image, replace(found, label_image=label_image, labels=labels))
+    above = picture[:, 6 * 10 - 1]
+    left, right = above[:, 6 * 15], above[:, 6 * 25]
+    assert tuple(left.tolist()) == COLOURS[0]
+    assert tuple(right.tolist()) == COLOURS[1], "not the first one again"
 
 
 def plain_objects(levels: list[float], alpha: float = 1.0) -> Tensor:

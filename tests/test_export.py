@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from spairkit.config import SPAIRConfig
 from spairkit.detector import load
 from spairkit.errors import InputError
-from spairkit.export import METADATA, OUTPUTS, export
+from spairkit.export import METADATA, OUTPUTS, export, traced
 from spairkit.images import as_image, write_png
 from spairkit.models.spair import SPAIR
 from spairkit.preparation import prepare_images
@@ -55,6 +56,7 @@ def test_pt2_equals_the_model_in_any_batch(workplace: Path, in_process: Runner) 
     facts = json.loads(texts[METADATA])
     assert (facts["rows"], facts["columns"], facts["cell"]) == (2, 3, 12)
     graph = program.module()
+    assert len(program.graph.nodes) < 150, "the waves are not written one by one"
     for batch in BATCHES:
         images = scenes(batch)
         for actual, expected in zip(graph(images), eager(network, images), strict=True):
@@ -77,6 +79,17 @@ def test_pt2_equals_the_model_in_any_batch(workplace: Path, in_process: Runner) 
     ended = in_process("export", "run")
     assert ended.status == 2
     assert ended.err == "spairkit: model.pt2 already exists; name a new file with --out\n"
+
+
+@pytest.mark.parametrize(("lateral", "size"), [(True, (96, 60)), (False, (12, 12))])
+def test_cells_by_a_scan_are_those_of_the_model(lateral: bool, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    network = SPAIR(SPAIRConfig(hidden=8, encoder_hidden=(8,), what=5, lateral=lateral)).eval()
+    graph = traced(network, size).module()
+    for batch in (1, 3):
+        images = scenes(batch, size)
+        for actual, expected in zip(graph(images), eager(network, images), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -117,8 +130,8 @@ def test_onnx_equals_the_model_in_any_batch(workplace: Path) -> None:
     ("words", "reason"),
     [
         (["--size", "48"], "--size 48: give height and width in pixels, as 48x64"),
-        (["--size", "48x11"], "size 48x11: sides must be from 12 (a cell) to 512 px"),
-        (["--size", "12x513"], "size 12x513: sides must be from 12 (a cell) to 512 px"),
+        (["--size", "48x11"], "size 48x11: sides must be from 12 (a cell) to 4096 px"),
+        (["--size", "12x4097"], "size 12x4097: sides must be from 12 (a cell) to 4096 px"),
         (["--out", "no/model.onnx"], "--out no/model.onnx: there is no folder no"),
     ],
 )

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from spairkit.groups import grouped
+from spairkit import groups as module
+from spairkit.groups import clusters, grouped
 
 
-def clusters(sizes: list[int], spread: float) -> Tensor:
+def clouds(sizes: list[int], spread: float) -> Tensor:
     """Points round centres ten apart in four dimensions."""
     generator = torch.Generator().manual_seed(0)
     centres = 10 * torch.eye(8)[: len(sizes), :4] + torch.arange(len(sizes))[:, None]
@@ -19,7 +20,7 @@ def clusters(sizes: list[int], spread: float) -> Tensor:
 @pytest.mark.parametrize("sizes", [[30, 20], [40, 12, 9], [50, 30, 20, 10]])
 def test_clusters_become_groups_the_largest_first(sizes: list[int]) -> None:
     order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(1))
-    groups = grouped(clusters(sizes, 0.3)[order])
+    groups = grouped(clouds(sizes, 0.3)[order])
     starts = torch.tensor(sizes).cumsum(0)
     of_rows = torch.searchsorted(starts, order, right=True)
     assert [len(group) for group in groups] == sizes
@@ -50,8 +51,21 @@ def test_points_without_clusters_are_one_group(points: Tensor) -> None:
 
 
 def test_groups_are_deterministic() -> None:
-    points = clusters([30, 20, 10], 2.0)
+    points = clouds([30, 20, 10], 2.0)
     torch.manual_seed(5)
     first = grouped(points)
     torch.manual_seed(6)
     assert grouped(points) == first
+
+
+def test_clusters_of_many_rows_are_those_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = clouds([40, 30, 20], 0.3)[torch.randperm(90, generator=torch.Generator())]
+    every = clusters(points)
+    assert every == [
+        1 + next(i for i, rows in enumerate(grouped(points)) if row in rows) for row in range(90)
+    ]
+    monkeypatch.setattr(module, "_MOST", 31)  # every third
+    some = clusters(points)
+    pairs = set(zip(every, some, strict=True))
+    assert len(pairs) == 3, "the same parts"
+    assert clusters(torch.zeros(5, 0)) == clusters(torch.zeros(0, 5)) == []

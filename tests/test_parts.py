@@ -3,6 +3,7 @@ shards and clusters; images of URLs."""
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import resource
@@ -16,7 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -384,6 +387,20 @@ def test_a_worker_that_dies_loses_nothing(
     assert sorted(os.listdir()) == ["found", "many", "whole"]
 
 
+def test_logs_have_lines_of_progress_with_and_without_workers(
+    run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "MAX_IMAGES", 2)
+    words = ["detect", scenes(Path("few"), 6), *QUICKLY[:-1], "--out"]
+    assert "images: " not in run(*words, "found").err, "not that soon"
+    monkeypatch.setattr("spairkit.cli.console.LINE_EVERY_SECONDS", 0)
+    assert "images: " not in run(*words, "found", "--quiet").err
+    for workers in (1, 2):
+        lines = run(*words, "found", "--workers", workers).err.splitlines()
+        shown = [line for line in lines if line.startswith("images: ")]
+        assert shown == [f"images: {done} of 6" for done in range(1, 7)]
+
+
 def test_an_image_that_kills_every_worker_is_named_and_the_rest_is_kept(
     run: Runner, monkeypatch: pytest.MonkeyPatch, deadly: Path
 ) -> None:
@@ -464,6 +481,30 @@ def test_images_of_urls_give_what_files_give(run: Runner, store: Any) -> None:
     assert [row["image"] for row in json.loads(counts)["images"]] == [
         f"memory://set/sub/{i:03}.png" for i in range(5)
     ]
+
+
+def test_stacks_of_urls_are_refused(run: Runner, store: Any) -> None:
+    rows = (np.arange(3 * 48 * 48) % 251).astype(np.uint8).reshape(3, 48, 48)
+    for name in ("npy", "tif"):
+        content = io.BytesIO()
+        if name == "npy":
+            np.save(content, rows)
+        else:
+            tifffile.imwrite(content, rows, photometric="minisblack")
+        store.pipe(f"/mixed/cells.{name}", content.getvalue())
+    store.pipe("/mixed/one.png", store.cat("/alone"))
+    ended = run("detect", "memory://mixed", *ALL, *QUICKLY, "--out", "found")
+    assert ended.status == 0
+    reason = "a stack of 3 pages; of URLs only single images are read: copy it to this machine"
+    assert ended.err.splitlines()[-1] == (
+        f"skipped 2 of 3: memory://mixed/cells.npy: {reason}; memory://mixed/cells.tif: {reason}"
+    )
+    lines = Path("found").read_text().splitlines()[1:]
+    assert {line.split(",")[0] for line in lines} == {"memory://mixed/one.png"}
+    for command in ("detect", "count"):
+        ended = run(command, "memory://mixed/cells.tif", *QUICKLY)
+        assert (ended.status, ended.out) == (2, "")
+        assert ended.err.splitlines()[-1] == f"spairkit: memory://mixed/cells.tif: {reason}"
 
 
 def test_changed_files_of_urls_are_read_again(

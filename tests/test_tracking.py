@@ -16,6 +16,7 @@ from spairkit.config import DataConfig
 from spairkit.data.glyphs import load_glyphs, resize
 from spairkit.detections import Detections
 from spairkit.images import write_png
+from spairkit.report.colours import COLOURS, DARK_COLOURS
 from spairkit.report.trails import draw_tracks
 from spairkit.tracking import track
 
@@ -214,6 +215,26 @@ def test_paths_are_drawn_in_the_pixels_of_the_last_frame() -> None:
     assert not painted[60:].any()
     single = draw_tracks(torch.zeros(3, 400, 400), found[-1], track(found, reach=5))
     assert not (single.amax(0) > 0)[40, :60].any()
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_a_track_has_one_colour_in_its_picture(level: float) -> None:
+    # the second track ends before the last frame, so rows and tracks are numbered otherwise
+    y = np.array([40.0, 120.0, 200.0, 280.0])
+    places = [np.stack([np.full(4, 10.0 + 20 * t), y], axis=1) for t in range(4)]
+    places[2:] = [item[[3, 0, 2]] for item in places[2:]]
+    found = [found_at(item) for item in places]
+    tracks = track(found, reach=25, gap=0)
+    assert len(tracks) == 4
+    drawn = draw_tracks(torch.full((3, 400, 400), level), found[-1], tracks)
+    seen = set()
+    for x1, y1, x2, y2 in found[-1].boxes.round().int().tolist():
+        path = tuple(drawn[:, (y1 + y2) // 2, 30].tolist())
+        box = tuple(drawn[:, y1 - 1, (x1 + x2) // 2 + 1].tolist())
+        assert path == box, (x1, y1, x2, y2)
+        assert path in (DARK_COLOURS if level else COLOURS)
+        seen.add(path)
+    assert len(seen) == 3
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass as checked
 from spairkit.app.corrections import Corrections
 from spairkit.app.finder import Found
 
-_COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score", "area", "group", "added")
+_COLUMNS = ("image", "image_id", "x1", "y1", "x2", "y2", "score", "area", "cluster", "added")
 _CATEGORY = {"id": 1, "name": "object", "supercategory": ""}
 
 _Number = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
@@ -59,7 +59,7 @@ class ImageObjects:
     rows: npt.NDArray[np.int64]
     """Of the objects in `found` that are kept."""
     groups: list[int]
-    """Of each object in `found`; empty if there are none."""
+    """Of each object in `found`; empty if they are not known."""
     segmentations: list[dict[str, Any]]
     """Masks of each object in `found`; empty if the model gives none."""
     added: tuple[tuple[float, float, float, float], ...]
@@ -102,9 +102,9 @@ def table(images: Iterator[ImageObjects]) -> Iterator[str]:
         rows: list[tuple[object, ...]] = []
         for row in image.rows.tolist():
             area = image.found.areas[row] if len(image.found.areas) else ""
-            group = image.groups[row] if image.groups else ""
+            cluster = image.groups[row] if image.groups else ""
             box, score = image.found.boxes[row].tolist(), image.found.scores[row]
-            rows.append((image.name, image.number, *box, score, area, group, 0))
+            rows.append((image.name, image.number, *box, score, area, cluster, 0))
         rows += [(image.name, image.number, *box, "", "", "", 1) for box in image.added]
         yield _lines(rows)
 

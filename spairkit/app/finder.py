@@ -42,7 +42,7 @@ class Found:
     scores: npt.NDArray[np.float64]  # [n] four decimals
     sides: npt.NDArray[np.float64]  # [n] square root of the area of the box, px, two decimals
     areas: npt.NDArray[np.int64]  # [n] of the masks, px; empty if the model gives none
-    embeddings: npt.NDArray[np.float16]  # [n, A]
+    embeddings: npt.NDArray[np.float32]  # [n, A]
     counts: CountPosterior | None
     misfit: str | None
     """Why the model does not fit the image."""
@@ -108,7 +108,7 @@ class Finder:
             return self._results.get(index)
 
     def group_numbers(self, index: int) -> list[int]:
-        """The number of each object's group, from 1; empty if there are no groups."""
+        """The number of each object's group, from 1; empty if it is not known."""
         numbers = self._numbers.get(index)
         return [] if numbers is None else numbers.tolist()
 
@@ -193,7 +193,7 @@ class Finder:
             scores=found.scores.double().numpy().round(4),
             sides=np.sqrt(area).round(2),
             areas=found.area.numpy() if has_masks else np.zeros(0, np.int64),
-            embeddings=found.what.nan_to_num().clamp(-6e4, 6e4).numpy().astype(np.float16),
+            embeddings=found.what.numpy(),
             counts=found.counts,
             misfit=reason,
         )

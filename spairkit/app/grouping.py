@@ -8,10 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from spairkit.groups import grouped
+from spairkit.groups import clusters, nearest
 
 _CONFIDENT = 0.5  # objects above it make the groups; the others join the nearest
-_MOST = 20_000  # objects that make the groups
 
 Array = npt.NDArray[Any]
 
@@ -33,9 +32,9 @@ def groups_of(
 ) -> tuple[list[Group], dict[int, npt.NDArray[np.int64]]]:
     """The groups, the largest first, and for each image the number of each object's, from 1.
 
-    Both are empty if objects have no embeddings, or all look alike. Up to 20,000 objects of
-    confidences above .5, evenly spread, make the groups; every other one belongs to that of the
-    nearest mean.
+    Objects of confidences above .5 make the groups, the clusters of `detect --table`; every other
+    one belongs to that of the nearest mean. If all look alike there is no group, and all numbers
+    are 1. There are no numbers without embeddings, or if no confidence is above .5.
 
     Args:
         objects: embeddings [n, A], confidences [n] and boxes [n, 4] of each image, by its index.
@@ -44,26 +43,21 @@ def groups_of(
     rows = [
         (image, row) for image in images for row in np.flatnonzero(objects[image][1] > _CONFIDENT)
     ]
-    every = -(-len(rows) // _MOST)
-    rows = rows[::every] if rows else rows
     if not rows:
         return [], {}
-    points = torch.from_numpy(
-        np.stack([objects[image][0][row] for image, row in rows]).astype(float)
-    )
-    parts = grouped(points)
-    if len(parts) < 2:
-        return [], {}
-    means = torch.stack([points[part].mean(0) for part in parts])
-    numbers = {}
-    for image in images:
-        embeddings = torch.from_numpy(objects[image][0].astype(float))
-        numbers[image] = 1 + torch.cdist(embeddings, means).argmin(1).numpy()
-    confident = [numbers[image][objects[image][1] > _CONFIDENT] for image in images]
-    sizes = np.bincount(np.concatenate(confident), minlength=len(parts) + 1)
+    points = torch.from_numpy(np.stack([objects[image][0][row] for image, row in rows]))
+    chosen = torch.tensor(clusters(points))
+    points = points.double()
+    means = torch.stack([points[chosen == n].mean(0) for n in range(1, int(chosen.max()) + 1)])
+    numbers = {
+        image: nearest(torch.from_numpy(objects[image][0]), means).numpy() for image in images
+    }
+    for (image, row), number in zip(rows, chosen.tolist(), strict=True):
+        numbers[image][row] = number
     groups = []
-    for number, part in enumerate(parts, start=1):
-        image, row = rows[part[0]]
+    for number, mean in enumerate(means if len(means) > 1 else [], start=1):
+        own = (chosen == number).nonzero()[:, 0]
+        image, row = rows[int(own[(points[own] - mean).norm(dim=1).argmin()])]
         x1, y1, x2, y2 = objects[image][2][row].tolist()
-        groups.append(Group(image, (x1, y1, x2, y2), int(sizes[number])))
+        groups.append(Group(image, (x1, y1, x2, y2), len(own)))
     return groups, numbers

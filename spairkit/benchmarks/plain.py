@@ -75,7 +75,7 @@ class PlainSPAIR(SPAIR):
         networks = (self.where_network, self.depth_network, self.presence_network)
         weights = shared_weights(networks, 0, networks[0].shared)
         bias = torch.cat([network.first.bias for network in networks])
-        edge = self._edge().expand(1, len(images), -1) if c.lateral else None
+        edge = self.edge_object().expand(1, len(images), -1) if c.lateral else None
         vectors: dict[tuple[int, int], Tensor] = {}  # [1, B, V]
         cells: list[Latents] = []
         places = torch.arange(rows * columns, device=images.device)
@@ -88,7 +88,7 @@ class PlainSPAIR(SPAIR):
                 inputs = torch.cat([inputs, *near], dim=-1)
             drawn = noise.normal[None, :, k], noise.logistic[None, :, k, None]
             product, corner = F.linear(inputs, weights, bias), corners[k].expand(1, 1, 2)
-            cell, vectors[i, j] = self._encode_wave(
+            cell, vectors[i, j] = self.encode_wave(
                 images, product, corner, drawn, training_wheels, relaxed, part
             )
             cells.append(cell)

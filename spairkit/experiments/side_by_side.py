@@ -21,8 +21,8 @@ from spairkit.detector import Detector
 from spairkit.experiments.found import Found
 from spairkit.experiments.settings import MODELS, Settings, config_of
 from spairkit.names import printable, printable_lines
+from spairkit.report.colours import COLOURS
 from spairkit.report.curves import STYLE
-from spairkit.report.drawing import COLOURS
 
 MAX_IMAGES = 4
 _PANEL_INCHES = 3.2

@@ -1,6 +1,6 @@
 """The loop over the cells of a batch as one compiled call, for float32.
 
-The mathematics is that of `SPAIR._encode_wave`, which defines it and runs everywhere else. There a
+The mathematics is that of `SPAIR.encode_wave`, which defines it and runs everywhere else. There a
 wave takes about 90 small operations; `spairkit.kernels.cells_op` (Numba) and, in training only,
 `spairkit.kernels.cells_triton_op` walk all waves in one call forward and one backward. With Numba
 and without gradients a row has the same bits beside any other rows.

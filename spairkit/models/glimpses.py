@@ -72,6 +72,7 @@ def _constants(
     """[4] factors from pixels to a range of 2; [size^2, 2] x, y of points, 0 to 1 in the box."""
     # training could not use a tensor that was created in inference mode
     with torch.inference_mode(False):
-        scale = torch.tensor([2 / width, 2 / height] * 2, device=device, dtype=dtype)
+        x, y = (torch.full((1,), 2 / n, device=device, dtype=dtype) for n in (width, height))
+        scale = torch.cat([x, y, x, y])  # no tensor of a list, which a traced loop cannot hold
         steps = torch.linspace(0, 1, size, device=device, dtype=dtype)
         return scale, torch.cartesian_prod(steps, steps).flip(-1)  # x runs fastest

@@ -281,10 +281,7 @@ class SPAIR(nn.Module):
         return latents, self._background(images, noise)
 
     def means(self, images: Tensor) -> Latents:  # [B, 3, H, W] in [0, 1]
-        """The means of the latents, as `infer`, of images that are not checked.
-
-        Nothing depends on values, so this can be traced.
-        """
+        """The means of the latents, as `infer`, of images that are not checked."""
         return self._encode(images, None, training_wheels=False, relaxed=False)
 
     def detections(
@@ -450,6 +447,20 @@ class SPAIR(nn.Module):
         """Rows and columns of cells of an image: ceil(size / cell)."""
         return -(-height // self.config.cell), -(-width // self.config.cell)
 
+    def first_layers(self, images: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The first layers of where, depth and presence, applied to the features of the images.
+
+        Returns:
+            [B, K, 3 hidden] in raster order, and the weights of these layers for the context and
+            for inputs of their own, of the three networks each.
+        """
+        features = self.backbone(images).flatten(2).transpose(1, 2)  # [B, K, F]
+        networks = (self.where_network, self.depth_network, self.presence_network)
+        parts = (network.first_weights(self.config.features) for network in networks)
+        of_features, *rest = zip(*parts, strict=True)
+        bias = torch.cat([network.first.bias for network in networks])
+        return row_product(features, torch.cat(of_features), bias, self.training), rest
+
     def _encode(
         self,
         images: Tensor,
@@ -461,18 +472,13 @@ class SPAIR(nn.Module):
         """All cells, wave by wave (docs/model.md 3). Without noise, latents are
         their means, and presence is 1 where its probability is above 1/2."""
         c = self.config
-        features = self.backbone(images)  # [B, F, rows, columns]
-        rows, columns = features.shape[-2:]
+        products, rest = self.first_layers(images)
+        rows, columns = self.grid(images.shape[-2], images.shape[-1])
         front = wavefront(rows, columns, images.device)
-        features = features.flatten(2).transpose(1, 2)  # [B, K, F]
-        networks = (self.where_network, self.depth_network, self.presence_network)
-        of_features, *rest = zip(*(n.first_weights(c.features) for n in networks), strict=True)
-        bias = torch.cat([network.first.bias for network in networks])
-        weights = torch.cat(of_features)
-        products = row_product(features, weights, bias, self.training)  # [B, K, 3 hidden]
-        edge = self._edge() if c.lateral else None
+        edge = self.edge_object() if c.lateral else None
         backend = cells_backend(images, self.encoder, relaxed, self.backend)
         if backend != "torch":
+            networks = self.where_network, self.depth_network, self.presence_network
             given = images, products, noise, edge, networks, rest, self.encoder, c, front
             return encode_cells(*given, training_wheels, relaxed, part, backend)
         # from bfloat16, under autocast
@@ -496,14 +502,14 @@ class SPAIR(nn.Module):
                 context = pool[wave.neighbours].transpose(1, 2).flatten(2)  # [n, B, 4 V]
                 product = product + row_product(context, context_weights, None, self.training)
             drawn = None if noise is None else (normal[cells], jitter[cells])
-            latents, vector = self._encode_wave(
+            latents, vector = self.encode_wave(
                 images, product, corners[cells], drawn, training_wheels, relaxed, part
             )
             vectors.append(vector)
             waves.append(latents)
         return join(waves, front.places)
 
-    def _encode_wave(
+    def encode_wave(
         self,
         images: Tensor,  # [B, 3, H, W]
         products: Tensor,  # [n, B, 3 hidden] the first layers applied to features and context
@@ -564,7 +570,7 @@ class SPAIR(nn.Module):
         )
         return latents, torch.cat([placed, presence], dim=-1)
 
-    def _edge(self) -> Tensor:  # [V]
+    def edge_object(self) -> Tensor:  # [V]
         """The learned object beyond the rim; its box and presence lie in (0, 1)."""
         box, rest, presence = self.edge.split([BOX, self.vector - BOX - 1, 1])
         return torch.cat([box.sigmoid(), rest, presence.sigmoid()])

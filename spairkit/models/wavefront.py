@@ -38,6 +38,19 @@ class Wavefront:
     followers: Tensor  # [K, 4] int64 the inverse: the place whose NEIGHBOURS[d] it is, or K
 
 
+@dataclass(frozen=True, eq=False)
+class EvenWaves:
+    """The waves of a grid at the size n of the largest, for loops over steps of one shape.
+
+    What is missing in a wave is filled up with cells that have no neighbours and are read by none.
+    """
+
+    order: Tensor  # [T, n] int64, the raster index of each cell; 0 where a wave is filled up
+    neighbours: Tensor  # [T, n, 4] int64
+    """Indices into [edge, the cells of the last LOOKBACK waves, oldest first]."""
+    places: Tensor  # [K] int64, the index in [T n] of each raster index
+
+
 @cache  # without limit: a recorded CUDA graph reads from its address
 @torch.inference_mode(False)  # cached tensors are used outside the mode too
 def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
@@ -65,3 +78,22 @@ def wavefront(rows: int, columns: int, device: torch.device) -> Wavefront:
         )
     )
     return Wavefront(tuple(waves), order, order.argsort(), neighbours, followers)
+
+
+@cache
+@torch.inference_mode(False)
+def even_waves(rows: int, columns: int) -> EvenWaves:
+    """The waves of a grid, all of one size, on the CPU; cached for each size."""
+    front = wavefront(rows, columns, torch.device("cpu"))
+    size = max(wave.stop - wave.start for wave in front.waves)
+    order = torch.zeros(len(front.waves), size, dtype=torch.int64)
+    neighbours = torch.zeros(len(front.waves), size, len(NEIGHBOURS), dtype=torch.int64)
+    even = torch.zeros(rows * columns + 1, dtype=torch.int64)  # of each place, and of the edge
+    for t, wave in enumerate(front.waves):
+        own, number = slice(wave.start, wave.stop), wave.stop - wave.start
+        order[t, :number] = front.order[own]
+        even[own] = t * size + torch.arange(number)
+        near = front.neighbours[own]
+        index = 1 + even[near] - (t - LOOKBACK) * size
+        neighbours[t, :number] = torch.where(near == rows * columns, 0, index)
+    return EvenWaves(order, neighbours, even[front.places])

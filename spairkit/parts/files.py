@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spairkit.data.files import sha256_of
 from spairkit.errors import ImageFileError
+from spairkit.frames import refuse_remote_stack
 from spairkit.parts.plan import Item, Part
 from spairkit.remote import fetch, is_remote, remote_version
 
@@ -27,7 +28,9 @@ def version(item: Item, folder: str = "") -> str:
 def in_place(
     part: Part, folder: str = ""
 ) -> Iterator[tuple[list[tuple[str, Item]], list[list[str]]]]:
-    """The path to read of each image of a part, and those that cannot be fetched, with reasons.
+    """The path to read of each image of a part, and those that are not, with reasons.
+
+    Files of URLs that cannot be fetched, or are stacks, are not read.
 
     Files of URLs are removed in the end.
 
@@ -47,6 +50,7 @@ def in_place(
             place = Path(cache, f"{index}{Path(item.name).suffix}")
             try:
                 fetch(item.name, place)
+                refuse_remote_stack(place, item.name)
             except ImageFileError as error:
                 skipped.append([item.name, str(error)])
             else:

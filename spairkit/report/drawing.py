@@ -2,7 +2,8 @@
 
 Pictures are [3, H, W] uint8 tensors, as `spairkit.images.write_png` takes them. Small images are
 enlarged by a whole factor, so that nothing is blurred, and dim ones are brightened. An object has
-one colour throughout a picture, for its box or outline and its frame in the gallery.
+one colour throughout a picture, for its box or outline and its frame in the gallery, and its
+neighbours have others.
 """
 
 import io
@@ -19,27 +20,7 @@ from torch import Tensor
 from spairkit.detections import Detections, Explanation, Truth
 from spairkit.images import commonest_colour
 from spairkit.label_images import outlines
-
-COLOURS = (
-    (86, 180, 233),
-    (230, 159, 0),
-    (0, 186, 140),
-    (240, 228, 66),
-    (255, 122, 64),
-    (222, 145, 190),
-)
-"""Colours of the objects on dark images, in turn: the lighter ones of Okabe and Ito, which
-colour-blind people can tell apart, with green, vermilion and purple lightened."""
-
-DARK_COLOURS = (
-    (0, 92, 150),
-    (190, 80, 0),
-    (0, 110, 80),
-    (110, 95, 0),
-    (200, 30, 20),
-    (150, 50, 115),
-)
-"""Those on bright images: darker ones of the same hues."""
+from spairkit.report.colours import COLOURS, Colour, object_colours
 
 MAX_OBJECTS = 24
 """Objects in a gallery, those of highest score."""
@@ -58,7 +39,6 @@ _DARKEST, _LIGHTEST = 0.001, 0.999  # shares of the pixels, which become black a
 _LEAST_RANGE = 1e-4  # an even image is not brightened
 _MAX_SAMPLED = 1 << 20  # pixels
 
-_BRIGHT = 140  # median of the grey levels from 0 to 255
 _FEW = 12  # more objects have outlines instead of boxes
 _SMALL_SIDE = 32  # pixels of the picture; so have smaller objects
 _THICK_SIDE = 80  # larger boxes have lines of two pixels
@@ -115,6 +95,7 @@ def draw_boxes(
     *,
     labels: bool = False,
     levels: tuple[float, float] = (0.0, 1.0),
+    colours: Sequence[Colour] | None = None,
 ) -> Image.Image:
     """The image, enlarged or reduced, with a thin line around each object, outside it.
 
@@ -129,12 +110,14 @@ def draw_boxes(
         labels: whether to write the number of each object, from 1, and its score beside it. A label
             that would cover another one of higher score is left out.
         levels: as `display_levels`.
+        colours: of each object. Default: neighbours differ.
 
     Raises:
         ValueError: `image` is not [3, H, W], or masks are not [H, W].
     """
     picture = _picture(image, scale, levels)
-    colours = _palette(picture)
+    if colours is None:
+        colours = object_colours(detections.boxes, picture)
     boxes = _corners(detections.boxes, scale, picture)
     boxed: npt.NDArray[np.bool_] = np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
     if detections.label_image is not None:
@@ -158,14 +141,18 @@ def draw_boxes(
     return picture
 
 
-def overlay(image: Tensor, detections: Detections) -> Tensor:  # [3, H, W] -> [3, H', W'] uint8
+def overlay(
+    image: Tensor,  # [3, H, W]
+    detections: Detections,
+    colours: Sequence[Colour] | None = None,
+) -> Tensor:  # [3, H', W'] uint8
     """The image at display levels with a line around each object, as `draw_boxes` draws them.
 
     A small image is enlarged by a whole factor; a large one keeps its size.
     """
     height, width = image.shape[1:]
     scale = max(1, picture_scale(height, width, _LEGIBLE_SIDE, _MAX_PANEL_SIDE))
-    drawn = draw_boxes(image, detections, scale, levels=display_levels(image))
+    drawn = draw_boxes(image, detections, scale, levels=display_levels(image), colours=colours)
     return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)
 
 
@@ -213,7 +200,7 @@ def panel(
         torch.cat([_stretched(appearances[..., :3], drawn_levels), appearances[..., 3:]], dim=-1),
         _stretched(commonest_colour(explanation.reconstruction), drawn_levels).double().numpy(),
         max(part.width for part in parts),
-        _palette(_picture(image, boxed_scale, levels)),
+        object_colours(detections.boxes, _picture(image, boxed_scale, levels)),
         labels=labels,
     )
     parts.append(gallery)
@@ -279,7 +266,7 @@ def _mark(
     picture: Image.Image,
     boxes: npt.NDArray[np.float64],  # [n, 4] pixels of the picture
     order: Sequence[int],
-    colours: Sequence[tuple[int, int, int]],
+    colours: Sequence[Colour],  # of each object
 ) -> None:
     """Draws a line around each box of `order`; the first ones lie on top."""
     draw = ImageDraw.Draw(picture)
@@ -300,7 +287,7 @@ def _mark(
         )
         if line > 1:
             ImageDraw.Draw(shadow).rectangle(outer, outline=_SHADOW_ALPHA)
-        rings.append((inner, colours[i % len(colours)], line))
+        rings.append((inner, colours[i], line))
     picture.paste(_SHADOW, mask=shadow)
     for outline, colour, line in rings:
         draw.rectangle(outline, outline=colour, width=line)
@@ -319,9 +306,9 @@ def _outline(
 def _mark_outlines(
     picture: Image.Image,
     outline: npt.NDArray[np.int32],  # [H, W] number of the object from 1, or 0
-    colours: Sequence[tuple[int, int, int]],
+    colours: Sequence[Colour],  # of each object
 ) -> None:
-    painted = np.array(colours, np.uint8)[(outline - 1) % len(colours)]
+    painted = np.array([(0, 0, 0), *colours], np.uint8)[outline]
     picture.paste(Image.fromarray(painted), mask=Image.fromarray(outline > 0))
 
 
@@ -330,7 +317,7 @@ def _label(
     boxes: npt.NDArray[np.float64],  # [n, 4] pixels of the picture
     scores: npt.NDArray[np.float64],  # [n]
     order: Sequence[int],
-    colours: Sequence[tuple[int, int, int]],
+    colours: Sequence[Colour],  # of each object
 ) -> None:
     """Writes number and score above each box, or below it at the upper rim."""
     draw, font = ImageDraw.Draw(picture), _font(11)
@@ -349,9 +336,8 @@ def _label(
         if taken.crop(place).getbbox():
             continue
         taken.paste(1, place)
-        colour = colours[i % len(colours)]
-        ground = _SHADOW if colours is COLOURS else _PAPER
-        draw.text((x, y), text, fill=colour, font=font, stroke_width=1, stroke_fill=ground)
+        ground = _SHADOW if colours[i] in COLOURS else _PAPER
+        draw.text((x, y), text, fill=colours[i], font=font, stroke_width=1, stroke_fill=ground)
 
 
 def _mark_truth(picture: Image.Image, truth: Truth, scale: float) -> None:
@@ -373,7 +359,7 @@ def _gallery(
     appearances: Tensor,  # [n, P, P, 4]
     ground: npt.NDArray[np.float64],  # [3]
     width: int,
-    colours: Sequence[tuple[int, int, int]],
+    colours: Sequence[Colour],  # of each object
     *,
     labels: bool,
 ) -> Image.Image:
@@ -383,7 +369,7 @@ def _gallery(
     order = scores.argsort(descending=True, stable=True)[:MAX_OBJECTS].tolist()
     cells = [
         _captioned(
-            _object(appearances[i], ground, colours[i % len(colours)]),
+            _object(appearances[i], ground, colours[i]),
             f"{i + 1}: {scores[i]:.2f}" if labels else f"{scores[i]:.2f}",
         )
         for i in order
@@ -404,7 +390,7 @@ def _gallery(
 def _object(
     rgba: Tensor,  # [P, P, 4]
     ground: npt.NDArray[np.float64],  # [3]
-    colour: tuple[int, int, int],
+    colour: Colour,
 ) -> Image.Image:
     """An appearance map on a ground of one colour, with a frame."""
     scale = max(1, _OBJECT_SIDE // max(rgba.shape[:2]))
@@ -442,12 +428,6 @@ def _stretched(values: Tensor, levels: tuple[float, float]) -> Tensor:
     """From `levels` to [0, 1]; cut off beyond."""
     low, high = levels
     return ((values - low) / (high - low)).clamp(0, 1)
-
-
-def _palette(picture: Image.Image) -> Sequence[tuple[int, int, int]]:
-    """Colours that stand out from the picture."""
-    bright = float(np.median(np.asarray(picture.convert("L")))) > _BRIGHT
-    return DARK_COLOURS if bright else COLOURS
 
 
 def _corners(boxes: Tensor, scale: float, picture: Image.Image) -> npt.NDArray[np.float64]:

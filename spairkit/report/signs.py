@@ -120,6 +120,11 @@ def clear_signs(run: Path) -> None:
         raise InputError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
+def is_judged(run: Path) -> bool:
+    """Whether a training has ended there, and its signs were looked for."""
+    return (run / _FILE).exists()
+
+
 def failed_run(checkpoint: Path) -> Path | None:
     """The run of a checkpoint, or the folder itself, if it is marked as failed."""
     for folder in (checkpoint, *checkpoint.resolve().parents[:2]):

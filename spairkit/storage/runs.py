@@ -10,6 +10,7 @@ Runs are untrusted. One that holds other links is not opened, so nothing is writ
 elsewhere.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -41,6 +42,7 @@ DATA = "data.json"
 
 _CONFIG = "config.toml"
 _LOCK, _OWNER = ".lock", ".owner"
+_LOOK_SECONDS = 0.1  # in which another process that looks at the lock has let it go
 _KEEP = 2
 _MAX_BYTES = 1 << 28  # of data.json and of metrics.jsonl
 
@@ -86,6 +88,27 @@ class Run:
             raise InputError(f"{path}: not a run (no config.toml in it); name the folder of a run")
         durable.refuse_links(path, LINKS)
         return cls(path, from_dict(load_toml(source), str(source)))
+
+    @property
+    def is_training(self) -> bool:
+        """Whether a process of this machine trains in it now."""
+        try:
+            with (self.path / _LOCK).open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # it was never locked, or cannot be
+            return False
+        return False
+
+    @property
+    def missing(self) -> int:
+        """Updates from the newest checkpoint to the end; 0 if it was out of patience before."""
+        train = self.config.train
+        step = self.checkpoints[0][0] if self.checkpoints else 0
+        if 0 < train.patience <= step - (checkpoints.best_step(self.path) or 0):
+            return 0
+        return max(train.steps - step, 0)
 
     @property
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -145,7 +168,7 @@ class Run:
         owner = self.path / _OWNER
         lock = FileLock(self.path / _LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_LOOK_SECONDS, poll_interval=_LOOK_SECONDS / 4)
         except Timeout:
             raise InputError(
                 f"{self.path}: {_read_owner(owner)} is training here; wait for it or stop it"

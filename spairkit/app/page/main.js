@@ -507,7 +507,7 @@ function showGroups(state) {
     chip.type = "button";
     chip.setAttribute("aria-pressed", "true");
     chip.title = "Switch these objects off or on";
-    chip.setAttribute("aria-label", `Look ${index + 1}, ${several(group.count, "object")}`);
+    chip.setAttribute("aria-label", `Cluster ${index + 1}, ${several(group.count, "object")}`);
     const image = new Image(28, 28);
     image.alt = "";
     image.src = `api/images/${group.image}/picture?side=64&region=${corner.join(",")},${side},${side}`;
