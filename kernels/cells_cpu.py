@@ -36,7 +36,7 @@ WHERE, ENCODER, DEPTH, PRES = range(4)
 OUTPUTS, COLUMN, WEIGHT, BIAS = range(4)
 """Columns of `Network.layers`."""
 
-_BLOCK = 32  # rows of a product that are multiplied together if a row must not see its neighbours
+_BLOCK = 8  # rows of a product that are multiplied together if a row must not see its neighbours
 
 
 class Grid(NamedTuple):
@@ -138,8 +138,9 @@ def _widest(networks, context_weight):
 def _multiply(rows, weight, values, apart, scratch):
     """values = rows weight^T; `scratch` has room for a block of rows and its products.
 
-    Libraries multiply few rows by another kernel, which rounds differently. Blocks of as many rows
-    each give a row the same bits beside any others.
+    Libraries multiply few rows by another kernel, which rounds differently, and some round a row
+    differently in another place of a large block. Blocks of eight rows each give a row the same
+    bits beside any others, with OpenBLAS on any processor.
     """
     num_rows = len(rows)
     size = _BLOCK if apart else max(num_rows, 1)
