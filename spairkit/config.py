@@ -128,9 +128,10 @@ class PrepareConfig:
     surface, for uneven light."""
     levels: Literal["fixed", "image"] = "fixed"
     """`fixed`: `black` and `white` become 0 and 1. `image`: of each image, the background and 2.5
-    times the contrast of a typical object, but at least 8 times the noise and `least_white`."""
-    least_white: Unit = 0.0
-    """Least contrast that becomes 1 with the levels `image`; keeps images without objects dark."""
+    times the contrast of a typical object, but at least 8 times the noise and a tenth of
+    `typical_white`; and `typical_white`, if no object stands out from the noise."""
+    typical_white: Unit = 0.0
+    """Contrast that becomes 1 in a typical image; keeps those without objects dark."""
     black: Unit = 0.0
     """Intensity, as a share of the file's range, that becomes 0; all below it too."""
     white: Unit = 1.0

@@ -36,6 +36,7 @@ _STEEP = 0.4  # of this contrast: standard deviation of light that changes much
 _SMOOTHING = 1.0  # standard deviation of the filter before levels are measured, px
 _WHITE = 2.5  # contrasts of a typical object that become 1
 _NOISES = 8.0  # standard deviations of the noise that become 1 at least
+_LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _LEVELS_16, _LEVEL_8 = 1 << 16, 257  # levels of 16 bits, and of these those of one of 8 bits
 _SOFT = 3.0  # standard deviations of the noise beyond which contrasts are compressed
 _BINS = 256
@@ -102,7 +103,9 @@ def _levelled_contrast(pixels: Tensor, config: PrepareConfig) -> Tensor:  # [h, 
     else:
         contrast = contrast_of(_resized_pixels(pixels, size).numpy(), config, least_noise)
     if config.levels == "image":
-        contrast /= white_level(contrast, config.least_white, least_noise)
+        measured = _bands(contrast)
+        typical, noise = typical_contrast(measured, least_noise), noise_of(measured, least_noise)
+        contrast /= white_level(typical, noise, config.typical_white)
     else:
         contrast -= config.black
         contrast /= config.white - config.black
@@ -361,14 +364,25 @@ def typical_contrast(contrast: Array, least_noise: float) -> float:  # [h, w]
     return float(np.median(chosen)) if chosen.size else 0.0
 
 
-def white_level(contrast: Array, least: float, least_noise: float) -> float:  # [h, w]
-    """The contrast that becomes 1: 2.5 typical ones, but at least `least` and 8 noises.
+def white_level(typical: float, noise: float, typical_white: float) -> float:
+    """The contrast that becomes 1: 2.5 typical ones, if they stand out from the noise.
 
-    The noise keeps an image without objects dark.
+    Else what is measured may be noise, as in an image with few objects or none: the contrast is
+    that of other images, so that the same objects look the same and noise stays dark.
+
+    Args:
+        typical: `typical_contrast` of an image.
+        noise: `noise_of` it.
+        typical_white: that of other images; also, a tenth of it is the least one.
     """
-    measured = _bands(contrast)
-    typical, noise = typical_contrast(measured, least_noise), noise_of(measured, least_noise)
-    return max(_WHITE * typical, _NOISES * noise, least)
+    if stands_out(typical, noise):
+        return max(_WHITE * typical, _LEAST_WHITE * typical_white)
+    return max(_NOISES * noise, typical_white)
+
+
+def stands_out(typical: float, noise: float) -> bool:
+    """Whether the typical contrast of an image is certainly more than noise."""
+    return _WHITE * typical > _NOISES * noise
 
 
 def otsu(values: npt.NDArray[np.floating]) -> float:

@@ -9,7 +9,7 @@ Everything is measured without labels, on some of the images, in seconds.
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from spairkit.preparation import (
     OBJECT_PX,
     background_of,
     contrast_of,
+    half_level,
     in_file_pixels,
     least_noise_of,
     noise_of,
@@ -43,6 +44,7 @@ from spairkit.preparation import (
     prepare_image,
     prepared_size,
     resized,
+    stands_out,
     typical_contrast,
     white_level,
 )
@@ -69,7 +71,6 @@ _LEAST_MASS = 1e-9
 _ALIGNED = 0.75  # agreement of the colours of objects that calls for one direction
 _GREY = 2e-3  # of the range of a grey image: largest difference between its channels
 _UNEVEN = 0.1  # of a typical contrast: spread of the background that calls for a surface
-_LEAST_WHITE = 0.1  # of the typical white level; dimmer images hold no objects
 _SPREAD = (10, 90)  # percentiles of the sides of objects
 _STDS = 2.56  # standard deviations of a normal between these
 _CROP = 48  # side of a training crop, prepared px
@@ -132,7 +133,7 @@ class Survey:
             "direction": p.direction,
             "background": p.background,
             "levels": p.levels,
-            "least_white": p.least_white,
+            "typical_white": p.typical_white,
         }
         chosen = preparation(given)
         by_hand = chosen.get("contrast") == "none"
@@ -337,6 +338,8 @@ def look(
     config = PrepareConfig(
         contrast=contrast, direction=direction, background="surface", levels="image"
     )
+    typical, noise = _levels([im.numpy() for im in reduced], config, map(half_level, images))
+    config = replace(config, typical_white=min(white_level(typical, noise, 0.0), 1.0))
     if "scale" in holds:
         scale = holds["scale"]
         measured = _compact(images, config, OBJECT_PX / scale)
@@ -351,12 +354,7 @@ def look(
     ]
     enlarged = replace(config, scale=scale)
     least_noises = [least_noise_of(image, enlarged) for image in images]
-    contrasts = [
-        (contrast_of(image, config, least), least)
-        for image, least in zip(seen, least_noises, strict=True)
-    ]
-    typical = float(np.median([typical_contrast(*pair) for pair in contrasts]))
-    whites = [white_level(image, 0.0, least) for image, least in contrasts]
+    typical, noise = _levels(seen, config, least_noises)
     background = holds.get("background")
     if background is None:
         background = _background(seen, config, typical, min(least_noises))
@@ -369,14 +367,14 @@ def look(
             direction=direction,
             background=background,
             levels="image",
-            least_white=_rounded(min(_LEAST_WHITE * float(np.median(whites)), 1.0)),
+            typical_white=_rounded(min(white_level(typical, noise, 0.0), 1.0)),
         ),
         diameter=diameter,
         smallest=float(np.percentile(sides, _SPREAD[0])),
         largest=float(np.percentile(sides, _SPREAD[1])),
         objects=len(measured.sides) / max(measured.images, 1),
         objects_per_crop=len(measured.sides) / max(measured.area, 1) * _CROP**2,
-        noise=float(np.median([noise_of(*pair) for pair in contrasts])),
+        noise=noise,
         contrast=typical,
         agreement=agreement,
         is_grey=is_grey,
@@ -567,6 +565,18 @@ def _middle(image: Tensor, side: int) -> Tensor:
     """The middle of an image, at most side x side."""
     top, left = (max(length - side, 0) // 2 for length in image.shape[1:])
     return image[:, top : top + side, left : left + side]
+
+
+def _levels(
+    images: Iterable[Array], config: PrepareConfig, least_noises: Iterable[float]
+) -> tuple[float, float]:
+    """The typical contrast, of images in which it stands out if there are any, and the noise."""
+    measured = []
+    for image, least in zip(images, least_noises, strict=True):
+        contrast = contrast_of(image, config, least)
+        measured.append((typical_contrast(contrast, least), noise_of(contrast, least)))
+    clear = [pair for pair in measured if stands_out(*pair)] or measured
+    return float(np.median([t for t, _ in clear])), float(np.median([s for _, s in measured]))
 
 
 def _background(

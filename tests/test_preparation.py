@@ -1,5 +1,6 @@
 """Preparation: the same objects look the same, whatever the file's light, polarity and size."""
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -169,14 +170,29 @@ def test_half_level_is_that_of_the_levels_in_use(pixels: torch.Tensor, levels: i
     assert half_level(pixels.expand(3, -1, -1)) == half_level(pixels)
 
 
-def test_least_white_keeps_an_empty_image_dark() -> None:
+def test_a_typical_white_keeps_an_empty_image_dark() -> None:
     image, _ = discs(noise=0.001)
     dim = 0.2 + 0.02 * (image - 0.2)
     assert float(prepare_image(dim, LIGHT).max()) > 0.3
     floor = PrepareConfig(
-        contrast="direction", background="surface", levels="image", least_white=0.3
+        contrast="direction", background="surface", levels="image", typical_white=1.0
     )
-    assert float(prepare_image(dim, floor).max()) < 0.05
+    assert float(prepare_image(dim, floor).max()) < 0.1
+
+
+def test_one_object_looks_as_it_does_among_others() -> None:
+    image, mask = discs(side=480, noise=0.03)
+    y, x = torch.meshgrid(torch.arange(480), torch.arange(480), indexing="ij")
+    single = (y < 24) & (x < 24)
+    alone = torch.where(mask & ~single, image[:, :1].expand_as(image), image)
+    config = PrepareConfig(contrast="direction", background="image", levels="image")
+    seen = prepare_image(alone, config)[0]
+    assert float(seen[mask & single].mean()) > 0.9, "noise is taken for the typical contrast"
+    config = replace(config, typical_white=0.7)
+    among, seen = prepare_image(image, config)[0], prepare_image(alone, config)[0]
+    here = mask & single
+    assert float(seen[here].mean()) == pytest.approx(float(among[here].mean()), rel=0.15)
+    assert float(seen[~mask].std()) < 0.04
 
 
 def test_scale_resizes_and_boxes_return() -> None:

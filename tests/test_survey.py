@@ -303,7 +303,7 @@ def survey_with(**values: Any) -> Survey:
             direction=(-0.5, -0.5, 0.0),
             background="surface",
             levels="image",
-            least_white=0.05,
+            typical_white=0.5,
         ),
         "diameter": 24.0,
         "smallest": 20.0,
