@@ -56,7 +56,8 @@ def test_methods_of_fig4_see_the_same_images(scale: Scale) -> None:
     for trial in trials:
         _, size, _, _ = trial.name.split("-")
         data = trial.config.data
-        assert (data.min_objects, data.max_objects, data.seed) == (5, 5, 0)
+        digits = 3 if scale == "cpu" else 5
+        assert (data.min_objects, data.max_objects, data.seed) == (digits, digits, 0)
         assert data.train_images == int(size)
         assert data == by_size.setdefault(size, data)
     assert {trial.config.data.train_images for trial in trials} == set(sizes)
@@ -109,6 +110,21 @@ def test_order_of_the_methods_is_judged_at_the_largest_size() -> None:
     for change in ({"spair_unfixed": 0.95}, {"air_unfixed": 0.3}, {"conncomp_convnet": 0.2}):
         changed = fig4.EXPERIMENT.conclude(settings, Path(), accuracies(**{**order, **change}))
         assert "does not hold" in changed.trends[0]
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+def test_published_sums_are_of_five_digits(scale: Scale) -> None:
+    settings = Settings("fig4", scale, 1)
+    trials = fig4.EXPERIMENT.trials(settings, Path())
+    measured = {
+        trial.name: Measured(1, None, {key: {"accuracy": 0.5} for key in trial.measures})
+        for trial in trials
+        if trial.name.endswith("-seed-0")
+    }
+    found = fig4.EXPERIMENT.conclude(settings, Path(), measured)
+    lines = [line for chart in found.charts for line in chart.lines]
+    assert all(bool(line.published) == (scale == "full") for line in lines)
+    assert all(f"{3 if scale == 'cpu' else 5} digits" in chart.title for chart in found.charts)
 
 
 @pytest.mark.parametrize("scale", ["cpu", "full"])
