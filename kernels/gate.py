@@ -223,6 +223,8 @@ def cells_configurations() -> Iterator[Configuration]:
         (32, 4, "relu", "ieee", True, True), (32, 4, "relu", "ieee", False, False),
         (1, 1, "relu", "ieee", True, False), (512, 4, "relu", "ieee", True, False),
         (1024, 4, "relu", "ieee", True, False), (32, 4, "relu", "tf32", True, False),
+        (32, 4, "relu", "bf16", True, False), (1024, 4, "celu", "bf16", True, True),
+        (1, 1, "relu", "bf16", True, False),
     ]  # fmt: skip
     forward = cells_triton._cells_forward_kernel
     backward = cells_triton_backward._cells_backward_kernel
@@ -243,7 +245,7 @@ def cells_configurations() -> Iterator[Configuration]:
             yield Configuration(
                 name=f"cells {name} {side}x{side} B{images} {kind}{'' if lateral else ' alone'}",
                 kernel=kernel,
-                types=types,
+                types=types | {"weights_ptr": "*bf16" if precision == "bf16" else "*fp32"},
                 constants=constants,
                 warps=tile.options["num_warps"],
                 most_registers=tile.options.get("maxnreg"),
@@ -255,9 +257,11 @@ def cells_configurations() -> Iterator[Configuration]:
     of_kl = ({"GROUPS": 4, "BLOCK": kls.KL_BLOCK}, kls.KL_WARPS)
     of_likelihood = ({"BLOCK": likelihood.LIKELIHOOD_BLOCK}, likelihood.LIKELIHOOD_WARPS)
     of_squash = ({"BLOCK": appearance.SQUASH_BLOCK}, appearance.SQUASH_WARPS)
+    packing = cells_triton._pack_kernel, {"BLOCK": cells_triton.PACK_BLOCK}, cells_triton.PACK_WARPS
+    packed = {"forward_ptr": "*bf16", "backward_ptr": "*bf16"}
     others: list[tuple[str, Any, Mapping[str, Any], int]] = [
-        ("packing", cells_triton._pack_kernel, {"BLOCK": cells_triton.PACK_BLOCK},
-         cells_triton.PACK_WARPS),
+        ("packing", *packing),
+        ("packing bf16", *packing),
         ("KL forward", kls._weighted_kls_kernel, *of_kl),
         ("KL backward", kls._weighted_kls_backward_kernel, rows_of_kl, kls.KL_WARPS),
         ("likelihood forward", likelihood._cross_entropy_kernel, *of_likelihood),
@@ -271,7 +275,7 @@ def cells_configurations() -> Iterator[Configuration]:
         yield Configuration(
             name=f"update {name}",
             kernel=kernel,
-            types={"packing_ptr": "*i32", "floor": "fp32"},
+            types={"packing_ptr": "*i32", "floor": "fp32"} | (packed if "bf16" in name else {}),
             constants=dict(fixed),
             warps=warps,
             is_default=True,
