@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spairkit import detector as detector_module
 from spairkit.cli.main import main
@@ -181,6 +182,32 @@ class _NoSync(TorchDispatchMode):
 def no_sync() -> type[_NoSync]:
     """A context in which an operation that synchronises with a device fails."""
     return _NoSync
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations and records them; `play` repeats them in place, as a CUDA graph would."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def play(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    """A context that records the operations in it, in the place of a CUDA graph."""
+    return Recorder
 
 
 Disc = tuple[float, float, float, float]
