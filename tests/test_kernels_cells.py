@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spairkit.backends import computing_in
 from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise
 from spairkit.models.spair import SPAIR
@@ -244,7 +245,7 @@ def test_products_in_bf16_leave_no_trace(tiles: None, cell_loop: "type[CellLoop]
         (True, torch.float16, "ieee"),
     ],
 )
-def test_precision_on_a_gpu_is_that_of_autocast(
+def test_precision_on_a_gpu_is_that_of_torch(
     enabled: bool, dtype: torch.dtype, expected: str
 ) -> None:
     from spairkit.kernels.cells_triton import precision
@@ -255,6 +256,8 @@ def test_precision_on_a_gpu_is_that_of_autocast(
         torch.set_autocast_dtype("cuda", dtype)
         assert precision(torch.device("cuda")) == expected
         assert precision(torch.device("cpu")) == "ieee"
+        with computing_in("tf32", torch.device("cuda")):
+            assert precision(torch.device("cuda")) == ("bf16" if expected == "bf16" else "tf32")
     finally:
         torch.set_autocast_enabled("cuda", before[0])
         torch.set_autocast_dtype("cuda", before[1])
