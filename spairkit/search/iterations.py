@@ -1,6 +1,6 @@
 """Iterations of refinement: plain ones, and on a GPU those of a CUDA graph for each shape.
 
-An iteration launches some 150 small kernels. A graph needs fixed shapes, so images and slots are
+An iteration launches some 200 small kernels. A graph needs fixed shapes, so images and slots are
 padded to powers of two: a few graphs serve windows and images of all numbers of objects.
 """
 
