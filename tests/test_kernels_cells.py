@@ -153,7 +153,11 @@ def assert_matches_plain_loop(
     for actual, single, expected, least in zip(rough, plain, exact, (1e-6, 4e-6), strict=True):
         for name, value in actual.items():
             assert value.dtype == torch.float32
-            size_of = expected[name].norm()
+            # the terms of a bias's gradient may cancel, so it is measured by its layer's
+            layer = [
+                v.norm() for n, v in expected.items() if n.split(".")[:-1] == name.split(".")[:-1]
+            ]
+            size_of = max(layer) if "." in name else expected[name].norm()
             error = float((value - expected[name]).norm() / size_of)
             allowed = 2 * float((single[name] - expected[name]).norm() / size_of)
             assert error <= allowed + least, f"{name}: {error:.1e}, by torch {allowed / 2:.1e}"
