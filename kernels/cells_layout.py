@@ -253,21 +253,24 @@ def weight_gradients(
     sizes: Sizes,
     record: Tensor,  # [R, width]
     grads: Tensor,  # [R, width]
+    dtype: torch.dtype,
     training_wheels: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of the weights: one product a layer over all rows, one sum for all.
 
-    With training wheels only those of the encoder.
+    With training wheels only those of the encoder. Products take their factors in `dtype`.
     """
     sums = grads.sum(0)
+    rounded, inputs = grads.to(dtype), record.to(dtype)
     result: list[Tensor | None] = [None] * (1 + HEADS * OF_HEAD + 2 * len(sizes.encoder))
     if not training_wheels:
         result[1] = grads.new_zeros(sizes.hidden, 0)
     for layer in _layers(sizes):
         if training_wheels and layer.weight <= HEADS * OF_HEAD:
             continue
-        grad = grads[:, layer.out : layer.out + layer.outputs]
-        result[layer.weight] = grad.t() @ record[:, layer.left : layer.left + layer.inputs]
+        grad = rounded[:, layer.out : layer.out + layer.outputs].t()
+        product = grad @ inputs[:, layer.left : layer.left + layer.inputs]
+        result[layer.weight] = product.to(grads.dtype)
         if layer.rest == BIAS:
             result[layer.weight + 1] = sums[layer.out : layer.out + layer.outputs]
     return result

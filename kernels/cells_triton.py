@@ -10,7 +10,7 @@ Letters in shapes: see `spairkit.kernels.cells_layout`; M = 4 + A + 1 numbers of
 V = M + 1 of an object vector. NaN propagates.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -83,8 +83,9 @@ def product(
 ):  # fmt: skip
     """[M, N]: sum over `inputs` of left[rows, :] times the packed weights of the output `columns`.
 
-    The loop copies the next pieces to shared memory meanwhile; the weights' rows begin at multiples
-    of 16, so that four numbers are copied at once.
+    Weights in bfloat16 round `left` to it too; the sum is float32. The loop copies the next pieces
+    to shared memory meanwhile; the weights' rows begin at multiples of 16, so that 16 bytes are
+    copied at once.
     """
     acc = tl.zeros([M, N], tl.float32)
     stride = (outputs + 15) // 16 * 16
@@ -96,7 +97,9 @@ def product(
         mask = inside[:, None] & (columns < stride)[None, :]
         place = weight_ptr + (ks[:, None] * stride + columns[None, :])
         weight = tl.load(place, mask=mask, other=0.0)
-        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
+        # ignored for bfloat16
+        exactness: tl.constexpr = "tf32" if PRECISION == "tf32" else "ieee"
+        acc = tl.dot(left.to(weight.dtype), weight, acc, input_precision=exactness)
     return acc
 
 
@@ -416,9 +419,9 @@ def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile
     of 16 of its rows: higher ones spill registers."""
     images = min(8, max(2, int(triton.next_power_of_2(triton.cdiv(num_images, 128)))))
     largest = images * min(rows, (columns + 1) // 2)
-    least = 16 if precision == "tf32" else 4  # tensor cores take 16 rows
+    least = 4 if precision == "ieee" else 16  # tensor cores take 16 rows
     m = min(16, max(least, int(triton.next_power_of_2(largest))))
-    k, c = (32, 16) if precision == "tf32" else (16, 32)
+    k, c = (16, 32) if precision == "ieee" else (32, 16)
     options = {"num_warps": 4 if m < 16 else 8}
     if torch.version.hip is None:
         # the assembler would spill to make room for more programs than there are
@@ -426,27 +429,33 @@ def cells_tile(num_images: int, rows: int, columns: int, precision: str) -> Tile
     return Tile(images, {"M": m, "N": 128, "K": k, "C": c}, options)
 
 
-def precision(device: torch.device) -> str:
-    """Of products on this device, as torch's own are set."""
-    is_tf32 = device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if is_tf32 else "ieee"
+def precision(device: torch.device) -> Literal["ieee", "tf32", "bf16"]:
+    """Of products on this device, as torch's own are set: "ieee" is float32.
+
+    "bf16" is that of `torch.autocast`. The interpreter has float32 only: it multiplies the bits of
+    bfloat16 as integers.
+    """
+    if device.type != "cuda":
+        return "ieee"
+    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16:
+        return "bf16"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def cells_forward_triton(
-    tables: Tables, sizes: Sizes, numbers: Numbers, weights: Tensor, images: Tensor,
-    products: Tensor, normal: Tensor, jitter: Tensor, edge: Tensor,
+    tables: Tables, sizes: Sizes, numbers: Numbers, precision: str, weights: Tensor,
+    images: Tensor, products: Tensor, normal: Tensor, jitter: Tensor, edge: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The record of all cells [R, width], latents [B, K, 3 M + 6], weights for the gradients."""
     batch, num_cells, size = normal.shape
     at = layout.columns(sizes)
     record = normal.new_empty(batch * num_cells, at.width)
     latents = normal.new_empty(batch, num_cells, 3 * size + 6)
+    dtype = torch.bfloat16 if precision == "bf16" else normal.dtype
     packed, packed_back = (
-        normal.new_empty(tables.forward_size),
-        normal.new_empty(tables.backward_size),
+        normal.new_empty(size, dtype=dtype) for size in (tables.forward_size, tables.backward_size)
     )
-    exact = precision(images.device)
-    tile = cells_tile(batch, numbers.rows, numbers.columns, exact)
+    tile = cells_tile(batch, numbers.rows, numbers.columns, precision)
     with on(images.device):
         _pack_kernel[(len(tables.packing), PACK_PROGRAMS)](
             tables.packing, weights, packed, packed_back, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS
@@ -457,7 +466,7 @@ def cells_forward_triton(
             *images.shape[2:], numbers.side, sizes.hidden, sizes.passed, sizes.what, at.width,
             at.where[-1], at.depth[-1], at.glimpse, at.encoder[-1], at.pres[-1], numbers.low,
             numbers.span, numbers.cell, numbers.anchor, numbers.temperature,
-            LATERAL=sizes.context > 0, RELU=numbers.relu, PRECISION=exact, **tile.constants,
-            **tile.options,
+            LATERAL=sizes.context > 0, RELU=numbers.relu, PRECISION=precision,
+            **tile.constants, **tile.options,
         )  # fmt: skip
     return record, latents, packed_back

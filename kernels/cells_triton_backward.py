@@ -22,7 +22,6 @@ from spairkit.kernels.cells_triton import (
     WHAT,
     beyond,
     cells_tile,
-    precision,
     product,
     squash,
     step,
@@ -330,14 +329,13 @@ def _cells_backward_kernel(
 
 
 def cells_backward_triton(
-    layers: Tensor, sizes: Sizes, numbers: Numbers, packed: Tensor, images: Tensor,
-    normal: Tensor, record: Tensor, latents: Tensor, grad_latents: Tensor,
+    layers: Tensor, sizes: Sizes, numbers: Numbers, precision: str, packed: Tensor,
+    images: Tensor, normal: Tensor, record: Tensor, latents: Tensor, grad_latents: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of all layers [R, width], and of the edge for each program [programs, V]."""
     batch, _, size = normal.shape
     at = layout.columns(sizes)
-    exact = precision(images.device)
-    tile = cells_tile(batch, numbers.rows, numbers.columns, exact)
+    tile = cells_tile(batch, numbers.rows, numbers.columns, precision)
     programs = triton.cdiv(batch, tile.images)
     grads = record.new_empty(record.shape)
     grad_edges = record.new_empty(programs, size + 1)
@@ -348,6 +346,6 @@ def cells_backward_triton(
             numbers.side, sizes.passed, sizes.what, at.width, at.where[-1], at.depth[-1],
             at.glimpse, at.encoder[-1], at.pres[-1], numbers.span, numbers.cell, numbers.anchor,
             numbers.temperature, LATERAL=sizes.context > 0, WHEELS=numbers.training_wheels,
-            RELU=numbers.relu, PRECISION=exact, **tile.constants, **tile.options,
+            RELU=numbers.relu, PRECISION=precision, **tile.constants, **tile.options,
         )  # fmt: skip
     return grads, grad_edges

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from spairkit.kernels.cells_layout import Numbers, Sizes, columns, tables, weight_gradients
-from spairkit.kernels.cells_triton import cells_forward_triton
+from spairkit.kernels.cells_triton import cells_forward_triton, precision
 from spairkit.kernels.cells_triton_backward import cells_backward_triton
 
 
@@ -47,8 +47,10 @@ class _Cells(torch.autograd.Function):
         )
         # without lateral connections nothing is read from it
         rim = flat if edge is None else edge.contiguous()
+        # of the backward pass too, which runs outside `torch.autocast`
+        ctx.precision = precision(images.device)
         record, latents, packed = cells_forward_triton(
-            walked, sizes, numbers, flat, images, products, normal, jitter, rim
+            walked, sizes, numbers, ctx.precision, flat, images, products, normal, jitter, rim
         )
         ctx.numbers, ctx.sizes, ctx.layers = numbers, sizes, walked.backward
         # torch notices where one of them is changed, and frees them after the backward pass
@@ -61,7 +63,7 @@ class _Cells(torch.autograd.Function):
         images, normal, record, latents, packed, *_ = ctx.saved_tensors
         sizes, numbers = ctx.sizes, ctx.numbers
         grads, grad_edges = cells_backward_triton(
-            ctx.layers, sizes, numbers, packed, images, normal, record, latents,
+            ctx.layers, sizes, numbers, ctx.precision, packed, images, normal, record, latents,
             grad_latents.contiguous(),
         )  # fmt: skip
         grad_products, grad_edge = None, None
@@ -71,5 +73,7 @@ class _Cells(torch.autograd.Function):
                 0, normal.shape[:2]
             )
             grad_edge = grad_edges.sum(0) if sizes.context else None
-        grads_of_weights = weight_gradients(sizes, record, grads, numbers.training_wheels)
+        grads_of_weights = weight_gradients(
+            sizes, record, grads, packed.dtype, numbers.training_wheels
+        )
         return (None, None, grad_products, None, None, grad_edge, *grads_of_weights)

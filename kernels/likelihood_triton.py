@@ -4,6 +4,7 @@ Forward, one program sums an image: partial sums in float32, their sum in float6
 """
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -27,9 +28,9 @@ def _probabilities(x, floor):
 def _cross_entropy_kernel(
     image_ptr,  # [B, n]
     target_ptr,  # [B, n]
+    floor,
     sums_ptr,  # [B] to be filled
     size,  # n
-    floor,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * size
@@ -53,9 +54,9 @@ def _cross_entropy_backward_kernel(
     grad_sums_ptr,  # [B]
     image_ptr,
     target_ptr,
+    floor,
     grad_image_ptr,  # [B, n] to be filled
     size,
-    floor,
     BLOCK: tl.constexpr,
 ):
     b = tl.program_id(1)
@@ -117,64 +118,47 @@ def _normal_nll_backward_kernel(
 
 def cross_entropy_triton(image: Tensor, target: Tensor, floor: float) -> Tensor:  # [B]
     """-log p(target | image) in nats, of images [B, ...]; `floor` is added in both logarithms."""
-    sums, size = image.new_empty(len(image)), _size(image)
-    if len(image) == 0:
-        return sums
-    with on(image.device):
-        _cross_entropy_kernel[(len(image),)](
-            image.contiguous(), target.contiguous(), sums, size, floor, BLOCK=LIKELIHOOD_BLOCK,
-            num_warps=LIKELIHOOD_WARPS,
-        )  # fmt: skip
-    return sums
+    return _sums(_cross_entropy_kernel, image, target, floor)
 
 
 def cross_entropy_backward_triton(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, floor: float
 ) -> tuple[Tensor, None]:
     """The gradient of the image, and None for the target."""
-    grad_image, size = image.new_empty(image.shape), _size(image)
-    if len(image) == 0:
-        return grad_image, None
-    with on(image.device):
-        _cross_entropy_backward_kernel[_blocks(image)](
-            grad_sums.contiguous(), image.contiguous(), target.contiguous(), grad_image, size,
-            floor, BLOCK=LIKELIHOOD_BLOCK, num_warps=LIKELIHOOD_WARPS,
-        )  # fmt: skip
-    return grad_image, None
+    return _grad_image(_cross_entropy_backward_kernel, grad_sums, image, target, floor), None
 
 
 def normal_nll_triton(image: Tensor, target: Tensor, std: Tensor) -> Tensor:  # [B]
     """-log p(target | image) in nats, of images [B, ...] under normal noise; `std` is 0-d."""
-    sums, size = image.new_empty(len(image)), _size(image)
-    if len(image) == 0:
-        return sums
-    with on(image.device):
-        _normal_nll_kernel[(len(image),)](
-            image.contiguous(), target.contiguous(), std, sums, size, BLOCK=LIKELIHOOD_BLOCK,
-            num_warps=LIKELIHOOD_WARPS,
-        )  # fmt: skip
-    return sums
+    return _sums(_normal_nll_kernel, image, target, std)
 
 
 def normal_nll_backward_triton(
     grad_sums: Tensor, sums: Tensor, image: Tensor, target: Tensor, std: Tensor
 ) -> tuple[Tensor, None, None]:
     """The gradient of the image, and None for the target and the standard deviation."""
-    grad_image, size = image.new_empty(image.shape), _size(image)
-    if len(image) == 0:
-        return grad_image, None, None
-    with on(image.device):
-        _normal_nll_backward_kernel[_blocks(image)](
-            grad_sums.contiguous(), image.contiguous(), target.contiguous(), std, grad_image,
-            size, BLOCK=LIKELIHOOD_BLOCK, num_warps=LIKELIHOOD_WARPS,
-        )  # fmt: skip
-    return grad_image, None, None
+    return _grad_image(_normal_nll_backward_kernel, grad_sums, image, target, std), None, None
 
 
-def _size(image: Tensor) -> int:
-    """Numbers of one image."""
-    return math.prod(image.shape[1:])
+def _sums(kernel: Any, image: Tensor, target: Tensor, setting: float | Tensor) -> Tensor:  # [B]
+    sums = image.new_empty(len(image))
+    if len(image):
+        with on(image.device):
+            kernel[(len(image),)](
+                image.contiguous(), target.contiguous(), setting, sums, math.prod(image.shape[1:]),
+                BLOCK=LIKELIHOOD_BLOCK, num_warps=LIKELIHOOD_WARPS,
+            )  # fmt: skip
+    return sums
 
 
-def _blocks(image: Tensor) -> tuple[int, int]:
-    return triton.cdiv(_size(image), LIKELIHOOD_BLOCK), len(image)
+def _grad_image(
+    kernel: Any, grad_sums: Tensor, image: Tensor, target: Tensor, setting: float | Tensor
+) -> Tensor:
+    grad_image, size = image.new_empty(image.shape), math.prod(image.shape[1:])
+    if len(image):
+        with on(image.device):
+            kernel[(triton.cdiv(size, LIKELIHOOD_BLOCK), len(image))](
+                grad_sums.contiguous(), image.contiguous(), target.contiguous(), setting,
+                grad_image, size, BLOCK=LIKELIHOOD_BLOCK, num_warps=LIKELIHOOD_WARPS,
+            )  # fmt: skip
+    return grad_image

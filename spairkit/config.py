@@ -426,8 +426,8 @@ class TrainConfig:
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     """Precision of products and convolutions in training. `tf32` (NVIDIA GPUs only) keeps 10 bits
     of the mantissa. `bf16` (7 bits) applies to all networks, but SPAIR's loop over cells stays
-    float32 on a CPU and in Triton; weights, Adam, losses and operators stay float32, as do
-    validation and all other commands. A CPU without bfloat16 instructions is slower with it."""
+    float32 on a CPU; weights, Adam, losses and operators stay float32, as do validation and all
+    other commands. A CPU without bfloat16 instructions is slower with it."""
     backend: Literal["auto", "triton"] = "auto"
     """Implementation, on a GPU, of SPAIR's loop over cells, KL terms, likelihood and decoder's
     sigmoid. `auto` is plain torch inside a CUDA graph. `triton` is Triton kernels, a tenth of the

@@ -1,6 +1,6 @@
 """Shared fixtures: uninitialised memory is NaN; `kernel` runs over this machine's backends;
-`discs` is a SPAIR made by hand; `command` runs a command and holds it to the contract of errors;
-`workplace` has images and a run of a tiny SPAIR."""
+`discs` is a SPAIR made by hand; `cell_loop` builds one whose loop is tested; `command` runs a
+command and holds it to the contract of errors; `workplace` has images and a run of a tiny SPAIR."""
 
 import gc
 import json
@@ -11,7 +11,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spairkit import detector as detector_module
 from spairkit.cli.main import main
@@ -183,6 +184,32 @@ def no_sync() -> type[_NoSync]:
     return _NoSync
 
 
+class Recorder(TorchDispatchMode):
+    """Runs operations and records them; `play` repeats them in place, as a CUDA graph would."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def play(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def recorder() -> type[Recorder]:
+    """A context that records the operations in it, in the place of a CUDA graph."""
+    return Recorder
+
+
 Disc = tuple[float, float, float, float]
 """x and y of the centre, diameter, px, and z_what[0], which makes it brighter."""
 
@@ -323,6 +350,39 @@ class Discs:
 def discs() -> type[Discs]:
     """A SPAIR made by hand, with settings, and states and scenes for it."""
     return Discs
+
+
+class CellLoop:
+    """A loop over cells in which everything matters."""
+
+    @staticmethod
+    def build(config: SPAIRConfig) -> SPAIR:
+        """A SPAIR in float64 with larger weights and biases than those of a fresh one."""
+        torch.manual_seed(0)
+        model = SPAIR(config).double()
+        with torch.no_grad():
+            for network in (model.where_network, model.depth_network, model.presence_network):
+                network.last.weight.mul_(3)
+                for line in (network.first, network.second):
+                    line.bias.normal_()
+        return model
+
+    @staticmethod
+    def score(latents: Latents) -> Tensor:
+        """A scalar that weights every element of the latents differently."""
+        generator = torch.Generator().manual_seed(3)
+        total = torch.zeros((), dtype=torch.float64, device=latents.what.device)
+        for field in fields(Latents):
+            value = getattr(latents, field.name)
+            weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            total = total + (weight.to(value.device) * (value + value.square())).sum()
+        return total
+
+
+@pytest.fixture
+def cell_loop() -> type[CellLoop]:
+    """A SPAIR whose loop over cells is tested, and a scalar of its latents."""
+    return CellLoop
 
 
 class Ended(NamedTuple):

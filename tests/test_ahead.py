@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from spairkit.config_values import from_dict
+from spairkit.data import folder as folder_module
+from spairkit.data.crops import ImagesOnDevice
 from spairkit.data.datasets import open_dataset
 from spairkit.data.scenes import Batch
 from spairkit.errors import InputError
@@ -93,7 +95,12 @@ def test_interrupted_process_ends() -> None:
     assert ended.stderr.endswith("KeyboardInterrupt\n")
 
 
-def test_training_with_batches_made_ahead_has_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("held", [False, True], ids=["cut by the thread", "cut by the device"])
+def test_training_with_batches_made_ahead_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    if held:
+        monkeypatch.setattr(folder_module, "images_on_device", ImagesOnDevice)
     for index in range(3):
         random = torch.Generator().manual_seed(index)
         write_png(tmp_path / f"{index}.png", torch.rand(3, 40, 50, generator=random))

@@ -1,6 +1,7 @@
 """The compiled loop over cells against the readable one that autograd records."""
 
 from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from spairkit.config import SPAIRConfig
 from spairkit.models.latents import Latents, Noise
 from spairkit.models.parts import Part
 from spairkit.models.spair import SPAIR
+
+if TYPE_CHECKING:
+    from conftest import CellLoop
 
 SMALL = SPAIRConfig(
     backbone_channels=(8,),
@@ -35,32 +39,10 @@ VARIANTS = {
 }
 
 
-def build(config: SPAIRConfig) -> SPAIR:
-    torch.manual_seed(0)
-    model = SPAIR(config).double()
-    with torch.no_grad():
-        for network in (model.where_network, model.depth_network, model.presence_network):
-            network.last.weight.mul_(3)
-            for line in (network.first, network.second):
-                line.bias.normal_()
-    return model
-
-
 def latents_of(model: SPAIR, images: Tensor, noise: Noise, wheels: bool, readable: bool) -> Latents:
     """Only the readable loop supports gradients of images: requiring them selects it."""
     images = images.clone().requires_grad_() if readable else images
     return model._encode(images, noise, training_wheels=wheels, relaxed=True)
-
-
-def score(latents: Latents) -> Tensor:
-    """A scalar that weights every element of the latents differently."""
-    generator = torch.Generator().manual_seed(3)
-    total = torch.zeros((), dtype=torch.float64)
-    for field in fields(Latents):
-        value = getattr(latents, field.name)
-        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        total = total + (weight * (value + value.square())).sum()
-    return total
 
 
 def gradients(model: SPAIR, total: Tensor) -> dict[str, Tensor]:
@@ -74,15 +56,15 @@ def gradients(model: SPAIR, total: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("wheels", [False, True], ids=["free", "wheels"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_loop_equals_the_readable_loop_in_float64(
-    variant: str, wheels: bool, height: int, width: int
+    variant: str, wheels: bool, height: int, width: int, cell_loop: "type[CellLoop]"
 ) -> None:
-    model = build(VARIANTS[variant])
+    model = cell_loop.build(VARIANTS[variant])
     # smooth images: gradients of boxes jump where a sampling point moves to another pixel
     coarse = torch.rand(3, 3, 3, 4, dtype=torch.float64)
     images = F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
     noise = model._draw(images, torch.Generator().manual_seed(1))
     exact = latents_of(model, images, noise, wheels, readable=True)
-    slopes = gradients(model, score(exact))
+    slopes = gradients(model, cell_loop.score(exact))
     model = model.float()
     single = Noise(noise.normal.float(), noise.logistic.float(), noise.background.float())
     rough = latents_of(model, images.float(), single, wheels, readable=False)
@@ -92,7 +74,7 @@ def test_compiled_loop_equals_the_readable_loop_in_float64(
         assert float((value - expected).norm() / expected.norm()) < 5e-6, field.name
     if variant == "clipped":
         assert bool((rough.presence_logit == 10).any() and (rough.where_std > 1.9999).any())
-    actual = gradients(model, score(rough))
+    actual = gradients(model, cell_loop.score(rough))
     # an unused parameter has grad None, not zeros: optimisers treat them differently
     assert set(actual) == set(slopes)
     assert len(actual) >= (4 if wheels else 20)
@@ -104,9 +86,9 @@ def test_compiled_loop_equals_the_readable_loop_in_float64(
 @pytest.mark.parametrize("in_a_part", [False, True], ids=["whole", "part"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_inference_equals_the_readable_loop_in_float64(
-    variant: str, in_a_part: bool, sampled: bool
+    variant: str, in_a_part: bool, sampled: bool, cell_loop: "type[CellLoop]"
 ) -> None:
-    model = build(VARIANTS[variant])
+    model = cell_loop.build(VARIANTS[variant])
     coarse = torch.rand(3, 3, 3, 4, dtype=torch.float64)  # smooth, as above
     images = F.interpolate(coarse, size=(36, 48), mode="bicubic").clamp(0, 1)
     noise = model._draw(images, torch.Generator().manual_seed(1)) if sampled else None
@@ -132,8 +114,8 @@ def test_compiled_inference_equals_the_readable_loop_in_float64(
 
 
 @pytest.mark.parametrize("variant", ["relu", "celu", "no lateral"])
-def test_an_image_has_the_same_bits_in_any_batch(variant: str) -> None:
-    model = build(VARIANTS[variant]).float()
+def test_an_image_has_the_same_bits_in_any_batch(variant: str, cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(VARIANTS[variant]).float()
     images, features = torch.rand(41, 3, 24, 36), torch.rand(41, 7, 2, 3)
     # a convolution of few channels has other bits in another batch
     model.backbone.register_forward_hook(lambda module, inputs, outputs: features[: len(outputs)])
@@ -147,8 +129,8 @@ def test_an_image_has_the_same_bits_in_any_batch(variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # compiled, and readable
-def test_nan_propagates(dtype: torch.dtype) -> None:
-    model = build(SMALL).to(dtype)
+def test_nan_propagates(dtype: torch.dtype, cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(SMALL).to(dtype)
     images = torch.rand(2, 3, 36, 36, dtype=dtype)
     images[0, :, 20, 20] = torch.nan
     noise = model._draw(images, torch.Generator().manual_seed(1))
@@ -158,13 +140,13 @@ def test_nan_propagates(dtype: torch.dtype) -> None:
         if "what" not in field.name:  # a glimpse of a NaN box samples the image's edge
             assert bool(value[0, -1].isnan().all()), field.name
         assert bool(value[1].isfinite().all()), field.name
-    grads = gradients(model, score(latents))
+    grads = gradients(model, cell_loop.score(latents))
     assert bool(grads["where_network.last.weight"].isnan().all())
 
 
 @pytest.mark.parametrize("variant", ["celu", "no lateral"])
-def test_thread_count_does_not_change_results(variant: str) -> None:
-    model = build(VARIANTS[variant]).float()
+def test_thread_count_does_not_change_results(variant: str, cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(VARIANTS[variant]).float()
     coarse = torch.rand(5, 3, 3, 4)  # smooth, as above
     images = F.interpolate(coarse, size=(36, 48), mode="bicubic").clamp(0, 1)
     noise = model._draw(images, torch.Generator().manual_seed(1))
@@ -181,18 +163,18 @@ def test_thread_count_does_not_change_results(variant: str) -> None:
         assert float((alone - shared).detach().norm() / alone.detach().norm()) < 1e-5
 
 
-def test_all_networks_share_one_compilation() -> None:
+def test_all_networks_share_one_compilation(cell_loop: "type[CellLoop]") -> None:
     from spairkit.kernels.cells_cpu import cells_backward, cells_forward
 
     for variant in VARIANTS.values():
         for wheels in (False, True):
-            model = build(variant).float()
+            model = cell_loop.build(variant).float()
             model(torch.rand(2, 3, 24, 24), training_wheels=wheels).total.sum().backward()
     assert len(cells_forward.signatures) == len(cells_backward.signatures) == 1
 
 
-def test_results_are_bit_identical_between_runs() -> None:
-    model = build(VARIANTS["celu"]).float()
+def test_results_are_bit_identical_between_runs(cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(VARIANTS["celu"]).float()
     images = torch.rand(4, 3, 48, 48)
     runs = []
     for _ in range(2):
@@ -201,13 +183,13 @@ def test_results_are_bit_identical_between_runs() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_of_images_match_finite_differences() -> None:
-    model = build(SMALL)
+def test_gradients_of_images_match_finite_differences(cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(SMALL)
     images = torch.rand(1, 3, 12, 24, dtype=torch.float64, requires_grad=True)
     noise = model._draw(images.detach(), torch.Generator().manual_seed(1))
 
     def whole(images: Tensor) -> Tensor:
-        return score(model._encode(images, noise, training_wheels=False, relaxed=True))
+        return cell_loop.score(model._encode(images, noise, training_wheels=False, relaxed=True))
 
     (grad,) = torch.autograd.grad(whole(images), images)
     direction = torch.randn(images.shape, dtype=torch.float64)
@@ -217,11 +199,11 @@ def test_gradients_of_images_match_finite_differences() -> None:
     torch.testing.assert_close((grad * direction).sum(), slope, rtol=1e-4, atol=1e-4)
 
 
-def test_second_derivatives_are_refused() -> None:
-    model = build(SMALL).float()
+def test_second_derivatives_are_refused(cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(SMALL).float()
     images = torch.rand(1, 3, 24, 24)
     noise = model._draw(images, None)
-    total = score(model._encode(images, noise, training_wheels=False, relaxed=True))
+    total = cell_loop.score(model._encode(images, noise, training_wheels=False, relaxed=True))
     (grad,) = torch.autograd.grad(total, next(model.encoder.parameters()), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -229,10 +211,10 @@ def test_second_derivatives_are_refused() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_weights_changed_before_backward_raise_an_error(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
+    compiled: bool, monkeypatch: pytest.MonkeyPatch, cell_loop: "type[CellLoop]"
 ) -> None:
     monkeypatch.setitem(backends._tried, "cpu", compiled)
-    model = build(SMALL).float()
+    model = cell_loop.build(SMALL).float()
     total = model(torch.rand(2, 3, 24, 24)).total.sum()
     with torch.no_grad():
         model.get_parameter("encoder.2.weight").mul_(2)
@@ -240,15 +222,15 @@ def test_weights_changed_before_backward_raise_an_error(
         total.backward()
 
 
-def test_saved_tensors_are_freed_after_backward() -> None:
-    total = build(SMALL).float()(torch.rand(2, 3, 24, 24)).total.sum()
+def test_saved_tensors_are_freed_after_backward(cell_loop: "type[CellLoop]") -> None:
+    total = cell_loop.build(SMALL).float()(torch.rand(2, 3, 24, 24)).total.sum()
     total.backward()
     with pytest.raises(RuntimeError, match="second time"):
         total.backward()
 
 
-def test_losses_under_autocast_are_float32() -> None:
-    model = build(SMALL).float()
+def test_losses_under_autocast_are_float32(cell_loop: "type[CellLoop]") -> None:
+    model = cell_loop.build(SMALL).float()
     images = torch.rand(2, 3, 24, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(images)

@@ -20,6 +20,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
         "config_values",
         "presets",
         "backends",
+        "cuda_graphs",
         "rendering",
         "presence",
     ),

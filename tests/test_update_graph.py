@@ -4,15 +4,13 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from spairkit import backends, presets
+from spairkit import backends, cuda_graphs, presets
 from spairkit.backends import set_precision
 from spairkit.config import Config
 from spairkit.data import scenes as scenes_module
@@ -29,31 +27,14 @@ from spairkit.training.loop import fit
 from spairkit.training.trainer import Trainer
 from spairkit.training.update_graph import RecordingTrainer, UpdateGraph, make_trainer
 
+if TYPE_CHECKING:
+    from conftest import Recorder
+
 CPU = torch.device("cpu")
 UPDATES, WHEELS = 12, 6  # both graphs are recorded, and replayed more than once
 INTERPRETED = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton: see test_interpreter.py"
 )
-
-
-class Recorder(TorchDispatchMode):
-    """Runs operations and records them; `play` repeats them in place, as a CUDA graph would."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, result))
-        return result
-
-    def play(self) -> None:
-        for func, args, kwargs, result in self.calls:
-            again = func(*args, **kwargs)
-            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
 
 
 @cache
@@ -98,26 +79,26 @@ def trained(trainer: Trainer) -> tuple[list[Tensor], list[float]]:
 
 
 @pytest.fixture
-def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def records(monkeypatch: pytest.MonkeyPatch, recorder: "type[Recorder]") -> list[int]:
     """Replaces CUDA by the recorder; returns the number of operations of each record."""
     sizes: list[int] = []
 
-    def record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
+    def record(update: Callable[[], Losses], *_: Any) -> Callable[[], Losses]:
         trainer: Trainer = update.__self__  # type: ignore[attr-defined]
         state = [*trainer.model.state_dict().values(), trainer.skipped]
         state += [t for moments in trainer.optimiser.state.values() for t in moments.values()]
         before = [tensor.detach().clone() for tensor in state]
-        recorder = Recorder()
-        with recorder:
+        recording = recorder()
+        with recording:
             losses = update()
         with torch.no_grad():  # CUDA does not execute while it records
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
-        sizes.append(len(recorder.calls))
+        sizes.append(len(recording.calls))
 
         @torch.no_grad()
         def play() -> Losses:
-            recorder.play()
+            recording.play()
             return losses
 
         return play
@@ -131,8 +112,8 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setitem(
         backends._tried, "cpu", False
     )  # the recorder cannot see operations inside Numba
-    monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
-    monkeypatch.setattr(update_graph, "_record", record)
+    monkeypatch.setattr(cuda_graphs, "_aside", lambda update, device: update())
+    monkeypatch.setattr(cuda_graphs, "_record", record)
     return sizes
 
 
@@ -154,7 +135,7 @@ def test_replayed_updates_equal_unrecorded_ones(
 ) -> None:
     config = config_of(recipe)
     with monkeypatch.context() as patch:
-        patch.setattr(update_graph, "WARM_UP", UPDATES)
+        patch.setattr(cuda_graphs, "WARM_UP", UPDATES)
         unrecorded = recording_trainer(config)
         wanted, wanted_totals = trained(unrecorded)
         assert not records
@@ -251,7 +232,7 @@ def test_replayed_non_finite_updates_change_no_state(
 def test_updates_run_without_a_graph_if_recording_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
+    def fail(update: Callable[[], Losses], *_: Any) -> Callable[[], Losses]:
         trainer: RecordingTrainer = update.__self__  # type: ignore[attr-defined]
         trainer.tapes[0].rewind()
         trainer.tapes[0].take(
@@ -259,8 +240,8 @@ def test_updates_run_without_a_graph_if_recording_fails(
         )  # it fails after the first draw of noise
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
-    monkeypatch.setattr(update_graph, "_record", fail)
+    monkeypatch.setattr(cuda_graphs, "_aside", lambda update, device: update())
+    monkeypatch.setattr(cuda_graphs, "_record", fail)
     config = config_of("quick spair", training_wheels=0)
 
     def losses() -> list[float]:
@@ -290,10 +271,10 @@ def test_failed_recording_of_one_process_ends_that_of_the_others(
             assert number == 0, "this process succeeds"
             return 1
 
-    monkeypatch.setattr(update_graph, "_aside", lambda update, device: update())
-    monkeypatch.setattr(update_graph, "_record", lambda update, device: calls.clear)
+    monkeypatch.setattr(cuda_graphs, "_aside", lambda update, device: update())
+    monkeypatch.setattr(cuda_graphs, "_record", lambda update, *_: calls.clear)
     graph = UpdateGraph(update, CPU, Pair(0, 2))
-    for _ in range(update_graph.WARM_UP):
+    for _ in range(cuda_graphs.WARM_UP):
         graph()
     with pytest.warns(RuntimeWarning, match="another process could not record its own"):
         graph()
@@ -326,7 +307,7 @@ def test_recorded_parts_of_a_batch_draw_the_noise_of_the_whole() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(World, "average", lambda *_: None)
             patch.setattr(Trainer, "_take_from_first", lambda _: None)
-            patch.setattr(update_graph, "_aside", lambda update, device: update())
+            patch.setattr(cuda_graphs, "_aside", lambda update, device: update())
             trainer = RecordingTrainer(config, None, dataset, CPU, world)
             trainer.update()
             trainer.update()
@@ -398,7 +379,7 @@ def test_updates_replayed_on_a_gpu_equal_unrecorded_ones(
     assert trained(given)[1] == found, "scenes made by plain torch outside the graph"
     tolerance = 1e-2 if precision == "bf16" else 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(update_graph, "WARM_UP", UPDATES)
+        patch.setattr(cuda_graphs, "WARM_UP", UPDATES)
         unrecorded = trained(recording_trainer(config, device))[1]
     assert found == pytest.approx(unrecorded, rel=tolerance)
     for wheels in (WHEELS, 0):  # so that each of the two graphs is replayed within six updates

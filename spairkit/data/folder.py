@@ -3,9 +3,9 @@
 import hashlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from spairkit.config import DataConfig, PrepareConfig
 from spairkit.data.annotations import NO_FILE, Annotated, read_annotations
+from spairkit.data.crops import Cuts, ImagesOnDevice, images_on_device
 from spairkit.data.glyphs import Split
 from spairkit.data.hashing import below, draws, hashed, seeded
 from spairkit.data.scenes import Batch
@@ -171,12 +172,54 @@ class ImageFolder:
         """
         return self.on_host(indices).to(self.device)
 
-    def on_host(self, indices: Tensor) -> Batch:
+    def ahead(self, with_truth: bool) -> Callable[[Tensor], Batch | Cuts]:
+        """A function that makes batches in a thread; `to(device)` completes one.
+
+        A GPU that has room for the prepared images keeps them and cuts the crops itself. Else they
+        are cut on the CPU.
+
+        Args:
+            with_truth: if not, the batches hold images only, and take less time.
+        """
+        images = images_on_device(self._prepared_sizes, self._channels, self.device)
+        make = self.on_host if images is None else partial(self.cuts, images)
+        return partial(make, with_truth=with_truth)
+
+    def on_host(self, indices: Tensor, with_truth: bool = True) -> Batch:
         """As `batch`, but on the CPU, and for a GPU in memory that it copies without a stop."""
-        made = self._made(indices)
+        height, width = self.config.image_height, self.config.image_width
+        crops, truths = [], []
+        for (_, top, left), pixels, truth in self._placed(indices, with_truth):
+            assert pixels is not None
+            crops.append(pixels[:, top : top + height, left : left + width])
+            truths.append(truth)
+        made = batch_of(self._prepared_crops(crops), truths, (height, width))
         return made.each(Tensor.pin_memory) if self.device.type == "cuda" else made
 
-    def _made(self, indices: Tensor) -> Batch:
+    def cuts(self, images: ImagesOnDevice, indices: Tensor, with_truth: bool = True) -> Cuts:
+        """As `on_host`, but the crops are left to the device that holds the images."""
+        places, truths, missing = [], [], {}
+        for place, pixels, truth in self._placed(indices, with_truth, images.there):
+            places.append(place)
+            truths.append(truth)
+            file = place[0]
+            if pixels is not None and file not in missing:
+                values = of_prepared_pixels(pixels, self.prepare)[: images.channels]
+                missing[file] = values.contiguous()
+                if self.config.crops == "objects":
+                    self._bright_blocks(file, pixels)
+        size = self.config.image_height, self.config.image_width
+        objects = batch_of(torch.zeros(len(truths), 3, 0, 0), truths, size)
+        made = Cuts(images, missing, torch.tensor(places).reshape(-1, 3), size, objects)
+        return made.pinned() if self.device.type == "cuda" else made
+
+    def _placed(
+        self, indices: Tensor, with_truth: bool, elsewhere: Container[int] = ()
+    ) -> Iterator[tuple[tuple[int, int, int], Tensor | None, Truth]]:
+        """File, top and left of each crop, pixels of the file, and what is true of the crop.
+
+        Pixels are None for the files `elsewhere`.
+        """
         if indices.dtype != torch.int64 or indices.dim() != 1:
             raise ValueError(
                 f"indices must be int64 [B], got {indices.dtype} {list(indices.shape)}"
@@ -184,23 +227,19 @@ class ImageFolder:
         indices = indices.cpu()
         keys = hashed(self._key, indices)
         height, width = self.config.image_height, self.config.image_width
-        crops, truths = [], []
         words = torch.stack(
             [draws(keys, purpose) for purpose in (_TOP, _LEFT, _WHETHER, _WHICH)], 1
         )
         # Python's numbers, which are faster one by one
         for drawn, word in zip(self._drawn(indices, keys), words.tolist(), strict=True):
-            file, pixels = self._readable(drawn)
+            file, pixels = self._readable(drawn, elsewhere)
             rows, columns = self._prepared_sizes[file]
             top, left = self._place(file, pixels, (rows, columns), word)
-            crops.append(pixels[:, top : top + height, left : left + width])
-            truth = self._prepared_truth(file)
+            truth = self._prepared_truth(file) if with_truth else None
             if truth is not None:
                 frame = (left, top, min(left + width, columns), min(top + height, rows))
-                truths.append(_clipped(truth, frame))
-            else:
-                truths.append(NOTHING)
-        return batch_of(self._prepared_crops(crops), truths, (height, width))
+                truth = _clipped(truth, frame)
+            yield (file, top, left), pixels, NOTHING if truth is None else truth
 
     def _prepared_crops(self, crops: list[Tensor]) -> Sequence[Tensor] | Tensor:
         """The crops as a model sees them: of one form, as they mostly are, all at once."""
@@ -316,8 +355,13 @@ class ImageFolder:
             raise InputError(f"no image can be read: {skipped_files(self.skipped, len(names))}")
         return sizes
 
+    @property
+    def _channels(self) -> int:
+        """Of prepared images; those of a contrast are grey."""
+        return 3 if self.prepare.contrast == "none" else 1
+
     def _place(
-        self, file: int, pixels: Tensor, size: tuple[int, int], words: list[int]
+        self, file: int, pixels: Tensor | None, size: tuple[int, int], words: list[int]
     ) -> tuple[int, int]:
         """Top and left of a crop in a prepared image of `size`, by four words drawn for it.
 
@@ -337,9 +381,10 @@ class ImageFolder:
                 return min(max(starts[0], 0), most[0]), min(max(starts[1], 0), most[1])
         return below(words[0], most[0] + 1), below(words[1], most[1] + 1)
 
-    def _bright_blocks(self, file: int, pixels: Tensor) -> Tensor:  # [m, 2] rows and columns
+    def _bright_blocks(self, file: int, pixels: Tensor | None) -> Tensor:  # [m, 2] rows and columns
         """The blocks of 4 x 4 pixels of a prepared image that are not background."""
         if file not in self._bright:
+            assert pixels is not None
             grey = of_prepared_pixels(pixels, self.prepare).amax(0, keepdim=True)
             means = functional.avg_pool2d(grey, _BLOCK) if min(grey.shape[1:]) >= _BLOCK else grey
             self._bright[file] = (means[0] > _BRIGHT).nonzero()
@@ -356,10 +401,12 @@ class ImageFolder:
         drawn: list[int] = files.tolist()
         return drawn
 
-    def _readable(self, file: int) -> tuple[int, Tensor]:
-        """The file, or the next one that is not damaged, and its pixels."""
+    def _readable(self, file: int, elsewhere: Container[int]) -> tuple[int, Tensor | None]:
+        """The file, or the next one that is not damaged, and its pixels if not `elsewhere`."""
         for step in range(len(self._names)):
             following = (file + step) % len(self._names)
+            if following in elsewhere:
+                return following, None
             pixels = self._pixels(following)
             if pixels is not None:
                 return following, pixels

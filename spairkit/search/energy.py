@@ -9,6 +9,7 @@ that of the image.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,8 @@ class Energy:
 
     def __init__(self, network: SPAIR, beta: float) -> None:
         self.network, self.beta = network, beta
+        self.recorded: Any = None
+        """The iterations of refinement that a GPU has recorded."""
 
     def __call__(self, scene: Scene, slots: Slots) -> Tensor:  # [B] nats
         """The energy of each image, with gradients to `slots.latents`."""

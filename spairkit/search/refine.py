@@ -1,19 +1,19 @@
 """Refinement: gradient descent on all latents of the present objects at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from spairkit.models.slots import Slots
 from spairkit.search.energy import Energy, Scene
+from spairkit.search.iterations import Work, advanced
 
 CHECK_EVERY = 5
 """Iterations between two looks at the energies, which wait for the device."""
 
 _PATIENCE = 4.0  # an image gives up if so many further falls like the last one miss its target
-_RATE, _RATE_DECAY, _LEAST_RATE = 0.1, 0.97, 0.02
-_MOMENTUM, _SCALE_MEMORY, _EPSILON = 0.8, 0.95, 1e-3  # Adam's
 
 
 def refine(
@@ -50,38 +50,21 @@ def refine(
     rows = torch.arange(len(latents), device=latents.device)  # images that go on
     goal = torch.full_like(lowest, torch.inf) if target is None else target
     moves = (slots.present if free is None else free * slots.present)[..., None]
-    now, best, here, high = latents.clone(), latents.clone(), lowest.clone(), -lowest
     enough = tolerance * moves.sum((1, 2)).clamp(min=1)
-    mean, scale = torch.zeros_like(now), torch.zeros_like(now)
-    view, part = scene, slots
-    for step in range(1, most + 1):
-        now.requires_grad_()
-        with torch.enable_grad():
-            value = energy(view, part.changed(now))
-            (gradient,) = torch.autograd.grad(value.sum(), now)
-        now, value = now.detach(), value.detach()
-        best = torch.where((value < here)[:, None, None], now, best)
-        here, high = torch.minimum(value, here), torch.maximum(value, high)
-        gradient = gradient * moves
-        # not torch.lerp, which rounds the last few elements by other code than the rest
-        mean = _MOMENTUM * mean + (1 - _MOMENTUM) * gradient
-        scale = _SCALE_MEMORY * scale + (1 - _SCALE_MEMORY) * gradient.square()
-        rate = max(_RATE * _RATE_DECAY**step, _LEAST_RATE) / (1 - _MOMENTUM**step)
-        now = now - rate * mean / ((scale / (1 - _SCALE_MEMORY**step)).sqrt() + _EPSILON)
-        if step % CHECK_EVERY and step < most:
-            continue
+    work = Work.of(scene, slots, moves)
+    for start in range(0, most, CHECK_EVERY):
+        step = min(start + CHECK_EVERY, most)
+        work = advanced(energy, work, range(start + 1, step + 1))
         if on_check is not None:
             on_check(step / most)
-        fell = high - here
-        going = (fell > enough) & (here - _PATIENCE * fell < goal) & (step < most)
-        high = value
+        fell = work.high - work.here
+        going = (fell > enough) & (work.here - _PATIENCE * fell < goal) & (step < most)
+        work = replace(work, high=work.value)
         if bool(going.all()):
             continue
-        latents[rows[~going]], lowest[rows[~going]] = best[~going], here[~going]
+        latents[rows[~going]], lowest[rows[~going]] = work.best[~going], work.here[~going]
         if not bool(going.any()):
             break
-        rows, goal, enough, moves = (x[going] for x in (rows, goal, enough, moves))
-        high, here = high[going], here[going]
-        now, best, mean, scale = (x[going] for x in (now, best, mean, scale))
-        view, part = view.select(going), part.select(going)
+        rows, goal, enough = (x[going] for x in (rows, goal, enough))
+        work = work.select(going)
     return slots.changed(latents), lowest

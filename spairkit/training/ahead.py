@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
 
-from spairkit.data.scenes import Batch
+Made = TypeVar("Made")
 
 
-class Ahead:
+class Ahead(Generic[Made]):
     """Calls `make` for consecutive steps, for the next one while the result of this one is used.
 
     Only one thread at a time is inside `make`, and steps are made in the order in which they are
@@ -14,16 +15,16 @@ class Ahead:
     with Python, after the batch that it is making.
 
     Args:
-        make: the batch of a step.
+        make: the batch of a step, or what is left to be done for it.
         end: the step after the last one that is asked for.
     """
 
-    def __init__(self, make: Callable[[int], Batch], end: int) -> None:
+    def __init__(self, make: Callable[[int], Made], end: int) -> None:
         self._make, self._end = make, end
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="spairkit-batch")
-        self._next: tuple[int, Future[Batch]] | None = None
+        self._next: tuple[int, Future[Made]] | None = None
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> Made:
         """The batch of `step`; raises what `make` raised for it."""
         expected, coming = self._next or (None, None)
         self._next = None

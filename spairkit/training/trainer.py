@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spairkit.backends import computing_in
 from spairkit.config import ClassicalConfig, Config, TrainConfig
+from spairkit.data.crops import Cuts
 from spairkit.data.datasets import Dataset, validation_batches
 from spairkit.data.folder import ImageFolder
 from spairkit.data.scenes import Batch, Scenes
@@ -108,7 +109,7 @@ class Trainer:
             self._resume(run, checkpoint)
         if self.world.size > 1:
             self._take_from_first()
-        self._ahead: Ahead | None = None
+        self._ahead: Ahead[Batch | Cuts] | None = None
         if device.type == "cuda":
             self._look_ahead()
         self.wheels: bool | None = None  # whether training wheels were on in the last update
@@ -170,10 +171,11 @@ class Trainer:
         return self.train.batch(_images(self.config.train, self.world, step))
 
     def _look_ahead(self) -> None:
-        """Starts a thread that crops and pins the images of the next update of a folder."""
-        if isinstance(folder := self.train, ImageFolder):
+        """Starts a thread that draws and pins the crops of the next update of a folder."""
+        if isinstance(self.train, ImageFolder):
+            make = self.train.ahead(with_truth=self.config.model.count_is_given)
             images = partial(_images, self.config.train, self.world)
-            self._ahead = Ahead(lambda step: folder.on_host(images(step)), self.config.train.steps)
+            self._ahead = Ahead(lambda step: make(images(step)), self.config.train.steps)
 
     def _first_image(self, step: int) -> int:
         """Index of the first image of this process in the update of `step`."""

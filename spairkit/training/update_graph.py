@@ -3,28 +3,22 @@
 Launched one by one, the hundreds of small kernels of an update keep a GPU waiting for the host.
 """
 
-import gc
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spairkit.config import Config
+from spairkit.cuda_graphs import Recorded
 from spairkit.data.datasets import Dataset
 from spairkit.data.scenes import Batch, Scenes
-from spairkit.errors import InputError
 from spairkit.models.elbo import Losses
 from spairkit.models.noise import Part, Tape
 from spairkit.storage.runs import Run
 from spairkit.training.distributed import World
 from spairkit.training.trainer import Inputs, Trainer
-
-WARM_UP = 3
-"""Updates before the recording, in which kernels are compiled and caches are filled."""
 
 
 def make_trainer(
@@ -117,91 +111,18 @@ class RecordingTrainer(Trainer):
         return given | {"steps": max(self.config.data.max_objects, 1)} if given else given
 
 
-class UpdateGraph:
-    """Calls of `update`: the first three run it, the fourth records it, and later ones replay.
+class UpdateGraph(Recorded[Losses]):
+    """A recorded update of all processes of a world.
 
-    Where recording fails, in this process or another one, there is one warning, and every call of
-    every process runs `update`: exchanges that are recorded here and not there might not meet.
-
-    Args:
-        update: reads and writes tensors that stay in one place, and waits for no result. Python
-            values that it reads keep the value that they had when it was recorded.
-        device: a GPU.
-        world: the processes that take part in its exchanges.
+    Where recording fails in one process, every call of every process runs `update`: exchanges that
+    are recorded here and not there might not meet.
     """
 
     def __init__(
         self, update: Callable[[], Losses], device: torch.device, world: World | None = None
     ) -> None:
-        self._update, self._device, self._world = update, device, world or World()
-        self._calls = 0
-        self._play: Callable[[], Losses] | None = None
+        super().__init__(update, device, "an update")
+        self._world = world or World()
 
-    def __call__(self) -> Losses:
-        """One update; from the fourth call on, the next one overwrites the returned tensors."""
-        self._calls += 1
-        if self._calls <= WARM_UP:
-            return _aside(self._update, self._device)
-        if self._play is None:
-            self._play, reason = self._update, "another process could not record its own"
-            try:
-                self._play = _record(self._update, self._device)
-            except (RuntimeError, InputError) as error:
-                # the context names the operation or exchange that broke the recording
-                reason = str(error.__context__ or error)
-            if self._world.greatest(int(not self.plays)):
-                warnings.warn(
-                    "an update could not be recorded as a CUDA graph; updates are launched kernel "
-                    f"by kernel, which is slower: {reason}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                self._play = self._update
-        return self._play()
-
-    @property
-    def plays(self) -> bool:
-        """Whether a record exists."""
-        return self._play not in (None, self._update)
-
-
-@cache
-def _own_stream(index: int) -> torch.cuda.Stream:
-    """One stream on each GPU for all records: cuBLAS keeps a workspace for every stream."""
-    return torch.cuda.Stream(index)
-
-
-def _aside(update: Callable[[], Losses], device: torch.device) -> Losses:
-    """Runs `update` on another stream: autograd must not stay tied to the default one."""
-    with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            losses = update()
-        here.wait_stream(aside)
-    return losses
-
-
-def _record(update: Callable[[], Losses], device: torch.device) -> Callable[[], Losses]:
-    """Records `update` without running it; returns the function that replays it."""
-    graph = torch.cuda.CUDAGraph()
-    # destroying a graph during the recording would break it
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    with torch.cuda.device(device):
-        here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
-        try:
-            # other threads, such as NCCL's, may wait for events meanwhile
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                losses = update()
-        finally:
-            torch.cuda.set_stream(here)  # torch stays on the other stream if recording fails
-            if collects:
-                gc.enable()
-
-    def play() -> Losses:
-        graph.replay()
-        return losses
-
-    return play
+    def _agreed(self, plays: bool) -> bool:
+        return not self._world.greatest(int(not plays))
