@@ -63,6 +63,7 @@ _CLOSE = 1.04  # ratio of two diameters that agree
 _KEPT = 0.97  # of the share of the contrast that objects hold: about as much
 _MORE = 1.2  # times as many objects as at the start: their parts
 _COMPACT = 0.6  # share of its box that a single object fills at least
+_TURNED = 2.0  # times the share that objects hold when they are taken for the background
 _LONG, _FULL = 2.0, 0.97  # length of a rod in widths; area in that of a rectangle
 _FEWEST = 5  # objects that a diameter is measured on
 _SHARE = 0.38  # of the contrast above noise that lies in compact objects, at least
@@ -346,6 +347,12 @@ def look(
         diameter = measured.median if len(measured.sides) >= _FEWEST else OBJECT_PX / scale
     else:
         diameter, measured = _diameter(images, config, on_progress)
+        if measured.bright_share < _SHARE and contrast == "direction" and "direction" not in holds:
+            turned = replace(config, direction=_negative(direction))
+            other, opposite = _diameter(images, turned, lambda share: None)
+            if opposite.bright_share > _TURNED * measured.bright_share:
+                config, direction = turned, turned.direction
+                diameter, measured = other, opposite
         scale = OBJECT_PX / diameter
     fields = [_middle(image, math.ceil(_FIELD / scale)) for image in images]
     seen = [
@@ -439,6 +446,11 @@ def _read(paths: Sequence[Path], most: int) -> list[tuple[Path, Tensor]]:
     return images
 
 
+def _negative(direction: tuple[float, float, float]) -> tuple[float, float, float]:
+    red, green, blue = direction
+    return -red, -green, -blue
+
+
 def _within(size: Sequence[int], most: int) -> tuple[int, int]:
     """The size reduced so that the area is at most most^2, with the same proportions."""
     scale = min(most / math.sqrt(size[0] * size[1]), 1.0)
@@ -469,15 +481,16 @@ def _colours(
         spread = float(even.std())
         skews.append(float((even**3).mean()) / spread**3 if spread > 1e-6 else 0.0)
     sign = -1 if np.median(skews) < 0 else 1
-    agreements = []
+    means = []
     for image, grey in zip(smooth, greys, strict=True):
         ground = sign * grey <= otsu(sign * grey)
         apart = image - np.median(image[:, ground], axis=1)[:, None, None]
         distance = np.sqrt(np.square(apart).sum(0))
         far = distance > max(otsu(distance), 1e-6)
         units = apart[:, far] / distance[far]
-        agreements.append(float(np.linalg.norm(units.mean(1))) if far.any() else 1.0)
-    agreement = float(np.median(agreements))
+        if far.any():
+            means.append(units.mean(1))
+    agreement = float(np.linalg.norm(np.mean(means, axis=0))) if means else 1.0
     r, g, b = (round(sign * float(weight), 4) for weight in direction)
     return ("direction" if agreement >= _ALIGNED else "distance"), (r, g, b), agreement
 
@@ -489,12 +502,14 @@ def _diameter(
 
     Objects are found with a diameter that is assumed, and their median side is the next one, until
     both agree. It starts, of the diameters that nearly agree, at the largest one whose objects hold
-    about as much of the contrast as those of any: objects, not the parts that they may have.
+    about as much of the contrast as those of any: objects, not the parts that they may have. If
+    none does, as with stars of any brightness, it starts at the nearest one whose objects hold the
+    contrast above the noise.
     """
     largest = max(max(image.shape[1:]) for image in images)
     diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, 0.0, len(images), 1)
     starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
-    agreeing = []
+    agreeing, others = [], []
     for number, assumed in enumerate(starts):
         measured = _compact(images, config, assumed)
         on_progress((number + 1) / (len(starts) + 1))
@@ -502,6 +517,10 @@ def _diameter(
             continue
         if 1 / _NEAR < measured.median / assumed < _NEAR:
             agreeing.append((assumed, measured))
+        elif measured.bright_share >= _SHARE:
+            others.append((assumed, measured))
+    if others and not agreeing:
+        agreeing = [min(others, key=lambda pair: abs(math.log(pair[1].median / pair[0])))]
     if agreeing:
         least = _KEPT * max(measured.share for _, measured in agreeing)
         diameter, best = [pair for pair in agreeing if pair[1].share >= least][-1]

@@ -119,6 +119,35 @@ def test_objects_in_a_small_part_of_16_bits_are_measured(tmp_path: Path) -> None
     assert survey.doubts() == []
 
 
+def test_objects_that_cover_most_of_the_image_are_measured(tmp_path: Path) -> None:
+    image, number = spots(340, [20], apart=1.08)
+    survey = look_at(tmp_path, image)
+    assert survey.polarity == "bright"
+    assert survey.diameter == pytest.approx(20, rel=0.15)
+    assert survey.objects == pytest.approx(number, rel=0.3), "objects at the border are left out"
+
+
+def test_a_colour_in_each_image_calls_for_a_distance(tmp_path: Path) -> None:
+    colours = [(0.8, 0.3, 0.3), (0.3, 0.8, 0.3), (0.2, 0.2, 0.8)]
+    images = [spots(96, [16], GREY, [colour])[0] for colour in colours]
+    survey = look_at(tmp_path, *images)
+    assert survey.prepare.contrast == "distance"
+    assert survey.diameter == pytest.approx(16, rel=0.15)
+
+
+def test_stars_of_any_brightness_are_measured(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:400, :400] + 0.5
+    image = np.full((400, 400), 0.05)
+    for cy, cx in rng.uniform(8, 392, (150, 2)):
+        peak = np.exp(rng.uniform(np.log(0.05), np.log(0.9)))
+        image += peak * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * 1.5**2))
+    image += 0.01 * rng.normal(size=image.shape)
+    survey = look_at(tmp_path, torch.from_numpy(image).clamp(0, 1).float().expand(3, -1, -1))
+    assert survey.diameter == pytest.approx(5, rel=0.25)
+    assert survey.doubts() == []
+
+
 def test_rods_at_any_angle_are_measured(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     image = np.full((300, 300), 0.1)
