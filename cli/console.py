@@ -160,8 +160,8 @@ class Counter:
         if self.bar.disable and now - self._line_at >= LINE_EVERY_SECONDS:
             self._line_at = now
             task = next(task for task in self.bar.tasks if task.id == self.task)
-            total = "" if task.total is None else f" of {task.total:g}"
-            self.bar.say(f"{task.description}: {task.completed:g}{total}{search}")
+            total = "" if task.total is None else f" of {task.total:.0f}"
+            self.bar.say(f"{task.description}: {task.completed:.0f}{total}{search}")
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def choose_checkpoint(given: Path | None, images: Iterable[Path] = ()) -> Path:
 
 def unfinished(path: Path) -> str:
     """What to add to the name of a run whose training has not ended; else nothing."""
-    from spairkit.report.signs import is_judged
+    from spairkit.report.signs import has_signs
     from spairkit.storage.runs import Run
 
     try:
@@ -169,12 +169,12 @@ def unfinished(path: Path) -> str:
     except InputError:
         return ""  # to load it tells why
     missing = run.missing
-    if not missing or is_judged(path):
+    if not missing or has_signs(path):
         return ""
     steps = run.config.train.steps
     place = f"at update {steps - missing} of {steps}"
     if run.is_training:
-        return f", {place}: its training goes on"
+        return f", still training, {place}"
     return f", interrupted {place}; continue with: spairkit train --resume {shlex.quote(str(path))}"
 
 

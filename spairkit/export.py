@@ -36,6 +36,7 @@ METADATA = "spairkit"
 """Name of the metadata, JSON: a property of an ONNX model, and a file in a .pt2."""
 
 PHASES = 2
+"""Of `export`: tracing and converting."""
 
 MAX_SIDE = 4096
 """Of the prepared images of a graph, px."""
@@ -158,7 +159,7 @@ def traced(network: SPAIR, size: tuple[int, int]) -> torch.export.ExportedProgra
     del network.decoder  # of no use in the graph
     encoder = _Encoder(network).eval()
     images = torch.zeros(2, 3, *size)
-    even_waves(*network.grid(*size))
+    even_waves(*network.grid(*size))  # fills its cache; see `scan_cells`
     with torch.no_grad():
         batch = {"images": {0: torch.export.Dim.DYNAMIC}}
         program = torch.export.export(encoder, (images,), dynamic_shapes=batch)

@@ -49,8 +49,8 @@ def refuse_remote_stack(place: Path, url: str) -> None:
     number, _ = _frames(place)
     if number > 1:
         raise ImageFileError(
-            f"{url}: a stack of {several_pages(number)}; of URLs only single images are read: copy "
-            "it to this machine"
+            f"{url}: a stack of {several_pages(number)}; from URLs, only single images are read; "
+            "copy it to this machine"
         )
 
 

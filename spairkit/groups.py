@@ -40,8 +40,8 @@ def grouped(embeddings: Tensor) -> list[list[int]]:  # [n, A]
 def clusters(embeddings: Tensor) -> list[int]:  # [n, A]
     """The number of each row's group in `grouped`, from 1, the largest; empty if n or A is 0.
 
-    Of more than 20,000 rows as many, evenly spread, make the groups, and the others belong to that
-    of the nearest mean.
+    Of more than 20,000 rows at most 20,000, evenly spread, make the groups, and every row belongs
+    to that of the nearest mean.
     """
     if not embeddings.numel():
         return []

@@ -104,8 +104,8 @@ def _levelled_contrast(pixels: Tensor, config: PrepareConfig) -> Tensor:  # [h, 
         contrast = contrast_of(_resized_pixels(pixels, size).numpy(), config, least_noise)
     if config.levels == "image":
         measured = _bands(contrast)
-        typical, noise = typical_contrast(measured, least_noise), noise_of(measured, least_noise)
-        contrast /= white_level(typical, noise, config.typical_white)
+        noise = noise_of(measured, least_noise)
+        contrast /= white_level(typical_contrast(measured, noise), noise, config.typical_white)
     else:
         contrast -= config.black
         contrast /= config.white - config.black
@@ -207,7 +207,7 @@ def half_level(pixels: Tensor) -> float:  # [1 or 3, H, W], as `images.read_pixe
 def contrast_of(image: Array, config: PrepareConfig, least_noise: float) -> Array:
     """How far each pixel differs from the background, in intensities; the background is about 0.
 
-    [1 or 3, h, w] -> [h, w]; `least_noise` is that of `half_level`.
+    [1 or 3, h, w] -> [h, w]; `least_noise` as `least_noise_of` gives it.
 
     "direction" adds the channels with the weights of `config.direction`, so contrasts have a sign.
     "distance" is the distance of the colour to that of the background, in which the colours of the
@@ -353,13 +353,13 @@ def noise_of(grey: Array, least: float) -> float:  # [h, w]
     return max(_TO_STD * float(np.median(np.abs(differences))) / 6, least)
 
 
-def typical_contrast(contrast: Array, least_noise: float) -> float:  # [h, w]
+def typical_contrast(contrast: Array, noise: float) -> float:  # [h, w]
     """The median contrast of the pixels that Otsu's rule takes for objects, 0 if there are none.
 
     The rule is applied to logarithms beyond the noise, so dim objects count beside bright ones.
     """
     smooth = np.maximum(ndimage.gaussian_filter(contrast, _SMOOTHING), 0)
-    soft = np.arcsinh(smooth / (_SOFT * noise_of(contrast, least_noise)))
+    soft = np.arcsinh(smooth / (_SOFT * noise))
     chosen = smooth[soft > otsu(soft)]
     return float(np.median(chosen)) if chosen.size else 0.0
 
@@ -373,7 +373,7 @@ def white_level(typical: float, noise: float, typical_white: float) -> float:
     Args:
         typical: `typical_contrast` of an image.
         noise: `noise_of` it.
-        typical_white: that of other images; also, a tenth of it is the least one.
+        typical_white: that of other images; no image has less than a tenth of it.
     """
     if stands_out(typical, noise):
         return max(_WHITE * typical, _LEAST_WHITE * typical_white)

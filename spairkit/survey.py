@@ -321,7 +321,7 @@ def look(
         paths: of the images; those that cannot be read are passed over.
         on_progress: called with the share that is done.
         chosen: the user's settings of the preparation. Scale, contrast, direction and background
-            hold, and the rest is measured with them.
+            hold, and the rest is measured with the first three.
 
     Raises:
         InputError: no image can be read.
@@ -593,7 +593,8 @@ def _levels(
     measured = []
     for image, least in zip(images, least_noises, strict=True):
         contrast = contrast_of(image, config, least)
-        measured.append((typical_contrast(contrast, least), noise_of(contrast, least)))
+        noise = noise_of(contrast, least)
+        measured.append((typical_contrast(contrast, noise), noise))
     clear = [pair for pair in measured if stands_out(*pair)] or measured
     return float(np.median([t for t, _ in clear])), float(np.median([s for _, s in measured]))
 

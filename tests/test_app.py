@@ -570,6 +570,10 @@ def test_groups_are_those_of_the_whole_folder() -> None:
     groups, numbers = groups_of(alike)
     assert groups == [], "nothing to switch off"
     assert all(numbers[image].tolist() == [1] * 20 for image in range(2))
+    objects[0][0][1] = np.nan
+    groups, numbers = groups_of(objects)
+    assert [group.count for group in groups] == [39, 18], "NaN is taken for 0"
+    assert all(numbers[image].tolist() == ([2, 1, 1] * 7)[:20] for image in range(3))
 
 
 @pytest.mark.parametrize("least", [-1.0, 2.0])

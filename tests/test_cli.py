@@ -343,7 +343,7 @@ def test_a_default_run_that_is_not_done_is_said_to_be_so(
     with made.lock():
         choose_checkpoint(None)
     assert capsys.readouterr().err == (
-        "using the newest run: runs/a run, at update 3 of 9: its training goes on\n"
+        "using the newest run: runs/a run, still training, at update 3 of 9\n"
     )
     assert not made.is_training
     (made.path / "checkpoints" / "step-9").mkdir()

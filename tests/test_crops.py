@@ -168,6 +168,12 @@ def test_batches_without_truth_have_the_same_images(
     assert not made.counts.any()
 
 
+def test_no_crops_are_none(tmp_path: Path) -> None:
+    fill(tmp_path)
+    folder, none = opened(tmp_path), torch.arange(0)
+    assert_same_bits(folder.cuts(room_for(folder), none).to(CPU), folder.batch(none))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_crops_of_a_gpu_have_the_bits_of_the_cpu(tmp_path: Path) -> None:

@@ -495,7 +495,7 @@ def test_stacks_of_urls_are_refused(run: Runner, store: Any) -> None:
     store.pipe("/mixed/one.png", store.cat("/alone"))
     ended = run("detect", "memory://mixed", *ALL, *QUICKLY, "--out", "found")
     assert ended.status == 0
-    reason = "a stack of 3 pages; of URLs only single images are read: copy it to this machine"
+    reason = "a stack of 3 pages; from URLs, only single images are read; copy it to this machine"
     assert ended.err.splitlines()[-1] == (
         f"skipped 2 of 3: memory://mixed/cells.npy: {reason}; memory://mixed/cells.tif: {reason}"
     )

@@ -192,6 +192,14 @@ with run.lock():
 """
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.path / ".lock").unlink()
+    os.mkfifo(run.path / ".lock")
+    assert not run.is_training
+
+
 @pytest.mark.slow
 def test_kill_9_loses_no_checkpoint_and_frees_the_lock(tmp_path: Path) -> None:
     """Kills come at random moments of continuous saving; forks share one import of torch."""

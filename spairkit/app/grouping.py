@@ -47,7 +47,7 @@ def groups_of(
         return [], {}
     points = torch.from_numpy(np.stack([objects[image][0][row] for image, row in rows]))
     chosen = torch.tensor(clusters(points))
-    points = points.double()
+    points = points.double().nan_to_num()
     means = torch.stack([points[chosen == n].mean(0) for n in range(1, int(chosen.max()) + 1)])
     numbers = {
         image: nearest(torch.from_numpy(objects[image][0]), means).numpy() for image in images

@@ -210,7 +210,9 @@ class ImageFolder:
                     self._bright_blocks(file, pixels)
         size = self.config.image_height, self.config.image_width
         objects = batch_of(torch.zeros(len(truths), 3, 0, 0), truths, size)
-        made = Cuts(images, missing, torch.tensor(places).reshape(-1, 3), size, objects)
+        made = Cuts(
+            images, missing, torch.tensor(places, dtype=torch.int64).reshape(-1, 3), size, objects
+        )
         return made.pinned() if self.device.type == "cuda" else made
 
     def _placed(

@@ -120,8 +120,8 @@ def clear_signs(run: Path) -> None:
         raise InputError(f"{path}: cannot be removed: {error.strerror}") from error
 
 
-def is_judged(run: Path) -> bool:
-    """Whether a training has ended there, and its signs were looked for."""
+def has_signs(run: Path) -> bool:
+    """Whether a training has ended there: then its signs are written, even if there are none."""
     return (run / _FILE).exists()
 
 

@@ -61,10 +61,15 @@ class Work:
         }
         return replace(self, slots=self.slots.padded(slots), **wider).select(rows)
 
+    @property
+    def state(self) -> list[Tensor]:
+        """What an iteration changes."""
+        return [self.now, self.best, self.mean, self.scale, self.value, self.here, self.high]
+
     def tensors(self) -> list[Tensor]:
         """All of them, those of scene and slots first."""
         parts = [getattr(part, f.name) for part in (self.scene, self.slots) for f in fields(part)]
-        return [*parts, *(getattr(self, field.name) for field in fields(self)[2:])]
+        return [*parts, self.moves, *self.state]
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Work":
         values = map(change, self.tensors())
@@ -172,7 +177,7 @@ class RecordedIterations:
 
     def _in_place(self, work: Work, rates: tuple[Tensor, Tensor]) -> None:
         after = _iterated(self._energy, work, *rates)
-        torch._foreach_copy_(work.tensors()[-7:], after.tensors()[-7:])
+        torch._foreach_copy_(work.state, after.state)
 
 
 def _power(number: int) -> int:

@@ -194,10 +194,11 @@ def sweep_beside(paths: Iterable[Path]) -> None:
     for path in map(Path, map(os.path.realpath, paths)):
         beginnings.setdefault(path.parent, set()).add(_beginning(path))
     for folder, ours in beginnings.items():
-        with _refusals(folder), suppress(FileNotFoundError):
-            for name in os.listdir(folder):
+        with _refusals(folder):
+            for name in os.listdir(folder) if folder.is_dir() else ():
                 if name[: len(_PREFIX) + _DIGITS] in ours:
-                    _remove(folder / name)
+                    with suppress(FileNotFoundError):  # another process removed it
+                        _remove(folder / name)
 
 
 def refuse_links(folder: Path, but: Collection[str] = ()) -> None:

@@ -93,12 +93,18 @@ class Run:
     def is_training(self) -> bool:
         """Whether a process of this machine trains in it now."""
         try:
-            with (self.path / _LOCK).open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # to open a pipe would wait for a writer
+            lock = os.open(self.path / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # it was never locked
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except OSError:  # it was never locked, or cannot be
+        except OSError:  # it cannot be locked
             return False
+        finally:
+            os.close(lock)
         return False
 
     @property
