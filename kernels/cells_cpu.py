@@ -140,7 +140,8 @@ def _multiply(rows, weight, values, apart, scratch):
 
     Libraries multiply few rows by another kernel, which rounds differently, and some round a row
     differently in another place of a large block. Blocks of eight rows each give a row the same
-    bits beside any others, with OpenBLAS on any processor.
+    bits beside any others, with OpenBLAS's kernels for Nehalem, Sandy Bridge, Haswell, Zen and
+    Skylake.
     """
     num_rows = len(rows)
     size = _BLOCK if apart else max(num_rows, 1)

@@ -122,7 +122,7 @@ def kept_parts(
         out: the output; None keeps results in memory only.
         settings: what results depend on besides the images.
         written: the files that this process writes; what killed ones left half-written of them
-            is removed too.
+            is removed too, on a file system with locks.
         shared: other processes that share may work on this output too, and nothing is removed.
 
     Raises:
@@ -144,7 +144,8 @@ def kept_parts(
                 remove_folder(folder)
             raise
         if not shared:
-            sweep_beside([folder, *written])
+            if _holds(lock):
+                sweep_beside([folder, *written])
             remove_folder(folder)
     finally:
         os.close(lock)
@@ -178,6 +179,15 @@ def _locked(folder: Path, *, shared: bool) -> int:
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         os.close(descriptor)
+
+
+def _holds(lock: int) -> bool:
+    """Whether no other process has the lock, which a file system without locks cannot tell."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _check(folder: Path) -> None:
