@@ -6,7 +6,6 @@ found = detector.detect("cells.tif")
 
 import os
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from spairkit.images import (
     same_sized,
     skipped_files,
     to_colour,
+    warn,
 )
 from spairkit.models.loading import Network, from_checkpoint
 from spairkit.models.networks import check_images
@@ -609,7 +609,7 @@ def _warned_of(total: int) -> Callable[[ImageLike, ImageFileError], None]:
         reasons.append(str(error))
         if len(reasons) == total:
             raise InputError(f"no image can be read: {skipped_files(reasons, total)}")
-        warnings.warn(skipped_files([str(error)], total), stacklevel=2)
+        warn(skipped_files([str(error)], total), stacklevel=2)
 
     return skip
 

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,6 +42,7 @@ MAX_PIXELS = 178_000_000
 # Pillow logs what is wrong with a file before it raises; without a handler that goes to stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
+_FILTERS = threading.RLock()  # those of warnings, which all threads share
 _MAX_BYTES = 1 << 30
 _STRIP_PIXELS = 1 << 22  # of a large image that are converted together
 _NAMED = 3  # files that a message about skipped ones names
@@ -203,6 +205,12 @@ class _Picture:
         deep = netpbm if self._image.format == "PPM" else deep_png
         pixels = deep(self._file, self._image)
         return _pixels(self._image, self._name) if pixels is None else pixels
+
+
+def warn(message: str, stacklevel: int = 1) -> None:
+    """`warnings.warn`, but not while another thread reads an image, which silences all threads."""
+    with _FILTERS:
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def _tell_of_pages(name: str) -> None:
@@ -604,7 +612,7 @@ def _opened(path: Path | str) -> Iterator[Tiff | NumpyImages | _Picture]:
                 raise ImageFileError(f"{name}: {printable(path)} is no stack; name the file itself")
             if path.stat().st_size > _MAX_BYTES:
                 raise ImageFileError(f"{name}: larger than 1 GiB; cut it into smaller images")
-            with warnings.catch_warnings():
+            with _FILTERS, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(file, formats=_FORMATS) as opened:
                     _check_size((opened.height, opened.width), name)

@@ -258,6 +258,8 @@ def test_progress_names_its_phases_and_grows() -> None:
 class Bar:
     """A progress bar that notes the state of its tasks."""
 
+    disable = False
+
     def __init__(self) -> None:
         self.tasks: list[dict[str, Any]] = []
 

@@ -1,6 +1,8 @@
 """Detector: every form of image, batches of images, explanations, and training from Python."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -170,6 +172,29 @@ def test_damaged_files_of_a_folder_are_skipped_with_a_warning(
         pytest.raises(InputError, match=r"no image can be read: skipped 3 of 3: .*0\.png: not an"),
     ):
         list(detector.detect_many(tmp_path))
+
+
+def test_reading_ahead_silences_no_warning(
+    detector: Detector, scenes: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Filters of warnings are those of all threads, and Pillow's warnings are ignored."""
+    (tmp_path / "0.png").write_bytes(b"no image")
+    for index, scene in enumerate(scenes[:2], start=1):
+        write_png(tmp_path / f"{index}.png", scene)
+    real, inside = Image.open, threading.Event()
+
+    def slow(file: Any, *rest: Any, **options: Any) -> Any:
+        if file.name.endswith("1.png"):
+            inside.set()
+            time.sleep(0.2)
+        return real(file, *rest, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    monkeypatch.setattr(
+        "spairkit.detector.skipped_files", lambda *_: inside.wait(60) and "skipped a file"
+    )
+    with pytest.warns(UserWarning, match="skipped a file"):
+        assert len(list(detector.detect_many(tmp_path))) == 2
 
 
 def test_damaged_image_of_an_iterable_is_named_when_it_is_reached(

@@ -29,6 +29,7 @@ from spairkit.images import (
     stored_form,
     to_colour,
     upright_boxes,
+    warn,
 )
 from spairkit.names import printable
 from spairkit.preparation import of_prepared_pixels, prepare_pixels, prepared_size
@@ -442,7 +443,7 @@ class ImageFolder:
         except ImageFileError as error:
             self._broken[name] = str(error)
             if len(self._broken) <= _ANNOUNCED:
-                warnings.warn(skipped_files([str(error)], self.num_files), stacklevel=2)
+                warn(skipped_files([str(error)], self.num_files), stacklevel=2)
             return None
         if tuple(pixels.shape[1:]) != self._sizes[file]:
             raise InputError(f"{printable(path)}: changed during use; start again")
