@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from torch import Tensor
@@ -111,6 +112,18 @@ def test_crops_are_of_the_image_and_stay_inside_it(tmp_path: Path) -> None:
     assert sorted(set(first.flatten().tolist())) == levels[:12].tolist()  # 1.25 times 10 px
     assert sorted(set(second.flatten().tolist())) == levels[:10].tolist()
     assert (sheet[:, 120:] == 255).all()
+
+
+def test_crops_of_few_levels_of_16_bits_keep_their_greys(tmp_path: Path) -> None:
+    path = tmp_path / "cells"
+    path.mkdir()
+    ramp = np.broadcast_to(np.arange(100, 140, dtype=np.uint16), (30, 40))
+    tifffile.imwrite(path / "a.tif", ramp)
+    dataset = open_dataset(DataConfig(name="folder", path=str(path)), "test")
+    found = look(tmp_path / "run", Fake(counts=False), dataset)
+    with Image.open(picture_path(tmp_path / "run", found.groups[0].picture)) as picture:
+        greys = set(np.asarray(picture)[:, :56, 0].ravel().tolist())
+    assert len(greys) == 12, "one for each column of the crop"
 
 
 def test_scenes_have_true_counts_and_are_limited(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_signs_at_a_validation(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert sign(8.0) == ("many", "100% of cells are on")
     way, reason = sign(-8.0) or ("", "")
     assert way == "few"
-    assert reason.startswith("no object is found (a watershed finds ")
+    assert reason.startswith("no object is found in the crops (a watershed finds ")
     monkeypatch.setattr(restarts, "_CELLS_ON", 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(restarts, "_DARK", 1.0)

@@ -170,7 +170,7 @@ def write_objects(
                 entry["interval"] = item.counts.interval()
             images.append(FoundImage(count=len(item), **entry))
             found.append(_without_masks(item))
-            pixels.append((image * 255).round().to(torch.uint8))
+            pixels.append(_shown(image))
             if progress is not None:
                 progress(len(images))
         if len(images) >= MAX_IMAGES or time.monotonic() - began > _SECONDS:
@@ -269,6 +269,12 @@ def _picture(image: Tensor, found: Detections) -> bytes:
     return encoded(draw_boxes(image, found, scale, levels=display_levels(image)))
 
 
+def _shown(image: Tensor) -> Tensor:  # [3, H, W] in [0, 1] -> uint8
+    """The image at its display levels."""
+    low, high = display_levels(image)
+    return ((image - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def _groups(
     found: Sequence[Detections], pixels: Sequence[Tensor], files: dict[str, bytes]
 ) -> tuple[Group, ...]:
@@ -278,16 +284,10 @@ def _groups(
         return ()
     boxes = torch.cat([item.boxes for item in found])
     sides = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-    levels: dict[int, tuple[float, float]] = {}
     groups = []
     for number, rows in enumerate(grouped(torch.cat([item.what for item in found])), start=1):
         name = f"group-{number}.png"
-        crops = []
-        for row in rows[:_CROPS]:
-            b = owners[row][0]
-            if b not in levels:
-                levels[b] = display_levels(pixels[b] / 255)
-            crops.append(_crop(pixels[b], boxes[row], levels[b]))
+        crops = [_crop(pixels[owners[row][0]], boxes[row]) for row in rows[:_CROPS]]
         files[name] = encoded(_tiled(crops))
         side = float(sides[rows].median().clamp(0, 1e6))
         groups.append(Group(count=len(rows), side=side, picture=name))
@@ -297,19 +297,16 @@ def _groups(
 def _crop(
     pixels: Tensor,  # [3, H, W] uint8
     box: Tensor,  # [4]
-    levels: tuple[float, float],
 ) -> Image.Image:
-    """A square round the box, inside the image if it fits, at the display levels of the image."""
+    """A square round the box, inside the image if it fits."""
     height, width = pixels.shape[1:]
     x1, y1, x2, y2 = box.clamp(-width - height, width + height).tolist()
     side = max(_LEAST_CROP, _CROP_MARGIN * max(x2 - x1, y2 - y1))
     side = round(min(side, height, width))
     left = min(max(round((x1 + x2 - side) / 2), 0), width - side)
     top = min(max(round((y1 + y2 - side) / 2), 0), height - side)
-    cut = pixels[:, top : top + side, left : left + side] / 255
-    low, high = levels
-    shown = ((cut - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
-    tile = Image.fromarray(shown.permute(1, 2, 0).contiguous().numpy())
+    cut = pixels[:, top : top + side, left : left + side]
+    tile = Image.fromarray(cut.permute(1, 2, 0).contiguous().numpy())
     way = Image.Resampling.NEAREST if side <= _CROP_SIDE else Image.Resampling.BOX
     return tile.resize((_CROP_SIDE, _CROP_SIDE), way)
 

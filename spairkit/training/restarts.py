@@ -159,7 +159,7 @@ def _sign(model: SPAIR, config: Config, dataset: Dataset) -> tuple[Way, str] | N
     if number >= _FEWEST and painted > _PAINTED:
         return "many", f"{painted:.0%} of objects lie on the background"
     if not number and others:
-        return "few", f"no object is found (a watershed finds {others})"
+        return "few", f"no object is found in the crops (a watershed finds {others})"
     if number and error > _RECONSTRUCTED * plain:
         return "few", "the reconstruction is no better than the background alone"
     f1 = agreement(found, beside).f1
