@@ -339,8 +339,13 @@ def look(
     config = PrepareConfig(
         contrast=contrast, direction=direction, background="surface", levels="image"
     )
-    typical, noise = _levels([im.numpy() for im in reduced], config, map(half_level, images))
-    config = replace(config, typical_white=min(white_level(typical, noise, 0.0), 1.0))
+    levels = [half_level(image) for image in images]
+
+    def with_white(config: PrepareConfig) -> PrepareConfig:
+        typical, noise = _levels([image.numpy() for image in reduced], config, levels)
+        return replace(config, typical_white=min(white_level(typical, noise, 0.0), 1.0))
+
+    config = with_white(config)
     if "scale" in holds:
         scale = holds["scale"]
         measured = _compact(images, config, OBJECT_PX / scale)
@@ -348,7 +353,7 @@ def look(
     else:
         diameter, measured = _diameter(images, config, on_progress)
         if measured.bright_share < _SHARE and contrast == "direction" and "direction" not in holds:
-            turned = replace(config, direction=_negative(direction))
+            turned = with_white(replace(config, direction=_negative(direction)))
             other, opposite = _diameter(images, turned, lambda share: None)
             if opposite.bright_share > _TURNED * measured.bright_share:
                 config, direction = turned, turned.direction

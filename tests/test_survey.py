@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import tifffile
 import torch
@@ -25,6 +26,7 @@ from spairkit.presets import resolve
 from spairkit.survey import Survey, look, sample, survey_of
 
 Colour = tuple[float, float, float]
+Array = npt.NDArray[np.float64]
 
 GREY: Colour = (0.2, 0.2, 0.2)
 LIGHT: Colour = (0.7, 0.7, 0.7)
@@ -61,6 +63,15 @@ def spots(
             number += 1
     image += ramp * x / side + noise * rng.normal(size=(1, side, side))
     return torch.from_numpy(image.clip(0, 1)).float(), number
+
+
+def gaussians(side: int, peaks: Array, std: float, rng: np.random.Generator) -> Array:
+    """The sum [side, side] of Gaussians of these heights at random places, 8 px from the border."""
+    y, x = np.mgrid[:side, :side] + 0.5
+    image = np.zeros((side, side))
+    for peak, (cy, cx) in zip(peaks, rng.uniform(8, side - 8, (len(peaks), 2)), strict=True):
+        image += peak * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * std**2))
+    return image
 
 
 def look_at(folder: Path, *images: Tensor) -> Survey:
@@ -137,11 +148,8 @@ def test_a_colour_in_each_image_calls_for_a_distance(tmp_path: Path) -> None:
 
 def test_stars_of_any_brightness_are_measured(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[:400, :400] + 0.5
-    image = np.full((400, 400), 0.05)
-    for cy, cx in rng.uniform(8, 392, (150, 2)):
-        peak = np.exp(rng.uniform(np.log(0.05), np.log(0.9)))
-        image += peak * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * 1.5**2))
+    peaks = np.exp(rng.uniform(np.log(0.05), np.log(0.9), 150))
+    image = 0.05 + gaussians(400, peaks, 1.5, rng)
     image += 0.01 * rng.normal(size=image.shape)
     survey = look_at(tmp_path, torch.from_numpy(image).clamp(0, 1).float().expand(3, -1, -1))
     assert survey.diameter == pytest.approx(5, rel=0.25)
@@ -170,11 +178,7 @@ def test_rods_at_any_angle_are_measured(tmp_path: Path) -> None:
 def test_noise_between_small_spots_is_no_object(tmp_path: Path) -> None:
     """Gaussian spots of 4 px; enlarged noise looks like objects of their size."""
     rng = np.random.default_rng(0)
-    y, x = np.mgrid[:256, :256] + 0.5
-    image = np.full((256, 256), 100.0)
-    for cy, cx in rng.uniform(8, 248, (60, 2)):
-        peak = rng.uniform(200, 600)
-        image += peak * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * 1.2**2))
+    image = 100 + gaussians(256, rng.uniform(200, 600, 60), 1.2, rng)
     path = tmp_path / "spots.tif"
     tifffile.imwrite(path, (rng.poisson(image) + rng.normal(0, 5, (256, 256))).astype(np.uint16))
     survey = look([path])

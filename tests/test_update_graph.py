@@ -252,8 +252,10 @@ def test_updates_run_without_a_graph_if_recording_fails(
     assert len(warned) == 1
     monkeypatch.setattr(update_graph, "UpdateGraph", lambda update, *_: update)
     assert found == losses()
-    # scalars in tensors are rounded differently: 1e-5 here, which grows to 2e-3 in the end
-    assert found[:6] == pytest.approx(trained(plain_trainer(config))[1][:6], rel=1e-3)
+    # scalars in tensors are rounded differently, which grows to 2e-3 in the end
+    plain = trained(plain_trainer(config))[1]
+    assert found[:5] == pytest.approx(plain[:5], rel=1e-5)
+    assert found[5] == pytest.approx(plain[5], rel=2e-4)
 
 
 def test_failed_recording_of_one_process_ends_that_of_the_others(

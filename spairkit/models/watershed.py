@@ -246,7 +246,7 @@ def split(
     *,
     relief: float,
     gap: float,
-    thin: float = 0.0,
+    thin: float,
 ) -> npt.NDArray[np.int32]:  # [H, W]
     """The watershed of a mask: 1, 2 ... on its parts in the order of first pixels, else 0.
 
