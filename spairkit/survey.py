@@ -58,12 +58,14 @@ _SIDE = 480  # of the part of an image that is measured at one scale, px after r
 _STARTS = (4.0, 6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
 _LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
+_STEADY = 0.75  # growth of the sides with the diameter that is assumed, at most
+_SEVERAL = 2  # objects in an image, on average
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
 _KEPT = 0.97  # of the share of the contrast that objects hold: about as much
 _MORE = 1.2  # times as many objects as at the start: their parts
 _COMPACT = 0.6  # share of its box that a single object fills at least
-_TURNED = 2.0  # times the share that objects hold when they are taken for the background
+_TURNED = 2.0  # times the evidence for objects, if they are taken for the background
 _LONG, _FULL = 2.0, 0.97  # length of a rod in widths; area in that of a rectangle
 _FEWEST = 5  # objects that a diameter is measured on
 _SHARE = 0.38  # of the contrast above noise that lies in compact objects, at least
@@ -268,6 +270,7 @@ class Survey:
 class _Measured:
     """Compact objects at one scale."""
 
+    assumed: float  # diameter, px in the files
     sides: npt.NDArray[np.float64]  # [n] px in the files
     share: float  # of the contrast
     bright_share: float  # of that above noise
@@ -277,6 +280,11 @@ class _Measured:
     @property
     def median(self) -> float:
         return float(np.median(self.sides))
+
+    @property
+    def apart(self) -> float:
+        """The logarithm of the ratio of the median side and the assumed diameter, without sign."""
+        return abs(math.log(self.median / self.assumed))
 
 
 def preparation(given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -351,11 +359,11 @@ def look(
         measured = _compact(images, config, OBJECT_PX / scale)
         diameter = measured.median if len(measured.sides) >= _FEWEST else OBJECT_PX / scale
     else:
-        diameter, measured = _diameter(images, config, on_progress)
+        diameter, measured, evidence = _diameter(images, config, on_progress)
         if measured.bright_share < _SHARE and contrast == "direction" and "direction" not in holds:
             turned = with_white(replace(config, direction=_negative(direction)))
-            other, opposite = _diameter(images, turned, lambda share: None)
-            if opposite.bright_share > _TURNED * measured.bright_share:
+            other, opposite, against = _diameter(images, turned, lambda share: None)
+            if against > _TURNED * evidence:
                 config, direction = turned, turned.direction
                 diameter, measured = other, opposite
         scale = OBJECT_PX / diameter
@@ -502,44 +510,59 @@ def _colours(
 
 def _diameter(
     images: Sequence[Tensor], config: PrepareConfig, on_progress: Callable[[float], None]
-) -> tuple[float, _Measured]:
-    """The median side of compact objects, and these objects.
+) -> tuple[float, _Measured, float]:
+    """The median side of compact objects, these objects, and the evidence for them, in [0, 1].
 
     Objects are found with a diameter that is assumed, and their median side is the next one, until
-    both agree. It starts, of the diameters that nearly agree, at the largest one whose objects hold
-    about as much of the contrast as those of any: objects, not the parts that they may have. If
-    none does, as with stars of any brightness, it starts at the nearest one whose objects hold the
-    contrast above the noise.
+    both agree. In noise any diameter finds objects of about itself; the sides of real ones hardly
+    grow with it. So it starts, of the diameters that nearly agree, at a steady one, with at least
+    two objects in an image, as uneven light looks like one. Of several that is the largest one
+    whose objects hold about as much of the contrast as those of any: objects, not the parts that
+    they may have. If none agrees, as with stars of any brightness, it starts at the nearest one
+    whose objects hold the contrast above the noise.
     """
     largest = max(max(image.shape[1:]) for image in images)
-    diameter, best = 1.5 * OBJECT_PX, _Measured(np.zeros(0), 0.0, 0.0, len(images), 1)
     starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
-    agreeing, others = [], []
+    tried = []
     for number, assumed in enumerate(starts):
         measured = _compact(images, config, assumed)
         on_progress((number + 1) / (len(starts) + 1))
-        if len(measured.sides) < _FEWEST:
-            continue
-        if 1 / _NEAR < measured.median / assumed < _NEAR:
-            agreeing.append((assumed, measured))
-        elif measured.bright_share >= _SHARE:
-            others.append((assumed, measured))
-    if others and not agreeing:
-        agreeing = [min(others, key=lambda pair: abs(math.log(pair[1].median / pair[0])))]
-    if agreeing:
-        least = _KEPT * max(measured.share for _, measured in agreeing)
-        diameter, best = [pair for pair in agreeing if pair[1].share >= least][-1]
+        if len(measured.sides) >= _FEWEST:
+            tried.append(measured)
+    before, after = tried[:1] + tried[:-1], tried[1:] + tried[-1:]
+    growth = [_growth(one, other) for one, other in zip(before, after, strict=True)]
+    agreeing = [i for i, item in enumerate(tried) if item.apart < math.log(_NEAR)]
+    steady = [i for i in agreeing if growth[i] < _STEADY]
+    several = [i for i in steady if len(tried[i].sides) >= _SEVERAL * len(images)]
+    bright = [i for i, item in enumerate(tried) if item.bright_share >= _SHARE]
+    if group := several or steady or agreeing:
+        least = _KEPT * max(tried[i].share for i in group)
+        start = [i for i in group if tried[i].share >= least][-1]
+    elif bright:
+        start = min(bright, key=lambda i: tried[i].apart)
+    else:
+        nothing = _Measured(1.5 * OBJECT_PX, np.zeros(0), 0.0, 0.0, len(images), 1)
+        return nothing.assumed, nothing, 0.0
+    best = tried[start]
     most = _MORE * len(best.sides)
     for _ in range(_ROUNDS):
-        if len(best.sides) < _FEWEST or 1 / _CLOSE < best.median / diameter < _CLOSE:
+        if len(best.sides) < _FEWEST or best.apart < math.log(_CLOSE):
             break
-        following = min(max(best.median, _LEAST), _MOST)
-        measured = _compact(images, config, following)
+        measured = _compact(images, config, min(max(best.median, _LEAST), _MOST))
         parts = measured.share < _KEPT * best.share or len(measured.sides) > most
-        if following < diameter and parts:
+        if measured.assumed < best.assumed and parts:
             break  # it would go on to parts of objects
-        diameter, best = following, measured
-    return min(max(best.median if len(best.sides) else diameter, _LEAST), _MOST), best
+        best = measured
+    evidence = best.bright_share * (1 - min(max(growth[start], 0.0), 1.0))
+    diameter = best.median if len(best.sides) else best.assumed
+    return min(max(diameter, _LEAST), _MOST), best, evidence
+
+
+def _growth(one: _Measured, other: _Measured) -> float:
+    """How fast the median side grows with the diameter that is assumed: 0 not at all, 1 alike."""
+    if one.assumed == other.assumed:
+        return 1.0
+    return math.log(other.median / one.median) / math.log(other.assumed / one.assumed)
 
 
 def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -> _Measured:
@@ -564,7 +587,7 @@ def _compact(images: Sequence[Tensor], config: PrepareConfig, diameter: float) -
         total += [contrast.sum() for contrast in contrasts]
         measured += seen.size
     share, bright = (held / np.maximum(total, _LEAST_MASS)).tolist()
-    return _Measured(np.concatenate(sides), share, bright, len(images), measured)
+    return _Measured(diameter, np.concatenate(sides), share, bright, len(images), measured)
 
 
 def _are_rods(

@@ -199,6 +199,42 @@ def test_parts_of_patterned_objects_are_not_measured(tmp_path: Path) -> None:
     assert survey.prepare.contrast == "distance"
 
 
+@pytest.mark.parametrize("light", [False, True])
+def test_sizes_that_stay_go_before_those_that_follow(
+    monkeypatch: pytest.MonkeyPatch, light: bool
+) -> None:
+    """Noise has the size that is assumed; light is one large object in each image."""
+
+    def compact(
+        images: Sequence[Tensor], config: PrepareConfig, diameter: float
+    ) -> survey_module._Measured:
+        number, side, share = (50, 20.0, 0.3) if 14 < diameter < 60 else (500, diameter, 0.6)
+        if diameter >= 60:
+            number, side, share = (3, 250.0, 0.7) if light else (0, diameter, 0.0)
+        sides = np.full(2 * number, side)
+        return survey_module._Measured(diameter, sides, share, share, len(images), 1)
+
+    monkeypatch.setattr(survey_module, "_compact", compact)
+    images = [torch.zeros(3, 600, 600)] * 6
+    diameter, measured, evidence = survey_module._diameter(
+        images, PrepareConfig(), lambda share: None
+    )
+    assert (diameter, len(measured.sides)) == (20, 100)
+    assert evidence == pytest.approx(0.3)
+
+
+def test_cells_between_bright_walls_are_measured(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:240, :240]
+    places = rng.uniform(-12, 12, (8, 8, 2)) + 32 * np.mgrid[:8, :8].transpose(1, 2, 0)
+    apart = np.hypot(*(places.reshape(-1, 2).T[..., None, None] - np.stack([y, x])[:, None]))
+    first, second = np.sort(apart, axis=0)[:2]
+    walls = 0.1 + 0.6 * np.exp(-(((second - first) / 3) ** 2)) + 0.02 * rng.normal(size=y.shape)
+    found = look_at(tmp_path, torch.from_numpy(walls).float().expand(3, -1, -1))
+    assert found.diameter == pytest.approx(28, rel=0.2)
+    assert found.polarity == "dark"
+
+
 def test_colours_on_all_sides_of_the_background_call_for_a_distance(tmp_path: Path) -> None:
     colours = [(0.9, 0.2, 0.2), (0.2, 0.2, 0.9), (0.1, 0.7, 0.1)]
     image, number = spots(200, [20], (0.45, 0.45, 0.45), colours)
