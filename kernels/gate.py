@@ -6,7 +6,7 @@ Triton brings its own assembler, so neither a GPU nor a driver is needed. The in
 code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills,
 shared memory and occupancy: the warps that a multiprocessor holds at once. The exit status is 1 if
 a kernel does not compile, a default configuration spills, or another one spills more than a few
-words (four colours: 48). Do not set TRITON_INTERPRET.
+words. Do not set TRITON_INTERPRET.
 """
 
 import argparse
@@ -57,8 +57,6 @@ _LIMITS = {
 # words of spill that pass outside the defaults: the assembler gives up a few registers on purpose
 # to reach the next step of occupancy, and any edit changes which kernel that happens to
 _TOLERATED = 8
-# the same with four colours, which no model draws: eight channels of a tile fill the registers
-_TOLERATED_OF_FOUR = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +73,6 @@ class Configuration:
     """Of a thread, if the launcher asks for it (NVIDIA only)."""
     is_default: bool = False
     """Whether the paper's shapes use it: it must not spill."""
-    most_spills: int = _TOLERATED
-    """Words of spill that pass, if it is no default."""
 
     @property
     def signature(self) -> dict[str, str]:
@@ -99,7 +95,7 @@ class Build(NamedTuple):
 
     def passes(self, configuration: Configuration) -> bool:
         """Whether it compiled, with no more spills than the configuration may have."""
-        most = 0 if configuration.is_default else configuration.most_spills
+        most = 0 if configuration.is_default else _TOLERATED
         return not self.error and self.spills <= most
 
 
@@ -115,19 +111,18 @@ def render_configurations() -> Iterator[Configuration]:
         (14, 3, False, 64, "fp32"), (14, 3, True, 64, "fp32"), (14, 3, False, 64, "bf16"),
         (14, 3, True, 64, "bf16"), (14, 3, False, 64, "fp16"), (14, 3, False, 576, "fp32"),
         (14, 3, True, 576, "fp32"), (14, 3, True, 1, "fp32"), (14, 1, False, 64, "fp32"),
-        (14, 2, True, 64, "fp32"), (14, 4, True, 64, "fp32"), (2, 3, False, 64, "fp32"),
-        (28, 3, False, 64, "fp32"), (28, 3, True, 64, "fp32"), (64, 1, True, 64, "fp32"),
-        (64, 3, False, 64, "fp32"), (64, 3, True, 64, "fp32"), (64, 4, True, 64, "fp32"),
+        (14, 1, True, 64, "fp32"), (2, 3, False, 64, "fp32"), (28, 3, False, 64, "fp32"),
+        (28, 3, True, 64, "fp32"), (64, 1, True, 64, "fp32"), (64, 3, False, 64, "fp32"),
+        (64, 3, True, 64, "fp32"),
     ]  # fmt: skip
     forward = render_triton._render_forward_kernel
     backward = render_triton_backward._render_backward_kernel
     for side, colours, has_floor, objects, dtype in rows:
         types = {"rgba_ptr": f"*{dtype}", "grad_rgba_ptr": f"*{dtype}", "floor": "fp32"}
         suffix = f"{side}x{side} C{colours} N{objects} {dtype}{' floor' if has_floor else ''}"
-        common = {"C": colours, "CH": int(triton.next_power_of_2(colours + 1))}
-        common |= {"HAS_FLOOR": has_floor, "stride_x": 1}
-        tile = render_triton.forward_tile(objects, colours)
-        limit = render_triton_backward.register_limit(colours + 1, side, float(has_floor))
+        common = {"C": colours, "HAS_FLOOR": has_floor, "stride_x": 1}
+        tile = render_triton.forward_tile(objects)
+        limit = render_triton_backward.register_limit(side, float(has_floor))
         passes = [("forward", forward, tile | {"MAP_H": side, "MAP_W": side})]
         if objects != 576:  # the backward pass is the same for any number
             # a stride of 1, as in the gradient of a contiguous image, is compiled in
@@ -144,7 +139,6 @@ def render_configurations() -> Iterator[Configuration]:
                 warps=warps,
                 most_registers=limit.get("maxnreg") if name == "backward" else None,
                 is_default=(side, colours, objects, dtype) == (14, 3, 64, "fp32"),
-                most_spills=_TOLERATED_OF_FOUR if colours == 4 else _TOLERATED,
             )
 
 
