@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# the default will change; registers are counted for today's
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
