@@ -59,8 +59,8 @@ def _cross_entropy_backward_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = i < size
     place = b.to(tl.int64) * size + i
     image = tl.load(image_ptr + place, mask=exists, other=0.0)
@@ -105,8 +105,8 @@ def _normal_nll_backward_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    b = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(0)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = i < size
     place = b.to(tl.int64) * size + i
     image = tl.load(image_ptr + place, mask=exists, other=0.0)
@@ -157,7 +157,8 @@ def _grad_image(
     grad_image, size = image.new_empty(image.shape), math.prod(image.shape[1:])
     if len(image):
         with on(image.device):
-            kernel[(triton.cdiv(size, LIKELIHOOD_BLOCK), len(image))](
+            # a grid has at most 65,535 programs on the second axis
+            kernel[(len(image), triton.cdiv(size, LIKELIHOOD_BLOCK))](
                 grad_sums.contiguous(), image.contiguous(), target.contiguous(), setting,
                 grad_image, size, BLOCK=LIKELIHOOD_BLOCK, num_warps=LIKELIHOOD_WARPS,
             )  # fmt: skip

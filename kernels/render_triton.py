@@ -35,11 +35,10 @@ def axis_taps(pixel, low, high, TEXELS: tl.constexpr):
 def texel_values(
     map_ptr, row, column, here, channel, H: tl.constexpr, W: tl.constexpr, K: tl.constexpr
 ):
-    """[P, CH] float32 values of one texel for each pixel, and [P] 1 inside the map, else 0."""
+    """[P, K] float32 values of one texel for each pixel, and [P] 1 inside the map, else 0."""
     inside = here & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    mask = inside[:, None] & (channel < K)[None, :]
     address = map_ptr + ((row * W + column) * K)[:, None] + channel[None, :]
-    return tl.load(address, mask=mask, other=0.0).to(tl.float32), inside.to(tl.float32)
+    return tl.load(address, mask=inside[:, None], other=0.0).to(tl.float32), inside.to(tl.float32)
 
 
 @triton.jit
@@ -52,21 +51,21 @@ def tap_weights(f, e):
 
 @triton.jit
 def weighted(w00, w01, w10, w11, t00, t01, t10, t11):
-    """[P, CH] interpolated values of four taps."""
+    """[P, K] interpolated values of four taps."""
     return w00[:, None] * t00 + w01[:, None] * t01 + w10[:, None] * t10 + w11[:, None] * t11
 
 
 @triton.jit
 def planes(ptr, b, y, x, channel, stride_b, stride_c, stride_y, stride_x, mask):
-    """[P, CH] values at pixels of an image, by strides; 0 beyond the mask."""
+    """[P, K] values at pixels of an image, by strides; 0 beyond the mask."""
     pixel = (y * stride_y + x * stride_x)[:, None]
     return tl.load(ptr + b * stride_b + pixel + (channel * stride_c)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def picked(values, channel, K: tl.constexpr):
-    """[P]: column K of [P, CH]."""
-    return tl.sum(tl.where((channel == K)[None, :], values, 0.0), 1)
+def picked(values, channel, C: tl.constexpr):
+    """[P]: one channel of [P, K]."""
+    return tl.sum(tl.where((channel == C)[None, :], values, 0.0), 1)
 
 
 @triton.jit
@@ -88,8 +87,8 @@ def _render_forward_kernel(
     inverse_ptr,  # [B, H, W] float32
     keep_ptr,  # [B, H, W] float32
     num_objects, height, width, tiles_x, tiles, stride_b, stride_c, stride_y, stride_x, floor,
-    MAP_H: tl.constexpr, MAP_W: tl.constexpr, C: tl.constexpr,
-    CH: tl.constexpr,  # C + 1 rounded up to a power of two
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr,
+    C: tl.constexpr,  # 1 or 3: with alpha a power of two
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, HAS_FLOOR: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -99,8 +98,8 @@ def _render_forward_kernel(
     p = tl.arange(0, TILE_H * TILE_W)
     y, x = top + p // TILE_W, left + p % TILE_W
     on_image = (y < height) & (x < width)
-    channel = tl.arange(0, CH)
-    sums = tl.zeros([TILE_H * TILE_W, CH], tl.float32)
+    channel = tl.arange(0, C + 1)
+    sums = tl.zeros([TILE_H * TILE_W, C + 1], tl.float32)
     covered = tl.zeros([TILE_H * TILE_W], tl.float32)
     total = tl.zeros([TILE_H * TILE_W], tl.float32)
 
@@ -181,11 +180,10 @@ def at_least(value, floor):
     return tl.where(value < floor, floor, value)  # written so that NaN stays NaN
 
 
-def forward_tile(num_objects: int, num_colours: int) -> dict[str, int]:
+def forward_tile(num_objects: int) -> dict[str, int]:
     """Constants of the kernel: small tiles waste fewer pixels, large ones test fewer boxes."""
     if num_objects < 576:
-        # four colours and alpha take eight channels, too many for two pixels a thread
-        return {"TILE_H": 8, "TILE_W": 8, "num_warps": 2 if num_colours == 4 else 1}
+        return {"TILE_H": 8, "TILE_W": 8, "num_warps": 1}
     return {"TILE_H": 16, "TILE_W": 16, "num_warps": 4}
 
 
@@ -193,12 +191,12 @@ def render_triton(
     rgba: Tensor, boxes: Tensor, depth: Tensor, presence: Tensor, background: Tensor, floor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """image, change, inverse and keep; `render_backward_triton` needs the last three."""
-    num_images, num_objects, map_height, map_width, channels = rgba.shape
+    num_images, num_objects, map_height, map_width, _ = rgba.shape
     _, num_colours, height, width = background.shape
     empty = partial(torch.empty, device=rgba.device, dtype=torch.float32)
     image, change = empty(background.shape), empty(background.shape)
     inverse, keep = empty(num_images, height, width), empty(num_images, height, width)
-    tile = forward_tile(num_objects, num_colours)
+    tile = forward_tile(num_objects)
     objects = (x.contiguous() for x in (rgba, boxes, depth, presence))
     tiles_x = triton.cdiv(width, tile["TILE_W"])
     tiles = tiles_x * triton.cdiv(height, tile["TILE_H"])
@@ -207,7 +205,6 @@ def render_triton(
             _render_forward_kernel[(tiles * num_images,)](
                 *objects, background, image, change, inverse, keep, num_objects, height, width,
                 tiles_x, tiles, *background.stride(), floor,
-                MAP_H=map_height, MAP_W=map_width, C=num_colours,
-                CH=triton.next_power_of_2(channels), HAS_FLOOR=floor > 0, **tile,
+                MAP_H=map_height, MAP_W=map_width, C=num_colours, HAS_FLOOR=floor > 0, **tile,
             )  # fmt: skip
     return image, change, inverse, keep

@@ -38,14 +38,14 @@ def _tap_weights(first, fraction, SIZE: tl.constexpr):
 
 @triton.jit
 def _to_texels(
-    values, wx, wy, acc, TILE_H: tl.constexpr, TILE_W: tl.constexpr, CH: tl.constexpr,
+    values, wx, wy, acc, TILE_H: tl.constexpr, TILE_W: tl.constexpr, K: tl.constexpr,
     SIZE_H: tl.constexpr, SIZE_W: tl.constexpr,
 ):  # fmt: skip
-    """acc + Wy^T values Wx for [P, CH] values; acc is [SIZE_H, CH * SIZE_W]."""
-    by_channel = tl.permute(tl.reshape(values, [TILE_H, TILE_W, CH]), (2, 0, 1))
-    rows = tl.dot(tl.reshape(by_channel, [CH * TILE_H, TILE_W]), wx, input_precision="ieee")
-    rows = tl.permute(tl.reshape(rows, [CH, TILE_H, SIZE_W]), (1, 0, 2))
-    rows = tl.reshape(rows, [TILE_H, CH * SIZE_W])
+    """acc + Wy^T values Wx for [P, K] values; acc is [SIZE_H, K * SIZE_W]."""
+    by_channel = tl.permute(tl.reshape(values, [TILE_H, TILE_W, K]), (2, 0, 1))
+    rows = tl.dot(tl.reshape(by_channel, [K * TILE_H, TILE_W]), wx, input_precision="ieee")
+    rows = tl.permute(tl.reshape(rows, [K, TILE_H, SIZE_W]), (1, 0, 2))
+    rows = tl.reshape(rows, [TILE_H, K * SIZE_W])
     return tl.dot(tl.trans(wy), rows, acc, input_precision="ieee")
 
 
@@ -100,8 +100,8 @@ def _render_backward_kernel(
     stride_gb, stride_gc, stride_gy, stride_gx, stride_b, stride_c, stride_y, stride_x, floor,
     MAP_H: tl.constexpr, MAP_W: tl.constexpr,
     SIZE_H: tl.constexpr,  # texels of a band, which one program serves
-    SIZE_W: tl.constexpr, BANDS: tl.constexpr, BANDS_W: tl.constexpr, C: tl.constexpr,
-    CH: tl.constexpr,  # C + 1 rounded up to a power of two
+    SIZE_W: tl.constexpr, BANDS: tl.constexpr, BANDS_W: tl.constexpr,
+    C: tl.constexpr,  # 1 or 3: with alpha a power of two
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, RUN: tl.constexpr, HAS_FLOOR: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // programs).to(tl.int64)
@@ -129,12 +129,10 @@ def _render_backward_kernel(
         map_ptr = rgba_ptr + item * (MAP_H * MAP_W * (C + 1))
 
         p = tl.arange(0, TILE_H * TILE_W)
-        channel = tl.arange(0, CH)
+        channel = tl.arange(0, C + 1)
         is_alpha = (channel == C)[None, :]
-        grad_map = tl.zeros([SIZE_H, CH * SIZE_W], tl.float32)
-        # with a floor the importance has a gradient of its own, in the channel after alpha's or, if
-        # there is none, in a map of its own: one more channel would double their number
-        SPARE: tl.constexpr = CH > C + 1
+        grad_map = tl.zeros([SIZE_H, (C + 1) * SIZE_W], tl.float32)
+        # of the importance above a floor; as a fifth channel it would double their number
         grad_floored = tl.zeros([SIZE_H, SIZE_W], tl.float32)
         grad_x1 = tl.zeros([TILE_H * TILE_W], tl.float32)
         grad_x2 = tl.zeros([TILE_H * TILE_W], tl.float32)
@@ -227,14 +225,10 @@ def _render_backward_kernel(
                 _in, row, beyond_y = axis_taps(tile_y + tl.arange(0, TILE_H), y1, y2, MAP_H)
                 wx = _tap_weights(column - first_column, beyond_x, SIZE_W)
                 wy = _tap_weights(row - first_row, beyond_y, SIZE_H)
-                if HAS_FLOOR and SPARE:
-                    grad_value = tl.where(
-                        (channel == C + 1)[None, :], grad_importance[:, None], grad_value
-                    )
                 grad_map = _to_texels(
-                    grad_value, wx, wy, grad_map, TILE_H, TILE_W, CH, SIZE_H, SIZE_W
+                    grad_value, wx, wy, grad_map, TILE_H, TILE_W, C + 1, SIZE_H, SIZE_W
                 )
-                if HAS_FLOOR and not SPARE:
+                if HAS_FLOOR:
                     grad_floored = _to_texels(
                         grad_importance, wx, wy, grad_floored, TILE_H, TILE_W, 1, SIZE_H, SIZE_W
                     )
@@ -245,19 +239,17 @@ def _render_backward_kernel(
         c = first_column + tl.arange(0, SIZE_W)[None, :, None]
         k = channel[None, None, :]
         texel = (r * MAP_W + c) * (C + 1) + k
-        in_map = (r < MAP_H) & (c < MAP_W) & (k < C + 1)
-        grads = tl.permute(tl.reshape(grad_map, [SIZE_H, CH, SIZE_W]), (0, 2, 1))
+        in_map = (r < MAP_H) & (c < MAP_W)
+        grads = tl.permute(tl.reshape(grad_map, [SIZE_H, C + 1, SIZE_W]), (0, 2, 1))
         here_presence, here_nearness = tl.sum(grad_presence, 0), tl.sum(grad_nearness, 0)
         if HAS_FLOOR:
             in_alpha = in_map & (k == C)
             opacities = tl.load(map_ptr + texel, mask=in_alpha, other=0.0).to(tl.float32)
             above = in_alpha & (opacities * (presence * nearness) >= floor)
-            if SPARE:
-                grad_floored = tl.sum(tl.where(k == C + 1, grads, 0.0), 2)
             # importance gets a gradient only above the floor
             grad_above = tl.where(above, grad_floored[:, :, None], 0.0)
             grads += grad_above * (presence * nearness)
-            total = tl.sum(tl.reshape(grad_above * opacities, [SIZE_H * SIZE_W * CH]), 0)
+            total = tl.sum(tl.reshape(grad_above * opacities, [SIZE_H * SIZE_W * (C + 1)]), 0)
             here_presence += total * nearness
             here_nearness = total * presence
         tl.store(grad_rgba_ptr + item * (MAP_H * MAP_W * (C + 1)) + texel, grads, mask=in_map)
@@ -293,14 +285,13 @@ def backward_tile(map_height: int, map_width: int) -> dict[str, int]:
     }
 
 
-def register_limit(channels: int, map_side: int, floor: float) -> dict[str, int]:
+def register_limit(map_side: int, floor: float) -> dict[str, int]:
     """The option of a launch that bounds the registers of a thread, where none spills by it.
 
     Left alone, the assembler takes 173 for maps of 14 texels a side with a floor, and then a
     multiprocessor holds one block; at 104 it holds two. AMD's compiler has no such option.
     """
-    spare = triton.next_power_of_2(channels) > channels
-    if floor == 0 or spare or map_side > 16 or torch.version.hip:
+    if floor == 0 or map_side > 16 or torch.version.hip:
         return {}
     return {"maxnreg": 104}
 
@@ -310,7 +301,7 @@ def render_backward_triton(
     background: Tensor, change: Tensor, inverse: Tensor, keep: Tensor, floor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of rgba (in its own dtype), boxes, depth, presence and background."""
-    num_images, num_objects, map_height, map_width, channels = rgba.shape
+    num_images, num_objects, map_height, map_width, _ = rgba.shape
     _, num_colours, height, width = background.shape
     tile = backward_tile(map_height, map_width)
     parts = num_images, num_objects, tile["BANDS"]
@@ -327,8 +318,8 @@ def render_backward_triton(
                 grad_image, *objects, background, *saved, grad_rgba, grad_boxes, grad_depth,
                 grad_presence, grad_background, num_objects, height, width, programs,
                 *grad_image.stride(), *background.stride(), floor,
-                C=num_colours, CH=triton.next_power_of_2(channels), HAS_FLOOR=floor > 0, **tile,
-                **register_limit(channels, max(map_height, map_width), floor),
+                C=num_colours, HAS_FLOOR=floor > 0, **tile,
+                **register_limit(max(map_height, map_width), floor),
             )  # fmt: skip
     grad_boxes, grad_depth, grad_presence = (
         part.squeeze(2) if tile["BANDS"] == 1 else part.sum(2)

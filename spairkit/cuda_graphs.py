@@ -4,6 +4,7 @@ Launched one by one, hundreds of small kernels keep a GPU waiting for the host.
 """
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,10 @@ WARM_UP = 3
 """Calls before the recording, in which kernels are compiled and caches are filled."""
 
 Result = TypeVar("Result")
+
+# what another thread launches on the stream of a recording would become part of it, and torch
+# records one graph at a time
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Recorded(Generic[Result]):
@@ -80,7 +85,7 @@ def _own_stream(index: int) -> torch.cuda.Stream:
 
 def _aside(function: Callable[[], Result], device: torch.device) -> Result:
     """Runs `function` on another stream: autograd must not stay tied to the default one."""
-    with torch.cuda.device(device):
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
@@ -94,12 +99,12 @@ def _record(
 ) -> Callable[[], Result]:
     """Records `function` without running it; returns the function that replays it."""
     graph = torch.cuda.CUDAGraph()
-    # destroying a graph during the recording would break it
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    with torch.cuda.device(device):
+    with _ONE_AT_A_TIME, torch.cuda.device(device):
         here, aside = torch.cuda.current_stream(), _own_stream(torch.cuda.current_device())
+        # destroying a graph during the recording would break it
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
         try:
             # other threads, such as NCCL's, may wait for events meanwhile
             with torch.cuda.graph(

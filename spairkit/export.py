@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spairkit import __version__
 from spairkit.detector import Detector
 from spairkit.errors import InputError
-from spairkit.models.cell_scan import scan_cells
+from spairkit.models import cell_scan
 from spairkit.models.spair import SPAIR
 from spairkit.models.wavefront import even_waves
 from spairkit.storage.durable import write_bytes
@@ -53,7 +53,7 @@ class _Encoder(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        boxes, logits, what, depth = scan_cells(self.network, images)
+        boxes, logits, what, depth = cell_scan.scan_cells(self.network, images)
         return boxes, logits.sigmoid(), what, depth
 
 
@@ -94,6 +94,13 @@ def export(
             f"{MAX_SIDE} px; cut larger images into parts"
         )
     require(format_)
+    if not cell_scan.has_scan:
+        warnings.warn(
+            f"torch {torch.__version__} lacks the scan of torch 2.10 to 2.15: the graph repeats "
+            "the loop over cells for each wave, so it is larger and takes longer to write",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     text = json.dumps(metadata(detector, size))
     data = io.BytesIO()
     with _quiet():

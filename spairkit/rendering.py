@@ -42,7 +42,7 @@ def render(
 
     Args:
         rgba: [B, N, h, w, C + 1] in [0, 1], alpha last; float32, float16 or bfloat16 with float32
-            arithmetic, or float64 on the torch backend. C from 1 to 4, h and w from 2 to 64.
+            arithmetic, or float64 on the torch backend. C is 1 or 3, h and w from 2 to 64.
         boxes: [B, N, 4] x1, y1, x2, y2 in pixels, half-open. A box may leave the image; one that
             is empty or inverted (a side under 1e-6 px) contributes nothing and gets no gradient.
         depth: [B, N] z_depth; lower is nearer.
@@ -101,8 +101,8 @@ def _check(
     if rgba.dim() != 5:
         raise ValueError(f"rgba must be [B, N, h, w, C + 1], got shape {tuple(rgba.shape)}")
     num_images, num_objects, height, width, channels = rgba.shape
-    if not 2 <= channels <= 5:
-        raise ValueError(f"rgba must have 1 to 4 colours and alpha, got {channels} channels")
+    if channels not in (2, 4):
+        raise ValueError(f"rgba must have 1 or 3 colours and alpha, got {channels} channels")
     if not (2 <= height <= 64 and 2 <= width <= 64):
         raise ValueError(f"rgba must have 2 to 64 texels per side, got {height}x{width}")
     wanted = {

@@ -34,9 +34,6 @@ from spairkit.models.slots import Slots
 from spairkit.models.spair import SPAIR
 from spairkit.search.energy import Energy, Scene
 
-# otherwise every compilation by Triton warns that this default will change
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
 _VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
 
 # torch remembers the functions that a default device applies to: those before the patches below

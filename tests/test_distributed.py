@@ -1,11 +1,14 @@
 """Two processes that share each batch against a single one; killed and stopped jobs."""
 
+import gc
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from spairkit import cuda_graphs, presets
 from spairkit.cli.main import main
 from spairkit.config_values import from_dict
 from spairkit.errors import InputError
@@ -22,8 +26,10 @@ from spairkit.models.loading import build
 from spairkit.models.noise import Part, Source, normal, uniform
 from spairkit.storage.checkpoints import load_checkpoint
 from spairkit.storage.runs import Run
-from spairkit.training.distributed import World
+from spairkit.training import loop
+from spairkit.training.distributed import World, joined
 from spairkit.training.loop import check
+from spairkit.training.update_graph import RecordingTrainer
 
 CPU = torch.device("cpu")
 TINY = """\
@@ -200,6 +206,36 @@ def test_killed_process_ends_every_exchange_of_the_others(tmp_path: Path) -> Non
     )
     assert ended.stdout.count("[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] 1.5") == 2, ended.stderr
     assert ended.stdout.count("another process of this training has ended") == 2, ended.stderr
+
+
+def test_trainers_are_gone_before_their_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits for the graphs that recorded its exchanges, without end."""
+    trainers: list[weakref.ref[RecordingTrainer]] = []
+
+    def make(*given: Any) -> RecordingTrainer:
+        trainer = RecordingTrainer(*given)
+        trainers.append(weakref.ref(trainer))
+        return trainer
+
+    def destroy() -> None:
+        assert [trainer() for trainer in trainers] == [None]
+
+    monkeypatch.setattr(loop, "make_trainer", make)
+    monkeypatch.setattr(cuda_graphs, "_aside", lambda update, device: update())
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for name, result in {"init_process_group": None, "get_rank": 0, "get_world_size": 1}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda *_, result=result, **__: result)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
+    settings = presets.resolve("quick", tomllib.loads(TINY), {"train": {"steps": 2}})
+    gc.disable()
+    try:
+        with joined(CPU) as (world, device):
+            steps = [event.step for event in loop.fit(settings, None, device, world=world)]
+    finally:
+        gc.enable()
+    assert steps == [1, 2]
 
 
 def test_indivisible_batch_is_refused() -> None:

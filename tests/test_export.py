@@ -1,5 +1,6 @@
 """Exported graphs against the model: torch.export in this process, ONNX in onnxruntime."""
 
+import importlib
 import io
 import json
 import sys
@@ -18,6 +19,7 @@ from spairkit.detector import load
 from spairkit.errors import InputError
 from spairkit.export import METADATA, OUTPUTS, export, traced
 from spairkit.images import as_image, write_png
+from spairkit.models import cell_scan
 from spairkit.models.spair import SPAIR
 from spairkit.preparation import prepare_images
 
@@ -90,6 +92,29 @@ def test_cells_by_a_scan_are_those_of_the_model(lateral: bool, size: tuple[int, 
         images = scenes(batch, size)
         for actual, expected in zip(graph(images), eager(network, images), strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_without_a_scan_writes_larger_graphs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector, path = load("run", device="cpu"), Path("model.pt2")
+    network = detector.network
+    assert isinstance(network, SPAIR)
+    small = len(traced(network, SIZE).graph.nodes)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "torch._higher_order_ops", None)
+        importlib.reload(cell_scan)
+    try:
+        with pytest.warns(RuntimeWarning, match="lacks the scan of torch 2.10 to 2.15"):
+            export(detector, SIZE, "pt2", path)
+    finally:
+        importlib.reload(cell_scan)
+    assert cell_scan.has_scan
+    program = torch.export.load(path)
+    assert len(program.graph.nodes) > 2 * small
+    images = scenes(3)
+    for actual, expected in zip(program.module()(images), eager(network, images), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -3,8 +3,12 @@
 Without a GPU, a recorder of operations replaces CUDA graphs.
 """
 
+import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +16,7 @@ import torch
 from torch import Tensor
 
 from spairkit import backends, cuda_graphs
+from spairkit.cuda_graphs import Recorded
 from spairkit.models.slots import Slots
 from spairkit.search import iterations
 from spairkit.search import refine as refine_module
@@ -177,6 +182,39 @@ def test_iterations_that_cannot_be_recorded_are_launched_one_by_one(
     with pytest.warns(RuntimeWarning, match="refinement could not be recorded as a CUDA graph"):
         found = recorded(work, range(1, 11))
     assert_close(found, advanced(world.energy, work, range(1, 11)))
+
+
+def test_threads_take_turns_on_the_stream_of_recordings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the work of one thread would become part of the graph of another one."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: None)
+    cuda = SimpleNamespace(
+        device=lambda device: nullcontext(),
+        stream=lambda stream: nullcontext(),
+        graph=lambda *_, **__: nullcontext(),
+        current_stream=lambda: stream,
+        current_device=lambda: 0,
+        set_stream=lambda stream: None,
+        CUDAGraph=lambda: graph,
+    )
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(cuda_graphs, "_own_stream", lambda index: stream)
+    inside: list[int] = []
+
+    def work(number: int) -> None:
+        inside.append(number)
+        time.sleep(0.01)
+        inside.append(number)
+
+    def call(number: int) -> None:
+        recorded = Recorded(partial(work, number), torch.device("cpu"), "work")
+        for _ in range(4):
+            recorded()
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(call, range(3)))
+    assert len(inside) == 24
+    assert inside[::2] == inside[1::2]
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "normal"])

@@ -79,7 +79,7 @@ SHAPES = [
     (1, 1, (2, 2), (5, 9), 1),
     (1, 3, (14, 14), (24, 24), 3),
     (1, 2, (3, 17), (8, 8), 1),
-    (1, 3, (33, 2), (11, 10), 4),
+    (1, 3, (33, 2), (11, 10), 3),
 ]
 
 
@@ -231,7 +231,7 @@ def awkward_samples(device: torch.device) -> list[Scene]:
         make_scene(1, 1, (2, 2), (5, 5), 1, device=device),
         make_scene(2, 0, (3, 2), (7, 5), device=device),
         make_scene(0, 2, (3, 2), (7, 5), device=device),
-        make_scene(1, 1, (2, 4), (4, 9), 4, device=device),
+        make_scene(1, 1, (2, 4), (4, 9), 3, device=device),
         make_scene(1, 1, (4, 2), (9, 1), 1, device=device),
         {**plain, "background": one_colour.expand(-1, -1, 7, 5)},
         {**plain, "rgba": plain["rgba"].transpose(2, 3).contiguous().transpose(2, 3)},

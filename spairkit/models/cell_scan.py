@@ -4,15 +4,26 @@ The mathematics is that of `SPAIR.encode_wave`. A trace writes the readable loop
 about 110 operations each; the body of a scan is written once, so a graph has one size for any grid.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
 
 from spairkit.models.spair import SPAIR
 from spairkit.models.wavefront import LOOKBACK, even_waves
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+try:
+    # as torch documents it: a prototype without a public name
+    from torch._higher_order_ops import scan
+except ImportError:
+    scan = None  # type: ignore[assignment]
+
+has_scan = scan is not None
+"""Whether torch has a scan; without it a graph repeats the body of the loop for each wave."""
 
 
 def scan_cells(network: SPAIR, images: Tensor) -> Outputs:  # [B, 3, H, W] in [0, 1]
@@ -47,6 +58,18 @@ def scan_cells(network: SPAIR, images: Tensor) -> Outputs:  # [B, 3, H, W] in [0
     corners = corners[:, :, None].to(images.dtype)  # [T, n, 1, 2] row and column
     window = images.new_zeros(LOOKBACK * waves.order.shape[1], images.shape[0], network.vector)
     products = products.transpose(0, 1)[waves.order]  # [T, n, B, 3 hidden]
-    _, found = scan(step, window, (products, corners, waves.neighbours))
+    loop = scan if has_scan else _unrolled
+    _, found = loop(step, window, (products, corners, waves.neighbours))
     boxes, logit, what, depth = (x.flatten(0, 1)[waves.places].transpose(0, 1) for x in found)
     return boxes, logit.squeeze(-1), what, depth.squeeze(-1)
+
+
+def _unrolled(
+    step: Callable[[Tensor, Any], tuple[Tensor, Outputs]], window: Tensor, waves: tuple[Tensor, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """The result of torch's scan."""
+    outputs = []
+    for wave in zip(*waves, strict=True):
+        window, output = step(window, wave)
+        outputs.append(output)
+    return window, [torch.stack(values) for values in zip(*outputs, strict=True)]

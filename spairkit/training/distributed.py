@@ -4,6 +4,7 @@ Tensors on CPUs are shared by gloo, those on GPUs by NCCL. Whether to continue i
 CPUs, so that no process waits for its GPU.
 """
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -117,5 +118,7 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_PATIENCE)
     yield World(dist.get_rank(), dist.get_world_size()), device
+    # NCCL waits until each graph with an exchange is gone, and a trainer and its graph form a cycle
+    gc.collect()
     # skipped after an error: it could wait for a process that has ended
     dist.destroy_process_group()
