@@ -70,6 +70,10 @@ def test_progress_lists_every_kernel_in_order(likelihood: str, other: str) -> No
     assert done[-1] < steps[-1].total
 
 
+def test_narrow_backbones_compile_no_convolutions() -> None:
+    assert "convolutions" not in [step.name for step in compiling(resolve("quick").model, CPU)]
+
+
 def test_nothing_is_compiled_if_no_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(compiling(resolve("quick", {"model": {"kind": "conncomp"}}).model, CPU))
     assert not list(compiling(resolve("quick").model, torch.device("meta")))

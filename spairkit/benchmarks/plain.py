@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spairkit.config import Config, SPAIRConfig
 from spairkit.data.datasets import Dataset
 from spairkit.kernels.constants import LOGIT_LIMIT, MIN_IMPORTANCE, MIN_PROBABILITY
-from spairkit.models.convolutions import convolve
+from spairkit.models.convolutions import convolve_by_torch
 from spairkit.models.densities import (
     count_success,
     cross_entropy_by_torch,
@@ -39,7 +39,7 @@ class PlainBackbone(Backbone):
         for layer, stride in zip(layers, self.strides, strict=True):
             assert layer.bias is not None
             x = self.activation(x) if x is not images else x
-            x = convolve(x, layer.weight, layer.bias, stride)
+            x = convolve_by_torch(x, layer.weight, layer.bias, stride)
         return x
 
 

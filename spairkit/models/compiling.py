@@ -10,22 +10,25 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spairkit.backends import runs_compiled
 from spairkit.config import ClassicalConfig, ModelConfig, SPAIRConfig
+from spairkit.models.convolutions import convolve, has_kernel
 from spairkit.models.densities import (
     bernoulli_cross_entropy,
     normal_nll,
     scaled_squash,
     weighted_kls,
 )
+from spairkit.models.networks import Backbone
 from spairkit.models.spair import SPAIR
 from spairkit.presence import presence_kl
 from spairkit.rendering import render
 
 _FORWARD = "cells, forward"
 _BERNOULLI, _NORMAL = "likelihood", "normal likelihood"
+_CONVOLUTIONS = "convolutions"
 
 
 class Compiling(NamedTuple):
@@ -48,8 +51,10 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
         return
     names = [_BERNOULLI, "divergences"]
     if isinstance(config, SPAIRConfig):
-        unused = _BERNOULLI if config.likelihood == "normal" else _NORMAL
-        names = [name for name in KERNELS if name != unused]
+        unused = [_BERNOULLI if config.likelihood == "normal" else _NORMAL]
+        if not _halves(config):
+            unused.append(_CONVOLUTIONS)
+        names = [name for name in KERNELS if name not in unused]
     total, done = sum(KERNELS[name][0] for name in names), 0
     for name in names:
         work, call = KERNELS[name]
@@ -59,6 +64,16 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
             if name != _FORWARD:
                 value.backward()
         done += work
+
+
+def _halves(config: SPAIRConfig) -> bool:
+    """Whether a layer of the backbone is wide enough for the kernel of stride 2."""
+    with torch.device("meta"):
+        backbone = Backbone(
+            config.strides, config.backbone_channels, 1, config.pointwise_kernel, config.activation
+        )
+    layers = [layer for layer in backbone.layers if isinstance(layer, nn.Conv2d)]
+    return any(map(has_kernel, (layer.weight for layer in layers), backbone.strides))
 
 
 def _ones(*shape: int) -> Tensor:
@@ -71,6 +86,10 @@ def _encode() -> Tensor:
     model = SPAIR(config)
     latents, _ = model._sample(torch.ones(1, 3, 12, 12), training_wheels=False, generator=None)
     return latents.mean
+
+
+def _convolve() -> Tensor:
+    return convolve(_ones(1, 64, 64, 64), _ones(128, 64, 4, 4), _ones(128), 2)
 
 
 def _render() -> Tensor:
@@ -90,5 +109,6 @@ KERNELS: dict[str, tuple[int, Callable[[], Tensor]]] = {
         7,
         lambda: weighted_kls(_ones(1, 1, 1), _ones(1, 1, 1), _ones(1, 1), (1, 0.0, 1.0)),
     ),
+    _CONVOLUTIONS: (40, _convolve),
 }
 """For each name the work of compiling, and a function that calls the kernel."""
