@@ -12,6 +12,7 @@ from spairkit.kernels.constants import MIN_IMPORTANCE, MIN_SIDE
 from spairkit.kernels.render_op import render_op
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_TRITON_COLOURS = (1, 3)  # with alpha a power of two, as the shapes of Triton are
 
 
 def render(
@@ -42,7 +43,7 @@ def render(
 
     Args:
         rgba: [B, N, h, w, C + 1] in [0, 1], alpha last; float32, float16 or bfloat16 with float32
-            arithmetic, or float64 on the torch backend. C is 1 or 3, h and w from 2 to 64.
+            arithmetic, or float64 on the torch backend. C from 1 to 4, h and w from 2 to 64.
         boxes: [B, N, 4] x1, y1, x2, y2 in pixels, half-open. A box may leave the image; one that
             is empty or inverted (a side under 1e-6 px) contributes nothing and gets no gradient.
         depth: [B, N] z_depth; lower is nearer.
@@ -53,7 +54,8 @@ def render(
         importance_floor: lower bound of a texel's importance. 0 is the supplement. The authors'
             renderer has 0.01: absent objects still blend in background where boxes overlap.
         backend: "torch", "cpu" (Numba), "triton" (GPU, or Triton's interpreter), or "auto": by
-            the device of `rgba`. Only "torch" has second derivatives and float64.
+            the device of `rgba`. Only "torch" has second derivatives and float64. Triton draws 1
+            or 3 colours, and "auto" takes plain torch on a GPU for others.
 
     Returns:
         [B, C, H, W] float32, or float64 if `rgba` is.
@@ -82,6 +84,13 @@ def render(
     dtype = torch.float64 if rgba.dtype == torch.float64 else torch.float32
     placed = boxes.to(dtype), depth.to(dtype), presence.to(dtype), background.to(dtype)
     chosen = chosen_backend(backend, rgba, "rgba")
+    if chosen == "triton" and rgba.shape[-1] - 1 not in _TRITON_COLOURS:
+        if backend == "triton":
+            raise ValueError(
+                f"backend 'triton' draws 1 or 3 colours, got {rgba.shape[-1] - 1}: "
+                "use backend='torch'"
+            )
+        chosen = "torch"
     if chosen != "torch":
         image: Tensor = render_op(rgba, *placed, importance_floor, chosen)[0]
         return image
@@ -101,8 +110,8 @@ def _check(
     if rgba.dim() != 5:
         raise ValueError(f"rgba must be [B, N, h, w, C + 1], got shape {tuple(rgba.shape)}")
     num_images, num_objects, height, width, channels = rgba.shape
-    if channels not in (2, 4):
-        raise ValueError(f"rgba must have 1 or 3 colours and alpha, got {channels} channels")
+    if not 2 <= channels <= 5:
+        raise ValueError(f"rgba must have 1 to 4 colours and alpha, got {channels} channels")
     if not (2 <= height <= 64 and 2 <= width <= 64):
         raise ValueError(f"rgba must have 2 to 64 texels per side, got {height}x{width}")
     wanted = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spairkit.kernels import halving_cpu
+from spairkit.kernels import winograd_cpu
 from spairkit.models import convolutions
 from spairkit.models.convolutions import convolve, convolve_by_torch, end_padding
 
@@ -64,8 +64,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(convolutions, "_LEAST_PIXELS", 0)
     monkeypatch.setattr(convolutions, "_LEAST_WEIGHTS", 0)
-    for name in ("halve_cpu", "halve_backward_cpu"):
-        monkeypatch.setattr(halving_cpu, name, watched(name, getattr(halving_cpu, name)))
+    for name in ("winograd_cpu", "winograd_backward_cpu"):
+        monkeypatch.setattr(winograd_cpu, name, watched(name, getattr(winograd_cpu, name)))
     threads = torch.get_num_threads()
     yield made
     torch.set_num_threads(threads)
@@ -95,7 +95,7 @@ def test_values_and_gradients_match_float64(
     size: tuple[int, int], batch: int, stride: int, calls: list[str]
 ) -> None:
     assert_near_float64(operands(batch, *size), stride)
-    assert calls == (2 * ["halve_cpu"] + ["halve_backward_cpu"] if stride == 2 else [])
+    assert calls == (2 * ["winograd_cpu"] + ["winograd_backward_cpu"] if stride == 2 else [])
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_inference_autocast_and_float64_use_torch(calls: list[str]) -> None:
 def test_narrow_layers_and_few_pixels_use_torch(
     channels: int, outputs: int, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(halving_cpu, "halve_cpu")
+    monkeypatch.delattr(winograd_cpu, "winograd_cpu")
     applied(convolve, operands(1, height, 48, channels, outputs))
 
 

@@ -86,7 +86,7 @@ def render_by_loop(scene: Scene, floor: float = 0.0) -> Tensor:
 @pytest.mark.parametrize("floor", [0.0, 0.01])
 @pytest.mark.parametrize(
     ("map_size", "image_size", "channels"),
-    [((5, 4), (13, 11), 3), ((2, 7), (6, 17), 1), ((9, 2), (9, 5), 3)],
+    [((5, 4), (13, 11), 3), ((2, 7), (6, 17), 1), ((9, 2), (9, 5), 4)],
 )
 def test_torch_matches_the_loop(
     map_size: tuple[int, int], image_size: tuple[int, int], channels: int, floor: float
@@ -98,7 +98,7 @@ def test_torch_matches_the_loop(
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
 def test_torch_gradients_match_finite_differences(floor: float) -> None:
-    scene = make_scene(1, 3, (3, 4), (6, 5), 3, seed=3)
+    scene = make_scene(1, 3, (3, 4), (6, 5), 2, seed=3)
     leaves = [tensor.requires_grad_() for tensor in scene.values()]
 
     def image(*inputs: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def test_extreme_boxes_neither_hang_nor_crash(backend: Backend, value: float) ->
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10**6), num_objects=st.integers(2, 7), channels=st.sampled_from((1, 3)))
+@given(seed=st.integers(0, 10**6), num_objects=st.integers(2, 7), channels=st.integers(1, 4))
 def test_order_of_objects_does_not_change_the_image(
     backend: Backend, seed: int, num_objects: int, channels: int
 ) -> None:
@@ -293,11 +293,23 @@ def test_background_of_one_colour_equals_a_full_one(backend: Backend) -> None:
     assert colour.grad.shape == (2, 3, 1, 1)
 
 
+@pytest.mark.parametrize("colours", [2, 4])
+def test_triton_leaves_two_and_four_colours_to_torch(
+    colours: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_scene(2, 3, channels=colours, dtype=torch.float32)
+    wanted = render(**scene, backend="torch")
+    monkeypatch.setattr("spairkit.rendering.chosen_backend", lambda *_: "triton")
+    assert torch.equal(render(**scene), wanted)
+    with pytest.raises(ValueError, match=f"draws 1 or 3 colours, got {colours}: use backend"):
+        render(**scene, backend="triton")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rgba": torch.rand(2, 3, 5, 4)}, r"rgba must be \[B, N, h, w, C \+ 1\]"),
-        ({"rgba": torch.rand(2, 3, 5, 4, 3)}, "1 or 3 colours and alpha, got 3"),
+        ({"rgba": torch.rand(2, 3, 5, 4, 6)}, "1 to 4 colours and alpha, got 6"),
         ({"rgba": torch.rand(2, 3, 1, 4, 4)}, "2 to 64 texels per side, got 1x4"),
         ({"rgba": torch.rand(2, 3, 5, 65, 4)}, "2 to 64 texels per side, got 5x65"),
         ({"boxes": torch.rand(2, 3, 2)}, r"boxes must have shape \(2, 3, 4\).*got \(2, 3, 2\)"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spairkit.backends import runs_compiled
 from spairkit.config import ClassicalConfig, ModelConfig, SPAIRConfig
-from spairkit.models.convolutions import convolve, has_kernel
+from spairkit.models.convolutions import convolve, takes_winograd
 from spairkit.models.densities import (
     bernoulli_cross_entropy,
     normal_nll,
@@ -52,7 +52,7 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
     names = [_BERNOULLI, "divergences"]
     if isinstance(config, SPAIRConfig):
         unused = [_BERNOULLI if config.likelihood == "normal" else _NORMAL]
-        if not _halves(config):
+        if not _any_winograd(config):
             unused.append(_CONVOLUTIONS)
         names = [name for name in KERNELS if name not in unused]
     total, done = sum(KERNELS[name][0] for name in names), 0
@@ -66,14 +66,14 @@ def compiling(config: ModelConfig, device: torch.device) -> Iterator[Compiling]:
         done += work
 
 
-def _halves(config: SPAIRConfig) -> bool:
-    """Whether a layer of the backbone is wide enough for the kernel of stride 2."""
+def _any_winograd(config: SPAIRConfig) -> bool:
+    """Whether a layer of the backbone is trained by Winograd's F(2, 2)."""
     with torch.device("meta"):
         backbone = Backbone(
             config.strides, config.backbone_channels, 1, config.pointwise_kernel, config.activation
         )
     layers = [layer for layer in backbone.layers if isinstance(layer, nn.Conv2d)]
-    return any(map(has_kernel, (layer.weight for layer in layers), backbone.strides))
+    return any(map(takes_winograd, (layer.weight for layer in layers), backbone.strides))
 
 
 def _ones(*shape: int) -> Tensor:

@@ -15,8 +15,8 @@ def end_padding(size: int, kernel: int, stride: int) -> int:
     return max(kernel - (size % stride or stride), 0)
 
 
-def has_kernel(weight: Tensor, stride: int) -> bool:
-    """Whether a kernel with fewer products trains a convolution with weights of this shape."""
+def takes_winograd(weight: Tensor, stride: int) -> bool:
+    """Whether convolutions with weights of this shape are trained by Winograd's F(2, 2)."""
     outputs, channels, *kernel = weight.shape
     return (*kernel, stride) == (4, 4, 2) and outputs * channels >= _LEAST_WEIGHTS
 
@@ -25,7 +25,8 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
     """A convolution with zeros after the last pixel, so that outputs cover every pixel.
 
     With gradients, in float32 on the CPU, wide 4 x 4 kernels with stride 2 take 9 products instead
-    of 16 (`spairkit.kernels.halving_cpu`). A second derivative then raises RuntimeError.
+    of 16, by Winograd's F(2, 2) (`spairkit.kernels.winograd_cpu`). A second derivative then raises
+    RuntimeError.
 
     Args:
         images: [B, C, H, W].
@@ -39,14 +40,14 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
     # without gradients an image has the same bits in any batch, which the kernel does not ensure
     if (
         torch.is_grad_enabled()
-        and has_kernel(weight, stride)
+        and takes_winograd(weight, stride)
         and images.numel() >= images.shape[1] * _LEAST_PIXELS
         and not torch.is_autocast_enabled("cpu")
         and runs_compiled(images, weight, bias)
     ):
-        from spairkit.kernels.halving_cpu import halve_backward_cpu, halve_cpu
+        from spairkit.kernels.winograd_cpu import winograd_backward_cpu, winograd_cpu
 
-        return fused(halve_cpu, halve_backward_cpu, (images, _factors(weight), bias))
+        return fused(winograd_cpu, winograd_backward_cpu, (images, _factors(weight), bias))
     return convolve_by_torch(images, weight, bias, stride)
 
 
@@ -61,7 +62,7 @@ def convolve_by_torch(images: Tensor, weight: Tensor, bias: Tensor, stride: int)
 
 
 def _factors(weight: Tensor) -> Tensor:  # [N, C, 4, 4] -> [9, N, 4 C]
-    """g0, g0 + g1 and g1 of `spairkit.kernels.halving_cpu`, down and across."""
+    """g0, g0 + g1 and g1 of `spairkit.kernels.winograd_cpu`, down and across."""
     outputs, channels = weight.shape[:2]
     pixels = weight.flatten(2).transpose(1, 2).reshape(outputs, 2, 2, 2, 2, channels)
     blocks = pixels.permute(1, 3, 0, 2, 4, 5)  # blocks down and across come first

@@ -151,7 +151,7 @@ def _join_tiles_back(start, stop, values, products):
                     _add(values[b, y, x], products[r, c, b, y // 2, x // 2])
 
 
-def halve_cpu(images: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
+def winograd_cpu(images: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     """The convolution of `spairkit.models.convolutions`, channels last.
 
     Args:
@@ -174,7 +174,7 @@ def halve_cpu(images: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     return values.permute(0, 3, 1, 2)
 
 
-def halve_backward_cpu(
+def winograd_backward_cpu(
     grad_values: Tensor, values: Tensor, images: Tensor, factors: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of images, factors and bias."""
