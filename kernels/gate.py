@@ -6,7 +6,7 @@ Triton brings its own assembler, so neither a GPU nor a driver is needed. The in
 code that the compiler rejects, and it cannot tell when registers spill. Prints registers, spills,
 shared memory, occupancy (the warps that a multiprocessor holds at once) and the instructions of the
 machine code. The exit status is 1 if a kernel does not compile, a default configuration spills, or
-another one spills more than a few words. Every core compiles. Do not set TRITON_INTERPRET.
+another one spills more than a few words. All cores are used. Do not set TRITON_INTERPRET.
 """
 
 import argparse

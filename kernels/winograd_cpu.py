@@ -7,16 +7,16 @@ gives two neighbouring outputs of a kernel (g0, g1), on blocks d0, d1 and d2, fr
     y0 = d0 g0 + d1 g1 = m0 + m1
     y1 = d1 g0 + d2 g1 = m1 + m2
 
-Down and across, a tile of 2 x 2 outputs takes 9 products instead of 16. A product is one of
-matrices, over the four pixels of a block and the channels. All coefficients are 1 or -1, so
-rounding is about that of a plain convolution. Gradients transpose each step.
+Applied to rows and columns, a tile of 2 x 2 outputs takes 9 products instead of 16. Each is a
+matrix product that sums over the four pixels of a block and the channels. All coefficients are 1 or
+-1, so rounding is about that of a plain convolution. Gradients transpose each step.
 
 Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, section 4.
 
 C channels come in and N go out, the channels last in memory. An image of H x W pixels has T x U =
 ceil(H / 4) x ceil(W / 4) tiles, which read zeros beyond it: tile (t, u) reads pixels 4 t .. 4 t + 5
-and 4 u .. 4 u + 5. n images share their products, R = n T U rows of each of the 3 x 3 steps down
-and across.
+and 4 u .. 4 u + 5. The tiles of n images are multiplied together: nine matrix products with
+R = n T U rows.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from torch import Tensor
 from spairkit.kernels.threads import compiled, over_images, part
 
 _ZERO = np.float32(0.0)
-_TILES = 256  # about as many share a product, so that intermediate results stay in the cache
+_TILES = 256  # rows of a product, about: its tiles then stay in the cache
 
 
 @part
@@ -166,7 +166,7 @@ def winograd_cpu(images: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     batch, height, width, _ = pixels.shape
     values = pixels.new_empty(batch, (height + 1) // 2, (width + 1) // 2, len(bias))
     for some in _parts(pixels):
-        blocks, products = _room(pixels[some], factors)
+        blocks, products = _empty_tiles(pixels[some], factors)
         n = len(pixels[some])
         over_images(_split_tiles, n, pixels[some].numpy(), blocks.numpy())
         torch.bmm(_rows(blocks), factors.transpose(1, 2), out=_rows(products))
@@ -181,7 +181,7 @@ def winograd_backward_cpu(
     pixels, grads = _pixels(images), _pixels(grad_values)
     grad_pixels, grad_factors = torch.empty_like(pixels), torch.zeros_like(factors)
     for some in _parts(pixels):
-        blocks, products = _room(pixels[some], factors)
+        blocks, products = _empty_tiles(pixels[some], factors)
         n = len(pixels[some])
         over_images(_split_tiles, n, pixels[some].numpy(), blocks.numpy())
         over_images(_join_tiles_back, n, grads[some].numpy(), products.numpy())
@@ -203,7 +203,7 @@ def _parts(pixels: Tensor) -> Iterator[slice]:
     return (slice(i, i + n) for i in range(0, batch, n))
 
 
-def _room(pixels: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_tiles(pixels: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """Empty blocks [3, 3, n, T, U, 2, 2 C] and products [3, 3, n, T, U, N]."""
     n, height, width, channels = pixels.shape
     tiles = 3, 3, n, -(-height // 4), -(-width // 4)

@@ -96,8 +96,8 @@ def export(
     require(format_)
     if not cell_scan.has_scan:
         warnings.warn(
-            f"torch {torch.__version__} lacks the scan of torch 2.10 to 2.15: the graph repeats "
-            "the loop over cells for each wave, so it is larger and takes longer to write",
+            f"torch {torch.__version__} lacks torch._higher_order_ops.scan: the graph repeats the "
+            "loop over cells for each wave, so it is larger and takes longer to write",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -58,8 +58,8 @@ _SIDE = 480  # of the part of an image that is measured at one scale, px after r
 _STARTS = (4.0, 6.0, 9.0, 14.0, 21.0, 32.0, 48.0, 72.0, 108.0, 162.0, 243.0)  # diameters tried, px
 _LEAST, _MOST = 1.0, 2400.0  # diameters that a scale brings to 12 px
 _NEAR = 1.6  # ratio of two diameters that nearly agree
-_STEADY = 0.75  # growth of the sides with the diameter that is assumed, at most
-_SEVERAL = 2  # objects in an image, on average
+_STEADY = 0.75  # exponent of the growth of sides with the assumed diameter: steady below it
+_SEVERAL = 2  # objects in an image, on average: more than one large patch of light
 _ROUNDS = 4  # of measuring the objects that were found with the diameter before, at most
 _CLOSE = 1.04  # ratio of two diameters that agree
 _KEPT = 0.97  # of the share of the contrast that objects hold: about as much
@@ -513,13 +513,14 @@ def _diameter(
 ) -> tuple[float, _Measured, float]:
     """The median side of compact objects, these objects, and the evidence for them, in [0, 1].
 
-    Objects are found with a diameter that is assumed, and their median side is the next one, until
-    both agree. In noise any diameter finds objects of about itself; the sides of real ones hardly
-    grow with it. So it starts, of the diameters that nearly agree, at a steady one, with at least
-    two objects in an image, as uneven light looks like one. Of several that is the largest one
-    whose objects hold about as much of the contrast as those of any: objects, not the parts that
-    they may have. If none agrees, as with stars of any brightness, it starts at the nearest one
-    whose objects hold the contrast above the noise.
+    Objects are found with an assumed diameter, and their median side is assumed next, until both
+    agree. In noise the sides follow the assumed diameter; those of real objects hardly change with
+    it: they are steady. The search starts at a diameter that its median side nearly equals:
+    preferably a steady one with two objects an image, as uneven light looks like one large object;
+    else a steady one; else any. Of several it takes the largest whose objects hold about as much
+    of the contrast as those of any, so that objects are measured and not their parts. If there is
+    none, as with stars of any brightness, it starts at the nearest diameter whose objects hold the
+    contrast above the noise.
     """
     largest = max(max(image.shape[1:]) for image in images)
     starts = [start for start in _STARTS if start < largest / 2] or [max(largest / 4, _LEAST)]
@@ -559,7 +560,7 @@ def _diameter(
 
 
 def _growth(one: _Measured, other: _Measured) -> float:
-    """How fast the median side grows with the diameter that is assumed: 0 not at all, 1 alike."""
+    """Exponent of the growth of the median side with the assumed diameter: 0 if it stays."""
     if one.assumed == other.assumed:
         return 1.0
     return math.log(other.median / one.median) / math.log(other.assumed / one.assumed)

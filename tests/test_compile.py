@@ -32,11 +32,6 @@ def test_default_kernels_compile_without_spills() -> None:
     assert all(line.startswith("ok") and "spills   0" in line for line in lines)
 
 
-def test_products_and_sums_are_rounded_once_in_any_version() -> None:
-    """Triton 3.10 would round twice, and take more instructions."""
-    assert os.environ["TRITON_DEFAULT_FP_FUSION"] == "1"
-
-
 def test_registers_are_bounded_in_the_backward_pass_of_training() -> None:
     """By as much as lets a multiprocessor of 65,536 registers hold two blocks of 256 threads."""
     rows = [row for row in configurations() if row.name.startswith("render backward")]

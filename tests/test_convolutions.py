@@ -11,7 +11,7 @@ from spairkit.kernels import winograd_cpu
 from spairkit.models import convolutions
 from spairkit.models.convolutions import convolve, convolve_by_torch, end_padding
 
-ROUNDING = 3e-7  # torch's own is less on some processors than on others
+ROUNDING = 3e-7  # relative; for results that torch rounds hardly at all
 
 
 @pytest.mark.parametrize(
@@ -151,6 +151,26 @@ def test_inference_autocast_and_float64_use_torch(calls: list[str]) -> None:
         assert applied(convolve, inputs).dtype == torch.bfloat16
     applied(convolve, [x.double() for x in inputs])
     assert not calls
+
+
+def test_wide_layers_take_winograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(winograd_cpu, "winograd_cpu")
+    with pytest.raises(ImportError, match="winograd_cpu"):
+        applied(convolve, operands(1, 32, 32, 64, 128))
+
+
+def test_a_program_with_gradients_takes_any_batch() -> None:
+    class Layer(torch.nn.Conv2d):
+        def forward(self, images: Tensor) -> Tensor:
+            assert self.bias is not None
+            return convolve(images, self.weight, self.bias, 2)
+
+    layer, images = Layer(64, 128, 4), torch.rand(9, 64, 16, 16)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(layer, (images[:2],), dynamic_shapes={"images": batch})
+    assert layer.bias is not None
+    wanted = convolve_by_torch(images, layer.weight, layer.bias, 2)
+    torch.testing.assert_close(program.module()(images), wanted)
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,9 @@ def test_parts_of_patterned_objects_are_not_measured(tmp_path: Path) -> None:
     assert survey.prepare.contrast == "distance"
 
 
-@pytest.mark.parametrize("light", [False, True])
-def test_sizes_that_stay_go_before_those_that_follow(
-    monkeypatch: pytest.MonkeyPatch, light: bool
+@pytest.mark.parametrize(("light", "number_of_images"), [(False, 6), (True, 6), (False, 60)])
+def test_steady_sizes_win_over_noise_and_light(
+    monkeypatch: pytest.MonkeyPatch, light: bool, number_of_images: int
 ) -> None:
     """Noise has the size that is assumed; light is one large object in each image."""
 
@@ -215,7 +215,7 @@ def test_sizes_that_stay_go_before_those_that_follow(
         return survey_module._Measured(diameter, sides, share, share, len(images), 1)
 
     monkeypatch.setattr(survey_module, "_compact", compact)
-    images = [torch.zeros(3, 600, 600)] * 6
+    images = [torch.zeros(3, 600, 600)] * number_of_images
     diameter, measured, evidence = survey_module._diameter(
         images, PrepareConfig(), lambda share: None
     )

@@ -22,7 +22,7 @@ try:
 except ImportError:
     scan = None  # type: ignore[assignment]
 
-has_scan = scan is not None
+has_scan = callable(scan)
 """Whether torch has a scan; without it a graph repeats the body of the loop for each wave."""
 
 

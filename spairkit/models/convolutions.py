@@ -41,9 +41,10 @@ def convolve(images: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tenso
     if (
         torch.is_grad_enabled()
         and takes_winograd(weight, stride)
-        and images.numel() >= images.shape[1] * _LEAST_PIXELS
         and not torch.is_autocast_enabled("cpu")
         and runs_compiled(images, weight, bias)
+        # after that, as a trace must not depend on the size of a batch
+        and images.numel() >= images.shape[1] * _LEAST_PIXELS
     ):
         from spairkit.kernels.winograd_cpu import winograd_backward_cpu, winograd_cpu
 
