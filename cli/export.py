@@ -50,7 +50,12 @@ def export(
     images of one size. The search that detect makes is not in it, nor are masks.
     """
     if format_ is None:
-        format_ = Format.ONNX if out is not None and out.suffix == ".onnx" else Format.PT2
+        ending = out.suffix.removeprefix(".") if out else Format.PT2
+        if ending not in list(Format):
+            raise InputError(
+                f"--out {out}: a graph ends in .pt2 or .onnx; name one of them, or give --format"
+            )
+        format_ = Format(ending)
     path = out or Path(f"model.{format_}")
     check_output(path)
     if path.exists():

@@ -142,7 +142,11 @@ def train(
         raise typer.Exit(ending)
     if step < run.config.train.steps:
         say(f"ended after step {step} of {run.config.train.steps}; {continues}")
-    _finish(run, chosen, step, validation, looks, began, as_json=as_json, quiet=quiet)
+    try:
+        _finish(run, chosen, step, validation, looks, began, as_json=as_json, quiet=quiet)
+    except SystemExit:  # a signal
+        say(f"the training is saved, but test figures and report are not complete; {continues}")
+        raise
 
 
 @contextmanager
@@ -403,7 +407,8 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
         InputError: there is no run, another setting is asked for, or its images are not there.
     """
     from spairkit.config_values import from_dict, merge, model_kind, to_dict
-    from spairkit.storage.runs import Run, fixed_differences
+    from spairkit.data.files import data_files, sha256_of_files
+    from spairkit.storage.runs import Run, fixed_differences, recorded_data
 
     config = Run.open(path).config
     kind = model_kind(merge(*over))
@@ -419,6 +424,15 @@ def _resumed(path: Path, preset: str | None, over: list[Mapping[str, Any]]) -> "
             "leave them out, or start a new run"
         )
     options.refuse_absent(asked.data)
+    before = recorded_data(path)
+    if before and asked.data.path != config.data.path:
+        now = sha256_of_files(data_files(asked.data))
+        if not set(before.values()) & set(now.values()):
+            raise InputError(
+                f"--resume {path}: none of the files in {asked.data.path} is one that the run was "
+                "trained on; if these have moved, give their new place with --data, or start a new "
+                "run"
+            )
     return asked
 
 

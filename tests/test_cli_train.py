@@ -450,6 +450,27 @@ def test_signal_saves_a_checkpoint_and_prints_how_to_resume(
     assert f"stopped after step {step}," in said
 
 
+def test_signal_during_test_figures_prints_how_to_resume(
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def interrupted(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("spairkit.cli.train.measure", interrupted)
+        ended = run("train", "--config", "tiny.toml", "--out", out, "--quiet")
+    assert ended.status == 130
+    assert ended.err.splitlines()[-2:] == [
+        "the training is saved, but test figures and report are not complete; continue with: "
+        f"spairkit train --resume {out}",
+        "spairkit: stopped by SIGINT",
+    ]
+    assert run("train", "--resume", out, "--quiet").status == 0
+    assert (out / "report.html").exists()
+
+
 def test_eval_prints_each_count_and_names_the_protocols(run: Runner) -> None:
     ended = run("eval", "--checkpoint", "runs/digits-quick-1", "--out", "figures.json")
     assert ended.status == 0

@@ -81,6 +81,10 @@ def test_pt2_equals_the_model_in_any_batch(workplace: Path, in_process: Runner) 
     ended = in_process("export", "run")
     assert ended.status == 2
     assert ended.err == "spairkit: model.pt2 already exists; name a new file with --out\n"
+    ended = in_process("export", "run", "--out", "model.xyz")
+    assert ended.status == 2
+    assert ended.err.startswith("spairkit: --out model.xyz: a graph ends in .pt2 or .onnx; ")
+    assert not Path("model.xyz").exists()
 
 
 @pytest.mark.parametrize(("lateral", "size"), [(True, (96, 60)), (False, (12, 12))])

@@ -288,6 +288,21 @@ def test_moved_images_of_a_comparison_or_a_sweep_are_named_anew(
     assert all(torch.equal(resumed_bits[name], whole_bits[name]) for name in whole_bits)
 
 
+def test_training_on_other_images_is_not_resumed(run: Runner) -> None:
+    path = trained(run)
+    os.mkdir("others")
+    for index in range(4):
+        write_png(f"others/{index}.png", torch.full((3, 24, 24), 0.2 * index))
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    ended = run("train", "--resume", path, "--data", "others", "--steps", 6, "--quiet")
+    assert ended.status == 2
+    assert ended.err.splitlines() == [
+        f"spairkit: --resume {path}: none of the files in {Path.cwd()}/others is one that the run "
+        "was trained on; if these have moved, give their new place with --data, or start a new run"
+    ]
+    assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 @pytest.mark.filterwarnings("always")
 def test_run_records_its_images_and_says_when_they_changed(run: Runner) -> None:
     path = trained(run)
